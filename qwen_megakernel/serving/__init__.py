@@ -1,0 +1,1 @@
+"""What clients speak: sans-IO protocol, dialects, the ASGI application."""
