@@ -268,6 +268,8 @@ class ModelConfig:
 
     mode: VoiceMode
     """Which prompts the model was trained on (`tts_model_type`)."""
+    size: str
+    """`tts_model_size`: "0b6" or "1b7"; "" where the file does not say."""
     talker: TalkerConfig
     predictor: PredictorConfig
     codec: CodecConfig
@@ -299,6 +301,7 @@ class ModelConfig:
         base = root["tts_model_type"] == "base"
         return cls(
             mode=root["tts_model_type"],
+            size=str(root.get("tts_model_size") or ""),
             talker=TalkerConfig.from_dict(talker),
             predictor=PredictorConfig.from_dict(
                 _get(talker, "code_predictor_config", "talker_config", dict)
@@ -343,6 +346,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # NaN fails too
+        raise ValueError(f"{name} is {value}, allowed: {low} to {high}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,8 +415,3 @@ class GenerationParams:
         _check_range("seed", self.seed, 0, 2**64 - 1)
         _check_range("min_frames", self.min_frames, 0, 2**31)
         _check_range("max_frames", self.max_frames, 1, 2**31)
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # NaN fails too
-        raise ValueError(f"{name} is {value}, allowed: {low} to {high}")

@@ -1,0 +1,339 @@
+"""The decoder seam, and its PyTorch backend.
+
+All decode state of a stream lives in a numbered slot: KV cache, position, sampling state, draw
+key and the codes fed back. A backend knows nothing of text, voices, turns or audio:
+
+    prefill(slot, rows, params)      the prompt goes in; the slot is live
+    decode(slots, text_rows)         one frame for each of them -> codes [n, 16]
+    release(slot)                    the slot is free
+
+A row is fed before it is decoded: `prefill` runs all rows but the last, and every `decode`
+runs one row, which is the last prompt row at first and the sum of the 16 code embeddings of
+the previous frame after that, plus the text row that the caller passes. So a stream whose next
+text is late is simply left out of `decode`, and a frame is always talker, then predictor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qwen_megakernel.config import (
+    NUM_CODEBOOKS,
+    NUM_CONTROL_CODES,
+    GenerationParams,
+    PredictorConfig,
+    TalkerConfig,
+    TransformerConfig,
+)
+from qwen_megakernel.model import Attend, Talker, causal_attention, mrope_tables, rope_tables
+from qwen_megakernel.sampling import SamplingBatch, draw, gumbel_noise, process_logits, split_seed
+
+MAX_BATCH = 8
+"""Streams a frame can decode at once, on every backend."""
+
+
+class DecoderBackend(Protocol):
+    """What the engine drives; `TorchBackend` is the specification."""
+
+    num_slots: int
+    max_positions: int
+    """Prompt rows plus frames that a slot can hold."""
+
+    def prefill(self, slot: int, rows: Tensor, params: GenerationParams) -> None:
+        """Start a stream in a free slot.
+
+        Args:
+            slot: 0 .. num_slots - 1.
+            rows: [p, hidden] prompt rows in the model's dtype, 1 <= p < max_positions.
+            params: sampling of talker and predictor, seed, minimum length.
+        """
+
+    def decode(self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Decode one frame of each slot.
+
+        Args:
+            slots: 1 to 8 different live slots.
+            text_rows: [n, hidden], added to the rows fed now; zeros for a slot's first frame.
+            noise: fp32 [n, 16, talker vocabulary] to use instead of the slots' own draws (tests).
+
+        Returns:
+            int64 [n, 16] on the CPU. Where code 0 is EOS the frame is the end, not sound.
+        """
+
+    def release(self, slot: int) -> None:
+        """Free a slot; its next `prefill` sees nothing of this stream."""
+
+
+@dataclass(slots=True)
+class Frame:
+    """All a frame computes, for tests and comparisons; `decode` returns the codes alone."""
+
+    codes: Tensor
+    """int64 [n, 16]."""
+    hidden: Tensor
+    """[n, hidden], the talker's normed hidden row that the predictor starts from."""
+    talker_logits: Tensor
+    """fp32 [n, talker vocabulary], before any processing."""
+    predictor_logits: Tensor
+    """fp32 [n, 15, predictor vocabulary]."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    """The live state of a slot outside the caches."""
+
+    params: GenerationParams
+    position: int
+    """Rows in the KV cache."""
+    frame: int
+    """Frames decoded."""
+    next_row: Tensor
+    """[hidden], what the next frame is fed, less its text row."""
+
+
+class TorchBackend:
+    """Talker and predictor in PyTorch, fp32 or bf16, CPU or CUDA.
+
+    Every matrix product of a frame has exactly MAX_BATCH rows, whatever the number of streams:
+    BLAS libraries take other code paths for other row counts, and a stream's codes must not
+    depend on its company. Attention runs slot by slot over that slot's own length.
+    """
+
+    def __init__(
+        self,
+        talker: Talker,
+        talker_config: TalkerConfig,
+        predictor_config: PredictorConfig,
+        *,
+        num_slots: int = MAX_BATCH,
+        max_positions: int = 3072,
+    ) -> None:
+        if num_slots < 1:
+            raise ValueError(f"num_slots is {num_slots}, allowed: at least 1")
+        if not 2 <= max_positions <= talker_config.max_positions:
+            raise ValueError(
+                f"max_positions is {max_positions}, allowed: 2 to {talker_config.max_positions}"
+            )
+        self.num_slots, self.max_positions = num_slots, max_positions
+        self._talker, self._config, self._predictor_config = talker, talker_config, predictor_config
+        weight = talker.codec_head.weight
+        self._device, self._dtype = weight.device, weight.dtype
+        self._k_cache, self._v_cache = self._caches(talker_config, num_slots, max_positions)
+        self._predictor_caches = self._caches(predictor_config, MAX_BATCH, NUM_CODEBOOKS)
+        axes = torch.arange(max_positions, device=self._device).expand(3, -1)
+        self._cos, self._sin = mrope_tables(talker_config, axes)
+        self._predictor_cos, self._predictor_sin = rope_tables(
+            predictor_config, torch.arange(NUM_CODEBOOKS, device=self._device)
+        )
+        vocab = talker_config.vocab_size
+        self._suppress = torch.zeros(1, vocab, dtype=torch.bool, device=self._device)
+        self._suppress[:, vocab - NUM_CONTROL_CODES :] = True
+        self._suppress[:, talker_config.codec_eos_id] = False
+        self._seen = torch.zeros(num_slots, vocab, dtype=torch.bool, device=self._device)
+        self._streams: dict[int, _Stream] = {}
+
+    def _caches(self, config: TransformerConfig, batch: int, positions: int) -> tuple[Tensor, Tensor]:
+        """K and V, each [layers, batch, kv_heads, positions, head_dim]."""
+        shape = (config.num_layers, batch, config.num_kv_heads, positions, config.head_dim)
+        return (
+            torch.empty(shape, dtype=self._dtype, device=self._device),
+            torch.empty(shape, dtype=self._dtype, device=self._device),
+        )
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, rows: Tensor, params: GenerationParams) -> None:
+        """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
+        if not 0 <= slot < self.num_slots:
+            raise ValueError(f"slot is {slot}, allowed: 0 to {self.num_slots - 1}")
+        if slot in self._streams:
+            raise ValueError(f"slot {slot} is in use")
+        if rows.ndim != 2 or rows.shape[1] != self._config.hidden_size:
+            raise ValueError(f"rows is {list(rows.shape)}, expected [p, {self._config.hidden_size}]")
+        count = rows.shape[0]
+        if not 1 <= count < self.max_positions:
+            raise ValueError(f"the prompt has {count} rows, allowed: 1 to {self.max_positions - 1}")
+        rows = rows.to(self._device, self._dtype)
+        if count > 1:
+            cos, sin = self._cos[None, : count - 1], self._sin[None, : count - 1]
+            self._talker(rows[None, :-1], cos, sin, self._attend_prompt(slot))
+        self._seen[slot] = False
+        self._streams[slot] = _Stream(params, position=count - 1, frame=0, next_row=rows[-1].clone())
+
+    def release(self, slot: int) -> None:
+        """See `DecoderBackend.release`. Raises `ValueError` for a slot that is not live."""
+        if self._streams.pop(slot, None) is None:
+            raise ValueError(f"slot {slot} is not in use")
+
+    def decode(self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None) -> Tensor:
+        """See `DecoderBackend.decode`."""
+        return self.decode_frame(slots, text_rows, noise).codes.cpu()
+
+    @torch.inference_mode()
+    def decode_frame(
+        self,
+        slots: Sequence[int],
+        text_rows: Tensor,
+        noise: Tensor | None = None,
+        forced_codes: Tensor | None = None,
+    ) -> Frame:
+        """`decode` with everything it computes.
+
+        Args:
+            slots, text_rows, noise: see `DecoderBackend.decode`.
+            forced_codes: int64 [n, 16] to take instead of the drawn codes (teacher forcing).
+
+        Raises:
+            ValueError: slots not live, repeated, too many or full.
+        """
+        self._check_slots(slots, text_rows)
+        streams = [self._streams[slot] for slot in slots]
+        n = len(streams)
+        rows = torch.zeros(MAX_BATCH, self._config.hidden_size, dtype=self._dtype, device=self._device)
+        rows[:n] = torch.stack([s.next_row for s in streams]) + text_rows.to(rows)
+        hidden = self._talker_step(slots, streams, rows)
+        talker_logits = self._talker.codec_head(hidden)[:n].float()
+        draws = _Draws(streams, self._device, noise)
+        code0 = self._sample_code0(slots, streams, talker_logits, draws)
+        if forced_codes is not None:
+            code0 = forced_codes[:, 0].to(self._device)
+        codes, predictor_logits = self._predict(hidden, code0, streams, draws, forced_codes)
+        self._advance(slots, streams, codes)
+        return Frame(codes[:n], hidden[:n], talker_logits, predictor_logits)
+
+    def _check_slots(self, slots: Sequence[int], text_rows: Tensor) -> None:
+        if not 1 <= len(slots) <= MAX_BATCH:
+            raise ValueError(f"{len(slots)} slots in a frame, allowed: 1 to {MAX_BATCH}")
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"slots {list(slots)} repeat")
+        for slot in slots:
+            if slot not in self._streams:
+                raise ValueError(f"slot {slot} is not in use")
+            if self._streams[slot].position >= self.max_positions:
+                raise ValueError(f"slot {slot} is full: {self.max_positions} positions")
+        expected = (len(slots), self._config.hidden_size)
+        if tuple(text_rows.shape) != expected:
+            raise ValueError(f"text_rows is {list(text_rows.shape)}, expected {list(expected)}")
+
+    def _attend_prompt(self, slot: int) -> Attend:
+        """Attention of a whole prompt, from position 0."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            self._k_cache[layer, slot, :, : q.shape[1]] = k[0]
+            self._v_cache[layer, slot, :, : q.shape[1]] = v[0]
+            return causal_attention(q, k, v)
+
+        return attend
+
+    def _talker_step(self, slots: Sequence[int], streams: list[_Stream], rows: Tensor) -> Tensor:
+        """Rows [MAX_BATCH, hidden] -> normed hidden states of the same shape."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = torch.zeros_like(q)
+            for i, (slot, stream) in enumerate(zip(slots, streams, strict=True)):
+                self._k_cache[layer, slot, :, stream.position] = k[i, 0]
+                self._v_cache[layer, slot, :, stream.position] = v[i, 0]
+                cache = (slice(slot, slot + 1), slice(None), slice(stream.position + 1))
+                out[i] = causal_attention(
+                    q[i : i + 1], self._k_cache[layer][cache], self._v_cache[layer][cache]
+                )[0]
+            return out
+
+        positions = torch.zeros(MAX_BATCH, dtype=torch.int64, device=self._device)
+        positions[: len(streams)] = torch.tensor([s.position for s in streams])
+        cos, sin = self._cos[positions, None], self._sin[positions, None]
+        return self._talker(rows[:, None], cos, sin, attend)[:, 0]
+
+    def _sample_code0(
+        self, slots: Sequence[int], streams: list[_Stream], logits: Tensor, draws: _Draws
+    ) -> Tensor:
+        """Code 0 of each stream, int64 [n]."""
+        batch = SamplingBatch.gather([s.params.talker for s in streams], logits.shape[-1], self._device)
+        suppress = self._suppress.expand(len(streams), -1).clone()
+        for i, stream in enumerate(streams):
+            if stream.frame < stream.params.min_frames:
+                suppress[i, self._config.codec_eos_id] = True
+        scores = process_logits(logits, batch, self._seen[list(slots)], suppress)
+        return draw(scores, batch.temperature, draws.talker(logits.shape[-1]))
+
+    def _predict(
+        self,
+        hidden: Tensor,
+        code0: Tensor,
+        streams: list[_Stream],
+        draws: _Draws,
+        forced_codes: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Codes int64 [MAX_BATCH, 16] and logits fp32 [n, 15, vocabulary] of the 15 passes."""
+        n, predictor = len(streams), self._talker.code_predictor
+        vocab = self._predictor_config.vocab_size
+        batch = SamplingBatch.gather([s.params.predictor for s in streams], vocab, self._device)
+        noise = draws.predictor(vocab)
+        codes = torch.zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int64, device=self._device)
+        codes[:n, 0] = code0
+        rows = torch.stack([hidden, self._talker.model.codec_embedding(codes[:, 0])], dim=1)
+        position, logits = 0, []
+        for codebook in range(1, NUM_CODEBOOKS):
+            end = position + rows.shape[1]
+            cos, sin = self._predictor_cos[None, position:end], self._predictor_sin[None, position:end]
+            x = predictor(rows, cos, sin, self._attend_predictor(position))
+            logits.append(predictor.lm_head[codebook - 1](x[:, -1])[:n].float())
+            if forced_codes is None:
+                scores = process_logits(logits[-1], batch)
+                codes[:n, codebook] = draw(scores, batch.temperature, noise[:, codebook - 1])
+            else:
+                codes[:n, codebook] = forced_codes[:, codebook].to(self._device)
+            rows = predictor.model.codec_embedding[codebook - 1](codes[:, codebook])[:, None]
+            position = end
+        return codes, torch.stack(logits, dim=1)
+
+    def _attend_predictor(self, position: int) -> Attend:
+        """Attention of the rows at `position` of this frame's predictor sequence."""
+        k_cache, v_cache = self._predictor_caches
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            end = position + q.shape[1]
+            k_cache[layer, :, :, position:end] = k.transpose(1, 2)
+            v_cache[layer, :, :, position:end] = v.transpose(1, 2)
+            return causal_attention(q, k_cache[layer, :, :, :end], v_cache[layer, :, :, :end])
+
+        return attend
+
+    def _advance(self, slots: Sequence[int], streams: list[_Stream], codes: Tensor) -> None:
+        """Count the frame and leave its codes' embeddings for the next one."""
+        # An EOS is not a code of the predictor's tables; the row of an ended stream is not used.
+        rows = self._talker.code_rows(codes)
+        for i, (slot, stream) in enumerate(zip(slots, streams, strict=True)):
+            self._seen[slot, codes[i, 0]] = True
+            stream.next_row = rows[i]
+            stream.position += 1
+            stream.frame += 1
+
+
+class _Draws:
+    """The noise of one frame: counted draws of each stream, or what a test injects."""
+
+    def __init__(self, streams: list[_Stream], device: torch.device, injected: Tensor | None) -> None:
+        self._device, self._injected = device, injected
+        words = [split_seed(s.params.seed) for s in streams]
+        self._seeds = torch.tensor(words, dtype=torch.int64, device=device)
+        self._frames = torch.tensor([s.frame for s in streams], dtype=torch.int64, device=device)
+
+    def talker(self, vocab_size: int) -> Tensor:
+        """fp32 [n, vocabulary] for code 0."""
+        return self._noise(0, 1, vocab_size)[:, 0]
+
+    def predictor(self, vocab_size: int) -> Tensor:
+        """fp32 [n, 15, vocabulary] for codes 1..15."""
+        return self._noise(1, NUM_CODEBOOKS, vocab_size)
+
+    def _noise(self, first: int, end: int, vocab_size: int) -> Tensor:
+        if self._injected is not None:
+            return self._injected[:, first:end, :vocab_size].to(self._device)
+        codebooks = torch.arange(first, end, device=self._device)
+        return gumbel_noise(self._seeds, self._frames, codebooks, vocab_size)

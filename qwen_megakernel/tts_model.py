@@ -1,0 +1,371 @@
+"""`TTSDecoder`: a loaded checkpoint that speaks. The package's front door.
+
+    tts = TTSDecoder.load("Qwen/Qwen3-TTS-12Hz-0.6B-Base")
+    tts.add_voice("anna", tts.clone_voice(Path("anna.wav").read_bytes()))
+    for chunk in tts.stream("Hello there.", voice="anna"):   # float32 [n], 24 kHz
+        play(chunk)
+
+Whole text, live text and many turns at once are the same thing, a `Turn`; `stream` and
+`synthesize` are it with a queue around.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+
+from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, load_tokenizer, resolve
+from qwen_megakernel.codec import CodecDecoder, CodecStream
+from qwen_megakernel.config import SAMPLE_RATE, GenerationParams, Guards, SamplingParams
+from qwen_megakernel.decoder import MAX_BATCH, TorchBackend
+from qwen_megakernel.engine import Engine, TurnRequest
+from qwen_megakernel.model import Talker
+from qwen_megakernel.prompt import PromptBuilder
+from qwen_megakernel.speaker import SpeakerEncoder
+from qwen_megakernel.turn import Audio, Finished, RequestError, Sink, Turn, TurnEvent
+from qwen_megakernel.voice import CodecEncoder, Voice, VoiceCloner, load_voices, voice_name_ok
+
+BackendName = Literal["auto", "torch", "megakernel"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Progress = Callable[[str], None]
+
+_WARM_UP_TEXT = "Hello there."
+_WARM_UP_FRAMES = 4
+
+
+class SynthesisError(RuntimeError):
+    """A turn that ended as an error; the message says why."""
+
+
+def choose_backend(name: str, device: torch.device) -> str:
+    """The backend to run.
+
+    Raises:
+        CheckpointError: a backend that this version lacks, or a name that is none.
+    """
+    if name == "megakernel":
+        raise CheckpointError(
+            "backend megakernel is not in this version yet: use --backend auto or --backend torch"
+        )
+    if name not in ("auto", "torch"):
+        raise CheckpointError(f"backend is {name!r}, allowed: auto, torch, megakernel")
+    return "torch"
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA GPU, else the CPU. Raises `CheckpointError`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CheckpointError(f"device is {name!r}, allowed: auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError(f"device is {name!r}, but torch finds no CUDA GPU; see `doctor`")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on a GPU and fp32 on a CPU. Raises `CheckpointError`."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype is {name!r}, allowed: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+class TTSDecoder:
+    """A checkpoint on a device, its voices, and the engine that runs its turns.
+
+    Thread-safe. Make one with `load`; `close` it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        backend: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_slots: int,
+        max_positions: int,
+        name: str,
+        progress: Progress,
+    ) -> None:
+        config = checkpoint.config
+        self.config = config
+        self.sample_rate = SAMPLE_RATE
+        self.languages = config.talker.languages
+        """Names for `language`, `auto` first."""
+        self.voices: dict[str, Voice] = {}
+        self.default_voice: str | None = None
+        """The voice of a request that names none; None is the model's own choice."""
+
+        with torch.device("meta"):
+            talker, codec = Talker(config.talker, config.predictor), CodecDecoder(config.codec)
+        checkpoint.verify()
+        progress("loading the talker and the code predictor")
+        checkpoint.load("talker.", talker, dtype=dtype, device=device)
+        progress("loading the codec")
+        checkpoint.load("decoder.", codec, dtype=dtype, device=device)
+        self._checkpoint, self._device = checkpoint, device
+        self._cloner: VoiceCloner | None = None
+        for speaker in config.talker.speaker_ids:
+            self.add_voice(speaker, Voice.preset(speaker))
+        self._designed = Voice.designed()
+        self._prompts = PromptBuilder(
+            talker, config, load_tokenizer(checkpoint.folder).backend_tokenizer
+        )
+        self._engine = Engine(
+            TorchBackend(
+                talker,
+                config.talker,
+                config.predictor,
+                num_slots=num_slots,
+                max_positions=min(max_positions, config.talker.max_positions),
+            ),
+            CodecStream(codec, num_slots),
+            self._prompts,
+            eos_id=config.talker.codec_eos_id,
+        )
+        self.description = {
+            "model": name,
+            "mode": config.mode,
+            "backend": backend,
+            "device": _device_name(device),
+            "dtype": next(k for k, v in DTYPES.items() if v == dtype),
+        }
+        """What runs where, for banners and reports."""
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        backend: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        num_slots: int = 2 * MAX_BATCH,
+        max_positions: int = 3072,
+        revision: str | None = None,
+        offline: bool = False,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Load a checkpoint.
+
+        Args:
+            model: a local folder or a Hugging Face id.
+            backend: `auto`, `torch` or `megakernel`.
+            device: `auto`, `cpu`, `cuda`, `cuda:N`.
+            dtype: `auto`, `bf16`, `fp32`.
+            num_slots: turns that can speak at a time; up to 8 of them share a frame.
+            max_positions: prompt rows plus frames of one turn (12.5 frames a second).
+            revision: commit of a Hugging Face id.
+            offline: use only what is in the cache.
+            progress: told what is being done, a line each.
+
+        Raises:
+            CheckpointError: one line that names what is missing or wrong.
+        """
+        report = progress or (lambda line: None)
+        chosen = choose_device(device)
+        running = choose_backend(backend, chosen)
+        precision = choose_dtype(dtype, chosen)
+        if num_slots < 1:
+            raise CheckpointError(f"num_slots is {num_slots}, allowed: at least 1")
+        report(f"opening {model}")
+        checkpoint = Checkpoint(resolve(model, revision=revision, offline=offline))
+        return cls(
+            checkpoint,
+            backend=running,
+            device=chosen,
+            dtype=precision,
+            num_slots=num_slots,
+            max_positions=max_positions,
+            name=str(model),
+            progress=report,
+        )
+
+    # -- voices -----------------------------------------------------------------------------
+
+    def clone_voice(self, data: bytes, ref_text: str | None = None) -> Voice:
+        """A voice from the bytes of a WAV or FLAC file of 1 to 30 s.
+
+        Args:
+            data: the file's content.
+            ref_text: what is said in it: ICL mode. Without it, the speaker embedding alone.
+
+        Raises:
+            VoiceError: audio that cannot be used; RequestError: a checkpoint that cannot clone.
+        """
+        return self._voice_cloner().clone(data, ref_text)
+
+    def load_voices(self, folder: Path) -> None:
+        """Add every voice of an operator's folder (see `voice.load_voices`)."""
+        for name, voice in load_voices(folder, self._voice_cloner()).items():
+            self.add_voice(name, voice)
+
+    def add_voice(self, name: str, voice: Voice) -> None:
+        """Make a voice available by name; the first becomes the default.
+
+        Raises:
+            ValueError: a name other than letters, digits, `-` and `_`.
+        """
+        if not voice_name_ok(name):
+            raise ValueError(f"voice name {name!r}, allowed: letters, digits, - and _, up to 64")
+        self.voices = {**self.voices, name: voice}
+        self.default_voice = self.default_voice or name
+
+    def _voice_cloner(self) -> VoiceCloner:
+        """Loaded at the first use: a server with ready-made voices never needs it."""
+        if self._cloner is None:
+            if self.config.speaker_encoder is None:
+                raise RequestError(
+                    "unsupported", f"a {self.config.mode} checkpoint cannot clone voices, only base can"
+                )
+            with torch.device("meta"):
+                speaker = SpeakerEncoder(self.config.speaker_encoder)
+                codec = CodecEncoder(self.config.codec_encoder)
+            # In fp32: they run once a voice, and what they make is kept.
+            for prefix, module in (("speaker_encoder.", speaker), ("encoder.", codec)):
+                self._checkpoint.load(prefix, module, dtype=torch.float32, device=self._device)
+            self._cloner = VoiceCloner(speaker, codec)
+        return self._cloner
+
+    def _find_voice(self, voice: str | Voice | None) -> Voice:
+        if isinstance(voice, Voice):
+            return voice
+        name = voice or self.default_voice
+        if name is None:
+            return self._designed
+        if name not in self.voices:
+            known = ", ".join(list(self.voices)[:10]) or "none"
+            raise RequestError("unknown_voice", f"voice {name[:64]!r} is unknown; known: {known}")
+        return self.voices[name]
+
+    # -- speech -----------------------------------------------------------------------------
+
+    def open_turn(
+        self,
+        text: str = "",
+        *,
+        sink: Sink,
+        ended: bool = False,
+        voice: str | Voice | None = None,
+        language: str = "auto",
+        instruct: str | None = None,
+        streaming: bool | None = None,
+        params: GenerationParams | None = None,
+        chunk_frames: int | None = None,
+        max_lead_s: float | None = None,
+    ) -> Turn:
+        """Begin a turn whose events go to `sink`, on the engine's thread.
+
+        Args:
+            text: the first text; `Turn.append` adds more.
+            sink: takes `Started`, `Audio` ..., `Finished`; must return at once.
+            ended: whether the text is complete.
+            voice: a name of `voices`, a `Voice`, or None for the default.
+            language: one of `languages`, in any case.
+            instruct: how to speak (VoiceDesign and 1.7B CustomVoice checkpoints).
+            streaming: text layout; None is the checkpoint's own. Live text starts early only
+                in the streaming layout.
+            params: sampling, seed and limits; None is the default with a random seed.
+            chunk_frames: 80 ms frames a chunk; None is a ramp that begins with one.
+            max_lead_s: how far ahead of playback to run; None is as fast as possible.
+
+        Raises:
+            RequestError: what cannot be served; see its `code`.
+        """
+        request = TurnRequest(
+            voice=self._find_voice(voice),
+            language=language,
+            instruct=instruct,
+            streaming=streaming,
+            params=params or GenerationParams(seed=secrets.randbits(64)),
+            chunk_frames=chunk_frames,
+            max_lead_s=max_lead_s,
+        )
+        return self._engine.open_turn(request, sink, text, end=ended)
+
+    def stream(
+        self, text: str, voice: str | Voice | None = None, **options: Any
+    ) -> Iterator[np.ndarray]:
+        """Speak a text: float32 chunks [n] at 24 kHz, as they are made.
+
+        Closing the iterator cancels the turn. Options are those of `open_turn`.
+
+        Raises:
+            RequestError: at once, for what cannot be served.
+            SynthesisError: from the iterator, when the turn fails.
+        """
+        events: queue.SimpleQueue[TurnEvent] = queue.SimpleQueue()
+        turn = self.open_turn(text, voice=voice, sink=events.put, ended=True, **options)
+        return _chunks(turn, events)
+
+    def synthesize(self, text: str, voice: str | Voice | None = None, **options: Any) -> np.ndarray:
+        """The stream joined: float32 [samples] at 24 kHz."""
+        chunks = list(self.stream(text, voice, **options))
+        return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.float32)
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Speak a few frames with every voice, so that the first client does not pay for it."""
+        params = GenerationParams(max_frames=_WARM_UP_FRAMES)
+        for name in self.voices or {"": None}:
+            if progress:
+                progress(f"warming up{f': voice {name}' if name else ''}")
+            self.synthesize(_WARM_UP_TEXT, name or None, params=params)
+
+    # -- life -------------------------------------------------------------------------------
+
+    @property
+    def num_active(self) -> int:
+        """Turns that hold a slot."""
+        return self._engine.num_speaking
+
+    @property
+    def num_waiting(self) -> int:
+        """Turns that wait for a slot or for their first text."""
+        return self._engine.num_waiting
+
+    @property
+    def error(self) -> Exception | None:
+        """What killed the engine; a decoder with an error serves nothing more."""
+        return self._engine.error
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """End all turns (after up to `drain_s` seconds of grace) and the engine's thread."""
+        self._engine.close(drain_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _chunks(turn: Turn, events: queue.SimpleQueue[TurnEvent]) -> Iterator[np.ndarray]:
+    try:
+        while True:
+            event = events.get()
+            if isinstance(event, Audio):
+                yield event.samples
+            elif isinstance(event, Finished):
+                if event.reason == "error":
+                    raise SynthesisError(event.error)
+                return
+    finally:
+        turn.cancel()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+__all__ = ["Guards", "SamplingParams", "SynthesisError", "TTSDecoder"]

@@ -1,0 +1,178 @@
+"""A turn: one utterance as everything above the engine sees it.
+
+Text goes in by `append`, `flush`, `end`; events come out of the `sink`; `cancel` stops it at
+the next frame. Every wire dialect, `TTSDecoder.stream` and the tests are thin layers over this.
+Thread-safe; no torch, no asyncio.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from qwen_megakernel.config import SAMPLE_RATE
+
+FinishReason = Literal["stop", "length", "repeat", "silence", "cancelled", "error"]
+ErrorCode = Literal[
+    "bad_request", "unknown_voice", "unknown_language", "text_too_long", "overloaded", "unsupported",
+    "internal",
+]  # fmt: skip
+
+
+class RequestError(ValueError):
+    """A request that cannot be served: one line that says what was given and what is allowed."""
+
+    def __init__(self, code: ErrorCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The turn has left the queue and holds a slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audio:
+    """A chunk of speech, handed out as soon as it exists."""
+
+    samples: np.ndarray
+    """float32 [n] in [-1, 1], 24 kHz mono; n is a multiple of 1920."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of every turn; no audio follows it."""
+
+    reason: FinishReason
+    num_frames: int
+    num_samples: int
+    ttfc_s: float | None
+    """First text accepted -> first chunk handed out; None when there was none."""
+    generation_s: float
+    """First text accepted -> end, less the time in which the turn waited for text or was ahead."""
+    error: str | None = None
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of audio handed out."""
+        return self.num_samples / SAMPLE_RATE
+
+    @property
+    def rtf(self) -> float | None:
+        """Real-time factor: generation over duration, lower is better; None without audio."""
+        return self.generation_s / self.duration_s if self.num_samples else None
+
+
+TurnEvent = Started | Audio | Finished
+Sink = Callable[[TurnEvent], None]
+"""Takes a turn's events, in order, on the engine's thread: it must hand over, not work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """More text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Commit text that was held back because a longer text could tokenise differently."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """No more text."""
+
+
+TextCommand = Append | Flush | End
+
+
+class Turn:
+    """Handle of one utterance, made by `Engine.open_turn`.
+
+    `append`, `flush`, `end` and `cancel` may be called from any thread and never block on
+    decoding. `take_commands` and `mark_finished` are the engine's side.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._commands: deque[TextCommand] = deque()
+        self._ended = False
+        self._cancelled = False
+        self._finished = False
+        self.first_text_at: float | None = None
+        """`time.monotonic()` of the first text: where the turn's clocks start."""
+
+    def append(self, text: str) -> None:
+        """Add text after what was given so far.
+
+        Raises:
+            RequestError: after `end`, or for text that is not Unicode (lone surrogates).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError("bad_request", "the text has lone surrogates: not Unicode") from None
+        self._command(Append(text))
+
+    def flush(self) -> None:
+        """Speak what is held back at an unstable boundary (see `prompt.TextFeed`)."""
+        self._command(Flush())
+
+    def end(self) -> None:
+        """Say that the text is complete. A second call does nothing."""
+        with self._lock:
+            if self._ended:
+                return
+        self._command(End())
+
+    def cancel(self) -> None:
+        """Stop at the next frame; `Finished("cancelled")` follows. May be called at any time."""
+        self._cancelled = True
+        self._wake()
+
+    @property
+    def ended(self) -> bool:
+        """Whether `end` was called."""
+        return self._ended
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last event was handed out."""
+        return self._finished
+
+    def _command(self, command: TextCommand) -> None:
+        with self._lock:
+            if self._ended:
+                raise RequestError("bad_request", "text after the end of the turn")
+            if isinstance(command, End):
+                self._ended = True
+            elif isinstance(command, Append) and self.first_text_at is None:
+                self.first_text_at = time.monotonic()
+            self._commands.append(command)
+        self._wake()
+
+    def take_commands(self) -> list[TextCommand]:
+        """Everything said since the last call, in order."""
+        with self._lock:
+            commands = list(self._commands)
+            self._commands.clear()
+        return commands
+
+    def mark_finished(self) -> None:
+        """Called by the engine with the last event."""
+        self._finished = True

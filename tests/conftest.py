@@ -1,0 +1,76 @@
+"""What several test files share: random checkpoints, a recording, a running server."""
+
+from __future__ import annotations
+
+import os
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+
+# One thread a process: several processes of threads that spin for two cores crawl.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+from live_server import LiveServer
+
+from qwen_megakernel.synth_checkpoint import write_checkpoint
+
+
+def _write(factory: pytest.TempPathFactory, shape: str, mode: str) -> Path:
+    folder = factory.mktemp(f"{shape}_{mode}".replace(".", "_")) / "checkpoint"
+    write_checkpoint(folder, shape=shape, mode=mode)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny Base checkpoint (29 MB, 0.3 s to write): x-vector and in-context cloning."""
+    return _write(tmp_path_factory, "tiny", "base")
+
+
+@pytest.fixture(scope="session")
+def tiny_custom_voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny CustomVoice checkpoint: nine preset speakers, two with a dialect."""
+    return _write(tmp_path_factory, "tiny", "custom_voice")
+
+
+@pytest.fixture(scope="session")
+def tiny_voice_design(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny VoiceDesign checkpoint: the voice comes from an instruction."""
+    return _write(tmp_path_factory, "tiny", "voice_design")
+
+
+@pytest.fixture(scope="session")
+def tiny_base_1_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny Base checkpoint whose talker is wider than its predictor, as 1.7B's is."""
+    return _write(tmp_path_factory, "tiny-1.7b", "base")
+
+
+@pytest.fixture(scope="session")
+def base_0_6b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The true 0.6B Base shape (2.5 GB, tens of seconds to write): for tests marked `slow`."""
+    return _write(tmp_path_factory, "0.6b", "base")
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seconds of a buzz with vowel-like ups and downs, 24 kHz WAV."""
+    seconds = np.arange(2 * 24_000) / 24_000
+    buzz = sum(np.sin(2 * np.pi * 120 * k * seconds) / k for k in range(1, 20))
+    samples = 0.2 * buzz * (0.6 + 0.4 * np.sin(2 * np.pi * 3 * seconds))
+    path = tmp_path_factory.mktemp("recording") / "buzz.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 24_000, 0, "NONE", ""))
+        file.writeframes((np.clip(samples, -1, 1) * 32_767).astype("<i2").tobytes())
+    return path
+
+
+@pytest.fixture(scope="session")
+def live_server(tiny_base: Path, recording: Path) -> Iterator[LiveServer]:
+    """One server for all tests that leave it as they found it."""
+    server = LiveServer("--model", str(tiny_base), "--speaker-ref", str(recording))
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.kill()
