@@ -224,6 +224,7 @@ class Engine:
         self._wake = threading.Event()
         self._open_lock = threading.Lock()  # no turn slips in once the engine has failed or closed
         self._closing = False
+        self._cancel_all = False
         self.error: Exception | None = None
         """What killed the engine; it serves no turn after that."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -255,23 +256,25 @@ class Engine:
         if end and not text.strip():
             raise RequestError("bad_request", "the text is empty")
         if request.chunk_frames is not None and request.chunk_frames < 1:
-            raise RequestError(
-                "bad_request", f"chunk of {request.chunk_frames} frames, allowed: 1 or more"
-            )
+            raise RequestError("bad_request", f"chunk_frames is {request.chunk_frames}, allowed: 1 up")
+        turn = Turn(self._wake.set)
+        if text:
+            turn.append(text)
+        if end:
+            turn.end()
+        with self._open_lock:
+            self._check_open()
+            self._opened.append((turn, request, sink))
+        self._wake.set()
+        return turn
+
+    def _check_open(self) -> None:
         if self.error is not None:
             raise RequestError("internal", _DECODER_FAILED)
         if self._closing:
             raise RequestError("overloaded", "shutting down")
         if self.num_waiting >= self._max_waiting:
             raise RequestError("overloaded", f"{self._max_waiting} turns are waiting already")
-        turn = Turn(self._wake.set)
-        if text:
-            turn.append(text)
-        if end:
-            turn.end()
-        self._opened.append((turn, request, sink))
-        self._wake.set()
-        return turn
 
     def close(self, drain_s: float = 0.0) -> None:
         """Let running turns speak on for `drain_s`, cancel the rest, and end the thread."""
@@ -280,8 +283,7 @@ class Engine:
         deadline = time.monotonic() + drain_s
         while time.monotonic() < deadline and (self.num_waiting or self.num_speaking):
             time.sleep(0.01)
-        for active in [*self._waiting, *self._speaking]:
-            active.turn.cancel()
+        self._cancel_all = True
         self._wake.set()
         self._thread.join()
 
@@ -289,9 +291,11 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while not (self._closing and not self.num_waiting and not self.num_speaking):
+            while True:
                 self._wake.clear()
                 worked = self._tick()
+                if self._closing and not self.num_waiting and not self.num_speaking:
+                    return
                 if not worked:
                     self._wake.wait(self._idle_timeout())
         except Exception as error:
@@ -314,15 +318,24 @@ class Engine:
     def _take_opened(self) -> None:
         while self._opened:
             turn, request, sink = self._opened.popleft()
-            prompt = self._prompts.open(
-                request.voice, request.language, instruct=request.instruct, streaming=request.streaming
-            )
+            try:
+                prompt = self._prompts.open(
+                    request.voice,
+                    request.language,
+                    instruct=request.instruct,
+                    streaming=request.streaming,
+                )
+            except Exception:
+                log.exception("a turn's prompt could not be made")
+                turn.mark_finished()
+                sink(Finished("error", 0, 0, None, 0.0, "the prompt could not be made"))
+                continue
             self._waiting.append(_Active(turn, request, prompt, sink))
 
     def _listen(self, active: _Active) -> None:
         """Take a turn's text and cancel; end it where that ends it."""
         now = time.monotonic()
-        if active.turn.cancelled:
+        if active.turn.cancelled or self._cancel_all:
             self._finish(active, "cancelled")
             return
         try:

@@ -1,0 +1,444 @@
+"""Turns on the real engine and a real (tiny, random) checkpoint: live text, cancel, order, ends."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
+from qwen_megakernel.config import HOP, Guards
+from qwen_megakernel.engine import CHUNK_RAMP, _RunawayGuard
+from qwen_megakernel.tts_model import SynthesisError
+from qwen_megakernel.turn import Append, Audio, End, Finished, RequestError, Started
+
+TEXT = "Hello there, how are you doing today? It is fine weather."
+PARAMS = GenerationParams(seed=11, max_frames=30)
+LONG = GenerationParams(seed=3, max_frames=2000, guards=Guards(frames_per_token=0))
+
+
+@pytest.fixture(scope="module")
+def tts(tiny_base):
+    with TTSDecoder.load(tiny_base, num_slots=4) as loaded:
+        yield loaded
+
+
+class Listener:
+    """A sink that keeps all events and when they came."""
+
+    def __init__(self) -> None:
+        self.events: list = []
+        self.times: list[float] = []
+        self._done = threading.Event()
+
+    def __call__(self, event) -> None:
+        self.events.append(event)
+        self.times.append(time.monotonic())
+        if isinstance(event, Finished):
+            self._done.set()
+
+    def wait(self, limit_s: float = 60.0) -> Finished:
+        assert self._done.wait(limit_s), "the turn did not finish"
+        return self.events[-1]
+
+    def wait_for_audio(self, limit_s: float = 30.0) -> None:
+        deadline = time.monotonic() + limit_s
+        while not any(isinstance(e, Audio) for e in self.events):
+            assert time.monotonic() < deadline, "no audio came"
+            time.sleep(0.002)
+
+    @property
+    def samples(self) -> np.ndarray:
+        chunks = [e.samples for e in self.events if isinstance(e, Audio)]
+        return np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
+
+
+def speak(tts, text=TEXT, **options) -> Listener:
+    listener = Listener()
+    options.setdefault("params", PARAMS)
+    tts.open_turn(text, sink=listener, ended=True, **options)
+    listener.wait()
+    return listener
+
+
+def wait_idle(tts) -> None:
+    deadline = time.monotonic() + 10
+    while (tts.num_active or tts.num_waiting) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert tts.num_active == tts.num_waiting == 0
+
+
+def test_events_come_in_order_and_add_up(tts):
+    listener = speak(tts)
+    assert isinstance(listener.events[0], Started)
+    finished = listener.events[-1]
+    assert [isinstance(e, Audio) for e in listener.events[1:-1]] == [True] * (len(listener.events) - 2)
+    assert finished.reason == "length"
+    assert finished.num_frames == 30
+    assert finished.num_samples == len(listener.samples) == 30 * HOP
+    assert finished.duration_s == pytest.approx(30 * 0.08)
+    assert 0 < finished.ttfc_s < finished.generation_s
+    assert finished.rtf == pytest.approx(finished.generation_s / 2.4)
+    assert np.abs(listener.samples).max() <= 1.0
+    assert listener.samples.std() > 1e-3, "silence would make every comparison below true"
+
+
+def test_chunks_begin_small(tts):
+    sizes = [len(e.samples) // HOP for e in speak(tts).events if isinstance(e, Audio)]
+    assert tuple(sizes[: len(CHUNK_RAMP)]) == CHUNK_RAMP
+    assert sum(sizes) == 30
+    fixed = [len(e.samples) // HOP for e in speak(tts, chunk_frames=7).events if isinstance(e, Audio)]
+    assert fixed == [7, 7, 7, 7, 2]
+
+
+def test_same_seed_same_sound_and_another_seed_another(tts):
+    first = speak(tts).samples
+    assert np.array_equal(speak(tts).samples, first)
+    other = speak(tts, params=GenerationParams(seed=12, max_frames=30)).samples
+    assert not np.array_equal(other, first)
+
+
+def test_sound_does_not_depend_on_chunks_or_company(tts):
+    alone = speak(tts).samples
+    listeners = [Listener() for _ in range(6)]  # more than slots
+    for i, listener in enumerate(listeners):
+        params = GenerationParams(seed=11 if i in (0, 5) else i, max_frames=30)
+        tts.open_turn(TEXT, sink=listener, ended=True, params=params, chunk_frames=1 + i)
+    for listener in listeners:
+        assert listener.wait().reason == "length"
+    for i in (0, 5):
+        np.testing.assert_allclose(listeners[i].samples, alone, atol=1e-5)
+    assert np.abs(listeners[1].samples - alone).max() > 1e-2
+
+
+def test_stream_joined_is_synthesize(tts):
+    chunks = list(tts.stream(TEXT, params=PARAMS))
+    assert len(chunks) > 3
+    assert np.array_equal(np.concatenate(chunks), tts.synthesize(TEXT, params=PARAMS))
+
+
+@pytest.mark.parametrize("pieces", [list(TEXT), TEXT.split(" ")], ids=["characters", "words"])
+def test_live_text_speaks_as_the_whole_text(tts, pieces):
+    if len(pieces) < 20:
+        pieces = [piece + " " for piece in pieces]
+    whole, listener = speak(tts).samples, Listener()
+    turn = tts.open_turn(sink=listener, params=PARAMS)
+    for piece in pieces:
+        turn.append(piece)
+        time.sleep(0.003)
+    turn.end()
+    assert listener.wait().reason == "length"
+    np.testing.assert_allclose(listener.samples, whole, atol=1e-5)
+
+
+def test_late_text_stalls_its_turn_and_nothing_else(tts):
+    whole, late = speak(tts).samples, Listener()
+    turn = tts.open_turn(TEXT[:30], sink=late, params=PARAMS)
+    late.wait_for_audio()
+    time.sleep(0.6)
+    stalled_at = len(late.samples)
+    assert stalled_at < len(whole) // 2, "frames were decoded without text"
+    other = speak(tts, params=GenerationParams(seed=5, max_frames=10))
+    assert other.events[-1].num_frames == 10
+    time.sleep(0.1)
+    assert len(late.samples) == stalled_at, "the stalled turn went on without text"
+    turn.append(TEXT[30:])
+    turn.end()
+    finished = late.wait()
+    np.testing.assert_allclose(late.samples, whole, atol=1e-5)
+    assert finished.generation_s < late.times[-1] - late.times[0] - 0.5, "waiting is not generation"
+
+
+def test_what_is_decoded_is_not_held_back_while_text_is_late(tts):
+    listener = Listener()
+    turn = tts.open_turn(TEXT[:40], sink=listener, params=PARAMS, chunk_frames=64)
+    listener.wait_for_audio()
+    turn.cancel()
+    listener.wait()
+
+
+def test_turns_without_text_hold_no_slot(tts):
+    silent = [tts.open_turn(sink=Listener(), params=PARAMS) for _ in range(8)]
+    assert speak(tts, params=GenerationParams(max_frames=3)).events[-1].num_frames == 3
+    assert tts.num_active == 0
+    for turn in silent:
+        turn.cancel()
+    wait_idle(tts)
+
+
+def test_text_that_ends_empty_finishes_with_nothing(tts):
+    listener = Listener()
+    turn = tts.open_turn(sink=listener)
+    turn.append("   ")
+    turn.end()
+    finished = listener.wait()
+    assert (finished.reason, finished.num_frames, finished.ttfc_s, finished.rtf) == (
+        "stop",
+        0,
+        None,
+        None,
+    )
+
+
+def test_flush_speaks_the_word_that_may_still_grow(tts):
+    listener = Listener()
+    turn = tts.open_turn("Hello", sink=listener, params=PARAMS)
+    time.sleep(0.2)
+    assert not listener.events, "an unstable word must wait"
+    turn.flush()
+    listener.wait_for_audio()
+    turn.cancel()
+    assert listener.wait().reason == "cancelled"
+
+
+def test_cancel_stops_within_a_frame_and_nothing_is_heard_after(tts):
+    backend = tts._engine._backend
+    frames: list[float] = []
+    original = backend.decode
+
+    def counting(slots, text_rows, noise=None):
+        frames.append(time.monotonic())
+        return original(slots, text_rows, noise)
+
+    backend.decode = counting
+    try:
+        for _ in range(5):
+            frames.clear()
+            listener = Listener()
+            turn = tts.open_turn(TEXT, sink=listener, ended=True, params=LONG)
+            listener.wait_for_audio()
+            cancelled_at = time.monotonic()
+            turn.cancel()
+            assert listener.wait(5).reason == "cancelled"
+            finished_at = listener.times[-1]
+            assert sum(t > cancelled_at for t in frames) <= 1
+            time.sleep(0.1)
+            assert isinstance(listener.events[-1], Finished)
+            assert listener.times[-1] == finished_at
+    finally:
+        backend.decode = original
+    wait_idle(tts)
+
+
+def test_closing_the_iterator_cancels(tts):
+    stream = tts.stream(TEXT, params=LONG)
+    next(stream)
+    stream.close()
+    wait_idle(tts)
+
+
+def test_a_second_turn_is_heard_while_the_first_speaks(tts):
+    first, second = Listener(), Listener()
+    turn = tts.open_turn(TEXT, sink=first, ended=True, params=LONG)
+    first.wait_for_audio()
+    tts.open_turn(TEXT, sink=second, ended=True, params=GenerationParams(max_frames=12))
+    assert second.wait().num_frames == 12
+    assert not turn.finished
+    during = [t for t in first.times if second.times[0] < t < second.times[-1]]
+    assert len(during) >= 2, "the first turn stood still for the second"
+    turn.cancel()
+    first.wait()
+
+
+def test_the_turn_that_runs_out_first_goes_first(tts):
+    """With more turns than a frame takes, a turn without audio is not kept waiting by the others."""
+    with TTSDecoder.load(tts._checkpoint.folder, num_slots=12) as many:
+        crowd = [Listener() for _ in range(10)]
+        turns = [many.open_turn(TEXT, sink=one, ended=True, params=LONG) for one in crowd]
+        for listener in crowd:
+            listener.wait_for_audio()
+        counts = [len(one.samples) // HOP for one in crowd]
+        time.sleep(1.5)
+        gained = [len(one.samples) // HOP - n for one, n in zip(crowd, counts, strict=True)]
+        for turn in turns:
+            turn.cancel()
+        assert min(gained) > 0
+        assert max(gained) <= min(gained) + 2 * max(CHUNK_RAMP), gained
+
+
+def test_a_lead_is_kept(tts):
+    listener = Listener()
+    started = time.monotonic()
+    turn = tts.open_turn(TEXT, sink=listener, ended=True, params=LONG, max_lead_s=0.4)
+    listener.wait_for_audio()
+    time.sleep(2.0)
+    turn.cancel()
+    listener.wait()
+    elapsed = time.monotonic() - started
+    assert len(listener.samples) / 24_000 <= elapsed + 0.4 + 0.08 * max(CHUNK_RAMP)
+
+
+def test_live_text_that_never_comes_ends_as_an_error(tiny_base):
+    with TTSDecoder.load(tiny_base, num_slots=1) as tts:
+        tts._engine._max_text_wait_s = 0.3
+        for text in ("", "Hello there, how"):
+            listener = Listener()
+            tts.open_turn(text, sink=listener, params=PARAMS)
+            finished = listener.wait(10)
+            assert (finished.reason, finished.error) == ("error", "no text for 0.3 s")
+
+
+@pytest.mark.parametrize(
+    ("code", "options"),
+    [
+        ("bad_request", {"text": "  "}),
+        ("bad_request", {"text": "a\ud800b"}),
+        ("bad_request", {"text": "a", "chunk_frames": 0}),
+        ("unknown_voice", {"text": "a", "voice": "../../etc/passwd"}),
+        ("unknown_language", {"text": "a", "language": "klingon"}),
+        ("unsupported", {"text": "a", "instruct": "happily"}),
+    ],
+)
+def test_bad_requests_raise_at_once(tts, code, options):
+    with pytest.raises(RequestError) as caught:
+        tts.open_turn(sink=Listener(), ended=True, **options)
+    assert caught.value.code == code
+    assert "\n" not in str(caught.value)
+
+
+def test_text_after_the_end_is_refused(tts):
+    turn = tts.open_turn("Hello there.", sink=Listener(), ended=True, params=PARAMS)
+    with pytest.raises(RequestError, match="after the end"):
+        turn.append("more")
+    turn.end()
+    turn.cancel()
+
+
+def test_too_many_waiting_turns_are_refused(tts):
+    waiting = [tts.open_turn(sink=Listener()) for _ in range(64)]
+    with pytest.raises(RequestError, match="64 turns are waiting") as caught:
+        tts.open_turn(sink=Listener())
+    assert caught.value.code == "overloaded"
+    for turn in waiting:
+        turn.cancel()
+    wait_idle(tts)
+
+
+def test_prompt_beyond_the_slot_is_an_error_not_a_crash(tiny_base):
+    with TTSDecoder.load(tiny_base, num_slots=1, max_positions=16) as tts:
+        listener = Listener()
+        tts.open_turn(TEXT, sink=listener, ended=True, streaming=False)
+        assert "too long" in listener.wait().error
+        listener = Listener()
+        tts.open_turn(TEXT, sink=listener, ended=True)
+        assert listener.wait().reason == "length"
+
+
+def test_a_sink_that_raises_loses_its_turn_only(tts):
+    def broken(event):
+        raise RuntimeError("broken sink")
+
+    tts.open_turn(TEXT, sink=broken, ended=True, params=LONG)
+    assert speak(tts, params=GenerationParams(max_frames=5)).events[-1].num_frames == 5
+    wait_idle(tts)
+
+
+def test_a_dead_decoder_tells_every_turn_and_takes_no_more(tiny_base):
+    with TTSDecoder.load(tiny_base, num_slots=2) as tts:
+        listeners = [Listener() for _ in range(3)]
+        for listener in listeners:
+            tts.open_turn(TEXT, sink=listener, ended=True, params=LONG)
+        listeners[0].wait_for_audio()
+
+        def fail(*_):
+            raise RuntimeError("device lost")
+
+        tts._engine._backend.decode = fail
+        for listener in listeners:
+            finished = listener.wait()
+            assert finished.reason == "error"
+            assert finished.error == "the decoder has failed; the process must be restarted"
+        assert isinstance(tts.error, RuntimeError)
+        with pytest.raises(RequestError, match="must be restarted"):
+            tts.open_turn(TEXT, sink=Listener(), ended=True)
+        with pytest.raises(RequestError):
+            list(tts.stream(TEXT))
+
+
+def test_a_turn_that_fails_raises_from_the_stream(tiny_base):
+    with TTSDecoder.load(tiny_base, num_slots=1, max_positions=16) as tts, pytest.raises(SynthesisError):
+        tts.synthesize(TEXT, streaming=False)
+
+
+def test_close_lets_turns_end_and_then_cancels(tiny_base):
+    tts = TTSDecoder.load(tiny_base, num_slots=2)
+    short, endless = Listener(), Listener()
+    tts.open_turn(TEXT, sink=short, ended=True, params=GenerationParams(max_frames=8))
+    tts.open_turn(TEXT, sink=endless, ended=True, params=LONG)
+    tts.close(drain_s=2.0)
+    assert short.wait(1).reason == "length"
+    assert endless.wait(1).reason == "cancelled"
+    with pytest.raises(RequestError, match="shutting down"):
+        tts.open_turn(TEXT, sink=Listener(), ended=True)
+
+
+@contextmanager
+def always_says(tts, code: int) -> Iterator[None]:
+    """Random weights hardly ever say one code for long, so the head is tilted towards it."""
+    weight = tts._engine._backend._talker.codec_head.weight
+    original = weight.detach().clone()
+    with torch.no_grad():
+        # As large as the others together can be: no hidden row of its sign favours another code.
+        weight.zero_()
+        weight[code] = original[code] * 20
+        weight[7] = -weight[code]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(original)
+
+
+def test_equal_codes_end_as_repeat(tts):
+    greedy = SamplingParams(0.0, 0, 1.0, 1.0)
+    params = GenerationParams(talker=greedy, max_frames=400, guards=Guards(repeat_frames=2))
+    with always_says(tts, 100):
+        finished = speak(tts, params=params).events[-1]
+    assert finished.reason == "repeat"
+    assert 2 <= finished.num_frames < 200
+
+
+def test_length_budget_follows_the_text(tts):
+    guards = Guards(repeat_frames=0, base_frames=5, frames_per_token=1)
+    num_tokens = len(tts._prompts.tokenizer.encode(TEXT))
+    finished = speak(tts, params=GenerationParams(guards=guards)).events[-1]
+    assert finished.reason == "length"
+    assert finished.num_frames == 5 + num_tokens
+
+
+def test_silence_ends_only_after_the_text():
+    guard = _RunawayGuard(Guards(silence_s=0.4))
+    quiet, loud = np.full(HOP, 1e-4, np.float32), np.full(HOP, 0.1, np.float32)
+    for code in range(20):
+        assert guard.verdict(code, quiet, text_exhausted=False) is None
+    for code in range(4):
+        assert guard.verdict(code, quiet, text_exhausted=True) is None
+    assert guard.verdict(9, loud, text_exhausted=True) is None
+    verdicts = [guard.verdict(code, quiet, text_exhausted=True) for code in range(5)]
+    assert verdicts == [None, None, None, None, "silence"]
+
+
+def test_eos_ends_as_stop(tts):
+    with always_says(tts, tts.config.talker.codec_eos_id):
+        finished = speak(tts, params=GenerationParams(seed=1)).events[-1]
+    assert finished.reason == "stop"
+    assert 2 <= finished.num_frames < 200
+
+
+def test_commands_keep_their_order():
+    from qwen_megakernel.turn import Flush, Turn
+
+    turn, woken = Turn(lambda: woken.put(1)), queue.SimpleQueue()
+    turn.append("a")
+    turn.flush()
+    turn.append("b")
+    turn.end()
+    assert turn.take_commands() == [Append("a"), Flush(), Append("b"), End()]
+    assert turn.take_commands() == []
+    assert woken.qsize() == 4
