@@ -99,9 +99,9 @@ class _Stream:
 class TorchBackend:
     """Talker and predictor in PyTorch, fp32 or bf16, CPU or CUDA.
 
-    Every matrix product of a frame has exactly MAX_BATCH rows, whatever the number of streams:
-    BLAS libraries take other code paths for other row counts, and a stream's codes must not
-    depend on its company. Attention runs slot by slot over that slot's own length.
+    A stream's codes do not depend on its company (see `StreamLinear`): on a GPU every frame has
+    MAX_BATCH rows, whatever the number of streams, and attention runs slot by slot over that
+    slot's own length.
     """
 
     def __init__(
@@ -193,7 +193,8 @@ class TorchBackend:
         self._check_slots(slots, text_rows)
         streams = [self._streams[slot] for slot in slots]
         n = len(streams)
-        rows = torch.zeros(MAX_BATCH, self._config.hidden_size, dtype=self._dtype, device=self._device)
+        num_rows = n if self._device.type == "cpu" else MAX_BATCH
+        rows = torch.zeros(num_rows, self._config.hidden_size, dtype=self._dtype, device=self._device)
         rows[:n] = torch.stack([s.next_row for s in streams]) + text_rows.to(rows)
         hidden = self._talker_step(slots, streams, rows)
         talker_logits = self._talker.codec_head(hidden)[:n].float()
@@ -231,7 +232,7 @@ class TorchBackend:
         return attend
 
     def _talker_step(self, slots: Sequence[int], streams: list[_Stream], rows: Tensor) -> Tensor:
-        """Rows [MAX_BATCH, hidden] -> normed hidden states of the same shape."""
+        """Rows [n or MAX_BATCH, hidden] -> normed hidden states of the same shape."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = torch.zeros_like(q)
@@ -244,7 +245,7 @@ class TorchBackend:
                 )[0]
             return out
 
-        positions = torch.zeros(MAX_BATCH, dtype=torch.int64, device=self._device)
+        positions = torch.zeros(len(rows), dtype=torch.int64, device=self._device)
         positions[: len(streams)] = torch.tensor([s.position for s in streams])
         cos, sin = self._cos[positions, None], self._sin[positions, None]
         return self._talker(rows[:, None], cos, sin, attend)[:, 0]
@@ -269,12 +270,12 @@ class TorchBackend:
         draws: _Draws,
         forced_codes: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Codes int64 [MAX_BATCH, 16] and logits fp32 [n, 15, vocabulary] of the 15 passes."""
+        """Codes int64 [n or MAX_BATCH, 16] and logits fp32 [n, 15, vocabulary] of the 15 passes."""
         n, predictor = len(streams), self._talker.code_predictor
         vocab = self._predictor_config.vocab_size
         batch = SamplingBatch.gather([s.params.predictor for s in streams], vocab, self._device)
         noise = draws.predictor(vocab)
-        codes = torch.zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int64, device=self._device)
+        codes = torch.zeros(len(hidden), NUM_CODEBOOKS, dtype=torch.int64, device=self._device)
         codes[:n, 0] = code0
         rows = torch.stack([hidden, self._talker.model.codec_embedding(codes[:, 0])], dim=1)
         position, logits = 0, []
@@ -298,9 +299,10 @@ class TorchBackend:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             end = position + q.shape[1]
-            k_cache[layer, :, :, position:end] = k.transpose(1, 2)
-            v_cache[layer, :, :, position:end] = v.transpose(1, 2)
-            return causal_attention(q, k_cache[layer, :, :, :end], v_cache[layer, :, :, :end])
+            n = len(q)
+            k_cache[layer, :n, :, position:end] = k.transpose(1, 2)
+            v_cache[layer, :n, :, position:end] = v.transpose(1, 2)
+            return causal_attention(q, k_cache[layer, :n, :, :end], v_cache[layer, :n, :, :end])
 
         return attend
 

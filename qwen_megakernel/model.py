@@ -73,6 +73,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, :, None].to(x.dtype) + rotated * sin[:, :, None].to(x.dtype)
 
 
+class StreamLinear(nn.Linear):
+    """A linear layer whose result for a stream does not depend on how many streams there are.
+
+    BLAS libraries take other code paths, and round differently, for other row counts. On a CPU
+    each stream is multiplied alone, which also is the fastest for one; on a GPU the backend gives
+    every frame the same number of rows.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [streams, ..., in_features]; [streams, ..., out_features]."""
+        if x.device.type != "cpu" or x.shape[0] == 1:
+            return super().forward(x)
+        return torch.cat([super(StreamLinear, self).forward(x[i : i + 1]) for i in range(len(x))])
+
+
 class Attention(nn.Module):
     """Grouped-query attention with an RMSNorm over head_dim on q and k, before RoPE."""
 
@@ -80,10 +95,10 @@ class Attention(nn.Module):
         super().__init__()
         hidden, dim = config.hidden_size, config.head_dim
         self.head_dim = dim
-        self.q_proj = nn.Linear(hidden, config.num_heads * dim, bias=False)
-        self.k_proj = nn.Linear(hidden, config.num_kv_heads * dim, bias=False)
-        self.v_proj = nn.Linear(hidden, config.num_kv_heads * dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * dim, hidden, bias=False)
+        self.q_proj = StreamLinear(hidden, config.num_heads * dim, bias=False)
+        self.k_proj = StreamLinear(hidden, config.num_kv_heads * dim, bias=False)
+        self.v_proj = StreamLinear(hidden, config.num_kv_heads * dim, bias=False)
+        self.o_proj = StreamLinear(config.num_heads * dim, hidden, bias=False)
         self.q_norm = RMSNorm(dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
@@ -103,9 +118,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = StreamLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = StreamLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = StreamLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden]; the same shape."""
@@ -171,13 +186,13 @@ class CodePredictor(nn.Module):
         super().__init__()
         self.model = PredictorModel(config, talker_hidden)
         self.lm_head = nn.ModuleList(
-            nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            StreamLinear(config.hidden_size, config.vocab_size, bias=False)
             for _ in range(NUM_CODEBOOKS - 1)
         )
         self.small_to_mtp_projection = (
             nn.Identity()
             if config.hidden_size == talker_hidden
-            else nn.Linear(talker_hidden, config.hidden_size)
+            else StreamLinear(talker_hidden, config.hidden_size)
         )
 
     def forward(self, rows: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
@@ -195,7 +210,7 @@ class Talker(nn.Module):
         super().__init__()
         self.model = TalkerModel(config)
         self.text_projection = TextProjection(config)
-        self.codec_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.codec_head = StreamLinear(config.hidden_size, config.vocab_size, bias=False)
         self.code_predictor = CodePredictor(predictor, config.hidden_size)
 
     def forward(self, rows: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
