@@ -13,7 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 from live_server import LiveServer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from qwen_megakernel.config import ModelConfig
 from qwen_megakernel.synth_checkpoint import write_checkpoint
 
 
@@ -54,6 +57,23 @@ def base_0_6b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def brief_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny Base checkpoint whose turns end after a few frames.
+
+    Random weights say EOS once in thousands of frames. With its row of the head made larger they say
+    it soon, unless a high temperature (`live_server.LONG`) takes the odds away again.
+    """
+    folder = _write(tmp_path_factory, "tiny", "base")
+    weights = folder / "model.safetensors"
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(weights)
+    tensors["talker.codec_head.weight"][ModelConfig.from_folder(folder).talker.codec_eos_id] *= 4
+    save_file(tensors, weights, metadata)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seconds of a buzz with vowel-like ups and downs, 24 kHz WAV."""
     seconds = np.arange(2 * 24_000) / 24_000
@@ -67,9 +87,9 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def live_server(tiny_base: Path, recording: Path) -> Iterator[LiveServer]:
+def live_server(brief_base: Path, recording: Path) -> Iterator[LiveServer]:
     """One server for all tests that leave it as they found it."""
-    server = LiveServer("--model", str(tiny_base), "--speaker-ref", str(recording))
+    server = LiveServer("--model", str(brief_base), "--speaker-ref", str(recording))
     try:
         yield server.wait_until_ready()
     finally:

@@ -1,0 +1,352 @@
+#!/usr/bin/env python3
+"""Speak a text through the server and measure it; needs only `websockets` and `numpy`.
+
+    python test_client.py --text "Hello there." --out hello.wav
+
+Exit code 0 when the server finished the turn, 1 with one line on stderr otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import queue
+import sys
+import threading
+import time
+import wave
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+
+SAMPLE_RATE = 24_000
+AUDIBLE_DBFS = -50.0
+_WINDOW = SAMPLE_RATE // 100  # loudness is judged over 10 ms
+
+EPILOG = f"""\
+figures:
+  TTFC       request accepted by the server -> first chunk handed to its socket (server's clock)
+  TTFB       text sent -> first chunk received (this clock; includes the network)
+  TTFA       text sent -> first audible sample would be heard: the first 10 ms above
+             {AUDIBLE_DBFS:.0f} dBFS, at the time a player that starts with the first chunk plays them
+  RTF        generation time over audio time (server's clock); below 1 is faster than real time
+  underruns  how often, and for how long in all, that player would have run dry
+"""
+
+
+class ClientError(Exception):
+    """Something to tell the user in one line."""
+
+
+@dataclass
+class Playhead:
+    """A player that starts with the first chunk and stops whenever it runs dry; times in seconds."""
+
+    chunks: int = 0
+    underruns: int = 0
+    stalled_s: float = 0.0
+    first_chunk_s: float | None = None
+    first_audible_s: float | None = None
+    _dry_at: float = 0.0
+    _tail: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def add(self, samples: np.ndarray, now: float) -> None:
+        """Take a chunk, float32 [n], that arrived at `now`."""
+        self.chunks += 1
+        if self.first_chunk_s is None:
+            self.first_chunk_s = self._dry_at = now
+        elif now > self._dry_at:
+            self.underruns += 1
+            self.stalled_s += now - self._dry_at
+            self._dry_at = now
+        if self.first_audible_s is None:
+            self._listen(samples)
+        self._dry_at += len(samples) / SAMPLE_RATE
+
+    def _listen(self, samples: np.ndarray) -> None:
+        heard_from = self._dry_at - len(self._tail) / SAMPLE_RATE
+        samples = np.concatenate([self._tail, samples])
+        windows = samples[: len(samples) // _WINDOW * _WINDOW].reshape(-1, _WINDOW)
+        rms = np.sqrt(np.mean(np.square(windows, dtype=np.float64), axis=1))
+        loud = np.flatnonzero(rms > 10 ** (AUDIBLE_DBFS / 20))
+        if len(loud):
+            self.first_audible_s = max(0.0, heard_from + loud[0] * _WINDOW / SAMPLE_RATE)
+        self._tail = samples[windows.size :]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `--json` prints; None is a figure that does not exist."""
+
+    ttfc_ms: float
+    ttfb_ms: float | None
+    ttfa_ms: float | None
+    rtf: float
+    duration_s: float
+    samples: int
+    chunks: int
+    underruns: int
+    stalled_ms: float
+    finish_reason: str
+    out: str | None
+
+    def lines(self) -> str:
+        """For people."""
+        return (
+            f"TTFC {self.ttfc_ms:.1f} ms   TTFB {_ms(self.ttfb_ms)}   TTFA {_ms(self.ttfa_ms)}   "
+            f"RTF {self.rtf:.3f}\n"
+            f"{self.duration_s:.2f} s of audio in {self.chunks} chunks, "
+            f"{self.underruns} underruns ({self.stalled_ms:.0f} ms), finished: {self.finish_reason}"
+            + (f"\nwrote {self.out}" if self.out else "")
+        )
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"
+
+
+class Speaker:
+    """Plays chunks in a thread of its own, so that a full sound card never delays the socket."""
+
+    def __init__(self) -> None:
+        try:
+            import sounddevice
+        except (ImportError, OSError) as error:
+            raise ClientError(f"--play needs sounddevice (pip install sounddevice): {error}") from None
+        try:
+            self._stream = sounddevice.OutputStream(samplerate=SAMPLE_RATE, channels=1, dtype="float32")
+            self._stream.start()
+        except sounddevice.PortAudioError as error:
+            raise ClientError(f"--play: no sound output: {error}") from None
+        self._chunks: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (chunk := self._chunks.get()) is not None:
+            self._stream.write(chunk)
+        self._stream.stop()
+
+    def play(self, samples: np.ndarray) -> None:
+        """Queue a chunk, float32 [n]."""
+        self._chunks.put(samples)
+
+    def finish(self) -> None:
+        """Wait until all was heard."""
+        self._chunks.put(None)
+        self._thread.join()
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Speak a text through the server and measure it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", help="what to say")
+    source.add_argument("--file", type=Path, help="file with what to say")
+    source.add_argument("--stdin", action="store_true", help="read what to say from standard input")
+    parser.add_argument("--url", default="ws://127.0.0.1:8765", help="server (default: %(default)s)")
+    parser.add_argument(
+        "--token",
+        default=os.environ.get("QWEN_MEGAKERNEL_TOKEN"),
+        help="the server's secret (default: the variable QWEN_MEGAKERNEL_TOKEN)",
+    )
+    parser.add_argument("--voice", help="name of a voice on the server (default: the server's)")
+    parser.add_argument("--language", help="english, en, ... (default: auto)")
+    parser.add_argument("--temperature", type=float, help="of the talker, 0 to 10; 0 is greedy")
+    parser.add_argument("--top-k", type=int, help="of the talker; 0 keeps all")
+    parser.add_argument("--chunk-tokens", type=int, help="frames of 80 ms in a chunk, 1 to 64")
+    parser.add_argument("--seed", type=int, help="the same seed, text and voice give the same speech")
+    parser.add_argument("--stream-text", action="store_true", help="send the text word by word")
+    parser.add_argument(
+        "--words-per-second", type=float, default=8.0, help="with --stream-text (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="WAV file to write, 16 bit")
+    parser.add_argument("--play", action="store_true", help="play while receiving (needs sounddevice)")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=30.0,
+        help="seconds to wait for the server, each time (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    if args.words_per_second <= 0 or args.timeout <= 0:
+        parser.error("--words-per-second and --timeout must be above 0")
+    return args
+
+
+def read_text(args: argparse.Namespace) -> str:
+    """What to say, from wherever it was said to be."""
+    try:
+        text = args.text if args.text is not None else None
+        if args.file is not None:
+            text = args.file.read_text(encoding="utf-8")
+        elif text is None:
+            text = sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClientError(f"cannot read the text: {error}") from None
+    if not text.strip():
+        raise ClientError("the text is empty")
+    return text
+
+
+def build_request(args: argparse.Namespace, text: str) -> dict[str, Any]:
+    """The message that opens the turn."""
+    request = {
+        "text": text,
+        "speaker_ref": args.voice,
+        "language": args.language,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "chunk_tokens": args.chunk_tokens,
+        "seed": args.seed,
+    }
+    return {key: value for key, value in request.items() if value is not None}
+
+
+async def send_text(socket: ClientConnection, args: argparse.Namespace, text: str) -> None:
+    """Send the request, at once or word by word."""
+    if not args.stream_text:
+        await socket.send(json.dumps(build_request(args, text)))
+        return
+    first, *rest = text.split()
+    await socket.send(json.dumps({**build_request(args, first), "more": True}))
+    for word in rest:
+        await asyncio.sleep(1 / args.words_per_second)
+        await socket.send(json.dumps({"text": f" {word}", "more": True}))
+    await socket.send(json.dumps({"text": "", "more": False}))
+
+
+async def receive(
+    socket: ClientConnection, timeout_s: float
+) -> AsyncIterator[np.ndarray | dict[str, Any]]:
+    """Chunks, float32 [n], then the `done` message; raises `ClientError` on an error message."""
+    while True:
+        try:
+            message = await asyncio.wait_for(socket.recv(), timeout_s)
+        except TimeoutError:
+            raise ClientError(f"no message from the server for {timeout_s:g} s (--timeout)") from None
+        try:
+            reply = np.frombuffer(message, "<f4") if isinstance(message, bytes) else json.loads(message)
+        except ValueError:
+            raise ClientError("the server does not speak this protocol") from None
+        if isinstance(reply, np.ndarray):
+            yield reply
+        elif "error" in reply:
+            raise ClientError(f"server: {reply['error']} ({reply.get('code', 'no code')})")
+        elif reply.get("done"):
+            yield reply
+            return
+
+
+async def speak(args: argparse.Namespace, text: str) -> Summary:
+    """One turn from connecting to the summary."""
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        raise ClientError(f"cannot write {args.out}: its folder does not exist")
+    speaker = Speaker() if args.play else None
+    headers = {"Authorization": f"Bearer {args.token}"} if args.token else None
+    playhead, chunks, done = Playhead(), [], {}
+    options = {"additional_headers": headers, "max_size": None, "compression": None}
+    async with connect(args.url, open_timeout=args.timeout, **options) as socket:
+        sent_at = time.perf_counter()
+        sending = asyncio.create_task(send_text(socket, args, text))
+        try:
+            async for message in receive(socket, args.timeout):
+                if isinstance(message, dict):
+                    done = message
+                    continue
+                playhead.add(message, time.perf_counter() - sent_at)
+                chunks.append(message)
+                if speaker is not None:
+                    speaker.play(message)
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+    if speaker is not None:
+        speaker.finish()
+    if args.out is not None:
+        write_wav(args.out, np.concatenate(chunks) if chunks else np.zeros(0, np.float32))
+    return summarise(done, playhead, args.out)
+
+
+def summarise(done: dict[str, Any], playhead: Playhead, out: Path | None) -> Summary:
+    """The server's figures and ours."""
+    first, audible = playhead.first_chunk_s, playhead.first_audible_s
+    return Summary(
+        ttfc_ms=done.get("ttfc_ms", 0.0),
+        ttfb_ms=None if first is None else round(first * 1000, 1),
+        ttfa_ms=None if audible is None else round(audible * 1000, 1),
+        rtf=done.get("rtf", 0.0),
+        duration_s=done.get("duration_s", 0.0),
+        samples=done.get("samples", 0),
+        chunks=playhead.chunks,
+        underruns=playhead.underruns,
+        stalled_ms=round(playhead.stalled_s * 1000, 1),
+        finish_reason=done.get("finish_reason", "unknown"),
+        out=None if out is None else str(out),
+    )
+
+
+def write_wav(path: Path, samples: np.ndarray) -> None:
+    """float32 [n] in [-1, 1] to a 16-bit mono WAV file."""
+    pcm = np.round(np.clip(samples, -1.0, 1.0) * 32_767).astype("<i2")
+    try:
+        with path.open("wb") as raw, wave.open(raw, "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(SAMPLE_RATE)
+            file.writeframes(pcm.tobytes())
+    except OSError as error:
+        raise ClientError(f"cannot write {path}: {error.strerror}") from None
+
+
+def explain(error: Exception, url: str) -> str:
+    """A failure to connect or to stay connected, in one line."""
+    if isinstance(error, InvalidStatus):
+        status, body = error.response.status_code, error.response.body or b""
+        try:
+            reason = json.loads(body)["error"]
+        except (ValueError, KeyError, TypeError):
+            reason = "refused"
+        hint = {401: "; give it with --token", 503: "; try again shortly"}.get(status, "")
+        return f"{url}: HTTP {status}: {reason}{hint}"
+    if isinstance(error, InvalidURI):
+        return f"{url}: not a WebSocket address (ws://host:port)"
+    if isinstance(error, ConnectionRefusedError):
+        return f"{url}: connection refused; is the server running, and the tunnel open?"
+    if isinstance(error, ConnectionClosed):
+        return f"{url}: the server closed the connection ({error})"
+    return f"{url}: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the client; the exit code."""
+    args = parse_arguments(argv)
+    try:
+        summary = asyncio.run(speak(args, read_text(args)))
+    except ClientError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (InvalidHandshake, InvalidURI, ConnectionClosed, OSError, TimeoutError) as error:
+        print(f"error: {explain(error, args.url)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(asdict(summary)) if args.json else summary.lines())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Who may talk to the server: Host, Origin and token, as pure functions of a request's headers.
+
+A port on 127.0.0.1 is not private. Any web page the user opens may connect a WebSocket to it (the
+same-origin policy does not cover WebSockets), and a page whose name is re-pointed to 127.0.0.1
+(DNS rebinding) counts as its own origin. Hence both checks, token or not.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import parse_qs, urlsplit
+
+Headers = Iterable[tuple[bytes, bytes]]
+"""As ASGI gives them: lower-case names."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccessRules:
+    """What the command line allows."""
+
+    host: str
+    """The address the server listens on."""
+    token: str | None = None
+    allow_origins: frozenset[str] = frozenset()
+    """Lower-case `scheme://host[:port]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An HTTP answer instead of what was asked for."""
+
+    status: int
+    message: str
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_access(rules: AccessRules, path: str, headers: Headers, query: bytes) -> Refusal | None:
+    """None if the request may pass; `/health` alone needs no token."""
+    values: dict[bytes, list[bytes]] = {}
+    for name, value in headers:
+        values.setdefault(name, []).append(value)
+    host = b"".join(values.get(b"host", [])).decode("latin-1").lower()
+    if is_loopback(rules.host) and not _is_local_name(host):
+        return Refusal(403, "this Host is not served here; connect to localhost or 127.0.0.1")
+    for origin in values.get(b"origin", []):
+        if not _is_origin_allowed(rules, origin.decode("latin-1").lower(), host):
+            return Refusal(403, "this Origin is not allowed; the server's --allow-origin permits one")
+    if rules.token is None or path == "/health" or _has_token(rules.token, values, query):
+        return None
+    return Refusal(401, "token missing or wrong; send it as Authorization: Bearer or X-API-Key")
+
+
+def _is_local_name(host: str) -> bool:
+    # Any port: behind `ssh -L 9000:127.0.0.1:8765` the client rightly says 127.0.0.1:9000.
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        return False
+    return name is not None and is_loopback(name)
+
+
+def _is_origin_allowed(rules: AccessRules, origin: str, host: str) -> bool:
+    if origin in rules.allow_origins:
+        return True
+    try:
+        parts = urlsplit(origin)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and parts.netloc == host != ""
+
+
+def _has_token(token: str, values: dict[bytes, list[bytes]], query: bytes) -> bool:
+    offered = [*values.get(b"x-api-key", [])]
+    for value in values.get(b"authorization", []):
+        scheme, _, credentials = value.partition(b" ")
+        if scheme.lower() == b"bearer":
+            offered.append(credentials.strip())
+    offered += [value.encode() for value in parse_qs(query.decode("latin-1")).get("token", [])]
+    return any(hmac.compare_digest(token.encode(), value) for value in offered)

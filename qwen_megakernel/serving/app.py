@@ -1,0 +1,175 @@
+"""The ASGI application: its routes, the phase it is in, and how it drains.
+
+    GET /health    200 while the process can work, 503 once the engine has died; needs no token
+    GET /ready     200 when turns are taken, else 503; {"phase": "loading" | "warming_up" | ...}
+    GET /metrics   Prometheus
+    WebSocket /    the original dialect
+
+Until a model is loaded, and while draining, a WebSocket is refused with HTTP 503 at the handshake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any, Literal
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from qwen_megakernel.serving.access import AccessRules, check_access
+from qwen_megakernel.serving.connection import Connection
+from qwen_megakernel.serving.observe import Metrics, log
+from qwen_megakernel.serving.original import OriginalDialect
+from qwen_megakernel.serving.speech import Speech
+
+if TYPE_CHECKING:
+    from qwen_megakernel.tts_model import TTSDecoder
+
+Phase = Literal["starting", "loading", "warming_up", "ready", "draining", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What the command line decides about serving."""
+
+    host: str = "127.0.0.1"
+    port: int = 8765
+    token: str | None = None
+    allow_origins: frozenset[str] = frozenset()
+    max_connections: int = 64
+    max_text_chars: int = 4096
+    drain_s: float = 10.0
+
+
+class App:
+    """One server: what it serves, and the phase it is in."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings = settings
+        self.phase: Phase = "starting"
+        self.detail = ""
+        self._speech: Speech | None = None
+        self._connections: set[Connection] = set()
+        self._connection_numbers = count(1)
+        self._metrics = Metrics(
+            num_connections=lambda: len(self._connections),
+            num_active=lambda: self._speech.decoder.num_active if self._speech else 0,
+            num_waiting=lambda: self._speech.decoder.num_waiting if self._speech else 0,
+        )
+        routes = [
+            Route("/", self._explain),
+            Route("/health", self._health),
+            Route("/ready", self._ready),
+            Route("/metrics", self._metrics_page),
+            WebSocketRoute("/", self._speak),
+        ]
+        rules = AccessRules(settings.host, settings.token, settings.allow_origins)
+        self.asgi: ASGIApp = _Gate(Starlette(routes=routes), rules)
+
+    def report(self, phase: Phase, detail: str = "") -> None:
+        """Enter a phase; from any thread."""
+        if self.phase not in ("draining", "failed"):
+            self.phase, self.detail = phase, detail
+            log.info("%s", f"{phase}: {detail}" if detail else phase)
+
+    def start_serving(self, decoder: TTSDecoder) -> None:
+        """Take turns from now on."""
+        self._speech = Speech(decoder, self._metrics, self.settings.max_text_chars)
+        self.report("ready")
+
+    async def drain(self) -> None:
+        """Let running turns end, up to `drain_s`; then stop them and close every socket with 1001."""
+        self.report("draining")
+        if self._speech is not None:
+            self._speech.draining = True
+        for connection in self._connections:
+            connection.dialect.drain()
+        await self._until(
+            lambda: not any(c.dialect.busy for c in self._connections), self.settings.drain_s
+        )
+        for connection in self._connections:
+            if connection.dialect.busy:
+                connection.dialect.cancel()
+        await self._until(lambda: not any(c.dialect.busy for c in self._connections), 1.0)
+        for connection in self._connections:
+            connection.finish(1001)
+        await self._until(lambda: not self._connections, 2.0)
+
+    @staticmethod
+    async def _until(condition: Callable[[], bool], limit_s: float) -> None:
+        deadline = asyncio.get_running_loop().time() + limit_s
+        while not condition() and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+
+    async def _explain(self, request: Request) -> Response:
+        text = 'This is a WebSocket endpoint: connect with ws:// and send {"text": "..."}.\n'
+        return Response(text, 426, {"Upgrade": "websocket"}, "text/plain")
+
+    async def _health(self, request: Request) -> Response:
+        if self._speech is not None and self._speech.decoder.error is not None:
+            return JSONResponse({"status": "engine died"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def _ready(self, request: Request) -> Response:
+        phase = self._current_phase()
+        body: dict[str, Any] = {"phase": phase, "detail": self.detail}
+        if self._speech is not None:
+            decoder = self._speech.decoder
+            body |= {
+                **decoder.description,
+                "voices": sorted(decoder.voices),
+                "active": decoder.num_active,
+                "waiting": decoder.num_waiting,
+                "connections": len(self._connections),
+            }
+        return JSONResponse(body, 200 if phase == "ready" else 503)
+
+    async def _metrics_page(self, request: Request) -> Response:
+        return Response(self._metrics.page(), media_type="text/plain; version=0.0.4")
+
+    async def _speak(self, websocket: WebSocket) -> None:
+        phase = self._current_phase()
+        if self._speech is None or phase != "ready":
+            await _refuse(websocket, f"not ready: {phase}")
+            return
+        if len(self._connections) >= self.settings.max_connections:
+            await _refuse(websocket, f"all {self.settings.max_connections} connections are taken")
+            return
+        connection = Connection(websocket, str(next(self._connection_numbers)))
+        connection.dialect = OriginalDialect(self._speech, connection.name, connection.post)
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+
+    def _current_phase(self) -> Phase:
+        if self._speech is not None and self._speech.decoder.error is not None:
+            return "failed"
+        return self.phase
+
+
+async def _refuse(websocket: WebSocket, reason: str) -> None:
+    await websocket.send_denial_response(JSONResponse({"error": reason}, 503, {"Retry-After": "5"}))
+
+
+class _Gate:
+    """Lets through what `check_access` allows; answers the rest itself, WebSocket handshakes too."""
+
+    def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
+        self._app, self._rules = app, rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = check_access(self._rules, scope["path"], scope["headers"], scope["query_string"])
+        if refusal is None:
+            await self._app(scope, receive, send)
+            return
+        headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
+        await JSONResponse({"error": refusal.message}, refusal.status, headers)(scope, receive, send)

@@ -1,0 +1,141 @@
+"""What operators see: one log line and one set of samples per turn, and nothing a client said."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import get_args
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+
+from qwen_megakernel.turn import FinishReason
+
+log = logging.getLogger("qwen_megakernel.server")
+
+_TTFC_BUCKETS_S = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+_RTF_BUCKETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRecord:
+    """A finished turn without its text."""
+
+    turn: str
+    chars: int
+    voice: str | None
+    seed: int
+    ttfc_ms: float | None
+    rtf: float | None
+    frames: int
+    finish_reason: str
+    error: str | None = None
+
+    def line(self) -> str:
+        """For people."""
+        ttfc = "-" if self.ttfc_ms is None else f"{self.ttfc_ms:.0f} ms"
+        rtf = "-" if self.rtf is None else f"{self.rtf:.3f}"
+        text = (
+            f"turn {self.turn}: {self.finish_reason}, chars {self.chars}, voice {self.voice or '-'}, "
+            f"seed {self.seed}, ttfc {ttfc}, rtf {rtf}, frames {self.frames}"
+        )
+        return f"{text}, error: {self.error}" if self.error else text
+
+
+class Metrics:
+    """Prometheus figures of one server; the gauges read their sources when scraped."""
+
+    def __init__(
+        self,
+        *,
+        num_connections: Callable[[], float],
+        num_active: Callable[[], float],
+        num_waiting: Callable[[], float],
+    ) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        name = "qwen_megakernel"
+        for suffix, text, source in (
+            ("connections", "Open WebSocket connections", num_connections),
+            ("turns_active", "Turns in a slot", num_active),
+            ("turns_waiting", "Turns waiting for a slot", num_waiting),
+        ):
+            Gauge(f"{name}_{suffix}", text, registry=self.registry).set_function(source)
+        self._turns = Counter(
+            f"{name}_turns", "Finished turns", ["finish_reason"], registry=self.registry
+        )
+        for reason in get_args(FinishReason):
+            self._turns.labels(reason)  # exists from the start, so that rates begin at 0
+        self._ttfc = Histogram(
+            f"{name}_ttfc_seconds",
+            "Turn opened to first audio handed to the socket",
+            buckets=_TTFC_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._rtf = Histogram(
+            f"{name}_rtf", "Wall time over audio time", buckets=_RTF_BUCKETS, registry=self.registry
+        )
+
+    def record(self, turn: TurnRecord) -> None:
+        """Count a finished turn and log its line."""
+        self._turns.labels(turn.finish_reason).inc()
+        if turn.ttfc_ms is not None:
+            self._ttfc.observe(turn.ttfc_ms / 1000)
+        if turn.rtf is not None:
+            self._rtf.observe(turn.rtf)
+        level = logging.ERROR if turn.error else logging.INFO
+        log.log(level, "%s", turn.line(), extra={"fields": asdict(turn)})
+
+    def page(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line; `extra={"fields": {...}}` becomes top-level keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Newlines cannot occur: JSON escapes them."""
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+class _ClientFaults(logging.Filter):
+    """uvicorn logs a client's broken UTF-8 with a traceback; it is not our fault, one line will do."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError):
+            record.exc_info, record.exc_text = None, None
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+        return True
+
+
+def configure_logging(log_format: str) -> None:
+    """Send all logs to stderr as `text` or `json`.
+
+    uvicorn is heard from warnings upwards: its INFO lines hold addresses with `?token=`.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    handler.setFormatter(JsonFormatter() if log_format == "json" else text)
+    handler.addFilter(_ClientFaults())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("qwen_megakernel").setLevel(logging.INFO)

@@ -1,0 +1,184 @@
+"""A real server process on a tiny random checkpoint, for tests over real sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from websockets.sync.client import ClientConnection, connect
+
+ROOT = Path(__file__).resolve().parents[1]
+LONG = {
+    "text": "The quick brown fox jumps over the lazy dog, and then it does so once again." * 2,
+    "temperature": 10,
+    "top_k": 0,
+}
+"""More speech than any test waits for: only a cancel or a disconnect ends it soon."""
+
+
+class LiveServer:
+    """`python server.py` on a free port."""
+
+    def __init__(self, *arguments: str, environ: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "server.py"), "--port", "0", *arguments],
+            cwd=ROOT,
+            env={**os.environ, **(environ or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, lines), daemon=True)
+            for stream, lines in ((self.process.stdout, self.out), (self.process.stderr, self.err))
+        ]
+        for reader in self._readers:
+            reader.start()
+        self.port = int(self.wait_for_line(r"listening on \S+ port (\d+)")[1])
+
+    @staticmethod
+    def _read(stream, lines: list[str]) -> None:
+        for line in stream:
+            lines.append(line)
+
+    def wait_for_line(self, pattern: str, limit_s: float = 30.0, after: int = 0) -> re.Match:
+        """The first match in a line of stderr, the first `after` lines left out."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            for line in self.err[after:]:
+                if match := re.search(pattern, line):
+                    return match
+            if self.process.poll() is not None and not self._readers[1].is_alive():
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"no line like {pattern!r} in:\n{''.join(self.err)}")
+
+    def wait_until_ready(self) -> LiveServer:
+        self.wait_for_line(r"INFO\s+ready|\"message\": \"ready", 120)
+        return self
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}"
+
+    def connect(self, path: str = "/", **options):
+        """A context manager that gives the connection."""
+        return connect(f"{self.url}{path}", max_size=None, compression=None, **options)
+
+    def get(self, path: str, **headers: str) -> tuple[int, str]:
+        """Status and body."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}")
+        for name, value in headers.items():
+            request.add_header(name.replace("_", "-"), value)
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def ready(self) -> dict:
+        return json.loads(self.get("/ready")[1])
+
+    def wait_until_idle(self, limit_s: float = 5.0) -> float:
+        """Seconds until no turn holds or awaits a slot."""
+        start = time.monotonic()
+        while time.monotonic() - start < limit_s:
+            state = self.ready()
+            if not state["active"] and not state["waiting"]:
+                return time.monotonic() - start
+            time.sleep(0.005)
+        raise AssertionError(f"turns did not end: {state}")
+
+    def num_fds(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def stop(self, number: int = signal.SIGTERM, limit_s: float = 20.0) -> int:
+        """Send a signal; the exit code."""
+        self.process.send_signal(number)
+        return self.wait(limit_s)
+
+    def wait(self, limit_s: float = 20.0) -> int:
+        code = self.process.wait(limit_s)
+        for reader in self._readers:
+            reader.join(5)
+        return code
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.wait()
+
+
+def collect(client: ClientConnection, limit_s: float = 60.0) -> tuple[list[bytes], dict]:
+    """A turn's chunks and its last message."""
+    chunks = []
+    while True:
+        message = client.recv(timeout=limit_s)
+        if isinstance(message, str):
+            return chunks, json.loads(message)
+        chunks.append(message)
+
+
+def first_chunk(client: ClientConnection, limit_s: float = 60.0) -> bytes:
+    message = client.recv(timeout=limit_s)
+    assert isinstance(message, bytes), message
+    return message
+
+
+def send(client: ClientConnection, **fields) -> None:
+    client.send(json.dumps(fields))
+
+
+class RawClient:
+    """A WebSocket client without a thread that reads: it can stall, vanish and break the rules."""
+
+    def __init__(self, server: LiveServer, receive_buffer: int | None = None) -> None:
+        self.socket = socket.socket()
+        self.socket.settimeout(10)
+        if receive_buffer is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.socket.connect(("127.0.0.1", server.port))
+        headers = {
+            "Host": "localhost",
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+            "Sec-WebSocket-Version": "13",
+        }
+        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+        self.socket.sendall(f"GET / HTTP/1.1\r\n{''.join(lines)}\r\n".encode())
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += self.socket.recv(1)
+        assert b" 101 " in answer, answer
+
+    def send(self, **fields) -> None:
+        """A text message, masked with zeros."""
+        text = json.dumps(fields).encode()
+        self.socket.sendall(b"\x81\xfe" + len(text).to_bytes(2, "big") + bytes(4) + text)
+
+    def wait_for_audio(self) -> None:
+        """Until something arrives; the server sends nothing but audio unasked."""
+        assert self.socket.recv(1) == b"\x82"
+
+    def reset(self) -> None:
+        """Vanish as a crashed process does: RST, no close frame."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
+
+    def hang_up(self) -> None:
+        """End the TCP connection in good order, without a close frame."""
+        self.socket.close()

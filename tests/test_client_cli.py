@@ -1,0 +1,159 @@
+"""The command-line client, run as its user runs it, against a real server."""
+
+import ast
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import wave
+
+import numpy as np
+import pytest
+from live_server import ROOT, LiveServer
+
+CLIENT = ROOT / "pipecat_client" / "test_client.py"
+
+
+def run(*arguments, stdin="", environ=None):
+    return subprocess.run(
+        [sys.executable, str(CLIENT), *arguments],
+        input=stdin,
+        env={**os.environ, **(environ or {})},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def failure(*arguments, **options):
+    """The one line of a failed run."""
+    result = run(*arguments, **options)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def client_module():
+    spec = importlib.util.spec_from_file_location("cli_client", CLIENT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_client_stands_alone():
+    tree = ast.parse(CLIENT.read_text())
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+    }
+    assert imported - set(sys.stdlib_module_names) == {"numpy", "websockets", "sounddevice"}
+
+
+def test_figures_and_wav(live_server, tmp_path):
+    out = tmp_path / "x.wav"
+    result = run(
+        "--url", live_server.url, "--text", "Hello there.", "--out", str(out), "--json", "--seed", "1"
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    with wave.open(str(out)) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 24_000)
+        assert file.getnframes() == figures["samples"] > 0
+    assert figures["ttfc_ms"] > 0
+    assert figures["ttfb_ms"] >= figures["ttfc_ms"] * 0.5
+    assert figures["ttfa_ms"] is None or figures["ttfa_ms"] >= figures["ttfb_ms"]
+    assert figures["rtf"] > 0
+    assert figures["chunks"] > 0
+    assert figures["duration_s"] == pytest.approx(figures["samples"] / 24_000, abs=1e-3)
+
+
+def test_words_for_people(live_server):
+    options = ("--voice", "default", "--language", "en", "--temperature", "0.5", "--top-k", "20")
+    result = run("--url", live_server.url, "--text", "Hi.", *options, "--chunk-tokens", "2")
+    assert result.returncode == 0, result.stderr
+    for word in ("TTFC", "TTFA", "RTF", "chunks", "underruns", "finished"):
+        assert word in result.stdout
+
+
+def test_stdin_file_and_streamed_text(live_server, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("One two three four.")
+    typed = ("--stream-text", "--words-per-second", "50", "--json")
+    for arguments, stdin in ((("--stdin",), "One two three four."), (("--file", str(file)), "")):
+        result = run("--url", live_server.url, *arguments, *typed, stdin=stdin)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["samples"] > 0
+
+
+def test_refusals_are_one_line(live_server):
+    here = ("--url", live_server.url, "--text", "Hi.")
+    assert "unknown_voice" in failure(*here, "--voice", "nobody")
+    assert "unknown_language" in failure(*here, "--language", "klingon")
+    assert "bad_request" in failure(*here, "--temperature", "99")
+    assert "cannot write" in failure(*here, "--out", "/nowhere/x.wav")
+
+
+def test_unreadable_text_is_one_line():
+    assert "empty" in failure("--text", " ")
+    assert "empty" in failure("--stdin")
+    assert "cannot read" in failure("--file", "/nowhere")
+
+
+def test_no_server_is_one_line():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"ws://127.0.0.1:{probe.getsockname()[1]}"
+    assert "connection refused" in failure("--url", url, "--text", "Hi.")
+    assert "not a WebSocket address" in failure("--url", "127.0.0.1:1", "--text", "Hi.")
+
+
+def test_loading_and_guarded_server_is_one_line(tiny_base):
+    token = "a-secret-for-tests"
+    server = LiveServer("--model", str(tiny_base), environ={"QWEN_MEGAKERNEL_TOKEN": token})
+    try:
+        here = ("--url", server.url, "--text", "Hi.")
+        assert "--token" in failure(*here, environ={"QWEN_MEGAKERNEL_TOKEN": "wrong"})
+        assert "HTTP 503" in failure(*here, "--token", token)
+    finally:
+        server.kill()
+
+
+def test_silent_server_times_out():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        accepted = []
+        threading.Thread(target=lambda: accepted.append(listener.accept()), daemon=True).start()
+        url = f"ws://127.0.0.1:{listener.getsockname()[1]}"
+        assert "error" in failure("--url", url, "--text", "Hi.", "--timeout", "0.5")
+
+
+def test_play_without_a_sound_card_says_so(live_server):
+    assert "--play" in failure("--url", live_server.url, "--text", "Hi.", "--play")
+
+
+def test_playhead_counts_underruns_and_audible_start(client_module):
+    playhead = client_module.Playhead()
+    silence, tone = np.zeros(4800, np.float32), np.full(2400, 0.1, np.float32)
+    playhead.add(silence, 1.0)  # plays until 1.2
+    playhead.add(tone, 1.1)  # in time: heard from 1.2 to 1.3
+    playhead.add(tone, 1.5)  # 200 ms late
+    playhead.add(tone, 1.55)  # in time again
+    assert (playhead.chunks, playhead.underruns) == (4, 1)
+    assert playhead.stalled_s == pytest.approx(0.2)
+    assert playhead.first_chunk_s == 1.0
+    assert playhead.first_audible_s == pytest.approx(1.2)
+
+
+def test_audible_start_is_found_across_a_chunk_border(client_module):
+    playhead = client_module.Playhead()
+    for start in range(0, 4800, 100):
+        level = 0.1 if start >= 2400 else 0.001
+        playhead.add(np.full(100, level, np.float32), start / 24_000)
+    assert playhead.first_audible_s == pytest.approx(0.1, abs=0.0101)

@@ -1,0 +1,682 @@
+"""The server as its users meet it: a process, sockets, signals. No mocks."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from live_server import LONG, ROOT, LiveServer, RawClient, collect, first_chunk, send
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from qwen_megakernel.serving.app import App, ServerSettings
+
+SHORT_TEXT = "Hello there."
+TOKEN = "a-secret-for-tests"
+FRAME_BYTES = 1920 * 4
+
+
+def speak_short(server, **fields):
+    with server.connect() as client:
+        send(client, text=SHORT_TEXT, **fields)
+        return collect(client)
+
+
+def wait_until(condition, limit_s=5.0):
+    """Whether it came true in time."""
+    deadline = time.monotonic() + limit_s
+    while not (fulfilled := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return fulfilled
+
+
+def as_samples(chunks):
+    return np.frombuffer(b"".join(chunks), "<f4")
+
+
+def assert_same_take(one, other):
+    """Equal but for the rounding of sums, which depends on how many turns share a frame."""
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def assert_healthy(server):
+    assert server.get("/health")[0] == 200
+    assert not [line for line in server.err if "Traceback" in line]
+
+
+def handshake_status(server, path="/", **options):
+    """HTTP status of a WebSocket handshake."""
+    try:
+        with server.connect(path, **options):
+            return 101
+    except InvalidStatus as error:
+        return error.response.status_code if b'"error"' in error.response.body else None
+
+
+# --- a turn ------------------------------------------------------------------------------------
+
+
+def test_a_turn(live_server):
+    chunks, done = speak_short(
+        live_server, language="en", temperature=0.9, top_k=50, speaker_ref="default"
+    )
+    samples = as_samples(chunks)
+    assert done["samples"] == len(samples) > 0
+    assert len(samples) % 1920 == 0
+    assert np.abs(samples).max() <= 1.0
+    assert done["done"] is True
+    assert done["finish_reason"] in ("stop", "length", "repeat", "silence")
+    assert done["duration_s"] == pytest.approx(len(samples) / 24_000, abs=1e-3)
+    assert done["ttfc_ms"] > 0
+    assert done["rtf"] > 0
+    assert done["rtf"] == pytest.approx(done["generation_s"] / done["duration_s"], rel=0.05)
+
+
+def test_chunk_tokens_are_frames(live_server):
+    chunks, _ = speak_short(live_server, chunk_tokens=3, seed=1)
+    assert {len(chunk) for chunk in chunks[:-1]} <= {3 * FRAME_BYTES}
+
+
+def test_seed_repeats_a_take(live_server):
+    takes = [b"".join(speak_short(live_server, seed=seed)[0]) for seed in (5, 5, 6)]
+    shared = min(len(takes[0]), len(takes[2]))
+    assert takes[0] == takes[1]
+    assert takes[0][:shared] != takes[2][:shared]
+
+
+def test_texts_of_one_connection_are_spoken_in_order(live_server):
+    with live_server.connect() as client:
+        for seed in range(3):
+            send(client, text=SHORT_TEXT, seed=seed)
+        queued = [b"".join(collect(client)[0]) for _ in range(3)]
+    assert queued == [b"".join(speak_short(live_server, seed=seed)[0]) for seed in range(3)]
+
+
+def test_queue_is_bounded(live_server):
+    with live_server.connect() as client:
+        for _ in range(10):
+            send(client, **LONG)
+        while isinstance(reply := client.recv(timeout=30), bytes):
+            pass
+        assert json.loads(reply)["code"] == "overloaded"
+        send(client, cancel=True)
+        replies = [collect(client)[1] for _ in range(9)]
+        assert {reply["finish_reason"] for reply in replies} == {"cancelled"}
+        send(client, text=SHORT_TEXT)
+        assert collect(client)[1]["samples"] > 0
+
+
+def test_live_text(live_server):
+    with live_server.connect() as client:
+        send(client, text="Hello ", more=True, seed=3)
+        for word in ("there, ", "how ", "are ", "you?"):
+            time.sleep(0.02)
+            send(client, text=word, more=True)
+        send(client, text="", more=False)
+        chunks, done = collect(client)
+        assert chunks
+        assert "error" not in done
+        send(client, text=SHORT_TEXT)
+        assert collect(client)[1]["samples"] > 0
+
+
+def test_live_text_waits_for_its_end_while_queued(live_server):
+    with live_server.connect() as client:
+        send(client, text=SHORT_TEXT, seed=1)
+        send(client, text="One ", more=True, seed=2)
+        send(client, text="two.")
+        assert collect(client)[1]["samples"] > 0
+        assert collect(client)[1]["samples"] > 0
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (b"\0\1", "bad_request"),
+        ("{", "bad_request"),
+        ("[]", "bad_request"),
+        ('{"text": ""}', "bad_request"),
+        ('{"text": " \\n"}', "bad_request"),
+        ('{"text": "", "more": false}', "bad_request"),
+        ('{"text": "\\udc00"}', "bad_request"),
+        ('{"text": "a", "temperature": NaN}', "bad_request"),
+        ('{"text": "a", "top_k": 1e3}', "bad_request"),
+        ("[" * 60_000, "bad_request"),
+        (json.dumps({"text": "a" * 4097}), "text_too_long"),
+        (json.dumps({"text": "\U0001f600" * 4097}), "text_too_long"),
+        ('{"text": "a", "speaker_ref": "nobody"}', "unknown_voice"),
+        ('{"text": "a", "language": "klingon"}', "unknown_language"),
+    ],
+)
+def test_refused_messages_leave_the_connection_alive(live_server, message, code):
+    with live_server.connect() as client:
+        client.send(message)
+        chunks, reply = collect(client)
+        assert chunks == []
+        assert reply["code"] == code
+        assert set(reply) == {"error", "code"}
+        send(client, text=SHORT_TEXT)
+        assert collect(client)[1]["samples"] > 0
+
+
+def test_unknown_voice_names_the_known_ones(live_server):
+    assert "default" in speak_short(live_server, speaker_ref="nobody")[1]["error"]
+
+
+def test_live_text_has_the_same_limit(live_server):
+    with live_server.connect() as client:
+        send(client, text="a" * 4000, more=True)
+        send(client, text="a" * 97, more=True)
+        while isinstance(reply := client.recv(timeout=30), bytes):
+            pass
+        assert json.loads(reply)["code"] == "text_too_long"
+
+
+def test_oversized_message_closes_with_1009(live_server):
+    with live_server.connect() as client:
+        send(client, text="a" * 70_000)
+        with pytest.raises(ConnectionClosed) as caught:
+            client.recv(timeout=10)
+        assert caught.value.rcvd.code == 1009
+    assert_healthy(live_server)
+
+
+def test_broken_utf8_closes_only_its_connection(live_server):
+    with live_server.connect() as client:
+        client.socket.sendall(b"\x81\x82\0\0\0\0\xff\xff")  # a masked text message of two bytes
+        with pytest.raises(ConnectionClosed) as caught:
+            client.recv(timeout=10)
+        assert caught.value.rcvd.code == 1007
+    assert_healthy(live_server)
+
+
+def test_paths_in_speaker_ref_open_nothing(live_server, tmp_path):
+    secret = tmp_path / "secret.wav"
+    secret.write_bytes(b"RIFF")
+    before = os.stat(secret).st_atime_ns
+    names = [
+        str(secret),
+        f"file://{secret}",
+        f"../../..{secret}",
+        "..",
+        "/dev/zero",
+        "http://127.0.0.1:9/x",
+    ]
+    with live_server.connect() as client:
+        for name in [*names, *[n.replace("/", "\\") for n in names], "%2e%2e%2fx", "a\0b"]:
+            send(client, text="Hi", speaker_ref=name)
+            assert collect(client)[1]["code"] == "unknown_voice"
+    assert os.stat(secret).st_atime_ns == before
+
+
+# --- cancel ------------------------------------------------------------------------------------
+
+
+def test_cancel_stops_at_once_and_gets_done(live_server):
+    with live_server.connect() as client:
+        send(client, **LONG, chunk_tokens=1)
+        received = len(first_chunk(client))
+        send(client, cancel=True)
+        start = time.monotonic()
+        chunks, done = collect(client)
+        elapsed_s = time.monotonic() - start
+        received += sum(map(len, chunks))
+        assert done["finish_reason"] == "cancelled"
+        assert done["samples"] * 4 == received
+        assert elapsed_s < 0.5
+        assert live_server.wait_until_idle() < 0.2
+        send(client, text=SHORT_TEXT)
+        assert collect(client)[1]["finish_reason"] != "cancelled"
+
+
+def test_cancel_is_honoured_within_one_frame(live_server):
+    frames = []
+    for _ in range(5):
+        num_lines = len(live_server.err)
+        with live_server.connect() as client:
+            send(client, **LONG)
+            first_chunk(client)
+            client.send('{"cancel": true}')
+            collect(client)
+        line = live_server.wait_for_line(r"cancelled.*frames (\d+)", after=num_lines)
+        frames.append(int(line[1]))
+    # The first chunk is one frame. While the client reacts, the next frame is on its way, on a busy
+    # machine perhaps another; a cancel that waited for a chunk of the ramp to fill would show here.
+    assert sorted(frames)[2] <= 3
+
+
+def test_cancel_with_nothing_running_is_answered(live_server):
+    with live_server.connect() as client:
+        send(client, cancel=True)
+        assert collect(client)[1] == {
+            "done": True,
+            "duration_s": 0.0,
+            "generation_s": 0.0,
+            "ttfc_ms": 0.0,
+            "rtf": 0.0,
+            "samples": 0,
+            "finish_reason": "cancelled",
+        }
+
+
+def test_cancel_of_one_client_leaves_others(live_server):
+    alone = as_samples(speak_short(live_server, seed=11)[0])
+    with live_server.connect() as other, live_server.connect() as client:
+        send(other, **LONG)
+        first_chunk(other)
+        send(client, text=SHORT_TEXT, seed=11)
+        first = first_chunk(client)
+        send(other, cancel=True)
+        other.send("nonsense")
+        assert_same_take(as_samples([first, *collect(client)[0]]), alone)
+
+
+# --- many clients ------------------------------------------------------------------------------
+
+
+def test_clients_share_by_frame(live_server):
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(live_server.connect()) for _ in range(4)]
+        for client in clients:
+            send(client, **LONG, chunk_tokens=1)
+        for client in clients:  # none ends in this time, so all must be served side by side
+            for _ in range(10):
+                first_chunk(client)
+        assert live_server.ready()["active"] == 4
+    live_server.wait_until_idle()
+
+
+def test_concurrent_turns_are_those_of_a_single_client(live_server):
+    alone = [b"".join(speak_short(live_server, seed=seed)[0]) for seed in range(3)]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        together = list(
+            pool.map(lambda seed: b"".join(speak_short(live_server, seed=seed)[0]), range(3))
+        )
+    assert [len(take) for take in together] == [len(take) for take in alone]
+
+
+def test_stalled_reader_is_cut_and_slows_nobody(live_server):
+    silent = socket.create_connection(("127.0.0.1", live_server.port), timeout=5)
+    stalled = RawClient(live_server, receive_buffer=4096)
+    start = time.monotonic()
+    stalled.send(**LONG)
+    stalled.wait_for_audio()
+    for seed in range(3):
+        assert speak_short(live_server, seed=seed)[1]["samples"] > 0
+    assert live_server.ready()["active"] == 1
+    live_server.wait_for_line(r"connection \d+ cut: it read nothing")
+    assert 9 < time.monotonic() - start < 16
+    assert live_server.wait_until_idle() < 0.2
+    stalled.hang_up()
+    assert silent.recv(1) == b""  # cut as well: it never sent a request
+    silent.close()
+
+
+# --- clients that leave ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leave", [RawClient.reset, RawClient.hang_up])
+def test_lost_client_frees_its_slot(live_server, leave):
+    client = RawClient(live_server)
+    client.send(**LONG)
+    client.wait_for_audio()
+    assert live_server.ready()["active"] == 1
+    leave(client)
+    assert live_server.wait_until_idle() < 0.2
+
+
+def test_closing_client_frees_its_slot(live_server):
+    with live_server.connect() as client:
+        send(client, **LONG)
+        first_chunk(client)
+    assert live_server.wait_until_idle() < 0.2
+
+
+def test_200_random_cycles_leak_nothing(live_server):
+    speak_short(live_server)
+    live_server.wait_until_idle()
+    time.sleep(0.2)
+    fds = live_server.num_fds()
+    chance = random.Random(7)
+
+    def cycle(_):
+        client = RawClient(live_server)
+        for _ in range(chance.randrange(3)):
+            client.send(**LONG, more=chance.random() < 0.3)
+        if chance.random() < 0.5:
+            time.sleep(chance.random() * 0.03)
+        if chance.random() < 0.4:
+            client.send(cancel=True)
+        if chance.random() < 0.3:
+            client.send(text=chance.choice([None, 7, ""]))
+        chance.choice([client.reset, client.hang_up])()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(cycle, range(200)))
+    live_server.wait_until_idle()
+    assert wait_until(lambda: live_server.ready()["connections"] == 0)
+    assert wait_until(lambda: live_server.num_fds() <= fds)
+    assert speak_short(live_server)[1]["samples"] > 0
+    assert_healthy(live_server)
+
+
+garbage = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    st.binary(max_size=40),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "text": st.sampled_from(["", " ", "Hi.", None, 7, "a" * 5000]),
+            "more": st.sampled_from([True, False, None, 1]),
+            "cancel": st.sampled_from([True, False, "yes"]),
+            "temperature": st.one_of(st.none(), st.floats(), st.text(max_size=3)),
+            "top_k": st.one_of(st.none(), st.integers(), st.floats()),
+            "speaker_ref": st.one_of(st.none(), st.text(max_size=5), st.just("default")),
+            "language": st.one_of(st.none(), st.text(max_size=5), st.just("en")),
+            "chunk_tokens": st.one_of(st.none(), st.integers(-1, 70)),
+            "seed": st.one_of(st.none(), st.integers()),
+        },
+    ).map(json.dumps),
+)
+
+
+def test_garbage_of_one_client_never_harms_another(live_server):
+    expected = as_samples(speak_short(live_server, seed=21)[0])
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(garbage, min_size=1, max_size=8))
+    def attack(messages):
+        with live_server.connect() as client:
+            for message in messages:
+                client.send(message)
+            client.send('{"cancel": true}')
+            replies = [client.recv(timeout=30)]
+            while not (isinstance(replies[-1], str) and json.loads(replies[-1]).get("done")):
+                replies.append(client.recv(timeout=30))
+            for reply in replies:
+                if isinstance(reply, str) and "error" in (fields := json.loads(reply)):
+                    assert fields["code"] != "internal"
+
+    stop = threading.Event()
+    takes = []
+
+    def speak_on():
+        while not stop.is_set():
+            takes.append(as_samples(speak_short(live_server, seed=21)[0]))
+
+    speaker = threading.Thread(target=speak_on)
+    speaker.start()
+    try:
+        attack()
+    finally:
+        stop.set()
+        speaker.join(60)
+    assert takes
+    for take in takes:
+        assert_same_take(take, expected)
+    live_server.wait_until_idle()
+    assert_healthy(live_server)
+
+
+def test_flood_of_nonsense_in_one_packet(live_server):
+    with live_server.connect() as client:
+        client.socket.sendall(b"\x81\x81\0\0\0\0{" * 3000)
+        codes = {json.loads(client.recv(timeout=30))["code"] for _ in range(3000)}
+        assert codes == {"bad_request"}
+    assert_healthy(live_server)
+
+
+# --- operations --------------------------------------------------------------------------------
+
+
+def test_ready_and_health(live_server):
+    status, body = live_server.get("/ready")
+    assert status == 200
+    assert json.loads(body)["phase"] == "ready"
+    assert json.loads(body)["voices"] == ["default"]
+    assert live_server.get("/health") == (200, '{"status":"ok"}')
+    assert live_server.get("/")[0] == 426
+    assert live_server.get("/nothing")[0] == 404
+
+
+def test_dead_engine_is_unhealthy_and_takes_no_turns():
+    """The one state that a real engine does not reach when asked to."""
+    app = App(ServerSettings())
+    dead = {
+        "error": RuntimeError("x"),
+        "description": {},
+        "voices": {},
+        "num_active": 0,
+        "num_waiting": 0,
+    }
+    app.start_serving(SimpleNamespace(**dead))
+
+    async def status(path, kind="http"):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": kind, "method": "GET", "path": path, "query_string": b"", "root_path": ""}
+        scope |= {"headers": [(b"host", b"localhost")], "extensions": {"websocket.http.response": {}}}
+        await app.asgi(scope, None, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(status("/health")) == 503
+    assert asyncio.run(status("/ready")) == 503
+    assert asyncio.run(status("/", "websocket")) == 503
+
+
+def test_metrics_count_turns(live_server):
+    def figure(name):
+        match = re.search(rf"^{re.escape(name)} (\S+)$", live_server.get("/metrics")[1], re.M)
+        return float(match[1]) if match else 0.0
+
+    cancelled = 'qwen_megakernel_turns_total{finish_reason="cancelled"}'
+    before, heard = figure(cancelled), figure("qwen_megakernel_ttfc_seconds_count")
+    with live_server.connect() as client:
+        send(client, **LONG)
+        first_chunk(client)
+        assert figure("qwen_megakernel_turns_active") == 1
+        assert figure("qwen_megakernel_connections") == 1
+        send(client, cancel=True)
+        collect(client)
+    assert figure(cancelled) == before + 1
+    assert figure("qwen_megakernel_ttfc_seconds_count") == heard + 1
+    assert figure("process_open_fds") == pytest.approx(live_server.num_fds(), abs=3)
+
+
+def test_banner_says_what_to_do_next(live_server):
+    banner = "".join(live_server.out)
+    port = live_server.port
+    assert f"ssh -L {port}:127.0.0.1:{port} user@host" in banner
+    assert f"python pipecat_client/test_client.py --url ws://127.0.0.1:{port} --text" in banner
+    assert "voices:  default" in banner
+
+
+def test_logs_hold_figures_but_no_text(live_server):
+    speak_short(live_server, seed=99)
+    line = live_server.wait_for_line(
+        r"turn \S+: \w+, chars 12, voice default, seed 99, ttfc \d+ ms, rtf \S+, frames \d+"
+    )
+    assert line
+    assert "Hello there" not in "".join(live_server.err)
+
+
+def test_web_pages_of_strangers_are_refused(live_server):
+    assert handshake_status(live_server, origin="https://evil.example") == 403
+    assert handshake_status(live_server, origin=f"http://127.0.0.1:{live_server.port}") == 101
+
+
+def test_rebound_names_are_refused(live_server):
+    for path in ("/health", "/ready", "/metrics", "/"):
+        assert live_server.get(path, Host="evil.example")[0] == 403
+    assert live_server.get("/ready", Host="localhost:1")[0] == 200
+
+
+# --- the process -------------------------------------------------------------------------------
+
+
+def start_failing(*arguments, **environ):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "server.py"), *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_used_port_is_one_line_at_once(live_server):
+    result = start_failing("--port", str(live_server.port))
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert str(live_server.port) in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "said"),
+    [
+        (["--host", "0.0.0.0"], {}, "QWEN_MEGAKERNEL_TOKEN"),
+        (["--port", "http"], {}, "--port"),
+        ([], {"QWEN_MEGAKERNEL_PORT": "70000"}, "QWEN_MEGAKERNEL_PORT"),
+        (["--speaker-ref", "/nowhere.wav"], {}, "--speaker-ref"),
+        (["--speaker-ref-text", "Hi"], {}, "--speaker-ref-text"),
+        (["--voices", "/nowhere"], {}, "--voices"),
+        (["--backend", "tpu"], {}, "--backend"),
+        (["--drain-s", "nan"], {}, "--drain-s"),
+        (["--allow-origin", "*"], {}, "--allow-origin"),
+        (["--token", "short"], {}, "--token"),
+        ([], {"QWEN_MEGAKERNEL_OFFLINE": "maybe"}, "QWEN_MEGAKERNEL_OFFLINE"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_loaded(arguments, environ, said):
+    result = start_failing(*arguments, **environ)
+    assert result.returncode == 2
+    assert said in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_load_failure_is_one_line(tmp_path):
+    server = LiveServer("--model", str(tmp_path), "--offline", environ={"QWEN_MEGAKERNEL_PROT": "1"})
+    try:
+        assert server.wait() == 1
+    finally:
+        server.kill()
+    assert "cannot load: CheckpointError" in server.err[-1]
+    assert_no_traceback(server)
+    assert any("QWEN_MEGAKERNEL_PROT" in line for line in server.err)
+
+
+def assert_no_traceback(server):
+    assert not [line for line in server.err if "Traceback" in line]
+
+
+def test_port_answers_while_loading_and_a_signal_ends_it(tiny_base):
+    server = LiveServer("--model", str(tiny_base), "--log-format", "json")
+    try:
+        assert server.get("/health")[0] == 200
+        status, body = server.get("/ready")
+        assert (status, json.loads(body)["phase"]) == (503, "loading")
+        assert handshake_status(server) == 503
+        assert server.stop() == 0
+    finally:
+        server.kill()
+    assert all(json.loads(line)["level"] for line in server.err)
+    assert server.out == []
+
+
+@pytest.fixture(scope="module")
+def guarded_server(tiny_base):
+    environ = {"QWEN_MEGAKERNEL_TOKEN": TOKEN, "QWEN_MEGAKERNEL_DRAIN_S": "99"}
+    options = ("--drain-s", "1.5", "--max-connections", "3", "--log-format", "json")
+    server = LiveServer("--model", str(tiny_base), *options, environ=environ)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.kill()
+
+
+def test_token_guards_everything_but_health(guarded_server):
+    assert guarded_server.get("/health")[0] == 200
+    for path in ("/ready", "/metrics", "/"):
+        assert guarded_server.get(path)[0] == 401
+    assert guarded_server.get("/ready", X_API_Key=TOKEN)[0] == 200
+    assert guarded_server.get("/ready", Authorization=f"Bearer {TOKEN}")[0] == 200
+    for path in ("/", f"/?token={TOKEN}x"):
+        assert handshake_status(guarded_server, path) == 401
+    assert handshake_status(guarded_server, f"/?token={TOKEN}") == 101
+    assert TOKEN not in "".join(guarded_server.err + guarded_server.out)
+
+
+def test_connections_are_limited(guarded_server):
+    path = f"/?token={TOKEN}"
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(guarded_server.connect(path))
+        assert handshake_status(guarded_server, path) == 503
+    assert handshake_status(guarded_server, path) == 101
+
+
+def test_sigterm_drains(guarded_server):
+    """Last of the guarded server: it ends here."""
+    path = f"/?token={TOKEN}"
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(guarded_server.connect(path)) for _ in range(3)]
+        check_drain(guarded_server, path, *clients)
+    assert guarded_server.wait() == 0
+    assert_no_traceback(guarded_server)
+
+
+def check_drain(guarded_server, path, busy, idle, queued):
+    send(busy, **LONG)
+    first_chunk(busy)
+    send(queued, text="Short.", seed=1)
+    send(queued, text="Never spoken.")
+    first_chunk(queued)
+    guarded_server.process.send_signal(signal.SIGTERM)
+    guarded_server.wait_for_line("draining")
+    status, body = guarded_server.get("/ready", X_API_Key=TOKEN)
+    assert (status, json.loads(body)["phase"]) == (503, "draining")
+    assert handshake_status(guarded_server, path) == 503
+    send(idle, text=SHORT_TEXT)
+    assert collect(idle)[1]["code"] == "overloaded"
+    replies = [collect(queued)[1] for _ in range(2)]
+    assert {"code" in reply for reply in replies} == {True, False}
+    assert collect(busy)[1]["finish_reason"] == "cancelled"
+    for client in (busy, idle, queued):
+        with pytest.raises(ConnectionClosed) as closed:
+            client.recv(timeout=10)
+        assert closed.value.rcvd.code == 1001
+
+
+def test_second_signal_ends_at_once(tiny_base):
+    server = LiveServer("--model", str(tiny_base), "--drain-s", "60").wait_until_ready()
+    try:
+        with server.connect() as client:
+            send(client, **LONG)
+            first_chunk(client)
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for_line("draining")
+            start = time.monotonic()
+            assert server.stop() == 128 + signal.SIGTERM
+            assert time.monotonic() - start < 1
+    finally:
+        server.kill()
