@@ -22,6 +22,7 @@ import torch
 
 from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, load_tokenizer, resolve
 from qwen_megakernel.codec import CodecDecoder, CodecStream
+from qwen_megakernel.codec_encoder import CodecEncoder
 from qwen_megakernel.config import SAMPLE_RATE, GenerationParams, Guards, SamplingParams
 from qwen_megakernel.decoder import MAX_BATCH, TorchBackend
 from qwen_megakernel.engine import Engine, TurnRequest
@@ -29,7 +30,7 @@ from qwen_megakernel.model import Talker
 from qwen_megakernel.prompt import PromptBuilder
 from qwen_megakernel.speaker import SpeakerEncoder
 from qwen_megakernel.turn import Audio, Finished, RequestError, Sink, Turn, TurnEvent
-from qwen_megakernel.voice import CodecEncoder, Voice, VoiceCloner, load_voices, voice_name_ok
+from qwen_megakernel.voice import Voice, VoiceCloner, load_voices, voice_name_ok
 
 BackendName = Literal["auto", "torch", "megakernel"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

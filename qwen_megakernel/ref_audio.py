@@ -1,0 +1,132 @@
+"""Reference recordings: WAV or FLAC bytes of a stranger to samples.
+
+Bytes are measured before they are decoded: size, container, format and length are checked in
+this order, each before the code that it protects. Nothing here turns a client's string into a path.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from qwen_megakernel.config import SAMPLE_RATE
+
+MIN_REFERENCE_S = 1.0
+MAX_REFERENCE_S = 30.0
+MAX_REFERENCE_BYTES = 20 * 1024 * 1024
+MIN_SOURCE_RATE = 8_000
+MAX_SOURCE_RATE = 192_000
+
+_SILENT_PEAK = 1e-3
+_MAX_PEAK = 4.0
+"""Above full scale by more than any mastering; a float file in another unit, such as 32768."""
+_SUBTYPES = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
+"""libsndfile's names. WAV may hold MP3 or GSM too: more decoder than a stranger needs to reach."""
+
+
+class VoiceError(ValueError):
+    """A recording, voice or voice file that cannot be used; one line: what is given and allowed."""
+
+
+def read_reference(path: Path) -> bytes:
+    """The bytes of a recording that the operator named; never call it with a client's string.
+
+    Raises:
+        VoiceError: not a regular file, unreadable, or above 20 MiB.
+    """
+    try:
+        if not path.is_file():
+            raise VoiceError("not a file")
+        _check_num_bytes(path.stat().st_size)
+        return path.read_bytes()
+    except OSError as error:
+        raise VoiceError(f"{path}: {error.strerror}") from None
+    except VoiceError as error:
+        raise VoiceError(f"{path}: {error}") from None
+
+
+def decode_reference(data: bytes) -> np.ndarray:
+    """Samples of a WAV or FLAC file.
+
+    Args:
+        data: the file; up to 20 MiB, 1 to 30 s, 8 to 192 kHz, mono or stereo (averaged).
+
+    Returns:
+        `[samples]` float32 at 24 kHz, full scale 1.
+
+    Raises:
+        VoiceError: anything else, and silence. Memory stays bounded whatever the bytes: format,
+            rate, channels and length come from the header, and no more is decoded than it said.
+    """
+    _check_num_bytes(len(data))
+    _check_container(data)
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            _check_header(file)
+            expected, rate = file.frames, file.samplerate
+            frames = file.read(expected, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:  # its str() begins with the address of the BytesIO
+        raise VoiceError(f"reference audio does not decode ({error.error_string})") from None
+    if len(frames) != expected:
+        raise VoiceError(f"reference audio is cut off: {len(frames)} of {expected} samples are there")
+    audio = frames.mean(axis=1)
+    _check_level(audio)
+    # The quality that the official code resamples with, so that its codes and ours agree.
+    return audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")
+
+
+def _check_num_bytes(num_bytes: int) -> None:
+    if not 0 < num_bytes <= MAX_REFERENCE_BYTES:
+        raise VoiceError(f"reference audio has {num_bytes} bytes, allowed: 1 to {MAX_REFERENCE_BYTES}")
+
+
+def _check_container(data: bytes) -> None:
+    # Before libsndfile sees them: it guesses among twenty formats, MP3 and Ogg among them.
+    if data[:4] == b"fLaC":
+        return
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        raise VoiceError(f"reference audio begins with {bytes(data[:4])!r}, allowed: WAV or FLAC files")
+    (size,) = struct.unpack_from("<I", data, 4)
+    # Writers to a pipe cannot know the size and put a huge one; one byte off is a missing pad byte.
+    if len(data) + 1 < size + 8 < 0x7FFF_0000:
+        raise VoiceError(f"reference audio is cut off: {len(data)} of {size + 8} bytes are there")
+
+
+def _check_header(file: soundfile.SoundFile) -> None:
+    if file.subtype not in _SUBTYPES:
+        allowed = "WAV (PCM, float, A-law, mu-law) or FLAC"
+        raise VoiceError(f"reference audio is {file.format} with {file.subtype}, allowed: {allowed}")
+    if file.channels not in (1, 2):
+        raise VoiceError(f"reference audio has {file.channels} channels, allowed: 1 or 2")
+    if not MIN_SOURCE_RATE <= file.samplerate <= MAX_SOURCE_RATE:
+        raise VoiceError(
+            f"reference audio has {file.samplerate} samples a second, "
+            f"allowed: {MIN_SOURCE_RATE} to {MAX_SOURCE_RATE}"
+        )
+    if file.frames >= 1 << 62:  # libsndfile's "unknown"
+        raise VoiceError("reference audio does not say how long it is: its FLAC header lacks the length")
+    seconds = file.frames / file.samplerate
+    if not MIN_REFERENCE_S <= seconds <= MAX_REFERENCE_S:
+        raise VoiceError(
+            f"reference audio is {seconds:.2f} s long, "
+            f"allowed: {MIN_REFERENCE_S:g} to {MAX_REFERENCE_S:g} s"
+        )
+
+
+def _check_level(audio: np.ndarray) -> None:
+    peak = float(np.abs(audio).max())
+    if not np.isfinite(peak):  # max and abs hand NaN on
+        raise VoiceError("reference audio has samples that are not finite numbers")
+    if peak < _SILENT_PEAK:
+        raise VoiceError(
+            f"reference audio is silent: its peak is {peak:.2g}, allowed: {_SILENT_PEAK:g} up"
+        )
+    if peak > _MAX_PEAK:
+        raise VoiceError(
+            f"reference audio has a peak of {peak:.4g}, allowed: up to {_MAX_PEAK:g} (full scale is 1)"
+        )
