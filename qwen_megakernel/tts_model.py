@@ -101,6 +101,8 @@ class TTSDecoder:
     ) -> None:
         config = checkpoint.config
         self.config = config
+        # fp32 shall mean fp32: convolutions on CUDA would take TF32, matrix products would not.
+        torch.backends.cudnn.allow_tf32 = False
         self.sample_rate = SAMPLE_RATE
         self.languages = config.talker.languages
         """Names for `language`, `auto` first."""

@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 from live_server import LiveServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,6 +25,14 @@ def _write(factory: pytest.TempPathFactory, shape: str, mode: str) -> Path:
     folder = factory.mktemp(f"{shape}_{mode}".replace(".", "_")) / "checkpoint"
     write_checkpoint(folder, shape=shape, mode=mode)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests skip where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ GREEDY = GenerationParams(
 
 @dataclass
 class Both:
-    """The official model and ours on one checkpoint, fp32."""
+    """The official model and ours on one checkpoint, in one precision."""
 
     theirs: object
     talker: Talker
@@ -36,12 +36,12 @@ class Both:
     prompts: PromptBuilder
 
     @classmethod
-    def load(cls, folder: Path) -> Both:
-        theirs = official.inference.Qwen3TTSModel.from_pretrained(str(folder), dtype=torch.float32)
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> Both:
+        theirs = official.inference.Qwen3TTSModel.from_pretrained(str(folder), dtype=dtype)
         checkpoint = Checkpoint(folder)
         with torch.device("meta"):
             talker = Talker(checkpoint.config.talker, checkpoint.config.predictor)
-        checkpoint.load("talker.", talker, dtype=torch.float32)
+        checkpoint.load("talker.", talker, dtype=dtype)
         tokenizer = load_tokenizer(folder).backend_tokenizer
         return cls(
             theirs, talker, checkpoint.config, PromptBuilder(talker, checkpoint.config, tokenizer)
@@ -276,6 +276,51 @@ def test_logits_of_talker_and_predictor(base):
         expected, _ = theirs.forward_sub_talker_finetune(codes, frame.hidden)
     torch.testing.assert_close(frame.talker_logits, logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(frame.predictor_logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def forced_logits(both: Both, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Our teacher-forced logits: talker [frames, vocabulary], predictor [frames, 15, vocabulary]."""
+    backend = both.backend(num_slots=1, max_positions=128)
+    prompt = both.prompts.open(both.voice(), "english")
+    prompt.append(TEXT)
+    prompt.end()
+    backend.prefill(0, prompt.rows(), GREEDY)
+    talker, predictor, text_row = [], [], torch.zeros(both.config.talker.hidden_size)
+    for frame in codes:
+        out = backend.decode_frame([0], text_row[None], forced_codes=frame[None])
+        talker.append(out.talker_logits[0])
+        predictor.append(out.predictor_logits[0])
+        text_row = prompt.next_text_row()
+        prompt.advance()
+    return torch.stack(talker), torch.stack(predictor)
+
+
+def official_forced_logits(both: Both, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of the official model, in one pass over prompt and frames."""
+    inputs = both.official_inputs([TEXT], languages=["english"], **both.clone_prompt())
+    talker = both.theirs.model.talker
+    trailing = inputs["trailing_text_hidden"][0]
+    pad = inputs["tts_pad_embed"][0]
+    text = torch.cat([trailing, pad.expand(max(0, len(codes) - len(trailing)), -1)])[: len(codes)]
+    embeddings = [talker.get_input_embeddings(), *talker.code_predictor.get_input_embeddings()]
+    summed = torch.stack([embed(codes[:, i]) for i, embed in enumerate(embeddings)], 1).sum(1)
+    rows = torch.cat([inputs["inputs_embeds"][0], (summed + text)[:-1]])
+    with torch.no_grad():
+        hidden = talker.model(inputs_embeds=rows[None]).last_hidden_state[0, -len(codes) :]
+        predictor, _ = talker.forward_sub_talker_finetune(codes, hidden)
+        return talker.codec_head(hidden).float(), predictor.float()
+
+
+def test_bf16_is_no_further_from_fp32_than_the_official_bf16(base, tiny_base):
+    codes = torch.randint(0, 2048, (24, 16), generator=torch.Generator().manual_seed(2))
+    half = Both.load(tiny_base, torch.bfloat16)
+    exact = official_forced_logits(base, codes)
+    for ours, truth in zip(forced_logits(base, codes), exact, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
+    theirs = official_forced_logits(half, codes)
+    for ours, other, truth in zip(forced_logits(half, codes), theirs, exact, strict=True):
+        error, allowed = (ours - truth).norm(), (other - truth).norm()
+        assert 0 < error <= 1.25 * allowed, f"{error:.3f} against {allowed:.3f}"
 
 
 def test_three_equal_axes_are_plain_rope(base):
