@@ -1,0 +1,67 @@
+# What a clean clone needs is here: `make demo`, `make test`. GNU make 3.81 or later.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# In CI nobody watches the progress, and the log is read.
+PIP := $(PY) -m pip $(if $(CI),--quiet) --disable-pip-version-check --no-input
+REFERENCE := qwen-tts-hf==0.1.1.post1
+# Named after what they stand for, so that only other requirements lead to another installation.
+SUM = $(shell cat $(1) | cksum | cut -d' ' -f1)
+RUN := $(VENV)/run-$(call SUM,requirements.txt).installed
+TEST := $(VENV)/test-$(call SUM,requirements.txt tests/requirements.txt).installed
+PARITY := $(VENV)/$(subst ==,-,$(REFERENCE)).installed
+
+# Several processes of several spinning threads crawl where cores are few.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint format doctor clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+install: $(RUN)  ## Make .venv with everything the server needs
+
+demo: $(RUN)  ## Speak through a real server with tiny random weights: build/demo.wav
+	$(PY) -m qwen_megakernel demo $(ARGS)
+
+test: $(TEST) $(PARITY) lint  ## Check style and run all tests (ARGS="-k name" chooses)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(TEST)  ## Check style only
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(TEST)  ## Put the style right
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+doctor: $(RUN)  ## Check this machine
+	$(PY) -m qwen_megakernel doctor $(ARGS)
+
+clean:  ## Remove what was made, but for .venv
+	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is missing or older than 3.11; name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN): | $(PY)
+	$(PIP) install -r requirements.txt
+	@touch $@
+
+$(TEST): $(RUN)
+	$(PIP) install -r requirements.txt -r tests/requirements.txt
+	@touch $@
+
+# The reference of the parity tests. Its pins would replace ours, so it comes without its
+# dependencies; where it cannot be had, those tests skip, and the next run tries again.
+$(PARITY): $(TEST)
+	@if $(PIP) install --no-deps $(REFERENCE); then touch $@; \
+	else echo "no $(REFERENCE): the parity tests will skip" >&2; fi

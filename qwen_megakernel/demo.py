@@ -1,0 +1,198 @@
+"""The whole way once, on any machine: a tiny random checkpoint, a real server, the real client.
+
+For checkouts only: `server.py` and the client are not part of the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import queue
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import wave
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVER = ROOT / "server.py"
+CLIENT = ROOT / "pipecat_client" / "test_client.py"
+
+TEXT = "Hello there."
+READY_S = 180.0
+"""The first import of torch from a cold disk can take a minute."""
+CLIENT_S = 300.0
+STOP_S = 30.0
+
+_SAMPLE_RATE = 24_000
+_LISTENING = re.compile(r"listening on \S+ port (\d+)")
+
+CLOSING = """\
+{out} was spoken by random weights, so what you hear is noise. For speech, with a recording of
+the voice to clone (3 to 30 s of one speaker; downloads 2.5 GB once):
+
+  {python} server.py --model Qwen/Qwen3-TTS-12Hz-0.6B-Base --speaker-ref voice.wav
+"""
+
+
+class DemoError(RuntimeError):
+    """A step that failed; one line."""
+
+
+def write_reference(path: Path, seconds: float = 3.0) -> None:
+    """A recording to clone: a buzz whose loudness comes and goes like syllables."""
+    samples = array("h")
+    for i in range(int(seconds * _SAMPLE_RATE)):
+        t = i / _SAMPLE_RATE
+        buzz = sum(math.sin(2 * math.pi * 120 * k * t) / k for k in range(1, 13))
+        samples.append(int(6000 * buzz * (0.6 + 0.4 * math.sin(2 * math.pi * 3 * t))))
+    if sys.byteorder == "big":
+        samples.byteswap()
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, _SAMPLE_RATE, 0, "NONE", ""))
+        file.writeframes(samples.tobytes())
+
+
+def run_step(*arguments: str | Path, limit_s: float) -> None:
+    """Run one of our programs to its end and show how it was called; raises `DemoError`."""
+    shown = " ".join(["$ python", *(shlex.quote(_short(argument)) for argument in arguments)])
+    print(shown, flush=True)
+    command = [sys.executable, *map(str, arguments)]
+    try:
+        status = subprocess.run(
+            command, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, timeout=limit_s
+        ).returncode
+    except subprocess.TimeoutExpired:
+        raise DemoError(f"not done after {limit_s:.0f} s: {shown[2:]}") from None
+    if status:
+        raise DemoError(f"exit status {status}: {shown[2:]}")
+
+
+@contextmanager
+def running_server(*arguments: str | Path) -> Iterator[int]:
+    """A server on a free port, ready; gives the port. Stopped at the end, whatever happens.
+
+    Raises:
+        DemoError: it did not get ready, or did not stop cleanly.
+    """
+    print("$ python server.py --port 0", *(shlex.quote(_short(a)) for a in arguments), flush=True)
+    process = subprocess.Popen(
+        [sys.executable, str(SERVER), "--port", "0", *map(str, arguments)],
+        cwd=ROOT,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    ports: queue.SimpleQueue[int] = queue.SimpleQueue()
+    reader = threading.Thread(target=_show_log, args=(process, ports), daemon=True)
+    reader.start()
+    try:
+        yield _wait_until_ready(process, ports)
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        raise DemoError(f"the server did not stop within {STOP_S:.0f} s") from None
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        reader.join(5)
+    if status:
+        raise DemoError(f"the server ended with exit status {status}")
+
+
+def _show_log(process: subprocess.Popen[str], ports: queue.SimpleQueue[int]) -> None:
+    """Pass the server's log on, and the port that it names."""
+    for line in process.stderr or ():
+        print(f"  {line}", end="", flush=True)
+        if match := _LISTENING.search(line):
+            ports.put(int(match[1]))
+
+
+def _wait_until_ready(process: subprocess.Popen[str], ports: queue.SimpleQueue[int]) -> int:
+    port = None
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise DemoError(f"the server ended with exit status {process.returncode}")
+        if port is None and not ports.empty():
+            port = ports.get()
+        if port is not None and _is_ready(port):
+            return port
+        time.sleep(0.1)
+    raise DemoError(f"the server was not ready after {READY_S:.0f} s")
+
+
+def _is_ready(port: int) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows our port
+    try:
+        with opener.open(f"http://127.0.0.1:{port}/ready", timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _environment() -> dict[str, str]:
+    """Ours, less what would configure the server behind the demo's back, and proxies."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("QWEN_MEGAKERNEL_")}
+    return {**kept, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+
+
+def _short(argument: str | Path) -> str:
+    """A path as seen from the checkout."""
+    if isinstance(argument, Path) and argument.is_relative_to(ROOT):
+        return str(argument.relative_to(ROOT))
+    return str(argument)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m qwen_megakernel demo`."""
+    parser.add_argument("--text", default=TEXT, help="what to say")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / "build",
+        metavar="DIR",
+        help="where demo.wav and the checkpoint go (default: build)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checkpoint, server, client; the exit status."""
+    # By default SIGTERM would end us without the cleaning up, and leave a server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    folder = args.folder.absolute()
+    checkpoint, reference, out = (
+        folder / "demo-checkpoint",
+        folder / "demo-voice.wav",
+        folder / "demo.wav",
+    )
+    try:
+        if not SERVER.is_file():
+            raise DemoError(f"{SERVER} is missing; the demo needs a checkout of the repository")
+        folder.mkdir(parents=True, exist_ok=True)
+        out.unlink(missing_ok=True)
+        run_step(
+            "-m", "qwen_megakernel", "synth-checkpoint", checkpoint, "--shape", "tiny", limit_s=CLIENT_S
+        )
+        write_reference(reference)
+        with running_server("--model", checkpoint, "--speaker-ref", reference) as port:
+            url = f"ws://127.0.0.1:{port}"
+            run_step(CLIENT, "--url", url, "--text", args.text, "--out", out, limit_s=CLIENT_S)
+    except (DemoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n" + CLOSING.format(out=_short(out), python=_short(Path(sys.executable))), end="")
+    return 0

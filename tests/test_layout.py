@@ -1,0 +1,444 @@
+"""What keeps the house in order: who imports whom, how long files are, whether pages tell the truth.
+
+Each rule is a function from a source tree to a list of complaints, so that each can be shown to
+complain (`test_rules_can_fail`).
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from live_server import ROOT
+
+import qwen_megakernel
+from qwen_megakernel.__main__ import COMMANDS
+
+PACKAGE = "qwen_megakernel"
+
+LEVELS = (
+    ("config",),
+    ("turn",),
+    ("checkpoint",),
+    ("sampling", "model", "codec", "speaker", "ref_audio", "codec_encoder"),
+    ("voice",),
+    ("prompt",),
+    ("decoder",),
+    ("engine",),
+    ("tts_model",),
+)
+"""A module imports only modules of earlier levels."""
+BESIDE = {
+    "__init__": {"config", "tts_model", "voice"},
+    "__main__": {"demo", "doctor", "synth_checkpoint"},
+    "demo": set(),
+    "doctor": {"config", "checkpoint", "machine"},
+    "machine": {"checkpoint"},
+    "synth_checkpoint": {
+        "config", "model", "codec", "codec_encoder", "speaker", "synth_config", "synth_tokenizer",
+    },
+    "synth_config": {"config", "synth_tokenizer"},
+    "synth_tokenizer": set(),
+}  # fmt: skip  # fmt: skip
+"""What stands beside the levels: what it may import. Nothing in the levels imports these."""
+SERVING_MAY_IMPORT = {"__init__", "config", "turn"}
+SANS_IO = ("wire", "messages", "protocol")
+"""Of `serving`: standard library and each other only, so that clients can use them."""
+
+MAX_LINES = 500
+LONGER = {
+    "tests/test_checkpoint.py": 600,
+    "tests/test_server.py": 690,
+}
+"""Files that are too long today; the numbers may only go down, and no file may be added."""
+CATCH_ALLS = {"utils", "util", "common", "helpers", "misc"}
+
+NEVER_IMPORTED = {
+    "ninja": "a program that torch's extension builder runs",
+    "websockets": "the protocol engine that uvicorn loads; the clients import it",
+}
+
+SOURCES = (PACKAGE, "pipecat_client", "tests", "csrc")
+SUFFIXES = {".py", ".cu", ".cuh", ".h", ".cpp"}
+
+
+# ---------------------------------------------------------------------------- reading sources
+
+
+def source_files(root: Path) -> list[Path]:
+    found = [path for name in SOURCES for path in sorted((root / name).rglob("*"))]
+    return [path for path in (root / "server.py", *found) if path.suffix in SUFFIXES and path.is_file()]
+
+
+def python_files(root: Path, *folders: str) -> list[Path]:
+    return [
+        path
+        for path in source_files(root)
+        if path.suffix == ".py" and (not folders or path.relative_to(root).parts[0] in folders)
+    ]
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports_of(path: Path, root: Path) -> set[str]:
+    """Full names of all that a file imports, anywhere in it, but for what only type checkers see."""
+    return set(_imports(tree_of(path), path.relative_to(root).parent.parts))
+
+
+def _imports(node: ast.AST, package: tuple[str, ...]) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            yield from _imports(ast.Module(child.orelse, []), package)
+        elif isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            parts = package[: len(package) - child.level + 1] if child.level else ()
+            base = ".".join([*parts, *([child.module] if child.module else [])])
+            # `from package import name`: the name may be a module.
+            yield from (f"{base}.{alias.name}" for alias in child.names)
+        elif (
+            isinstance(child, ast.Call)
+            and getattr(child.func, "attr", getattr(child.func, "id", ""))
+            in ("import_module", "__import__")
+            and child.args
+            and isinstance(child.args[0], ast.Constant)
+        ):
+            yield str(child.args[0].value)
+        else:
+            yield from _imports(child, package)
+
+
+def top_level(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def own_modules(names: set[str], root: Path) -> set[str]:
+    """`checkpoint`, `serving.app`, ...: the modules of the package among imported names."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        if parts[0] != PACKAGE:
+            continue
+        while len(parts) > 1 and not (root / Path(*parts)).with_suffix(".py").is_file():
+            parts.pop()
+        found.add(".".join(parts[1:]) or "__init__")
+    return found
+
+
+# ---------------------------------------------------------------------------- rules
+
+
+def imports_run_one_way(root: Path) -> Iterator[str]:
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    for path in sorted((root / PACKAGE).glob("*.py")):
+        name = path.stem
+        imported = own_modules(imports_of(path, root), root) - {name}
+        if name in level:
+            for other in sorted(imported):
+                if level.get(other, len(LEVELS)) >= level[name]:
+                    yield f"{name} imports {other}, which is not before it in LEVELS"
+        elif name in BESIDE:
+            yield from (f"{name} imports {other}" for other in sorted(imported - BESIDE[name]))
+        else:
+            yield f"{path.name} has no place in LEVELS or BESIDE"
+
+
+def serving_knows_only_turns(root: Path) -> Iterator[str]:
+    for path in sorted((root / PACKAGE / "serving").glob("*.py")):
+        imported = imports_of(path, root)
+        if "torch" in top_level(imported):
+            yield f"serving/{path.name} imports torch"
+        for other in sorted(own_modules(imported, root)):
+            if not other.startswith("serving") and other not in SERVING_MAY_IMPORT:
+                yield f"serving/{path.name} imports {other}"
+
+
+def protocol_is_standard_library_only(root: Path) -> Iterator[str]:
+    allowed = {f"{PACKAGE}.serving.{module}" for module in SANS_IO}
+    for module in SANS_IO:
+        path = root / PACKAGE / "serving" / f"{module}.py"
+        for name in sorted(imports_of(path, root) if path.is_file() else ()):
+            own = name.rpartition(".")[0] in allowed
+            if not own and name.split(".")[0] not in sys.stdlib_module_names:
+                yield f"serving/{module}.py imports {name}"
+
+
+def client_stands_alone(root: Path) -> Iterator[str]:
+    for path in python_files(root, "pipecat_client"):
+        banned = {"torch", "transformers"} | ({PACKAGE} if path.name == "test_client.py" else set())
+        for name in sorted(top_level(imports_of(path, root)) & banned):
+            yield f"{path.name} imports {name}"
+
+
+def asyncio_stays_outside(root: Path) -> Iterator[str]:
+    for path in python_files(root, PACKAGE, "server.py"):
+        inside = path.relative_to(root).parts[1:2] == ("serving",)
+        if not inside and top_level(imports_of(path, root)) & {"asyncio", "anyio"}:
+            yield f"{path.relative_to(root)} imports asyncio"
+
+
+def names_say_what_is_inside(root: Path) -> Iterator[str]:
+    for path in source_files(root):
+        if path.stem in CATCH_ALLS:
+            yield f"{path.relative_to(root)}: name it after what is in it"
+
+
+def modules_have_docstrings(root: Path) -> Iterator[str]:
+    for path in python_files(root):
+        if not ast.get_docstring(tree_of(path)):
+            yield f"{path.relative_to(root)} has no docstring"
+
+
+def files_are_short(root: Path) -> Iterator[str]:
+    for path in source_files(root):
+        name = path.relative_to(root).as_posix()
+        count = len(path.read_text(encoding="utf-8").splitlines())
+        if count > LONGER.get(name, MAX_LINES):
+            yield f"{name} has {count} lines, allowed: {LONGER.get(name, MAX_LINES)}"
+        if name in LONGER and count <= MAX_LINES:
+            yield f"{name} is short enough now: take it off LONGER"
+
+
+def requirement_names(path: Path) -> set[str]:
+    if not path.is_file():
+        return set()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {
+        match[0].lower().replace("_", "-") for line in lines if (match := re.match(r"[\w.-]+", line))
+    }
+
+
+def imports_are_required(root: Path) -> Iterator[str]:
+    """Distributions here are named as what is imported from them."""
+    required = requirement_names(root / "requirements.txt")
+    used = set()
+    for path in python_files(root, PACKAGE, "server.py"):
+        for name in sorted(top_level(imports_of(path, root)) - sys.stdlib_module_names - {PACKAGE}):
+            used.add(name.replace("_", "-"))
+            if name.replace("_", "-") not in required:
+                yield f"{path.relative_to(root)} imports {name}, which is not in requirements.txt"
+    for name in sorted(required - used - set(NEVER_IMPORTED)):
+        yield f"requirements.txt has {name}, which nothing imports"
+
+
+# ---------------------------------------------------------------------------- rules of pages
+
+
+def pages(root: Path) -> list[Path]:
+    return [*sorted(root.glob("*.md")), *sorted((root / "docs").rglob("*.md"))]
+
+
+def links_lead_somewhere(root: Path) -> Iterator[str]:
+    for page in pages(root):
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:", target):
+                continue
+            file, _, anchor = target.partition("#")
+            path = page.parent / file if file else page
+            if not path.exists():
+                yield f"{page.name}: link to {target}"
+            elif anchor and path.suffix == ".md" and anchor not in anchors(path):
+                yield f"{page.name}: link to {target}, which has no such heading"
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands_exist(root: Path) -> Iterator[str]:
+    """Scripts, subcommands, make targets and files in commands and in `code`."""
+    targets = set(
+        re.findall(r"^([a-z]+):", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    for page in pages(root):
+        for code in code_of(page.read_text(encoding="utf-8")):
+            for script in re.findall(r"\bpython3? ([\w./-]+\.py)\b", code):
+                if not (root / script).is_file():
+                    yield f"{page.name}: python {script}"
+            for command in re.findall(rf"-m {PACKAGE} ([a-z-]+)", code):
+                if command not in COMMANDS:
+                    yield f"{page.name}: -m {PACKAGE} {command}"
+            for target in re.findall(r"(?:^|[`$&;] *)make ([a-z]+)", code, re.MULTILINE):
+                if target not in targets:
+                    yield f"{page.name}: make {target}"
+            folders = "|".join(re.escape(name) for name in (*SOURCES, "docs", ".ci"))
+            for path in re.findall(rf"(?<![\w./-])((?:{folders})/[\w./-]*\w)", code):
+                if not (root / path).exists():
+                    yield f"{page.name}: {path}"
+
+
+def options_exist(root: Path) -> Iterator[str]:
+    """Options in commands that run one of our scripts."""
+    for page in pages(root):
+        for code in code_of(page.read_text(encoding="utf-8")):
+            for command in code.replace("\\\n", " ").splitlines():
+                match = re.search(r"python3? ([\w./-]*\.py)\b(.*)", command)
+                if match is None or not (root / match[1]).is_file():
+                    continue
+                source = (root / match[1]).read_text(encoding="utf-8")
+                known = {"--help", *re.findall(r'"(--[a-z-]+)"', source)}
+                for option in re.findall(r"(?<!\S)(--[a-z][a-z-]*)", match[2].split("`")[0]):
+                    if option not in known:
+                        yield f"{page.name}: {match[1]} {option}"
+
+
+def code_of(text: str) -> list[str]:
+    """Fenced blocks, then indented lines and inline code of what is left."""
+    fenced = re.compile(r"^ *```.*?$(.*?)^ *```", re.MULTILINE | re.DOTALL)
+    rest = fenced.sub("", text)
+    return [
+        *fenced.findall(text),
+        *re.findall(r"^ {4}(.*)$", rest, re.MULTILINE),
+        *re.findall(r"`[^`\n]+`", rest),
+    ]
+
+
+RULES = [
+    imports_run_one_way,
+    serving_knows_only_turns,
+    protocol_is_standard_library_only,
+    client_stands_alone,
+    asyncio_stays_outside,
+    names_say_what_is_inside,
+    modules_have_docstrings,
+    files_are_short,
+    imports_are_required,
+    links_lead_somewhere,
+    commands_exist,
+    options_exist,
+]
+
+
+# ---------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule(rule):
+    assert list(rule(ROOT)) == []
+
+
+DOC = '"""What it is."""\n'
+GOOD_TREE = {
+    "Makefile": "test: stamp\n",
+    "requirements.txt": "# Numbers.\nnumpy>=2\n",
+    "server.py": DOC + "import argparse\n",
+    "qwen_megakernel/config.py": DOC + "import numpy\n",
+    "qwen_megakernel/model.py": DOC + "from .config import X\n",
+    "qwen_megakernel/serving/protocol.py": DOC + "import json\n",
+    "pipecat_client/test_client.py": DOC + "import numpy\n",
+    "README.md": "[this](#here), `make test`\n# Here\n",
+}
+FAULTS = [
+    (imports_run_one_way, "qwen_megakernel/config.py", "from qwen_megakernel.model import X"),
+    (imports_run_one_way, "qwen_megakernel/config.py", "from . import model"),
+    (imports_run_one_way, "qwen_megakernel/config.py", "def f():\n    import qwen_megakernel.model"),
+    (imports_run_one_way, "qwen_megakernel/codec.py", "from .model import X"),
+    (imports_run_one_way, "qwen_megakernel/model.py", "from .demo import X"),
+    (imports_run_one_way, "qwen_megakernel/model.py", "from qwen_megakernel import serving"),
+    (imports_run_one_way, "qwen_megakernel/demo.py", "import_module('qwen_megakernel.config')"),
+    (imports_run_one_way, "qwen_megakernel/new.py", ""),
+    (serving_knows_only_turns, "qwen_megakernel/serving/app.py", "from qwen_megakernel.model import X"),
+    (serving_knows_only_turns, "qwen_megakernel/serving/app.py", "from ..model import X"),
+    (serving_knows_only_turns, "qwen_megakernel/serving/app.py", "from torch import nn"),
+    (protocol_is_standard_library_only, "qwen_megakernel/serving/protocol.py", "import numpy"),
+    (client_stands_alone, "pipecat_client/test_client.py", "from qwen_megakernel.turn import X"),
+    (client_stands_alone, "pipecat_client/other.py", "import torch"),
+    (asyncio_stays_outside, "qwen_megakernel/model.py", "import asyncio"),
+    (asyncio_stays_outside, "server.py", "import asyncio"),
+    (names_say_what_is_inside, "csrc/utils.cuh", ""),
+    (files_are_short, "qwen_megakernel/model.py", "\n" * 500),
+    (files_are_short, "tests/test_server.py", "\n"),
+    (imports_are_required, "qwen_megakernel/model.py", "import scipy.signal"),
+    (imports_are_required, "qwen_megakernel/config.py", "import numpy.linalg\nimport scipy"),
+    (imports_are_required, "requirements.txt", "numpy\nscipy"),
+    (links_lead_somewhere, "README.md", "[there](docs/there.md)"),
+    (links_lead_somewhere, "README.md", "[there](#there)\n# Here"),
+    (commands_exist, "README.md", "```\npython serve.py --port 1\n```"),
+    (commands_exist, "README.md", "run `python -m qwen_megakernel dance`"),
+    (commands_exist, "README.md", "run `make money`"),
+    (commands_exist, "README.md", "so:\n\n    make money  # now\n"),
+    (commands_exist, "README.md", "see `qwen_megakernel/kernel.py`"),
+    (options_exist, "README.md", "```bash\npython server.py \\\n  --loud\n```"),
+]
+
+
+def write_tree(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.mark.parametrize(("rule", "name", "text"), FAULTS)
+def test_rules_can_fail(rule, name, text, tmp_path):
+    write_tree(tmp_path, GOOD_TREE)
+    assert list(rule(tmp_path)) == []
+    write_tree(tmp_path, {name: DOC + text if name.endswith(".py") else text})
+    assert len(list(rule(tmp_path))) == 1
+
+
+def test_missing_docstring_is_found(tmp_path):
+    write_tree(tmp_path, GOOD_TREE | {"qwen_megakernel/model.py": "import numpy\n"})
+    assert list(modules_have_docstrings(tmp_path)) == ["qwen_megakernel/model.py has no docstring"]
+
+
+def test_imports_for_type_checkers_are_free(tmp_path):
+    guarded = (
+        DOC
+        + "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  import torch\nelse:\n  import json\n"
+    )
+    write_tree(tmp_path, {"qwen_megakernel/serving/app.py": guarded})
+    path = tmp_path / "qwen_megakernel" / "serving" / "app.py"
+    assert imports_of(path, tmp_path) == {"typing.TYPE_CHECKING", "json"}
+
+
+def test_list_of_long_files_is_current():
+    assert [name for name in LONGER if not (ROOT / name).is_file()] == []
+
+
+def test_public_names_are_frozen():
+    assert qwen_megakernel.__all__ == ["GenerationParams", "SamplingParams", "TTSDecoder", "Voice"]
+    for name in qwen_megakernel.__all__:
+        assert getattr(qwen_megakernel, name).__name__ == name
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import qwen_megakernel",
+        "import qwen_megakernel.__main__",
+        "import qwen_megakernel.doctor",
+        "import server",
+    ],
+)
+def test_light_imports_stay_light(statement):
+    code = f"{statement}; import sys; print(*({{'torch', 'transformers'}} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (result.stdout.strip(), result.stderr) == ("", "")
+
+
+def test_setup_shows_the_true_banner():
+    from types import SimpleNamespace
+
+    from server import banner
+
+    decoder = SimpleNamespace(
+        description=dict.fromkeys(("model", "mode", "backend", "device", "dtype"), "-"),
+        voices={"default": None},
+    )
+    true = banner(decoder, "127.0.0.1", 8765, has_token=False).splitlines()
+    page = (ROOT / "SETUP.md").read_text(encoding="utf-8")
+    shown = next(code for code in code_of(page) if "Ready on ws://" in code).strip("\n").splitlines()
+    shown = shown[shown.index("Ready on ws://127.0.0.1:8765") :]
+    labels = re.compile(r"^  \w+: +")
+    assert [labels.match(line)[0] for line in shown[1:]] == [labels.match(line)[0] for line in true[1:]]
+    assert [shown[0], *shown[-3:]] == [true[0], *true[-3:]]
