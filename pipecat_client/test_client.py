@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
@@ -258,7 +259,9 @@ async def speak(args: argparse.Namespace, text: str) -> Summary:
     speaker = Speaker() if args.play else None
     headers = {"Authorization": f"Bearer {args.token}"} if args.token else None
     playhead, chunks, done = Playhead(), [], {}
-    options = {"additional_headers": headers, "max_size": None, "compression": None}
+    options: dict[str, Any] = {"additional_headers": headers, "max_size": None, "compression": None}
+    if urlsplit(args.url).hostname in ("127.0.0.1", "localhost", "::1"):
+        options["proxy"] = None  # a proxy of the environment cannot reach our own loopback
     async with connect(args.url, open_timeout=args.timeout, **options) as socket:
         sent_at = time.perf_counter()
         sending = asyncio.create_task(send_text(socket, args, text))

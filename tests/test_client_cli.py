@@ -157,3 +157,8 @@ def test_audible_start_is_found_across_a_chunk_border(client_module):
         level = 0.1 if start >= 2400 else 0.001
         playhead.add(np.full(100, level, np.float32), start / 24_000)
     assert playhead.first_audible_s == pytest.approx(0.1, abs=0.0101)
+
+
+def test_a_proxy_of_the_environment_is_left_out_of_loopback(live_server):
+    environ = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
+    assert run("--url", live_server.url, "--text", "Hi.", environ=environ).returncode == 0
