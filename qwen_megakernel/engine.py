@@ -122,9 +122,16 @@ class _Active:
             return -math.inf
         return self.num_frames * FRAME_S - (now - self._first_audio_at)
 
+    @property
+    def text_late(self) -> bool:
+        """Whether the turn can do nothing before more text comes."""
+        if self.slot is None:
+            return not self.prompt.ready
+        return bool(self.num_frames) and self.prompt.next_text_row() is None
+
     def wait_s(self, now: float) -> float:
-        """Seconds until this turn may decode: 0 now, infinite when its text is late."""
-        if self.num_frames and self.prompt.next_text_row() is None:
+        """Seconds until this turn may decode: 0 now, infinite when its text is late or it is held."""
+        if self.text_late or self.turn.held:
             return math.inf
         if self.request.max_lead_s is None:
             return 0.0
@@ -158,9 +165,10 @@ class _Active:
         self._pending.clear()
         self._num_chunks += 1
         self._num_samples += len(samples)
+        now = time.monotonic()
         if self._first_audio_at is None:
-            self._first_audio_at = time.monotonic()
-        self.emit(Audio(samples))
+            self._first_audio_at = now
+        self.emit(Audio(samples, self._generation_s(now)))
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """Give the sink the last event."""
@@ -177,10 +185,14 @@ class _Active:
                 num_frames=self.num_frames,
                 num_samples=self._num_samples,
                 ttfc_s=None if first is None else first - started,
-                generation_s=max(0.0, now - started - self._idle_s),
+                generation_s=self._generation_s(now),
                 error=error,
             )
         )
+
+    def _generation_s(self, now: float) -> float:
+        idle_s = self._idle_s + self.idle_for_s(now)
+        return max(0.0, now - self.started_at - idle_s)
 
     def emit(self, event: TurnEvent) -> None:
         """Call the sink; one that raises loses its turn, never the engine."""
@@ -347,10 +359,9 @@ class Engine:
         if active.prompt.empty:
             self._finish(active, "stop")
             return
-        text_late = not active.prompt.ready if active.slot is None else math.isinf(active.wait_s(now))
         if active.slot is None:
-            active.mark_idle(text_late, now)
-        if text_late and active.idle_for_s(now) > self._max_text_wait_s:
+            active.mark_idle(active.text_late, now)
+        if active.text_late and active.idle_for_s(now) > self._max_text_wait_s:
             self._finish(active, "error", f"no text for {self._max_text_wait_s:g} s")
 
     def _prefill_next(self) -> bool:

@@ -254,6 +254,10 @@ class TTSDecoder:
 
     # -- speech -----------------------------------------------------------------------------
 
+    def check(self, voice: str | Voice | None, language: str, *, instruct: str | None = None) -> None:
+        """Whether `open_turn` would take these. Raises `RequestError`."""
+        self._prompts.check(self._find_voice(voice), language, instruct=instruct)
+
     def open_turn(
         self,
         text: str = "",

@@ -44,6 +44,8 @@ class Audio:
 
     samples: np.ndarray
     """float32 [n] in [-1, 1], 24 kHz mono; n is a multiple of 1920."""
+    generation_s: float = 0.0
+    """As in `Finished`, up to here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ TextCommand = Append | Flush | End
 class Turn:
     """Handle of one utterance, made by `Engine.open_turn`.
 
-    `append`, `flush`, `end` and `cancel` may be called from any thread and never block on
+    `append`, `flush`, `end`, `hold` and `cancel` may be called from any thread and never block on
     decoding. `take_commands` and `mark_finished` are the engine's side.
     """
 
@@ -108,6 +110,7 @@ class Turn:
         self._commands: deque[TextCommand] = deque()
         self._ended = False
         self._cancelled = False
+        self._held = False
         self._finished = False
         self.first_text_at: float | None = None
         """`time.monotonic()` of the first text: where the turn's clocks start."""
@@ -139,6 +142,16 @@ class Turn:
         """Stop at the next frame; `Finished("cancelled")` follows. May be called at any time."""
         self._cancelled = True
         self._wake()
+
+    def hold(self, on: bool) -> None:
+        """Make the decoder wait, or go on: for a listener that cannot take more as yet."""
+        self._held = on
+        self._wake()
+
+    @property
+    def held(self) -> bool:
+        """Whether the turn is on hold."""
+        return self._held
 
     @property
     def ended(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import wave
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # One thread a process: several processes of threads that spin for two cores crawl.
@@ -103,3 +103,14 @@ def live_server(brief_base: Path, recording: Path) -> Iterator[LiveServer]:
         yield server.wait_until_ready()
     finally:
         server.kill()
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture) -> Callable[[str], None]:
+    """Prints a line of figures, captured or not."""
+
+    def tell(line: str) -> None:
+        with capsys.disabled():
+            print(f"\n  {line}")
+
+    return tell

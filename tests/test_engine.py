@@ -274,6 +274,26 @@ def test_a_lead_is_kept(tts):
     assert len(listener.samples) / 24_000 <= elapsed + 0.4 + 0.08 * max(CHUNK_RAMP)
 
 
+def test_a_turn_on_hold_waits_and_then_is_the_same(tts):
+    whole = speak(tts).samples
+    listener = Listener()
+    turn = tts.open_turn(TEXT, sink=listener, ended=True, params=PARAMS)
+    listener.wait_for_audio()
+    turn.hold(True)
+    time.sleep(0.2)  # the frame that runs goes to its end
+    heard = len(listener.events)
+    time.sleep(0.3)
+    assert len(listener.events) == heard
+    turn.hold(False)
+    finished = listener.wait()
+    assert np.array_equal(listener.samples, whole)
+    # What it did is counted as it goes, the time on hold is not.
+    spent = [event.generation_s for event in listener.events if isinstance(event, Audio)]
+    assert spent == sorted(spent)
+    assert 0 < spent[0] < spent[-1] <= finished.generation_s
+    assert finished.generation_s < listener.times[-1] - turn.first_text_at - 0.4
+
+
 def test_live_text_that_never_comes_ends_as_an_error(tiny_base):
     with TTSDecoder.load(tiny_base, num_slots=1) as tts:
         tts._engine._max_text_wait_s = 0.3

@@ -3,7 +3,7 @@
     GET /health    200 while the process can work, 503 once the engine has died; needs no token
     GET /ready     200 when turns are taken, else 503; {"phase": "loading" | "warming_up" | ...}
     GET /metrics   Prometheus
-    WebSocket /    the original dialect
+    WebSocket /    the native protocol or the original dialect: the first message decides
 
 Until a model is loaded, and while draining, a WebSocket is refused with HTTP 503 at the handshake.
 """
@@ -25,9 +25,11 @@ from starlette.websockets import WebSocket
 
 from qwen_megakernel.serving.access import AccessRules, check_access
 from qwen_megakernel.serving.connection import Connection
+from qwen_megakernel.serving.native import NativeDialect
 from qwen_megakernel.serving.observe import Metrics, log
 from qwen_megakernel.serving.original import OriginalDialect
 from qwen_megakernel.serving.speech import Speech
+from qwen_megakernel.serving.switch import DialectSwitch
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
@@ -47,6 +49,12 @@ class ServerSettings:
     max_text_chars: int = 4096
     drain_s: float = 10.0
 
+    @property
+    def max_message_bytes(self) -> int:
+        """Of a WebSocket message."""
+        # A character takes at most 12 bytes of JSON (an escaped surrogate pair).
+        return max(65_536, 12 * self.max_text_chars + 4096)
+
 
 class App:
     """One server: what it serves, and the phase it is in."""
@@ -62,6 +70,7 @@ class App:
             num_connections=lambda: len(self._connections),
             num_active=lambda: self._speech.decoder.num_active if self._speech else 0,
             num_waiting=lambda: self._speech.decoder.num_waiting if self._speech else 0,
+            num_unsent_bytes=lambda: sum(c.unsent_bytes for c in self._connections),
         )
         routes = [
             Route("/", self._explain),
@@ -81,7 +90,9 @@ class App:
 
     def start_serving(self, decoder: TTSDecoder) -> None:
         """Take turns from now on."""
-        self._speech = Speech(decoder, self._metrics, self.settings.max_text_chars)
+        self._speech = Speech(
+            decoder, self._metrics, self.settings.max_text_chars, self.settings.max_message_bytes
+        )
         self.report("ready")
 
     async def drain(self) -> None:
@@ -143,7 +154,11 @@ class App:
             await _refuse(websocket, f"all {self.settings.max_connections} connections are taken")
             return
         connection = Connection(websocket, str(next(self._connection_numbers)))
-        connection.dialect = OriginalDialect(self._speech, connection.name, connection.post)
+        speech, name, post = self._speech, connection.name, connection.post
+        connection.dialect = DialectSwitch(
+            native=lambda: NativeDialect(speech, name, post, connection.finish),
+            original=lambda: OriginalDialect(speech, name, post),
+        )
         self._connections.add(connection)
         try:
             await connection.run()

@@ -33,6 +33,10 @@ class Dialect(Protocol):
     def busy(self) -> bool:
         """Whether a turn runs."""
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Audio that waits for the writer."""
+
     def receive(self, data: str | bytes) -> None:
         """Follow a message of the client; never raises for what a client can send."""
 
@@ -73,10 +77,10 @@ class SocketProtocol(WebSocketsSansIOProtocol):
     """
 
     def handle_connect(self, event: Any) -> None:
-        """Hand `abort` to the application."""
+        """Hand the transport to the application."""
         super().handle_connect(event)
         if not self.close_sent:
-            self.scope["extensions"]["abort"] = {"call": self.transport.abort}
+            self.scope["extensions"]["transport"] = {"is": self.transport}
 
     def keepalive_timeout(self) -> None:
         """No pong came."""
@@ -97,11 +101,17 @@ class Connection:
         self.name = name
         self._websocket = websocket
         self._outbox: asyncio.Queue[Any] = asyncio.Queue()
+        self._transport: asyncio.Transport = websocket.scope["extensions"]["transport"]["is"]
         self._num_replies = 0
         self._replies_low = asyncio.Event()
 
+    @property
+    def unsent_bytes(self) -> int:
+        """What this process holds for the client: waiting audio, and what the kernel has not taken."""
+        return self.dialect.unsent_bytes + self._transport.get_write_buffer_size()
+
     def post(self, item: Any) -> None:
-        """Queue an item for the writer. Turns are bounded by their lead, replies by the reader."""
+        """Queue an item for the writer. Replies are bounded by the reader, audio by the dialect."""
         if isinstance(item, str):
             self._num_replies += 1
         self._outbox.put_nowait(item)
@@ -161,15 +171,14 @@ class Connection:
 
     async def _close(self, code: int) -> None:
         """Say goodbye, and see to it that the socket does end."""
-        abort = self._websocket.scope["extensions"]["abort"]["call"]
-        asyncio.get_running_loop().call_later(FLUSH_S, abort)
+        asyncio.get_running_loop().call_later(FLUSH_S, self._transport.abort)
         if self._websocket.application_state != WebSocketState.CONNECTED:
             return
         try:
             async with asyncio.timeout(0.1):
                 await self._websocket.close(code)
         except (TimeoutError, WebSocketDisconnect, RuntimeError, OSError):
-            abort()  # its buffer is full: it would not read a goodbye either
+            self._transport.abort()  # its buffer is full: it would not read a goodbye either
 
     def _tell(self, task: asyncio.Task[None]) -> None:
         error = _failure(task)

@@ -61,6 +61,7 @@ class Metrics:
         num_connections: Callable[[], float],
         num_active: Callable[[], float],
         num_waiting: Callable[[], float],
+        num_unsent_bytes: Callable[[], float],
     ) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -69,6 +70,7 @@ class Metrics:
             ("connections", "Open WebSocket connections", num_connections),
             ("turns_active", "Turns in a slot", num_active),
             ("turns_waiting", "Turns waiting for a slot", num_waiting),
+            ("unsent_bytes", "Bytes held for clients that have not taken them", num_unsent_bytes),
         ):
             Gauge(f"{name}_{suffix}", text, registry=self.registry).set_function(source)
         self._turns = Counter(

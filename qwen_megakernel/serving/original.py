@@ -15,19 +15,19 @@ from itertools import count
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.serving.protocol import (
     Cancel,
-    ProtocolError,
     Speak,
     encode_done,
     encode_error,
     encode_failed,
     parse_client_message,
 )
-from qwen_megakernel.serving.speech import Speech, SpokenTurn, TurnOptions, name_list
+from qwen_megakernel.serving.speech import Speech, SpokenTurn, TurnOptions
+from qwen_megakernel.serving.wire import ProtocolError
 from qwen_megakernel.turn import Audio, Finished, RequestError, TurnEvent
 
 MAX_QUEUED = 8
 MAX_LEAD_S = 30.0
-"""How far generation may run ahead of real time; bounds what a slow reader makes us hold."""
+"""How far generation may run ahead of real time."""
 
 _NOTHING_DONE = encode_done(
     finish_reason="cancelled", samples=0, generation_s=0.0, ttfc_s=None, rtf=None
@@ -54,6 +54,11 @@ class OriginalDialect:
     def busy(self) -> bool:
         """Whether a turn runs."""
         return bool(self._turns)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Audio that waits for the socket."""
+        return sum(turn.unsent_bytes for turn in self._turns)
 
     def receive(self, data: str | bytes) -> None:
         """Follow one message of the client; a refused one is answered and otherwise forgotten."""
@@ -88,9 +93,11 @@ class OriginalDialect:
             await send(item)
             return
         turn, event = item
-        if isinstance(event, Audio) and not turn.cancelled:
-            await send(event.samples.astype("<f4", copy=False).tobytes())
-            turn.mark_sent(len(event.samples))
+        if isinstance(event, Audio):
+            turn.mark_taken(event)
+            if not turn.cancelled:
+                await send(event.samples.astype("<f4", copy=False).tobytes())
+                turn.mark_sent(len(event.samples))
         elif isinstance(event, Finished):
             # Nothing may be awaited before the queue is in order again: the reader uses it too.
             last_message = self._close_turn(turn, event)
@@ -134,12 +141,7 @@ class OriginalDialect:
 
     def _options(self, message: Speak) -> TurnOptions:
         decoder = self._speech.decoder
-        voice = message.voice
-        if voice is not None and voice not in decoder.voices:
-            voice = voice.lower()  # presets are known by lower-case names
-        if voice is not None and voice not in decoder.voices:
-            known = name_list(list(decoder.voices))
-            raise ProtocolError("unknown_voice", f"voice {message.voice} is unknown; known: {known}")
+        voice = self._speech.voice_name(message.voice)
         if message.language not in decoder.languages:
             known = ", ".join(decoder.languages)
             raise ProtocolError("unknown_language", f"language is unknown; known: {known}")
@@ -162,8 +164,10 @@ class OriginalDialect:
     def _deliver(self, turn: SpokenTurn, event: TurnEvent) -> None:
         if self._closed:
             self.discard((turn, event))
-        else:
-            self._post((turn, event))
+            return
+        if isinstance(event, Audio):
+            turn.mark_waiting(event)
+        self._post((turn, event))
 
     def _close_turn(self, turn: SpokenTurn, finished: Finished) -> str:
         self._turns.remove(turn)

@@ -31,7 +31,6 @@ T = TypeVar("T")
 
 SEND_BUFFER_BYTES = 65_536
 """Of each socket. With the kernel's default a client that stopped reading is noticed 80 s late."""
-MIN_MESSAGE_BYTES = 65_536
 
 
 class _Server(uvicorn.Server):
@@ -48,7 +47,9 @@ def bind(host: str, port: int) -> socket.socket:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     # `localhost` may be ::1 first, but tunnels and the banner say 127.0.0.1.
     family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sets TCP_NODELAY only where the protocol is spelt out. Without it Nagle's algorithm
+    # holds a small message, such as the answer to a cancel, for the 40 ms of a delayed ACK.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Accepted sockets inherit the size.
@@ -113,8 +114,7 @@ def _uvicorn_config(app: App) -> uvicorn.Config:
         app.asgi,
         http=HttpProtocol,
         ws=SocketProtocol,
-        # A character takes at most 12 bytes of JSON (an escaped surrogate pair).
-        ws_max_size=max(MIN_MESSAGE_BYTES, 12 * app.settings.max_text_chars + 4096),
+        ws_max_size=app.settings.max_message_bytes,
         ws_per_message_deflate=False,
         ws_ping_interval=20,
         ws_ping_timeout=20,

@@ -30,40 +30,19 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-ErrorCode = Literal[
-    "bad_request",
-    "unknown_voice",
-    "unknown_language",
-    "text_too_long",
-    "overloaded",
-    "unsupported",
-    "internal",
-]
+from qwen_megakernel.serving.wire import (
+    ProtocolError,
+    error_line,
+    get_flag,
+    get_number,
+    get_string,
+    language_name,
+    parse_object,
+)
 
 VOICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-LANGUAGE_CODES = {
-    "de": "german",
-    "en": "english",
-    "es": "spanish",
-    "fr": "french",
-    "it": "italian",
-    "ja": "japanese",
-    "ko": "korean",
-    "pt": "portuguese",
-    "ru": "russian",
-    "zh": "chinese",
-}
-_MAX_ERROR_CHARS = 300
-
-
-class ProtocolError(ValueError):
-    """A message that cannot be followed; `str()` of it is one line, fit for the client."""
-
-    def __init__(self, code: ErrorCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,38 +77,20 @@ def parse_client_message(data: str | bytes) -> Speak | Cancel:
         ProtocolError: anything else than a well-formed message, whatever the bytes.
     """
     fields = parse_object(data)
-    if _flag(fields, "cancel"):
+    if get_flag(fields, "cancel"):
         return Cancel()
     if "text" not in fields:
         raise ProtocolError("bad_request", 'neither "text" nor "cancel": true in the message')
     return Speak(
-        text=_string(fields, "text"),
-        more=_flag(fields, "more"),
+        text=get_string(fields, "text"),
+        more=get_flag(fields, "more"),
         language=_language(fields),
         voice=_voice(fields),
-        temperature=_number(fields, "temperature", (int, float), 0, 10),
-        top_k=_number(fields, "top_k", (int,), 0, 1 << 16),
-        seed=_number(fields, "seed", (int,), 0, 2**64 - 1),
-        chunk_frames=_number(fields, "chunk_tokens", (int,), 1, 64),
+        temperature=get_number(fields, "temperature", (int, float), 0, 10),
+        top_k=get_number(fields, "top_k", (int,), 0, 1 << 16),
+        seed=get_number(fields, "seed", (int,), 0, 2**64 - 1),
+        chunk_frames=get_number(fields, "chunk_tokens", (int,), 1, 64),
     )
-
-
-def parse_object(data: str | bytes) -> dict[str, Any]:
-    """A JSON object, strictly: no repeated keys, no NaN or Infinity, no binary message."""
-    if not isinstance(data, str):
-        raise ProtocolError("bad_request", "binary message; expected a JSON object as text")
-    try:
-        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except ProtocolError:
-        raise
-    except RecursionError:
-        raise ProtocolError("bad_request", "JSON is nested too deeply") from None
-    except ValueError as error:  # JSONDecodeError, and integers of more digits than Python converts
-        reason = str(error) if isinstance(error, json.JSONDecodeError) else "number out of range"
-        raise ProtocolError("bad_request", f"not valid JSON: {reason}") from None
-    if not isinstance(value, dict):
-        raise ProtocolError("bad_request", f"expected a JSON object, got {_kind(value)}")
-    return value
 
 
 def encode_done(
@@ -151,8 +112,7 @@ def encode_error(code: str, message: str) -> str:
 
 
 def _error_fields(code: str, message: str) -> dict[str, Any]:
-    line = " ".join(message.split())
-    return {"error": line[:_MAX_ERROR_CHARS], "code": code}
+    return {"error": error_line(message), "code": code}
 
 
 def _done_fields(
@@ -169,68 +129,19 @@ def _done_fields(
     }
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        # Two readers of such a message could each believe another value.
-        raise ProtocolError("bad_request", "a key is repeated in a JSON object")
-    return fields
-
-
-def _no_constant(name: str) -> Any:
-    raise ProtocolError("bad_request", f"not valid JSON: {name}")
-
-
-def _kind(value: Any) -> str:
-    # Never repr(): the value may be nested to the recursion limit, or be the user's text.
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _string(fields: dict[str, Any], key: str) -> str:
-    value = fields[key]
-    if not isinstance(value, str):
-        raise ProtocolError("bad_request", f"{key} is {_kind(value)}, expected a string")
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise ProtocolError("bad_request", f"{key} holds half of a surrogate pair")
-    return value
-
-
-def _flag(fields: dict[str, Any], key: str) -> bool:
-    value = fields.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ProtocolError("bad_request", f"{key} is {_kind(value)}, expected true or false")
-    return bool(value)
-
-
-def _number(
-    fields: dict[str, Any], key: str, kinds: tuple[type, ...], low: int, high: int
-) -> Any:  # int | float | None, as `kinds` says
-    value = fields.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        expected = "a number" if float in kinds else "an integer"
-        got = "a fraction" if isinstance(value, float) else _kind(value)
-        raise ProtocolError("bad_request", f"{key} is {got}, expected {expected}")
-    if not low <= value <= high:
-        raise ProtocolError("bad_request", f"{key} is out of range, allowed: {low} to {high}")
-    return float(value) if float in kinds else value
-
-
 def _language(fields: dict[str, Any]) -> str:
     if fields.get("language") is None:
         return "auto"
-    name = _string(fields, "language").strip().lower()
+    name = language_name(get_string(fields, "language"))
     if len(name) > 40:
         raise ProtocolError("unknown_language", "language is longer than any name of a language")
-    return LANGUAGE_CODES.get(name, name) or "auto"
+    return name
 
 
 def _voice(fields: dict[str, Any]) -> str | None:
     if fields.get("speaker_ref") is None:
         return None
-    name = _string(fields, "speaker_ref")
+    name = get_string(fields, "speaker_ref")
     if not name:
         return None
     if not VOICE_NAME.fullmatch(name):

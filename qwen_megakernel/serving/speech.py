@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.serving.observe import Metrics, TurnRecord
-from qwen_megakernel.serving.protocol import ProtocolError
-from qwen_megakernel.turn import Finished, Turn, TurnEvent
+from qwen_megakernel.serving.wire import ProtocolError
+from qwen_megakernel.turn import Audio, Finished, Turn, TurnEvent
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
 
 MAX_NAMES_SHOWN = 10
 """Known names listed by an error about an unknown one."""
+MAX_UNSENT_BYTES = 65_536
+"""Audio of a connection that may wait for the socket before the decoder does; it goes on at half."""
 
 
 @dataclass(slots=True)
@@ -32,6 +34,7 @@ class Speech:
     decoder: TTSDecoder
     metrics: Metrics
     max_text_chars: int = 4096
+    max_message_bytes: int = 65_536
     draining: bool = False
     """The server is going down: turns go on, none may begin."""
 
@@ -41,6 +44,15 @@ class Speech:
             raise ProtocolError("overloaded", "the server is shutting down")
         if self.decoder.error is not None:
             raise ProtocolError("internal", "the engine has stopped; the server must be restarted")
+
+    def voice_name(self, given: str | None) -> str | None:
+        """A voice as the decoder knows it; raises `ProtocolError`."""
+        if given is None or given in self.decoder.voices:
+            return given
+        if given.lower() in self.decoder.voices:  # presets are known by lower-case names
+            return given.lower()
+        known = name_list(list(self.decoder.voices))
+        raise ProtocolError("unknown_voice", f"voice {given[:64]} is unknown; known: {known}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +81,8 @@ class SpokenTurn:
         """No more text will come."""
         self.cancelled = False
         self.num_samples_sent = 0
+        self.unsent_bytes = 0
+        """Audio that waits for the socket."""
         self._speech = speech
         self._options = options
         self._deliver = deliver
@@ -130,6 +144,18 @@ class SpokenTurn:
         self.cancelled = True
         if self._turn is not None:
             self._turn.cancel()
+
+    def mark_waiting(self, audio: Audio) -> None:
+        """Audio waits for the socket: the decoder does, too, when it is much."""
+        self.unsent_bytes += audio.samples.nbytes
+        if self.unsent_bytes >= MAX_UNSENT_BYTES and not self._turn.held:
+            self._turn.hold(True)
+
+    def mark_taken(self, audio: Audio) -> None:
+        """That audio waits no longer."""
+        self.unsent_bytes -= audio.samples.nbytes
+        if self.unsent_bytes <= MAX_UNSENT_BYTES // 2 and self._turn.held:
+            self._turn.hold(False)
 
     def mark_sent(self, num_samples: int) -> None:
         """Audio was handed to the socket."""

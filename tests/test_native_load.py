@@ -1,0 +1,195 @@
+"""The native protocol under load and in operation: slow clients, lost ones, many, and none."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+import soxr
+from live_server import LONG, LiveServer, RawClient
+from native_client import (
+    LONG_TEXT,
+    SENTENCES,
+    WILD,
+    DirectSocket,
+    Heard,
+    NativeClient,
+    figure,
+    take,
+    wait_for_figure,
+)
+from websockets.exceptions import ConnectionClosed
+
+from qwen_megakernel.serving.messages import (
+    AudioChunk,
+    Cancel,
+    Done,
+    End,
+    Error,
+    Flush,
+    Started,
+)
+
+# --- clients that do not read, or leave -------------------------------------------------------------
+
+
+def unsent_in_kernel(server):
+    """Bytes in the largest send queue among the server's sockets."""
+    with open("/proc/net/tcp") as file:
+        rows = [line.split() for line in file.readlines()[1:]]
+    mine = [row for row in rows if int(row[1].split(":")[1], 16) == server.port]
+    return max(int(row[4].split(":")[0], 16) for row in mine)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "original"])
+def test_stalled_reader_is_paused_then_cut_and_slows_nobody(live_server, native, report):
+    before = [len(take(live_server, SENTENCES[0], seed=seed)) for seed in range(3)]
+    stalled = RawClient(live_server, receive_buffer=4096)
+    start, num_lines = time.monotonic(), len(live_server.err)
+    if native:
+        stalled.send(type="hello", protocol=1, audio={"encoding": "pcm_f32le", "sample_rate": 48_000})
+        stalled.send(type="speak", context_id="a", text=LONG_TEXT * 10, temperature=10, top_k=0)
+    else:
+        stalled.send(**{**LONG, "text": LONG_TEXT * 10})
+    held = kernel = 0
+    while not any("cut: it read nothing" in line for line in live_server.err[num_lines:]):
+        assert time.monotonic() - start < 20
+        if time.monotonic() - start < 8:
+            after = [len(take(live_server, SENTENCES[0], seed=seed)) for seed in range(3)]
+            assert after == before
+        held = max(held, figure(live_server, "unsent_bytes"))
+        kernel = max(kernel, unsent_in_kernel(live_server))
+    elapsed_s = time.monotonic() - start
+    report(f"stalled reader: {held:.0f} bytes held, {kernel} in the kernel, cut after {elapsed_s:.1f} s")
+    assert 9 < elapsed_s < 15
+    assert held > 65_536
+    assert held + kernel <= 500_000
+    assert live_server.wait_until_idle() < 0.5
+    wait_for_figure(live_server, "unsent_bytes", lambda value: value == 0)
+    stalled.hang_up()
+
+
+def test_a_paused_reader_hears_everything(live_server):
+    b = take(live_server, SENTENCES[0], seed=5)
+    slow = DirectSocket(live_server, receive_buffer=4096)
+    with NativeClient(live_server, "pcm_f32le", 48_000, slow) as client:
+        client.speak("a", LONG_TEXT, **WILD)
+        wait_for_figure(live_server, "unsent_bytes", lambda value: value > 131_072)
+        time.sleep(1)  # generation would go on for seconds
+        held = figure(live_server, "unsent_bytes")
+        time.sleep(0.5)
+        assert figure(live_server, "unsent_bytes") == held
+        client.speak("b", SENTENCES[0], seed=5)
+        client.send(End("b"))
+        while len(client.heard.get("a", Heard()).audio) < 2 * (held + 131_072):  # it goes on
+            client.receive()
+        client.send(Cancel("a"))
+        client.hear("a")
+        np.testing.assert_allclose(
+            client.array(client.hear("b")), soxr.resample(b, 24_000, 48_000), atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("leave", [RawClient.reset, RawClient.hang_up])
+def test_lost_client_frees_its_slot(live_server, leave):
+    client = RawClient(live_server)
+    client.send(type="hello", protocol=1)
+    client.send(type="speak", context_id="a", text=LONG_TEXT, temperature=10, top_k=0)
+    deadline = time.monotonic() + 10
+    while not live_server.ready()["active"]:
+        assert time.monotonic() < deadline
+    leave(client)
+    assert live_server.wait_until_idle() < 0.5
+
+
+# --- operations -------------------------------------------------------------------------------------
+
+
+def test_contexts_are_logged_and_counted_without_their_text(live_server):
+    num_lines, stops = len(live_server.err), 'turns_total{finish_reason="stop"}'
+    before = figure(live_server, stops)
+    with NativeClient(live_server) as client:
+        client.speak("private-name", "Hello there. ", seed=99)
+        client.send(Flush("private-name"))
+        client.speak("private-name", "Secret!")
+        client.send(End("private-name"))
+        client.hear("private-name")
+        client.speak("bad", "Hello", voice="private-voice")
+        client.hear("bad")
+    assert live_server.wait_for_line(
+        r"turn \S+: stop, chars 20, voice default, seed 99, ttfc \d+ ms, rtf \S+, frames \d+",
+        after=num_lines,
+    )
+    assert live_server.wait_for_line(r"turn \S+: error, chars 5", after=num_lines)
+    assert figure(live_server, stops) == before + 1
+    said = "".join(live_server.err[num_lines:])
+    assert "private" not in said
+    assert "Secret" not in said
+
+
+def test_cancel_stops_the_decoder_at_the_next_frame(live_server):
+    frames = []
+    for _ in range(5):
+        num_lines = len(live_server.err)
+        with NativeClient(live_server) as client:
+            client.speak("a", LONG_TEXT, **WILD)
+            client.wait_for(AudioChunk, "a")
+            client.send(Cancel("a"))
+            client.hear("a")
+        line = live_server.wait_for_line(r"cancelled.*frames (\d+)", after=num_lines)
+        frames.append(int(line[1]))
+    assert sorted(frames)[2] <= 3
+
+
+@pytest.fixture
+def narrow_server(tiny_base):
+    """One slot, so that turns wait; it ends with the test."""
+    options = ("--num-slots", "1", "--max-connections", "100", "--drain-s", "1.5")
+    server = LiveServer("--model", str(tiny_base), *options)
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.kill()
+
+
+def test_overload_and_drain(narrow_server):
+    clients = [NativeClient(narrow_server) for _ in range(67)]
+    for client in clients[:66]:
+        client.speak("a", LONG_TEXT, **WILD)
+        client.send(End("a"))
+        client.speak("b", "Never spoken.")
+    clients[0].wait_for(Started, "a")
+    while narrow_server.ready()["waiting"] < 64:
+        time.sleep(0.02)
+    refused = [c for c in clients[:66] if "a" in c.heard and c.heard["a"].done] or [clients[65]]
+    assert len(refused) == 1
+    clients[66].speak("a", "One too many.")
+    for client in (refused[0], clients[66]):
+        heard = client.hear("a")
+        assert [type(message) for message in heard.messages[-2:]] == [Error, Done]
+        assert (heard.of(Error)[0].code, heard.done.finish_reason) == ("overloaded", "error")
+    for client in clients[1:66]:
+        client.send(Cancel("a"))
+    clients[1].speak("c", "Opened.")
+    narrow_server.process.send_signal(signal.SIGTERM)
+    narrow_server.wait_for_line("draining")
+    heard = clients[0].hear("b")  # had not begun
+    assert (heard.of(Error)[0].code, heard.done.finish_reason) == ("overloaded", "error")
+    assert clients[0].hear("a").done.finish_reason == "cancelled"  # had begun, but goes on for ever
+    with pytest.raises(ConnectionClosed) as closed:
+        clients[0].hear("never", 10)
+    assert closed.value.rcvd.code == 1001
+    assert narrow_server.wait() == 0
+    assert not [line for line in narrow_server.err if "Traceback" in line]
+
+
+def test_new_contexts_are_refused_while_draining(narrow_server):
+    with NativeClient(narrow_server) as client:
+        client.speak("a", LONG_TEXT, **WILD)
+        client.wait_for(Started, "a")
+        narrow_server.process.send_signal(signal.SIGTERM)
+        narrow_server.wait_for_line("draining")
+        client.speak("late", "Hi.")
+        assert client.wait_for(Error, "late").code == "overloaded"
+        assert client.hear("a").done.finish_reason == "cancelled"
+        assert client.heard["late"].done is None
