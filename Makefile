@@ -11,7 +11,9 @@ REFERENCE := qwen-tts-hf==0.1.1.post1
 # Named after what they stand for, so that only other requirements lead to another installation.
 SUM = $(shell cat $(1) | cksum | cut -d' ' -f1)
 RUN := $(VENV)/run-$(call SUM,requirements.txt).installed
-TEST := $(VENV)/test-$(call SUM,requirements.txt tests/requirements.txt).installed
+TEST_FILES := requirements.txt tests/requirements.txt pipecat_client/requirements.txt
+TEST := $(VENV)/test-$(call SUM,$(TEST_FILES)).installed
+FLOOR := .venv-floor
 PARITY := $(VENV)/$(subst ==,-,$(REFERENCE)).installed
 
 # Several processes of several spinning threads crawl where cores are few.
@@ -19,10 +21,10 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format doctor clean
+.PHONY: help install demo test test-floor lint format doctor clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 install: $(RUN)  ## Make .venv with everything the server needs
 
@@ -31,6 +33,12 @@ demo: $(RUN)  ## Speak through a real server with tiny random weights: build/dem
 
 test: $(TEST) $(PARITY) lint  ## Check style and run all tests (ARGS="-k name" chooses)
 	$(PY) -m pytest $(ARGS)
+
+test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported
+	test -d $(FLOOR) || $(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip --disable-pip-version-check --no-input install \
+	  $(addprefix -r ,$(TEST_FILES)) pipecat-ai==1.13.0
+	$(FLOOR)/bin/python -m pytest tests/pipecat $(ARGS)
 
 lint: $(TEST)  ## Check style only
 	$(PY) -m ruff check .
@@ -57,7 +65,7 @@ $(RUN): | $(PY)
 	@touch $@
 
 $(TEST): $(RUN)
-	$(PIP) install -r requirements.txt -r tests/requirements.txt
+	$(PIP) install $(addprefix -r ,$(TEST_FILES))
 	@touch $@
 
 # The reference of the parity tests. Its pins would replace ours, so it comes without its

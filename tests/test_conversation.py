@@ -141,3 +141,26 @@ def test_a_cancel_between_two_messages_leaves_the_counts_true():
     chunks = [message for message in before if isinstance(message, AudioChunk)]
     assert done.samples == sum(len(chunk.samples) for chunk in chunks) // 2
     assert len(chunks) == 1  # what was handed over goes out, what waited does not
+
+
+def test_a_cancel_drops_what_waits_for_the_socket():
+    async def talk():
+        posted, sent = [], []
+        speech = Speech(InstantDecoder(), SimpleNamespace(record=lambda record: None))
+        dialect = NativeDialect(speech, "1", posted.append, None)
+        for message in (Hello(), Speak("a", "Word."), Flush("a")):
+            dialect.receive(encode(message))
+        await asyncio.sleep(0.05)
+        assert dialect.unsent_bytes == SEGMENT_S * 24_000 * 4
+        dialect.receive(encode(Cancel("a")))
+        assert dialect.unsent_bytes == 0
+
+        async def send(data):
+            sent.append(parse_server_message(data))
+
+        for item in posted:
+            await dialect.write(item, send)
+        return sent
+
+    _, *after = asyncio.run(talk())
+    assert [(type(message), message.samples) for message in after] == [(Done, 0)]

@@ -348,6 +348,12 @@ FAULTS = [
     (serving_knows_only_turns, "qwen_megakernel/serving/app.py", "from ..model import X"),
     (serving_knows_only_turns, "qwen_megakernel/serving/app.py", "from torch import nn"),
     (protocol_is_standard_library_only, "qwen_megakernel/serving/protocol.py", "import numpy"),
+    (protocol_is_standard_library_only, "qwen_megakernel/serving/messages.py", "import soxr"),
+    (
+        protocol_is_standard_library_only,
+        "qwen_megakernel/serving/messages.py",
+        "from qwen_megakernel.turn import X",
+    ),
     (client_stands_alone, "pipecat_client/test_client.py", "from qwen_megakernel.turn import X"),
     (client_stands_alone, "pipecat_client/other.py", "import torch"),
     (asyncio_stays_outside, "qwen_megakernel/model.py", "import asyncio"),

@@ -1,0 +1,65 @@
+"""What can be chosen of the speech while it runs, and what the server tells about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pipecat.metrics.metrics import MetricsData
+from pipecat.services.settings import NOT_GIVEN, NotGiven, TTSSettings
+
+from qwen_megakernel.serving.messages import Done
+
+
+@dataclass
+class MegakernelTTSSettings(TTSSettings):
+    """What can be changed at run time, with a `TTSUpdateSettingsFrame`; None leaves it to the server.
+
+    `voice` is a name that the server knows, `language` a `Language` or a name (None: told from the
+    text). A change counts from the next sentence, in token mode from the next turn.
+    """
+
+    instruct: str | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    """How to speak, for checkpoints that take it."""
+    temperature: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    """0 to 10; 0 takes the most likely code."""
+    top_k: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    """0 keeps all."""
+    seed: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    """The same seed, text and voice give the same speech; None draws one for each sentence."""
+    chunk_frames: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    """Frames of 80 ms in one audio message; None begins with one and grows."""
+
+    @classmethod
+    def defaults(cls) -> MegakernelTTSSettings:
+        """All to the server; `model` is a name for metrics."""
+        nothing = dict.fromkeys(each.name for each in fields(cls) if each.name != "extra")
+        return cls(**nothing | {"model": "qwen3-tts"})
+
+    def speak_fields(self) -> dict[str, Any]:
+        """For `messages.Speak`."""
+        names = ("voice", "language", "instruct", "temperature", "top_k", "seed", "chunk_frames")
+        return {name: value for name in names if (value := getattr(self, name)) is not NOT_GIVEN}
+
+
+class ServerTTSMetricsData(MetricsData):
+    """The server's own figures of one turn, in a `MetricsFrame`; None where there was no audio."""
+
+    ttfc_ms: float | None
+    """First text at the server to first audio handed to its socket."""
+    rtf: float | None
+    """Generation over duration; below 1 is faster than real time."""
+    duration_s: float
+    finish_reason: str
+
+    @classmethod
+    def of(cls, done: Done, processor: str, model: str | None) -> ServerTTSMetricsData:
+        """What a `done` says."""
+        return cls(
+            processor=processor,
+            model=model,
+            ttfc_ms=done.ttfc_ms,
+            rtf=done.rtf,
+            duration_s=done.duration_s,
+            finish_reason=done.finish_reason,
+        )

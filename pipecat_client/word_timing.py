@@ -1,0 +1,136 @@
+"""When each word is heard, estimated: the model says what it speaks, never where in the audio.
+
+A segment's words are spread over its audio by how long their letters take to say. Until its
+duration is known, the pace of what this voice said before stands in for it. An interruption then
+leaves in the conversation about what was heard, and not the whole reply.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, field
+
+_KANA_HAN = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
+_UNSPACED = re.compile(_KANA_HAN)
+_WORD = re.compile(rf"{_KANA_HAN}[^\w\s]*|(?:(?!{_KANA_HAN})\S)+")
+_EXTRA_WEIGHT = (
+    (_UNSPACED, 2.0),
+    (re.compile(r"[\uac00-\ud7af]"), 1.5),  # Hangul syllables
+    (re.compile(r"\d"), 2.0),
+    (re.compile(r"[.!?。！？…]"), 4.0),
+    (re.compile(r"[,;:，、；：]"), 2.0),
+)
+FIRST_GUESS = 14.0
+"""Letters a second, before a voice has been heard."""
+_FORGET = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class TimedWord:
+    """A word and when it begins."""
+
+    text: str
+    time_s: float
+    """In the audio of its context."""
+    spaced: bool
+    """Whether the script sets spaces between words."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast a voice speaks, learned from what it has said."""
+
+    _units: float = FIRST_GUESS
+    _seconds: float = 1.0
+
+    @property
+    def units_per_s(self) -> float:
+        """Letters a second; see `weight`."""
+        return self._units / self._seconds
+
+    def learn(self, units: float, seconds: float) -> None:
+        """Take in a finished segment; older ones fade."""
+        if units > 0 and seconds > 0:
+            self._units = _FORGET * self._units + units
+            self._seconds = _FORGET * self._seconds + seconds
+
+
+def weight(text: str) -> float:
+    """How long a text takes to say, in letters; digits, syllable signs and pauses take longer."""
+    return len(text) + sum(extra * len(kind.findall(text)) for kind, extra in _EXTRA_WEIGHT)
+
+
+@dataclass(slots=True)
+class _Segment:
+    text: str = ""
+    complete: bool = False
+    num_chars_given: int = 0
+    """Characters up to the end of the last word handed out."""
+    units_given: float = 0.0
+
+    def next_word(self) -> re.Match[str] | None:
+        for match in _WORD.finditer(self.text, self.num_chars_given):
+            if any(char.isalnum() for char in match[0]):
+                # More text could still lengthen a word at the very end.
+                return match if self.complete or match.end() < len(self.text) else None
+        return None
+
+    def units_before(self, match: re.Match[str]) -> float:
+        return self.units_given + weight(self.text[self.num_chars_given : match.start()])
+
+    def give(self, match: re.Match[str]) -> None:
+        self.units_given = self.units_before(match) + weight(match[0])
+        self.num_chars_given = match.end()
+
+
+@dataclass(slots=True)
+class WordClock:
+    """The words of one context: text goes in as it is sent, audio positions as they arrive."""
+
+    pace: Pace
+    _segments: deque[_Segment] = field(default_factory=deque)
+    _start_s: float = 0.0
+    _last_s: float = 0.0
+
+    def append(self, text: str) -> None:
+        """More text of the open segment, or of a new one."""
+        if not self._segments or self._segments[-1].complete:
+            self._segments.append(_Segment())
+        self._segments[-1].text += text
+
+    def complete_segment(self) -> None:
+        """The open segment's text is whole."""
+        if self._segments:
+            self._segments[-1].complete = True
+
+    def advance(self, position_s: float) -> list[TimedWord]:
+        """Words of the first segment that have begun, as far as can be guessed, at a position."""
+        return self._take(self.pace.units_per_s, position_s)
+
+    def end_segment(self, end_s: float) -> list[TimedWord]:
+        """The first segment's audio is whole: its other words, by its true duration."""
+        if not self._segments:
+            return []
+        segment, duration_s = self._segments[0], max(0.0, end_s - self._start_s)
+        segment.complete = True
+        units = weight(segment.text)
+        words = self._take(units / duration_s, end_s) if duration_s and units else []
+        self.pace.learn(units, duration_s)
+        self._segments.popleft()
+        self._start_s = end_s
+        return words
+
+    def _take(self, units_per_s: float, until_s: float) -> list[TimedWord]:
+        words: list[TimedWord] = []
+        if not self._segments:
+            return words
+        segment = self._segments[0]
+        while (match := segment.next_word()) is not None:
+            time_s = max(self._last_s, self._start_s + segment.units_before(match) / units_per_s)
+            if time_s >= until_s:
+                break
+            words.append(TimedWord(match[0], time_s, spaced=not _UNSPACED.match(match[0])))
+            segment.give(match)
+            self._last_s = time_s
+        return words

@@ -1,0 +1,166 @@
+"""What is sent, and sent again: no sockets, no Pipecat."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipecat_client.journal import Journal
+from qwen_megakernel.serving.messages import Cancel, End, Flush, Limits, Speak
+
+LIMITS = Limits(max_text_chars=100, max_contexts=2, max_message_bytes=65_536)
+
+
+def connected():
+    journal = Journal()
+    journal.restart(LIMITS)
+    return journal
+
+
+def sent(journal):
+    messages = []
+    while (message := journal.take()) is not None:
+        messages.append(message)
+    return messages
+
+
+def outline(messages):
+    letters = {Speak: "s", Flush: "f", End: "e", Cancel: "c"}
+    return "".join(letters[type(message)] for message in messages)
+
+
+def test_sentences():
+    journal = connected()
+    journal.speak("a", "One.", complete=True, voice="v", seed=7)
+    journal.speak("a", "Two.", complete=True, voice="w", seed=7)
+    first, _, second, _ = sent(journal)
+    assert (first.text, first.voice, second.text, second.voice) == ("One.", "v", "Two.", "w")
+    # The server adds a segment's index to its seed; each is to have 7.
+    assert (first.seed, second.seed) == (7, 6)
+    journal.end("a")
+    assert outline(sent(journal)) == "e"
+
+
+def test_options_come_with_the_first_piece_only():
+    journal = connected()
+    for text in ("On", "e ", "two."):
+        journal.speak("a", text, complete=False, voice="v")
+    assert [speak.voice for speak in sent(journal)] == ["v", None, None]
+
+
+def test_each_segment_draws_a_seed_and_keeps_it():
+    journal = connected()
+    journal.speak("a", "One.", complete=True, seed=None)
+    journal.speak("b", "One.", complete=True, seed=None)
+    first, _, second, _ = sent(journal)
+    assert first.seed != second.seed
+    journal.restart(LIMITS)
+    assert [speak.seed for speak in sent(journal)[::2]] == [first.seed, second.seed]
+
+
+def test_restart_sends_what_was_not_spoken_and_drops_what_was_heard():
+    journal = connected()
+    for text in ("One.", "Two.", "Three."):
+        reply = journal.speak("a", text, complete=True, seed=5)
+    before = sent(journal)[0].context_id
+    reply.receive(bytes(200))
+    reply.end_segment(0)
+    assert reply.receive(b"ab" * 30) == b"ab" * 30  # 30 samples of "Two."
+    journal.restart(LIMITS)
+    two, _, three, _ = sent(journal)
+    assert (two.text, two.seed, three.text, three.seed) == ("Two.", 5, "Three.", 4)
+    assert two.context_id != before
+    assert journal.find(before) is None
+    assert journal.find(two.context_id) is reply
+    assert reply.receive(b"ab" * 20) == b""
+    assert reply.receive(b"ab" * 11 + b"cd") == b"abcd"
+    assert reply.num_samples == 100 + 30 + 2
+
+
+def test_restart_after_the_last_segment_finishes_the_reply():
+    journal = connected()
+    reply = journal.speak("a", "One.", complete=True)
+    journal.end("a")
+    sent(journal)
+    reply.end_segment(0)
+    assert journal.take_finished() == []  # the server still owes its `done`
+    journal.restart(LIMITS)
+    assert sent(journal) == []
+    assert journal.take_finished() == ["a"]
+    assert "a" not in journal
+
+
+def test_cancel_goes_out_only_for_what_the_server_knows():
+    journal = connected()
+    journal.speak("a", "One.", complete=True)
+    (speak, _) = sent(journal)
+    journal.speak("b", "Two.", complete=True)
+    journal.cancel("b")
+    journal.cancel("a")
+    assert sent(journal) == [Cancel(speak.context_id)]
+
+
+def test_refused_text_waits_but_cancels_do_not():
+    journal = connected()
+    reply = journal.speak("a", "One.", complete=True)
+    journal.speak("b", "Two.", complete=True)
+    first = sent(journal)[0]
+    journal.postpone(reply)
+    journal.cancel("b")
+    assert outline(sent(journal)) == "c"
+    journal.on_hold = False
+    again = sent(journal)[0]
+    assert (again.text, again.context_id != first.context_id) == ("One.", True)
+
+
+def test_no_more_contexts_than_the_server_opens():
+    journal = connected()
+    replies = [journal.speak(name, name, complete=True) for name in "abc"]
+    for name in "abc":
+        journal.end(name)
+    assert [m.text for m in sent(journal) if isinstance(m, Speak)] == ["a", "b"]
+    replies[0].end_segment(0)
+    journal.done(replies[0])
+    assert journal.take_finished() == ["a"]
+    assert [m.text for m in sent(journal) if isinstance(m, Speak)] == ["c"]
+
+
+def test_long_reply_goes_on_in_another_context_before_others_are_sent():
+    journal = connected()
+    for name in ("One", "Two", "Three"):
+        reply = journal.speak("a", f"{name:-<60}", complete=True)
+    journal.end("a")
+    journal.speak("b", "Next.", complete=True)
+    assert outline(sent(journal)) == "sfe"
+    for rest in ("sfe", "se"):
+        reply.end_segment(0)
+        journal.done(reply)
+        messages = sent(journal)
+        assert outline(messages)[: len(rest)] == rest
+    assert messages[-2].text == "Next."
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    st.lists(st.integers(0, 120), max_size=4),
+    st.integers(1, 7),
+)
+def test_every_sample_once_wherever_the_line_breaks(lengths, cuts, chunk):
+    """Segments of some samples each, over lines that carry some samples each."""
+    journal = connected()
+    for index in range(len(lengths)):
+        reply = journal.speak("a", f"{index}", complete=True)
+    journal.end("a")
+    heard = []
+    for budget in [*cuts, 10_000]:
+        journal.restart(LIMITS)
+        texts = [message.text for message in sent(journal) if isinstance(message, Speak)]
+        for index, text in enumerate(texts):
+            samples = [(int(text), n) for n in range(lengths[int(text)])]
+            while samples and budget > 0:
+                part, samples = samples[:chunk], samples[chunk:]
+                budget -= len(part)
+                new = reply.receive(bytes(2 * len(part)))
+                heard += part[len(part) - len(new) // 2 :]
+            if samples or budget <= 0:
+                break
+            reply.end_segment(index)
+    assert heard == [(i, n) for i, length in enumerate(lengths) for n in range(length)]

@@ -1,0 +1,166 @@
+"""A recording proxy between the service and a real server; it can cut the line."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import Request, Response, Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+from qwen_megakernel.serving.messages import (
+    AudioChunk,
+    Cancel,
+    ClientMessage,
+    Done,
+    End,
+    Flush,
+    Segment,
+    ServerMessage,
+    Speak,
+    Started,
+    parse_client_message,
+    parse_server_message,
+)
+
+
+@dataclass
+class Line:
+    """One connection: what each side said, and when."""
+
+    said: list[tuple[float, ClientMessage]] = field(default_factory=list)
+    heard: list[tuple[float, ServerMessage]] = field(default_factory=list)
+
+    def sent(self, kind: type) -> list[ClientMessage]:
+        return [message for _, message in self.said if isinstance(message, kind)]
+
+    def received(self, kind: type) -> list[ServerMessage]:
+        return [message for _, message in self.heard if isinstance(message, kind)]
+
+    def texts(self) -> list[str]:
+        return [message.text for message in self.sent(Speak)]
+
+    def outline(self) -> str:
+        """`s` speak, `f` flush, `e` end, `c` cancel, in the order in which they were sent."""
+        letters = {Speak: "s", Flush: "f", End: "e", Cancel: "c"}
+        return "".join(letters.get(type(message), "") for _, message in self.said)
+
+    def pcm(self) -> bytes:
+        """All audio; raises where it is not continuous, or goes on after its context."""
+        streams: dict[int, str] = {}
+        counts: dict[int, int] = {}
+        samples: dict[str, int] = {}
+        over: set[str] = set()
+        audio = b""
+        for _, message in self.heard:
+            if isinstance(message, Started):
+                assert message.stream not in streams
+                streams[message.stream] = message.context_id
+            elif isinstance(message, AudioChunk):
+                context_id = streams[message.stream]
+                assert context_id not in over, "audio after done"
+                assert message.sequence == counts.get(message.stream, 0), "a message is missing"
+                counts[message.stream] = message.sequence + 1
+                samples[context_id] = samples.get(context_id, 0) + len(message.samples) // 2
+                audio += message.samples
+            elif isinstance(message, Done):
+                assert message.context_id not in over
+                over.add(message.context_id)
+                assert message.samples == samples.get(message.context_id, 0)
+        return audio
+
+
+class WireTap:
+    """`async with WireTap(port) as tap: MegakernelTTSService(url=tap.url)`."""
+
+    def __init__(self, server_port: int) -> None:
+        self.server_port = server_port
+        self.lines: list[Line] = []
+        self.cut_when: Callable[[Line], bool] | None = None
+        """Asked after each message of the server: whether to drop the line before handing it on."""
+        self.delay_s = 0.0
+        """Before each message of the server."""
+        self.num_refused = 0
+        self._server: Server | None = None
+        self._upstream: dict[Request, ClientConnection] = {}
+
+    async def __aenter__(self) -> WireTap:
+        self._server = await serve(
+            self._serve,
+            "127.0.0.1",
+            0,
+            process_request=self._dial,
+            max_size=None,
+            compression=None,
+            ping_interval=None,
+        )
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    @property
+    def line(self) -> Line:
+        """The only connection there was."""
+        (line,) = self.lines
+        return line
+
+    async def _dial(self, client: ServerConnection, request: Request) -> Response | None:
+        try:
+            upstream = await connect(
+                f"ws://127.0.0.1:{self.server_port}", max_size=None, compression=None
+            )
+        except Exception:
+            self.num_refused += 1
+            return client.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the server is down\n")
+        client.upstream = upstream
+        return None
+
+    async def _serve(self, client: ServerConnection) -> None:
+        line = Line()
+        self.lines.append(line)
+        tasks = {
+            asyncio.create_task(self._up(client, line)),
+            asyncio.create_task(self._down(client, line)),
+        }
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, Exception) and not isinstance(result, ConnectionClosed):
+                raise result
+        await client.upstream.close()
+        await client.close()
+
+    async def _up(self, client: ServerConnection, line: Line) -> None:
+        async for data in client:
+            line.said.append((time.time(), parse_client_message(data)))
+            await client.upstream.send(data)
+
+    async def _down(self, client: ServerConnection, line: Line) -> None:
+        async for data in client.upstream:
+            await asyncio.sleep(self.delay_s)
+            message = parse_server_message(data)
+            if self.cut_when is not None and self.cut_when(line):
+                self.cut_when = None
+                client.transport.abort()
+                return
+            line.heard.append((time.time(), message))
+            await client.send(data)
+
+
+def num_segments(line: Line) -> int:
+    return len(line.received(Segment))
+
+
+def num_chunks(line: Line) -> int:
+    return len(line.received(AudioChunk))
