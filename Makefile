@@ -21,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-floor lint format doctor clean
+.PHONY: help install demo test test-slow test-floor lint format doctor clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -31,8 +31,11 @@ install: $(RUN)  ## Make .venv with everything the server needs
 demo: $(RUN)  ## Speak through a real server with tiny random weights: build/demo.wav
 	$(PY) -m qwen_megakernel demo $(ARGS)
 
-test: $(TEST) $(PARITY) lint  ## Check style and run all tests (ARGS="-k name" chooses)
-	$(PY) -m pytest $(ARGS)
+test: $(TEST) $(PARITY) lint  ## Check style and run the tests (ARGS="-k name" chooses)
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(TEST) $(PARITY)  ## The true 0.6B shape, and the long runs of cancels and random clients
+	$(PY) -m pytest -m slow $(ARGS)
 
 test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported
 	test -d $(FLOOR) || $(PYTHON) -m venv $(FLOOR)

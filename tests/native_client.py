@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 from jsonschema import Draft202012Validator
-from live_server import ROOT, LiveServer, RawClient
+from live_server import LONG, ROOT, LiveServer, RawClient
 
 from qwen_megakernel.serving.messages import (
     AudioChunk,
@@ -31,8 +31,8 @@ from qwen_megakernel.serving.messages import (
 
 DTYPES = {"pcm_s16le": "<i2", "pcm_f32le": "<f4"}
 SENTENCES = ("Hello there.", "How are you?", "I am fine, thank you.")
-LONG_TEXT = "The quick brown fox jumps over the lazy dog, and then it does so once again. " * 2
-WILD = {"temperature": 10.0, "top_k": 0}
+LONG_TEXT = LONG["text"]
+WILD = {"temperature": 10.0, "top_k": 0, "seed": 0}
 """Speech that ends only by a cancel, on the checkpoint of the tests (see `live_server.LONG`)."""
 
 

@@ -29,6 +29,17 @@ def tts(tiny_base):
         yield loaded
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request):
+    """A test that fails in the middle shall not fail those after it."""
+    yield
+    if "tts" in request.fixturenames:
+        tts = request.getfixturevalue("tts")
+        for active in [*tts._engine._waiting, *tts._engine._speaking]:
+            active.turn.cancel()
+        wait_idle(tts)
+
+
 class Listener:
     """A sink that keeps all events and when they came."""
 
@@ -52,6 +63,15 @@ class Listener:
         while not any(isinstance(e, Audio) for e in self.events):
             assert time.monotonic() < deadline, "no audio came"
             time.sleep(0.002)
+
+    def wait_until_still(self, still_s: float = 1.0) -> int:
+        """Samples there are once none has come for so long."""
+        count, since = len(self.samples), time.monotonic()
+        while time.monotonic() < since + still_s:
+            time.sleep(0.02)
+            if len(self.samples) != count:
+                count, since = len(self.samples), time.monotonic()
+        return count
 
     @property
     def samples(self) -> np.ndarray:
@@ -141,18 +161,17 @@ def test_late_text_stalls_its_turn_and_nothing_else(tts):
     whole, late = speak(tts).samples, Listener()
     turn = tts.open_turn(TEXT[:30], sink=late, params=PARAMS)
     late.wait_for_audio()
-    time.sleep(0.6)
-    stalled_at = len(late.samples)
-    assert stalled_at < len(whole) // 2, "frames were decoded without text"
+    stalled_at = late.wait_until_still()
+    assert stalled_at < len(whole), "frames were decoded without text"
     other = speak(tts, params=GenerationParams(seed=5, max_frames=10))
     assert other.events[-1].num_frames == 10
-    time.sleep(0.1)
     assert len(late.samples) == stalled_at, "the stalled turn went on without text"
     turn.append(TEXT[30:])
     turn.end()
     finished = late.wait()
     np.testing.assert_allclose(late.samples, whole, atol=1e-5)
-    assert finished.generation_s < late.times[-1] - late.times[0] - 0.5, "waiting is not generation"
+    waited_s = 0.9  # `wait_until_still` took at least that long
+    assert finished.generation_s < late.times[-1] - late.times[0] - waited_s, "waiting is not generation"
 
 
 def test_what_is_decoded_is_not_held_back_while_text_is_late(tts):
@@ -189,7 +208,7 @@ def test_text_that_ends_empty_finishes_with_nothing(tts):
 def test_flush_speaks_the_word_that_may_still_grow(tts):
     listener = Listener()
     turn = tts.open_turn("Hello", sink=listener, params=PARAMS)
-    time.sleep(0.2)
+    time.sleep(0.3)
     assert not listener.events, "an unstable word must wait"
     turn.flush()
     listener.wait_for_audio()
@@ -253,13 +272,14 @@ def test_the_turn_that_runs_out_first_goes_first(tts):
         turns = [many.open_turn(TEXT, sink=one, ended=True, params=LONG) for one in crowd]
         for listener in crowd:
             listener.wait_for_audio()
-        counts = [len(one.samples) // HOP for one in crowd]
-        time.sleep(1.5)
-        gained = [len(one.samples) // HOP - n for one, n in zip(crowd, counts, strict=True)]
+        deadline = time.monotonic() + 60
+        while min(len(one.samples) for one in crowd) < 16 * HOP:
+            assert time.monotonic() < deadline, "somebody was left behind"
+            time.sleep(0.02)
+        frames = [len(one.samples) // HOP for one in crowd]
         for turn in turns:
             turn.cancel()
-        assert min(gained) > 0
-        assert max(gained) <= min(gained) + 2 * max(CHUNK_RAMP), gained
+        assert max(frames) <= min(frames) + 3 * max(CHUNK_RAMP), frames
 
 
 def test_a_lead_is_kept(tts):
@@ -280,10 +300,7 @@ def test_a_turn_on_hold_waits_and_then_is_the_same(tts):
     turn = tts.open_turn(TEXT, sink=listener, ended=True, params=PARAMS)
     listener.wait_for_audio()
     turn.hold(True)
-    time.sleep(0.2)  # the frame that runs goes to its end
-    heard = len(listener.events)
-    time.sleep(0.3)
-    assert len(listener.events) == heard
+    assert listener.wait_until_still() < len(whole), "the turn went on although it was on hold"
     turn.hold(False)
     finished = listener.wait()
     assert np.array_equal(listener.samples, whole)
@@ -291,7 +308,7 @@ def test_a_turn_on_hold_waits_and_then_is_the_same(tts):
     spent = [event.generation_s for event in listener.events if isinstance(event, Audio)]
     assert spent == sorted(spent)
     assert 0 < spent[0] < spent[-1] <= finished.generation_s
-    assert finished.generation_s < listener.times[-1] - turn.first_text_at - 0.4
+    assert finished.generation_s < listener.times[-1] - turn.first_text_at - 0.9
 
 
 def test_live_text_that_never_comes_ends_as_an_error(tiny_base):

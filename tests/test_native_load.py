@@ -48,12 +48,9 @@ def test_stalled_reader_is_paused_then_cut_and_slows_nobody(live_server, native,
     start, num_lines = time.monotonic(), len(live_server.err)
     if native:
         stalled.send(type="hello", protocol=1, audio={"encoding": "pcm_f32le", "sample_rate": 48_000})
-        for _ in range(9):  # one wild turn in a few ends by itself, and too soon
-            stalled.send(type="speak", context_id="a", text=LONG_TEXT, temperature=10, top_k=0)
-            stalled.send(type="flush", context_id="a")
+        stalled.send(type="speak", context_id="a", text=LONG_TEXT, **WILD)
     else:
-        for _ in range(9):
-            stalled.send(**LONG)
+        stalled.send(**LONG)
     held = kernel = 0
     while not any("cut: it read nothing" in line for line in live_server.err[num_lines:]):
         assert time.monotonic() - start < 20
@@ -76,9 +73,7 @@ def test_a_paused_reader_hears_everything(live_server):
     b = take(live_server, SENTENCES[0], seed=5)
     slow = DirectSocket(live_server, receive_buffer=4096)
     with NativeClient(live_server, "pcm_f32le", 48_000, slow) as client:
-        for _ in range(9):  # see above
-            client.speak("a", LONG_TEXT, **WILD)
-            client.send(Flush("a"))
+        client.speak("a", LONG_TEXT, **WILD)
         wait_for_figure(live_server, "unsent_bytes", lambda value: value > 131_072)
         time.sleep(1)  # generation would go on for seconds
         held = figure(live_server, "unsent_bytes")
@@ -99,7 +94,7 @@ def test_a_paused_reader_hears_everything(live_server):
 def test_lost_client_frees_its_slot(live_server, leave):
     client = RawClient(live_server)
     client.send(type="hello", protocol=1)
-    client.send(type="speak", context_id="a", text=LONG_TEXT, temperature=10, top_k=0)
+    client.send(type="speak", context_id="a", text=LONG_TEXT, **WILD)
     deadline = time.monotonic() + 10
     while not live_server.ready()["active"]:
         assert time.monotonic() < deadline

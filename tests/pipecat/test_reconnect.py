@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client/requirements.txt")
 
 from conversation import TURN, make_service, only, pcm, play, spoken, turn, until
-from live_server import LONG, LiveServer, first_chunk, send
+from live_server import LONG, LiveServer, RawClient
 from pipecat.frames.frames import (
     CancelFrame,
     InterruptionFrame,
@@ -286,11 +286,12 @@ def test_queue_longer_than_pipecats_patience(start):
             service = make_service(tap.url, stop_frame_timeout_s=1.8)
 
             def script():
-                with server.connect() as other:
-                    send(other, **LONG)
-                    first_chunk(other)
-                    yield TTSSpeakFrame("I can wait.")
-                    yield from until(lambda: len(tap.line.received(Progress)) == 4)
+                other = RawClient(server)
+                other.send(**LONG)
+                other.wait_for_audio()
+                yield TTSSpeakFrame("I can wait.")
+                yield from until(lambda: len(tap.line.received(Progress)) == 4)
+                other.reset()
 
             return tap, *await play(service, script())
 
