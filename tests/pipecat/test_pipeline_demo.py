@@ -75,10 +75,13 @@ def test_greeting_and_answer(demo_port):
     async def scenario():
         async with RtviClient(demo_port) as client:
             await client.wait(lambda: client.count("bot-stopped-speaking") == 1)
+            await client.wait(lambda: client.words().endswith(REPLIES[0][-4:]))
             greeting, heard = client.words(), len(client.audio)
             seen = len(client.messages)
             await client.say("send-text", content="Good morning to you.")
             await client.wait(lambda: client.count("bot-stopped-speaking") == 2)
+            # The last word may come a moment after the last sound.
+            await client.wait(lambda: client.words(seen).endswith("you."))
             return greeting, heard, client.words(seen), len(client.audio), client.messages
 
     greeting, heard, answer, heard_in_all, messages = asyncio.run(scenario())
