@@ -15,7 +15,7 @@ import queue
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ import torch
 from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, load_tokenizer, resolve
 from qwen_megakernel.codec import CodecDecoder, CodecStream
 from qwen_megakernel.codec_encoder import CodecEncoder
-from qwen_megakernel.config import SAMPLE_RATE, GenerationParams, Guards, SamplingParams
+from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
 from qwen_megakernel.decoder import MAX_BATCH, TorchBackend
 from qwen_megakernel.engine import Engine, TurnRequest
 from qwen_megakernel.model import Talker
@@ -32,7 +32,6 @@ from qwen_megakernel.speaker import SpeakerEncoder
 from qwen_megakernel.turn import Audio, Finished, RequestError, Sink, Turn, TurnEvent
 from qwen_megakernel.voice import Voice, VoiceCloner, load_voices, voice_name_ok
 
-BackendName = Literal["auto", "torch", "megakernel"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Progress = Callable[[str], None]
 
@@ -373,6 +372,3 @@ def _chunks(turn: Turn, events: queue.SimpleQueue[TurnEvent]) -> Iterator[np.nda
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-__all__ = ["Guards", "SamplingParams", "SynthesisError", "TTSDecoder"]
