@@ -392,6 +392,27 @@ class CodecDecoder(nn.Module):
         return last(act(x), states).squeeze(1).float().clamp(-1, 1)
 
 
+def check_slots(slots: Sequence[int], num_slots: int) -> None:
+    """Raise `ValueError` unless `slots` are one or more, each once, of 0 .. num_slots - 1."""
+    for slot in slots:
+        if not 0 <= slot < num_slots:
+            raise ValueError(f"slot is {slot}, allowed: 0 to {num_slots - 1}")
+    if len(set(slots)) != len(slots) or not slots:
+        raise ValueError(f"slots are {list(slots)}, allowed: one or more, each once")
+
+
+def check_codes(codes: Tensor, num_slots: int, codebook_size: int) -> None:
+    """Raise `ValueError` unless `codes` are int64 [num_slots, 1 or more, 16] of known codes."""
+    shape, wanted = tuple(codes.shape), f"[{num_slots}, 1 or more, {NUM_CODEBOOKS}]"
+    if len(shape) != 3 or shape != (num_slots, shape[1], NUM_CODEBOOKS) or not shape[1]:
+        raise ValueError(f"codes have shape {list(shape)}, allowed: {wanted}")
+    if codes.dtype != torch.int64:
+        raise ValueError(f"codes are {codes.dtype}, allowed: torch.int64")
+    low, high = (int(bound) for bound in codes.aminmax())
+    if low < 0 or high >= codebook_size:
+        raise ValueError(f"codes are from {low} to {high}, allowed: 0 to {codebook_size - 1}")
+
+
 class CodecStream:
     """Decodes the codes of many slots as they come; each slot goes on where it stopped.
 
@@ -420,7 +441,7 @@ class CodecStream:
 
     def reset(self, slot: int) -> None:
         """Make `slot` as new."""
-        self._check_slots([slot])
+        check_slots([slot], self.num_slots)
         self._state[slot].zero_()
         self._ages[slot] = 0
 
@@ -443,8 +464,8 @@ class CodecStream:
             ValueError: a slot or a code out of range, a slot twice, codes of another shape.
                 No slot has moved. After any other error the slots need a reset.
         """
-        self._check_slots(slots)
-        self._check_codes(codes, len(slots))
+        check_slots(slots, self.num_slots)
+        check_codes(codes, len(slots), self._decoder.config.codebook_size)
         slot_ids = torch.tensor(slots, dtype=torch.int64, device=self._device)
         return self._step(slot_ids, codes.to(self._device))
 
@@ -454,21 +475,3 @@ class CodecStream:
         pcm = self._decoder(codes, states)
         self._ages.index_add_(0, slots, torch.full_like(slots, codes.shape[1]))
         return pcm
-
-    def _check_slots(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            if not 0 <= slot < self.num_slots:
-                raise ValueError(f"slot is {slot}, allowed: 0 to {self.num_slots - 1}")
-        if len(set(slots)) != len(slots) or not slots:
-            raise ValueError(f"slots are {list(slots)}, allowed: one or more, each once")
-
-    def _check_codes(self, codes: Tensor, num_slots: int) -> None:
-        shape, wanted = tuple(codes.shape), f"[{num_slots}, 1 or more, {NUM_CODEBOOKS}]"
-        if len(shape) != 3 or shape != (num_slots, shape[1], NUM_CODEBOOKS) or not shape[1]:
-            raise ValueError(f"codes have shape {list(shape)}, allowed: {wanted}")
-        if codes.dtype != torch.int64:
-            raise ValueError(f"codes are {codes.dtype}, allowed: torch.int64")
-        low, high = (int(bound) for bound in codes.aminmax())
-        last = self._decoder.config.codebook_size - 1
-        if low < 0 or high > last:
-            raise ValueError(f"codes are from {low} to {high}, allowed: 0 to {last}")

@@ -1,0 +1,204 @@
+// Every dense layer of the codec: weights (A operand) times columns of activations (B operand).
+//
+// Convolutions are implicit: k runs over taps, then channels, and a 16-byte piece of a column is
+// fetched from the row its tap looks at. Transposed convolutions are `upsample` such products
+// stacked in m. Weights come in fragment order by bulk copies, the first of them before the
+// previous kernel has finished; activations by 16-byte copies, swizzled for ldmatrix.
+//
+// The order of all sums is fixed: k in steps of 16 within a segment, then the segments. Tile shapes
+// do not enter, so they are free to follow the batch.
+#pragma once
+
+#include "codec_epilogue.cuh"
+
+namespace codec {
+
+constexpr int kBlock = 64;               // k of one pipeline stage
+constexpr int kStripBytes = 2 * 16 * kBlock;  // one strip of 16 rows of weights in a stage
+
+template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kStages_>
+struct Tile {
+  static constexpr int kM = kM_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kMi = kM / 16 / kWarpsM, kNi = kN / 8 / kWarpsN;  // mma tiles of a warp
+  static constexpr int kWeightBytes = kM / 16 * kStripBytes, kColumnBytes = kN * 2 * kBlock;
+  static constexpr int kPitch = kM + 4;  // floats between columns of the finished tile
+  static constexpr int kPipelineBytes = kStages * (kWeightBytes + kColumnBytes);
+  static constexpr int kTileBytes = kN * kPitch * 4;
+  static constexpr int kSharedBytes = kPipelineBytes > kTileBytes ? kPipelineBytes : kTileBytes;
+  static_assert(kSharedBytes <= 98 * 1024, "sm_120 has 99 KB, a little of it static");
+  static_assert(kNi == 1 || kNi % 2 == 0, "columns are loaded 16 at a time, or 8");
+};
+
+// Brings blocks of columns to shared memory, one after the other.
+template <class T>
+struct ColumnLoader {
+  static constexpr int kRowsAtOnce = T::kThreads / 8;
+  static constexpr int kPasses = (T::kN + kRowsAtOnce - 1) / kRowsAtOnce;
+  const bf16* data[kPasses];
+  int start[kPasses];  // row of the first tap, -1 beyond the columns
+  int tap, piece;      // of this thread's next 16 bytes
+
+  __device__ __forceinline__ ColumnLoader(const Gemm& p, int n0, int first_block) {
+    const int ring = p.in.frames * p.in.rows;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int local = pass * kRowsAtOnce + threadIdx.x / 8, n = n0 + local;
+      start[pass] = -1;
+      data[pass] = static_cast<const bf16*>(p.in.data);
+      if (local < T::kN && n < p.columns) {
+        const int stream = n / p.in.rows;
+        const Call call = p.calls[stream];
+        int row = first_row(p.in, call) + n - stream * p.in.rows - p.history;
+        start[pass] = row < 0 ? row + ring : row;
+        data[pass] += part_of(p.in, stream, call);
+      }
+    }
+    const int q = first_block * (kBlock / 8) + threadIdx.x % 8, pieces = p.in.channels / 8;
+    tap = q / pieces;
+    piece = q - tap * pieces;
+  }
+
+  __device__ __forceinline__ void load(const Gemm& p, uint32_t to) {
+    const int ring = p.in.frames * p.in.rows, pieces = p.in.channels / 8;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int local = pass * kRowsAtOnce + threadIdx.x / 8;
+      if (T::kN % kRowsAtOnce != 0 && local >= T::kN) break;
+      int row = start[pass] + tap * p.dilation;
+      if (row >= ring) row -= ring;
+      const bool valid = start[pass] >= 0 && tap < p.taps;
+      const bf16* from = valid ? data[pass] + row * p.in.channels + piece * 8 : data[pass];
+      copy_piece(to + local * (2 * kBlock) + ((threadIdx.x ^ local) & 7) * 16, from, valid);
+    }
+    for (piece += kBlock / 8; piece >= pieces; piece -= pieces) ++tap;
+  }
+};
+
+// One stage: acc += weights * columns.
+template <class T>
+__device__ __forceinline__ void multiply(float (&acc)[T::kMi][T::kNi][4], uint32_t weights,
+                                         uint32_t columns) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int strip0 = warp % T::kWarpsM * T::kMi, n0 = warp / T::kWarpsM * (8 * T::kNi);
+  weights += strip0 * kStripBytes + lane * 16;
+  const int row = n0 + (lane & 7) + (T::kNi > 1 ? lane / 16 * 8 : 0);
+#pragma unroll
+  for (int step = 0; step < kBlock / 16; ++step) {
+    uint4 a[T::kMi];
+#pragma unroll
+    for (int i = 0; i < T::kMi; ++i) a[i] = load_shared(weights + i * kStripBytes + step * 512);
+    const uint32_t b_from =
+        columns + row * (2 * kBlock) + (((step * 2 + (lane / 8 & 1)) ^ row) & 7) * 16;
+    if constexpr (T::kNi == 1) {
+      uint32_t b[2];
+      load_matrices(b, b_from);
+#pragma unroll
+      for (int i = 0; i < T::kMi; ++i) mma(acc[i][0], a[i], b[0], b[1]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < T::kNi; j += 2) {
+        uint32_t b[4];
+        load_matrices(b, b_from + j * 8 * (2 * kBlock));
+#pragma unroll
+        for (int i = 0; i < T::kMi; ++i) {
+          mma(acc[i][j], a[i], b[0], b[1]);
+          mma(acc[i][j + 1], a[i], b[2], b[3]);
+        }
+      }
+    }
+  }
+}
+
+// The accumulators as [column][row] in shared memory.
+template <class T>
+__device__ __forceinline__ void spread(const float (&acc)[T::kMi][T::kNi][4], float* tile) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int m0 = warp % T::kWarpsM * (16 * T::kMi) + lane / 4;
+  const int n0 = warp / T::kWarpsM * (8 * T::kNi) + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < T::kMi; ++i)
+#pragma unroll
+    for (int j = 0; j < T::kNi; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        tile[(n0 + j * 8 + (e & 1)) * T::kPitch + m0 + i * 16 + (e >> 1) * 8] = acc[i][j][e];
+}
+
+// grid (segments * m tiles, n tiles), clusters of `segments`.
+template <class T>
+__global__ void __launch_bounds__(T::kThreads) gemm_kernel(const __grid_constant__ Gemm p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ uint64_t full[T::kStages];
+  __shared__ float scale[T::kN];
+  let_next_start();
+  const int rank = blockIdx.x % p.segments, m0 = blockIdx.x / p.segments * T::kM;
+  const int n0 = blockIdx.y * T::kN;
+  const int first = rank * p.k_blocks / p.segments;
+  const int blocks = (rank + 1) * p.k_blocks / p.segments - first;
+  const uint32_t weights_at = shared_address(shared);
+  const uint32_t columns_at = weights_at + T::kStages * T::kWeightBytes;
+  const uint32_t full_at = shared_address(full);
+
+  const auto load_weights = [&](int block) {
+    const int stage = block % T::kStages, strips = min(T::kM, p.m - m0 + 15 & ~15) / 16;
+    expect_bytes(full_at + stage * 8, strips * kStripBytes);
+    const char* from = static_cast<const char*>(p.weights) +
+                       (static_cast<int64_t>(m0 / 16) * p.k_blocks + first + block) * kStripBytes;
+    for (int s = 0; s < strips; ++s)
+      copy_bulk(weights_at + stage * T::kWeightBytes + s * kStripBytes,
+                from + static_cast<int64_t>(s) * p.k_blocks * kStripBytes, kStripBytes,
+                full_at + stage * 8);
+  };
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < T::kStages; ++s) init_barrier(full_at + s * 8);
+    publish_barriers();
+    for (int block = 0; block < min(blocks, T::kStages - 1); ++block) load_weights(block);
+  }
+  wait_for_previous();
+  __syncthreads();
+
+  ColumnLoader<T> loader(p, n0, first);
+#pragma unroll 1
+  for (int block = 0; block < T::kStages - 1; ++block) {
+    if (block < blocks) loader.load(p, columns_at + block * T::kColumnBytes);
+    commit_pieces();
+  }
+  for (int n = threadIdx.x / 32; n < T::kN; n += T::kThreads / 32)
+    scale[n] = p.squares_in && n0 + n < p.columns ? inverse_rms(p, n0 + n) : 1.f;
+
+  float acc[T::kMi][T::kNi][4] = {};
+#pragma unroll 1
+  for (int block = 0; block < blocks; ++block) {
+    const int stage = block % T::kStages, next = block + T::kStages - 1;
+    wait_for_pieces<T::kStages - 2>();
+    wait_barrier(full_at + stage * 8, block / T::kStages & 1);
+    __syncthreads();  // the stage is there for all, and all are done with the one before it
+    if (next < blocks) {
+      if (threadIdx.x == 0) load_weights(next);
+      loader.load(p, columns_at + next % T::kStages * T::kColumnBytes);
+    }
+    commit_pieces();
+    multiply<T>(acc, weights_at + stage * T::kWeightBytes, columns_at + stage * T::kColumnBytes);
+  }
+  wait_for_pieces<0>();
+  __syncthreads();
+  spread<T>(acc, reinterpret_cast<float*>(shared));
+  if (p.segments > 1)
+    sync_cluster();
+  else
+    __syncthreads();
+  constexpr int kParts = T::kM / 8;
+  for (int item = rank * T::kThreads + threadIdx.x; item < T::kN * kParts;
+       item += p.segments * T::kThreads) {
+    const int n = item / kParts, m = item % kParts * 8;
+    if (n0 + n >= p.columns || m0 + m >= p.m) continue;
+    float v[8];
+    sum_segments(weights_at + (n * T::kPitch + m) * 4, p.segments, v);
+    finish(p, m0 + m, n0 + n, scale[n], v);
+  }
+  if (p.segments > 1) sync_cluster();  // none leaves while another reads its tile
+}
+
+}  // namespace codec

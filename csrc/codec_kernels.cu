@@ -1,0 +1,91 @@
+// The codec's launches, as the host calls them: each returns a cudaError_t and is asynchronous.
+// A frame is a fixed sequence of them, see codec_plan.py.
+#include "codec_attention.cuh"
+#include "codec_convnext.cuh"
+#include "codec_ends.cuh"
+#include "codec_gemm.cuh"
+
+namespace codec {
+
+template <class P>
+cudaError_t launch(void (*kernel)(P), const P& params, dim3 grid, int threads, int shared, int cluster,
+                   void* stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster;
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+template <class T>
+cudaError_t launch_gemm(const Gemm& p, void* stream) {
+  const cudaError_t error = cudaFuncSetAttribute(
+      gemm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(p.segments * ((p.m + T::kM - 1) / T::kM), (p.columns + T::kN - 1) / T::kN);
+  return launch(gemm_kernel<T>, p, grid, T::kThreads, T::kSharedBytes, p.segments, stream);
+}
+
+}  // namespace codec
+
+extern "C" {
+
+// tile_m x tile_n: 64 x 8, 16, 32, 64, 128 or 96 x 32, 64, 128.
+int codec_gemm(const codec::Gemm* p, int tile_m, int tile_n, void* stream) {
+  using namespace codec;
+  switch (tile_m * 1000 + tile_n) {
+    case 64008: return launch_gemm<Tile<64, 8, 4, 1, 6>>(*p, stream);
+    case 64016: return launch_gemm<Tile<64, 16, 4, 1, 6>>(*p, stream);
+    case 64032: return launch_gemm<Tile<64, 32, 4, 1, 6>>(*p, stream);
+    case 64064: return launch_gemm<Tile<64, 64, 2, 2, 5>>(*p, stream);
+    case 64128: return launch_gemm<Tile<64, 128, 2, 2, 4>>(*p, stream);
+    case 96032: return launch_gemm<Tile<96, 32, 3, 2, 5>>(*p, stream);
+    case 96064: return launch_gemm<Tile<96, 64, 3, 2, 4>>(*p, stream);
+    case 96128: return launch_gemm<Tile<96, 128, 3, 2, 3>>(*p, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+int codec_embed(const codec::Embed* p, int streams, void* stream) {
+  using namespace codec;
+  return launch(embed_kernel, *p, dim3(streams), kEndThreads, 0, 1, stream);
+}
+
+int codec_attention(const codec::Attention* p, int streams, void* stream) {
+  using namespace codec;
+  const int teams = kAttentionThreads / (p->head_dim / 8);
+  const int floats = p->head_dim + (p->window + 3) / 4 * 4 + teams * p->head_dim;
+  return launch(attention_kernel, *p, dim3(p->heads, streams), kAttentionThreads, 4 * floats, 1, stream);
+}
+
+int codec_depthwise_norm(const codec::DepthwiseNorm* p, int streams, void* stream) {
+  using namespace codec;
+  return launch(depthwise_norm_kernel, *p, dim3(streams * p->in.rows), kNormThreads, 4 * p->in.channels,
+                1, stream);
+}
+
+int codec_last_conv(const codec::LastConv* p, int streams, void* stream) {
+  using namespace codec;
+  constexpr int kSamples = kEndThreads / kLanesPerSample;
+  return launch(last_conv_kernel, *p, dim3((p->in.rows + kSamples - 1) / kSamples, streams), kEndThreads,
+                0, 1, stream);
+}
+
+// For the host to see that it mirrors the structures as they are.
+int codec_param_bytes() {
+  using namespace codec;
+  return sizeof(Gemm) + sizeof(Embed) + sizeof(Attention) + sizeof(DepthwiseNorm) + sizeof(LastConv);
+}
+
+const char* codec_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+}

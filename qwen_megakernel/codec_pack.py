@@ -1,0 +1,81 @@
+"""The codec's weights as the kernels of csrc/codec_*.cu read them: matrices in mma fragment order.
+
+A layer becomes one matrix [outputs, taps * inputs], oldest tap first. Channels are padded with
+zeros to whole pieces of 8, so that a piece of 16 bytes never mixes two taps or two layers' rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "BLOCK",
+    "PIECE",
+    "conv_matrix",
+    "interleave",
+    "pack_fragments",
+    "pad_channels",
+    "pad_heads",
+    "padded",
+    "upsample_matrix",
+]
+
+PIECE = 8
+"""bf16 values in 16 bytes, the unit of every copy of activations."""
+BLOCK = 64
+"""k of one pipeline stage; kBlock of codec_gemm.cuh."""
+
+
+def padded(count: int) -> int:
+    """`count` rounded up to whole pieces."""
+    return -(-count // PIECE) * PIECE
+
+
+def pad_channels(x: Tensor, dim: int) -> Tensor:
+    """`x` with dimension `dim` padded with zeros to whole pieces."""
+    missing = padded(x.shape[dim]) - x.shape[dim]
+    return F.pad(x, (0, 0) * (x.dim() - 1 - dim % x.dim()) + (0, missing)) if missing else x
+
+
+def conv_matrix(weight: Tensor) -> Tensor:
+    """Convolution [outputs, inputs, taps] -> [padded outputs, taps * padded inputs]."""
+    return pad_channels(pad_channels(weight.transpose(1, 2), 2), 0).flatten(1)
+
+
+def upsample_matrix(weight: Tensor, factor: int) -> Tensor:
+    """Transposed convolution [inputs, outputs, taps * factor] to a matrix.
+
+    The matrix is [factor * padded outputs, taps * padded inputs]. Of the `factor` steps that an
+    input yields, step `phase` is row block `phase`; its tap j looks j inputs back.
+    """
+    taps = weight.shape[2] // factor
+    by_tap = weight.unflatten(2, (taps, factor)).flip(2)  # [inputs, outputs, oldest first, phase]
+    matrix = by_tap.permute(3, 1, 2, 0)
+    return pad_channels(pad_channels(matrix, 3), 1).flatten(2).flatten(0, 1)
+
+
+def pad_heads(x: Tensor, heads: int) -> Tensor:
+    """Dimension 0 of `x`, heads * head_dim, with both halves of every head padded to whole pieces.
+
+    RoPE turns the halves against each other, so each starts on a piece of its own.
+    """
+    return pad_channels(x.unflatten(0, (heads, 2, -1)), 2).flatten(0, 2)
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows of two matrices [n, k] in turn, n padded to whole pieces: [2 * padded n, k]."""
+    return torch.stack((pad_channels(gate, 0), pad_channels(up, 0)), 1).flatten(0, 1)
+
+
+def pack_fragments(matrix: Tensor) -> Tensor:
+    """[m, k] -> bf16 [m / 16, k / 16, 32, 8], both padded with zeros, k to whole blocks of 64.
+
+    Lane 4 g + q of a 16 x 16 tile holds rows g and g + 8 at columns 2 q, 2 q + 1, and the same 8
+    columns on: the A operand of mma.m16n8k16, 16 bytes a lane.
+    """
+    m, k = matrix.shape
+    full = F.pad(matrix, (0, -k % BLOCK, 0, -m % 16)).to(torch.bfloat16)
+    tiles = full.reshape(full.shape[0] // 16, 2, 8, full.shape[1] // 16, 2, 4, 2)
+    return tiles.permute(0, 3, 2, 5, 4, 1, 6).reshape(*tiles.shape[::3][:2], 32, 8).contiguous()

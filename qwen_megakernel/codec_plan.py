@@ -1,0 +1,428 @@
+"""One codec frame as a fixed sequence of kernel launches over tensors.
+
+The plan holds the packed weights, the state of all slots and the buffers between launches. It
+computes what `CodecDecoder` does, rearranged where that is the same function:
+
+- the two projections around the transformer are merged with the convolutions beside them;
+- an RMSNorm's weight is applied by whoever writes the row, its 1/rms by whoever multiplies it;
+- a layer's history is a ring in the slot's state, long enough to hold the history and the new
+  frame; the layer before writes straight into it.
+
+Values between launches are bf16; the transformer's residual, norms, softmax, RoPE, activations
+and all sums are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from qwen_megakernel.codec import CausalConv, CodecDecoder, ConvNeXtBlock, SnakeBeta, rope_table
+from qwen_megakernel.codec_pack import (
+    BLOCK,
+    PIECE,
+    conv_matrix,
+    interleave,
+    pack_fragments,
+    pad_channels,
+    pad_heads,
+    padded,
+    upsample_matrix,
+)
+from qwen_megakernel.config import HOP, CodecConfig
+
+__all__ = [
+    "Activation",
+    "AttentionOp",
+    "CodecPlan",
+    "DepthwiseNormOp",
+    "EmbedOp",
+    "GemmOp",
+    "LastConvOp",
+    "Op",
+    "Rows",
+    "choose_tile",
+    "ring_shapes",
+    "segments_for",
+]
+
+MAX_SEGMENTS = 8
+"""The largest cluster that every GPU with clusters can launch."""
+ENOUGH_CTAS = 120
+"""Fewer leave a GPU's memory bus idle while one stream's weights are read."""
+
+
+class Activation(IntEnum):
+    """Mirrors `Activation` of codec_params.h."""
+
+    NONE = 0
+    SNAKE = 1
+    GELU = 2
+    GLU = 3
+    NORM_WEIGHT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of every stream's frame, or a ring of frames in every slot's state."""
+
+    data: Tensor
+    """[streams or slots, frames * rows, channels], the last two contiguous."""
+    rows: int
+    """Time steps of one frame."""
+    by_slot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedOp:
+    """Codes -> the sum of their 16 projected vectors; counts the slots' ages."""
+
+    table: Tensor
+    """float32 [16 * codebook_size, channels]."""
+    codebook_size: int
+    out: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class GemmOp:
+    """out = act(norm(W x) * mul + add + residual); see `Gemm` of codec_params.h."""
+
+    weights: Tensor
+    source: Rows
+    taps: int
+    m: int
+    segments: int
+    dilation: int = 1
+    upsample: int = 1
+    mul: Tensor | None = None
+    add: Tensor | None = None
+    squares_in: Tensor | None = None
+    norm_dim: int = 1
+    eps: float = 0.0
+    residual: Rows | None = None
+    raw: Rows | None = None
+    out: Rows | None = None
+    activation: Activation = Activation.NONE
+    act_a: Tensor | None = None
+    act_b: Tensor | None = None
+    squares_out: Tensor | None = None
+
+    @property
+    def history(self) -> int:
+        """Rows before the present one that the first tap looks back."""
+        return (self.taps - 1) * self.dilation
+
+    @property
+    def k_blocks(self) -> int:
+        """Blocks of k in the packed weights."""
+        return self.weights.shape[1] * 16 // BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOp:
+    """Attention over the window, with the new key and value put into the ring."""
+
+    qkv: Rows
+    kv: Rows
+    rope: Tensor
+    """float32 [window, half, 2]: cosine and sine by distance."""
+    out: Rows
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class DepthwiseNormOp:
+    """Depthwise convolution and LayerNorm of a ConvNeXt block."""
+
+    source: Rows
+    weights: Tensor
+    """float32 [taps, channels]."""
+    bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    eps: float
+    real_channels: int
+    out: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class LastConvOp:
+    """The convolution to one channel, clamped: the samples."""
+
+    source: Rows
+    weights: Tensor
+    """float32 [taps, channels]."""
+    bias: float
+    pcm: Tensor
+    """float32 [streams, samples]."""
+
+
+Op = EmbedOp | GemmOp | AttentionOp | DepthwiseNormOp | LastConvOp
+
+
+def ring_shapes(config: CodecConfig) -> dict[str, tuple[int, int, int]]:
+    """Every ring of a slot's state: name -> (frames, rows, channels).
+
+    A ring holds whole frames, enough for the reader's history and the frame being written.
+    """
+
+    def ring(rows: int, channels: int, history: int) -> tuple[int, int, int]:
+        return ceil(history / rows) + 1, rows, padded(channels)
+
+    head_dim = 2 * padded(config.head_dim // 2)
+    rings = {"codes": ring(1, config.codebook_dim, 2)}
+    for i in range(config.num_layers):
+        rings[f"kv.{i}"] = (config.sliding_window, 1, 2 * config.num_kv_heads * head_dim)
+    rows, width = 1, config.decoder_dim
+    for i, factor in enumerate(config.upsampling_ratios):
+        rows *= factor
+        rings[f"up.{i}"] = ring(rows, config.latent_dim, 6)
+    rings["first"] = ring(rows, config.latent_dim, 6)
+    for i, factor in enumerate(config.upsample_rates):
+        rings[f"block.{i}"] = ring(rows, width, 1)
+        rows, width = rows * factor, width // 2
+        for unit, dilation in enumerate((1, 3, 9)):
+            rings[f"block.{i}.{unit}"] = ring(rows, width, 6 * dilation)
+    rings["last"] = ring(rows, width, 6)
+    return rings
+
+
+def segments_for(m: int, k_blocks: int, rows: int) -> int:
+    """Into how many parts of k a layer is cut.
+
+    A property of the layer and never of the call, since it decides the order of the sums: as
+    many as a single stream needs to keep all memory channels busy.
+    """
+    tiles, segments = ceil(m / 64) * ceil(rows / 32), 1
+    while segments < MAX_SEGMENTS and tiles * segments < ENOUGH_CTAS and k_blocks >= 2 * segments:
+        segments *= 2
+    return segments
+
+
+def choose_tile(m: int, columns: int, segments: int, num_sms: int) -> tuple[int, int]:
+    """(rows, columns) of a CTA's tile; the results do not depend on it."""
+    if columns <= 32:
+        tile_n = next(n for n in (8, 16, 32) if columns <= n)
+    else:
+        tile_n = 32
+        for n in (64, 128):
+            if ceil(m / 64) * ceil(columns / n) * segments >= num_sms:
+                tile_n = n
+    return (96 if tile_n >= 32 and m % 96 == 0 and (m % 64 or tile_n >= 64) else 64), tile_n
+
+
+@dataclass(slots=True)
+class CodecPlan:
+    """The launches of a frame for up to `max_streams` of `num_slots` slots.
+
+    Slot `num_slots` is scratch: it stands in for streams that a call does not have.
+    """
+
+    decoder: CodecDecoder
+    num_slots: int
+    max_streams: int
+    ops: list[Op] = field(default_factory=list)
+    state: Tensor = field(init=False)
+    """bf16 [num_slots + 1, elements]: every ring of a slot; zeros are a new slot's."""
+    ages: Tensor = field(init=False)
+    """int32 [num_slots + 1]: frames decoded."""
+    pcm: Tensor = field(init=False)
+    """float32 [max_streams, 1920]."""
+    _rings: dict[str, Rows] = field(init=False)
+
+    def __post_init__(self) -> None:
+        shapes = ring_shapes(self.decoder.config)
+        sizes = [frames * rows * channels for frames, rows, channels in shapes.values()]
+        self.state = self._zeros(self.num_slots + 1, sum(sizes), dtype=torch.bfloat16)
+        self.ages = self._zeros(self.num_slots + 1, dtype=torch.int32)
+        self.pcm = self._zeros(self.max_streams, HOP)
+        self._rings = {
+            name: Rows(part.unflatten(1, (frames * rows, channels)), rows, by_slot=True)
+            for (name, (frames, rows, channels)), part in zip(
+                shapes.items(), self.state.split(sizes, dim=1), strict=True
+            )
+        }
+        self._build()
+        del self.decoder  # the plan needs none of its tensors any more
+
+    # ------------------------------------------------------------------ tensors
+
+    def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        device = self.decoder.pre_conv.conv.weight.device
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def _scratch(self, rows: int, channels: int, dtype: torch.dtype = torch.bfloat16) -> Rows:
+        return Rows(self._zeros(self.max_streams, rows, channels, dtype=dtype), rows)
+
+    @staticmethod
+    def _vector(x: Tensor, repeat: int = 1) -> Tensor:
+        return pad_channels(x.float(), 0).repeat(repeat).contiguous()
+
+    def _snake(self, snake: SnakeBeta) -> dict[str, Tensor | Activation]:
+        snake.prepare()
+        return {
+            "activation": Activation.SNAKE,
+            "act_a": self._vector(snake._frequency[:, 0]),
+            "act_b": self._vector(snake._strength[:, 0]),
+        }
+
+    def _gemm(self, matrix: Tensor, source: Rows, taps: int = 1, **rest: object) -> None:
+        weights = pack_fragments(matrix)
+        k_blocks = weights.shape[1] * 16 // BLOCK
+        segments = segments_for(len(matrix), k_blocks, source.rows)
+        self.ops.append(GemmOp(weights, source, taps, len(matrix), segments, **rest))
+
+    # ------------------------------------------------------------------ the layers in order
+
+    def _build(self) -> None:
+        decoder, config, rings = self.decoder, self.decoder.config, self._rings
+        decoder.quantizer.prepare()
+        table = pad_channels(decoder.quantizer._table, 1).contiguous()
+        self.ops.append(EmbedOp(table, config.codebook_size, rings["codes"]))
+        out, squares = self._transformer()
+        for i, (upsample, block) in enumerate(decoder.upsample):
+            matrix, bias = (
+                upsample_matrix(upsample.conv.weight.double(), upsample.factor),
+                upsample.conv.bias,
+            )
+            bias = self._vector(bias, upsample.factor)
+            norm = {}
+            if i == 0:  # merged with the transformer's last projection
+                last = decoder.pre_transformer.output_proj
+                bias = bias + (matrix @ pad_channels(last.bias.double(), 0)).float()
+                matrix = matrix @ pad_channels(pad_channels(last.weight.double(), 0), 1)
+                norm = {
+                    "squares_in": squares,
+                    "norm_dim": config.hidden_size,
+                    "eps": config.rms_norm_eps,
+                }
+            self._gemm(matrix, out, add=bias, upsample=upsample.factor, out=rings[f"up.{i}"], **norm)
+            is_last = i == len(decoder.upsample) - 1
+            out = (
+                rings["first"]
+                if is_last
+                else self._scratch(rings[f"up.{i}"].rows, padded(config.latent_dim))
+            )
+            self._convnext(block, rings[f"up.{i}"], out)
+        first, *blocks, act, last = decoder.decoder
+        self._conv(first, out, out=rings["block.0"], **self._snake(blocks[0].block[0]))
+        for i in range(len(blocks)):
+            after = act if i + 1 == len(blocks) else blocks[i + 1].block[0]
+            self._upsample_block(i, after, rings["last" if i + 1 == len(blocks) else f"block.{i + 1}"])
+        weights = pad_channels(last.conv.weight[0].float().T, 1).contiguous()
+        self.ops.append(LastConvOp(rings["last"], weights, float(last.conv.bias), self.pcm))
+
+    def _conv(self, conv: CausalConv, source: Rows, **rest: object) -> None:
+        matrix, layer = conv_matrix(conv.conv.weight), conv.conv
+        self._gemm(
+            matrix, source, layer.kernel_size[0], dilation=layer.dilation[0],
+            add=self._vector(layer.bias), **rest,
+        )  # fmt: skip
+
+    def _transformer(self) -> tuple[Rows, Tensor]:
+        """Codes' vectors -> the last layer's output times the norm's weight, and its squares."""
+        config, transformer = self.decoder.config, self.decoder.pre_transformer
+        hidden, head_dim = padded(config.hidden_size), 2 * padded(config.head_dim // 2)
+        x, row = self._scratch(1, hidden, torch.float32), self._scratch(1, hidden)
+        squares = self._zeros(self.max_streams, hidden // PIECE)
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        qkv = self._scratch(1, (heads + 2 * kv_heads) * head_dim)
+        seen, middle = (
+            self._scratch(1, heads * head_dim),
+            self._scratch(1, padded(config.intermediate_size)),
+        )
+        table = rope_table(config, config.sliding_window, x.data.device)
+        rope = pad_channels(table, 2).permute(1, 2, 0).contiguous()
+
+        def written(norm: torch.nn.RMSNorm) -> dict[str, object]:
+            """The residual stream moves on; its row is left ready for `norm`."""
+            return {
+                "raw": x, "out": row, "activation": Activation.NORM_WEIGHT,
+                "act_a": self._vector(norm.weight), "squares_out": squares,
+            }  # fmt: skip
+
+        normed = {"squares_in": squares, "norm_dim": config.hidden_size, "eps": config.rms_norm_eps}
+        pre, into = self.decoder.pre_conv.conv, transformer.input_proj
+        projection = pad_channels(pad_channels(into.weight.double(), 0), 1)
+        bias = projection @ pad_channels(pre.bias.double(), 0) + pad_channels(into.bias.double(), 0)
+        norms = [
+            norm
+            for layer in transformer.layers
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        ]
+        norms.append(transformer.norm)
+        self._gemm(
+            projection @ conv_matrix(pre.weight.double()), self._rings["codes"], pre.kernel_size[0],
+            add=bias.float(), **written(norms[0]),
+        )  # fmt: skip
+        for i, layer in enumerate(transformer.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            q = pad_heads(attention.q_proj.weight, heads)
+            k, v = (
+                pad_heads(attention.k_proj.weight, kv_heads),
+                pad_heads(attention.v_proj.weight, kv_heads),
+            )
+            self._gemm(pad_channels(torch.cat((q, k, v)), 1), row, out=qkv, **normed)
+            self.ops.append(
+                AttentionOp(
+                    qkv, self._rings[f"kv.{i}"], rope, seen, heads, kv_heads, head_dim,
+                    config.sliding_window, config.head_dim**-0.5,
+                )
+            )  # fmt: skip
+            o = pad_channels(pad_heads(attention.o_proj.weight.T, heads).T, 0)
+            scale = self._vector(layer.self_attn_layer_scale.scale)
+            self._gemm(o, seen, mul=scale, residual=x, **written(norms[2 * i + 1]))
+            gate_up = interleave(
+                pad_channels(mlp.gate_proj.weight, 1), pad_channels(mlp.up_proj.weight, 1)
+            )
+            self._gemm(gate_up, row, out=middle, activation=Activation.GLU, **normed)
+            down = pad_channels(pad_channels(mlp.down_proj.weight, 1), 0)
+            scale = self._vector(layer.mlp_layer_scale.scale)
+            self._gemm(down, middle, mul=scale, residual=x, **written(norms[2 * i + 2]))
+        return row, squares
+
+    def _convnext(self, block: ConvNeXtBlock, source: Rows, out: Rows) -> None:
+        channels = source.data.shape[2]
+        normed = self._scratch(source.rows, channels)
+        conv, norm = block.dwconv.conv, block.norm
+        self.ops.append(
+            DepthwiseNormOp(
+                source, pad_channels(conv.weight[:, 0].float().T, 1).contiguous(),
+                self._vector(conv.bias), self._vector(norm.weight), self._vector(norm.bias),
+                norm.eps, conv.in_channels, normed,
+            )
+        )  # fmt: skip
+        wide = pad_channels(pad_channels(block.pwconv1.weight, 1), 0)
+        middle = self._scratch(source.rows, len(wide))
+        bias = self._vector(block.pwconv1.bias)
+        self._gemm(wide, normed, add=bias, out=middle, activation=Activation.GELU)
+        back, gamma = pad_channels(pad_channels(block.pwconv2.weight, 1), 0), self._vector(block.gamma)
+        bias = gamma * self._vector(block.pwconv2.bias)
+        self._gemm(back, middle, mul=gamma, add=bias, residual=source, out=out)
+
+    def _upsample_block(self, index: int, act_after: SnakeBeta, out: Rows) -> None:
+        _, upsample, *units = self.decoder.decoder[1 + index].block
+        rings = [self._rings[f"block.{index}.{unit}"] for unit in range(len(units))]
+        rows, channels = rings[0].rows, rings[0].data.shape[2]
+        x, middle = self._scratch(rows, channels), self._scratch(rows, channels)
+        factor, weight = upsample.factor, upsample.conv.weight
+        self._gemm(
+            upsample_matrix(weight, factor), self._rings[f"block.{index}"], weight.shape[2] // factor,
+            add=self._vector(upsample.conv.bias, factor), upsample=factor, raw=x, out=rings[0],
+            **self._snake(units[0].act1),
+        )  # fmt: skip
+        for i, unit in enumerate(units):
+            self._conv(unit.conv1, rings[i], out=middle, **self._snake(unit.act2))
+            if i + 1 < len(units):
+                after = {"raw": x, "out": rings[i + 1], **self._snake(units[i + 1].act1)}
+            else:
+                after = {"out": out, **self._snake(act_after)}
+            self._conv(unit.conv2, middle, residual=x, **after)

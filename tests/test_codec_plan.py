@@ -1,0 +1,106 @@
+"""The codec's packing, rings and plan, run by an interpreter, against the PyTorch codec."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from codec_interpreter import Interpreter, unpack_fragments
+from codec_weights import ODD, TINY, TRUE, lively_decoder, random_codes
+from torch import Tensor
+
+from qwen_megakernel.codec import CodecStream
+from qwen_megakernel.codec_pack import pack_fragments, upsample_matrix
+from qwen_megakernel.codec_plan import CodecPlan, GemmOp, choose_tile, ring_shapes, segments_for
+from qwen_megakernel.config import HOP
+
+torch.set_grad_enabled(False)
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (40, 200), (8, 8)])
+def test_fragments_hold_the_matrix(shape):
+    matrix = torch.randn(shape).bfloat16()
+    packed = pack_fragments(matrix)
+    full = unpack_fragments(packed)
+    assert packed.shape[1] % 4 == 0
+    assert torch.equal(full[: shape[0], : shape[1]], matrix)
+    assert not full[shape[0] :].any()
+    assert not full[:, shape[1] :].any()
+
+
+def test_upsampling_is_stacked_products():
+    weight, x = torch.randn(8, 16, 6), torch.randn(1, 8, 5)
+    expected = torch.nn.functional.conv_transpose1d(x, weight, stride=3)[0, :, 3:15].T
+    rows = torch.cat((x[0, :, :-1].T, x[0, :, 1:].T), 1)  # oldest first
+    assert torch.allclose((rows @ upsample_matrix(weight, 3).T).reshape(12, 16), expected, atol=1e-5)
+
+
+def test_rings_hold_history_and_the_new_frame():
+    shapes = ring_shapes(TRUE)
+    assert shapes["codes"] == (3, 1, 512)
+    assert shapes["kv.7"] == (72, 1, 2048)
+    assert shapes["up.1"] == (3, 4, 1024)
+    assert shapes["block.0"] == (2, 4, 1536)
+    assert shapes["block.0.2"] == (3, 32, 768)
+    assert shapes["last"] == (2, HOP, 96)
+    assert sum(f * r * c for f, r, c in shapes.values()) * 2 < 10 * 2**20, "bytes of a slot"
+
+
+def test_segments_follow_the_layer_alone():
+    assert segments_for(512, 16, 1) == 8
+    assert segments_for(3072, 8, 1) == 4
+    assert segments_for(96, 11, 1920) == 1
+    assert segments_for(16, 1, 1) == 1
+
+
+@pytest.mark.parametrize("columns", [1, 8, 9, 32, 33, 1024, 61440])
+@pytest.mark.parametrize("m", [8, 96, 288, 512, 768, 6144])
+def test_a_tile_exists_for_every_size(m, columns):
+    tile = choose_tile(m, columns, 1, 132)
+    assert tile in {(64, 8), (64, 16), (64, 32), (64, 64), (64, 128), (96, 32), (96, 64), (96, 128)}
+
+
+@pytest.mark.parametrize("config", [TINY, ODD], ids=["tiny", "odd"])
+def test_the_plan_is_the_decoder(config):
+    """Against float32, no further than the PyTorch codec in bf16; slots of all ages in a call."""
+    decoder = lively_decoder(config)
+    frames, rng = 24, random.Random(0)
+    codes = random_codes(frames, slots=3)
+    truth = CodecStream(decoder, 3).decode([0, 1, 2], codes)
+    plan = CodecPlan(decoder, num_slots=3, max_streams=4)
+    interpreter, pcm, ages = Interpreter(plan), torch.zeros_like(truth), [0, 0, 0]
+    while min(ages) < frames:
+        waiting = [slot for slot in range(3) if ages[slot] < frames]
+        slots = rng.sample(waiting, rng.randint(1, len(waiting)))
+        part = interpreter.step(slots, torch.stack([codes[s, ages[s]] for s in slots]))
+        for slot, samples in zip(slots, part, strict=True):
+            pcm[slot, ages[slot] * HOP : (ages[slot] + 1) * HOP] = samples
+            ages[slot] += 1
+    theirs = CodecStream(decoder.bfloat16(), 3).decode([0, 1, 2], codes)
+    assert plan.ages.tolist() == [frames, frames, frames, 0]
+    assert 0 < rms(pcm - truth) <= 1.25 * rms(theirs - truth)
+    assert not plan.state[3].any(), "the scratch slot was not called"
+
+
+def test_true_shape_is_cut_as_intended():
+    """What one stream's frame reads, and how it is spread over a GPU."""
+    with torch.device("meta"):
+        rings = ring_shapes(TRUE)
+    assert len(rings) == 1 + 8 + 3 + 4 * 4 + 1
+    tiles = choose_tile(768, 32, segments_for(768, 84, 32), 132)
+    assert tiles == (64, 32)
+
+
+def test_every_gemm_covers_its_rows():
+    plan = CodecPlan(lively_decoder(TINY), num_slots=1, max_streams=1)
+    for op in plan.ops:
+        if isinstance(op, GemmOp):
+            assert op.weights.shape[0] * 16 >= op.m
+            assert op.taps * op.source.data.shape[2] <= op.k_blocks * 64
+            if op.source.by_slot:
+                assert op.source.data.shape[1] >= op.history + op.source.rows
