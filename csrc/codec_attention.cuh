@@ -11,34 +11,63 @@ namespace codec {
 
 constexpr int kAttentionThreads = 128;
 
-// q . (key turned back by the angles of `rope`)
-__device__ __forceinline__ float score(const float* q, const bf16* key, const float* rope, int half) {
-  float sum = 0.f;
-  for (int j = 0; j < half; j += 8) {
-    float a[8], b[8], cs0[8], cs1[8];
-    load8(key + j, a);
-    load8(key + half + j, b);
-    load8(rope + 2 * j, cs0);
-    load8(rope + 2 * j + 8, cs1);
+constexpr int kHeld = 5;  // values a thread fetches before it knows their weights
+
+// One piece of each half of a key, turned back by `rope`, times the same pieces of the query.
+__device__ __forceinline__ float score_piece(const float* q, const bf16* key, const float* rope, int half) {
+  float a[8], b[8], turn[8], sum = 0.f;
+  load8(key, a);
+  load8(key + half, b);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const float c = e < 4 ? cs0[2 * e] : cs1[2 * e - 8], s = e < 4 ? cs0[2 * e + 1] : cs1[2 * e - 7];
-      sum = fmaf(q[j + e], fmaf(a[e], c, b[e] * s), sum);
-      sum = fmaf(q[half + j + e], fmaf(b[e], c, -a[e] * s), sum);
+  for (int e = 0; e < 8; e += 4) {
+    load8(rope + 2 * e, turn);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float c = turn[2 * i], s = turn[2 * i + 1], x = a[e + i], y = b[e + i];
+      sum = fmaf(q[e + i], fmaf(x, c, y * s), sum);
+      sum = fmaf(q[half + e + i], fmaf(y, c, -x * s), sum);
     }
   }
   return sum;
 }
 
-// grid (heads, streams); shared: head_dim + window + (threads / (head_dim / 8)) * head_dim floats
+// The exponentials of the scores, each summed over its pieces, and their sum. Every warp works them
+// out for itself, in the same order.
+__device__ __forceinline__ float soften(float* scores, const float* parts, int pieces, int lived, int window) {
+  float largest = -INFINITY, total = 0.f;
+  const int lane = threadIdx.x & 31;
+  for (int d = lane; d < lived; d += 32) {
+    float sum = 0.f;
+    for (int piece = 0; piece < pieces; ++piece) sum += parts[piece * window + d];
+    largest = fmaxf(largest, sum);
+    scores[d] = sum;
+  }
+#pragma unroll
+  for (int o = 16; o; o >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
+  for (int d = lane; d < lived; d += 32) {
+    scores[d] = expf(scores[d] - largest);
+    total += scores[d];
+  }
+#pragma unroll
+  for (int o = 16; o; o >>= 1) total += __shfl_xor_sync(~0u, total, o);
+  return total;
+}
+
+// Floats of shared memory: the query, the pieces of the scores, every warp's softmax, the sums.
+__host__ __device__ constexpr int attention_floats(int head_dim, int window) {
+  return head_dim + window * (head_dim / 16) + kAttentionThreads / 32 * window + kAttentionThreads * 8;
+}
+
+// grid (heads, streams)
 __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __grid_constant__ Attention p) {
-  extern __shared__ float q[];
-  float* const scores = q + p.head_dim;
-  float* const sums = scores + (p.window + 3 & ~3);
+  extern __shared__ __align__(16) float sums[];
   let_next_start();
-  wait_for_previous();
   const int head = blockIdx.x, stream = blockIdx.y, tid = threadIdx.x, dim = p.head_dim;
   const int group = p.heads / p.kv_heads, kv_head = head / group, kv_dim = p.kv_heads * dim;
+  float* const q = sums + kAttentionThreads * 8;
+  float* const parts = q + dim;
+  float* const scores = parts + (dim / 16 + tid / 32) * p.window;
+  wait_for_previous();
   const Call call = p.calls[stream];
   const bf16* const qkv = static_cast<const bf16*>(p.qkv) + stream * (p.heads * dim + 2 * kv_dim);
   bf16* const ring = static_cast<bf16*>(p.kv.data) + part_of(p.kv, stream, call) + kv_head * dim;
@@ -48,41 +77,48 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
     const int at = here - distance;
     return distance ? ring + (at < 0 ? at + p.window : at) * p.kv.channels : fresh;
   };
+  // A team of threads shares a row, a piece each.
+  const int pieces = dim / 8, teams = kAttentionThreads / pieces, team = tid / pieces;
+  const int piece = tid % pieces, last = team < teams ? lived : 0;
+  uint4 held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (team + i * teams < last)
+      held[i] = *reinterpret_cast<const uint4*>(row(team + i * teams) + kv_dim + piece * 8);
 
   for (int d = tid; d < dim; d += kAttentionThreads)
     q[d] = __bfloat162float(qkv[head * dim + d]) * p.scale;
   __syncthreads();
-  for (int distance = tid; distance < lived; distance += kAttentionThreads)
-    scores[distance] = score(q, row(distance), p.rope + distance * dim, dim / 2);
+  const int key_pieces = dim / 16, key_piece = tid % key_pieces;
+  const int at_once = kAttentionThreads / key_pieces;
+#pragma unroll 3
+  for (int d = tid / key_pieces; d < lived && tid < at_once * key_pieces; d += at_once)
+    parts[key_piece * p.window + d] =
+        score_piece(q + key_piece * 8, row(d) + key_piece * 8, p.rope + d * dim + key_piece * 16, dim / 2);
   if (head % group == 0 && tid < dim / 4) {  // keys then values, 16 bytes each
-    const int part = tid % (dim / 8) * 8 + tid / (dim / 8) * kv_dim;
+    const int part = tid % pieces * 8 + tid / pieces * kv_dim;
     *reinterpret_cast<uint4*>(ring + here * p.kv.channels + part) =
         *reinterpret_cast<const uint4*>(fresh + part);
   }
   __syncthreads();
+  const float total = soften(scores, parts, key_pieces, lived, p.window);
+  __syncwarp();
 
-  float largest = -INFINITY, total = 0.f;
-  for (int d = tid & 31; d < lived; d += 32) largest = fmaxf(largest, scores[d]);
+  float acc[8] = {}, v[8];
 #pragma unroll
-  for (int o = 16; o; o >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
-  for (int d = tid & 31; d < lived; d += 32) total += expf(scores[d] - largest);
+  for (int i = 0; i < kHeld; ++i) {
+    const int d = team + i * teams;
+    if (d >= last) break;
+    unpack(held[i], v);
 #pragma unroll
-  for (int o = 16; o; o >>= 1) total += __shfl_xor_sync(~0u, total, o);
-
-  const int pieces = dim / 8, teams = kAttentionThreads / pieces, team = tid / pieces;
-  const int piece = tid % pieces;
-  if (team < teams) {
-    float acc[8] = {};
-#pragma unroll 5
-    for (int d = team; d < lived; d += teams) {
-      float v[8];
-      load8(row(d) + kv_dim + piece * 8, v);
-      const float weight = expf(scores[d] - largest);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) acc[e] = fmaf(weight, v[e], acc[e]);
-    }
-    store8(sums + team * dim + piece * 8, acc);
+    for (int e = 0; e < 8; ++e) acc[e] = fmaf(scores[d], v[e], acc[e]);
   }
+  for (int d = team + kHeld * teams; d < last; d += teams) {
+    load8(row(d) + kv_dim + piece * 8, v);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) acc[e] = fmaf(scores[d], v[e], acc[e]);
+  }
+  if (team < teams) store8(sums + team * dim + piece * 8, acc);
   __syncthreads();
   for (int d = tid; d < dim; d += kAttentionThreads) {
     float sum = 0.f;

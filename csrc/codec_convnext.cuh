@@ -23,6 +23,10 @@ __global__ void __launch_bounds__(kNormThreads) depthwise_norm_kernel(const __gr
   extern __shared__ __align__(16) float values[];
   __shared__ float scratch[kNormThreads / 32];
   let_next_start();
+  prefetch(p.weights, p.taps * p.in.channels * 4);
+  prefetch(p.bias, p.in.channels * 4);
+  prefetch(p.norm_weight, p.in.channels * 4);
+  prefetch(p.norm_bias, p.in.channels * 4);
   wait_for_previous();
   const int stream = blockIdx.x / p.in.rows, t = blockIdx.x % p.in.rows;
   const Call call = p.calls[stream];

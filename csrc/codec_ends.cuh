@@ -40,6 +40,7 @@ constexpr int kLanesPerSample = 4;
 // grid (rows / (threads / lanes), streams)
 __global__ void __launch_bounds__(kEndThreads) last_conv_kernel(const __grid_constant__ LastConv p) {
   let_next_start();
+  prefetch(p.weights, p.taps * p.in.channels * 4);
   wait_for_previous();
   const int stream = blockIdx.y, lane = threadIdx.x % kLanesPerSample;
   const int t = blockIdx.x * (kEndThreads / kLanesPerSample) + threadIdx.x / kLanesPerSample;

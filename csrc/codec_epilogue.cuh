@@ -21,53 +21,100 @@ __device__ __forceinline__ float snake(float x, float frequency, float strength)
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678f)); }
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
-__device__ __forceinline__ void sum_segments(uint32_t address, int segments, float (&v)[8]) {
+// All loads first: a remote one takes hundreds of cycles.
+template <int kSegments>
+__device__ __forceinline__ void sum_segments(uint32_t address, float (&v)[8]) {
+  float4 low[kSegments], high[kSegments];
+#pragma unroll
+  for (int rank = 0; rank < kSegments; ++rank) {
+    const uint32_t there = kSegments > 1 ? map_shared(address, rank) : address;
+    low[rank] = load_cluster(there);
+    high[rank] = load_cluster(there + 16);
+  }
 #pragma unroll
   for (int j = 0; j < 8; ++j) v[j] = 0.f;
-  for (int rank = 0; rank < segments; ++rank) {
-    const uint32_t there = map_shared(address, rank);
-    const float4 a = load_cluster(there), b = load_cluster(there + 16);
-    v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w;
-    v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
+#pragma unroll
+  for (int rank = 0; rank < kSegments; ++rank) {
+    v[0] += low[rank].x, v[1] += low[rank].y, v[2] += low[rank].z, v[3] += low[rank].w;
+    v[4] += high[rank].x, v[5] += high[rank].y, v[6] += high[rank].z, v[7] += high[rank].w;
+  }
+}
+__device__ __forceinline__ void sum_segments(int segments, uint32_t address, float (&v)[8]) {
+  switch (segments) {
+    case 1: return sum_segments<1>(address, v);
+    case 2: return sum_segments<2>(address, v);
+    case 4: return sum_segments<4>(address, v);
+    default: return sum_segments<8>(address, v);
   }
 }
 
-// Rows m .. m + 7 of column n, all segments summed.
-__device__ __forceinline__ void finish(const Gemm& p, int m, int n, float scale, float (&v)[8]) {
-  const int stream = n / p.in.rows;
-  const Call call = p.calls[stream];
-  float w[8];
-  if (p.mul) {
-    load8(p.mul + m, w);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] *= w[j];
+// What eight rows of weights come with; a thread keeps its rows through a tile.
+struct Vectors {
+  float mul[8], add[8], act_a[8], act_b[8];
+  int phase, channel;
+
+  __device__ __forceinline__ void load(const Gemm& p, int m) {
+    phase = m / p.out_channels, channel = m - phase * p.out_channels;
+    if (p.mul) load8(p.mul + m, mul);
+    if (p.add) load8(p.add + m, add);
+    if (p.act_a) load8(p.act_a + channel, act_a);
+    if (p.act_b) load8(p.act_b + channel, act_b);
   }
+};
+
+// Where a column's values go, and what is added to them. Fetched ahead of the sums.
+struct Destination {
+  Call call;
+  int n, stream, t;
+  float residual[8];
+
+  __device__ __forceinline__ void load(const Gemm& p, const Vectors& w, int column) {
+    n = column, stream = n / p.in.rows;
+    t = (n - stream * p.in.rows) * p.upsample + w.phase;
+    call = p.calls[stream];
+    if (!p.residual.data) return;
+    const int64_t at = element(p.residual, stream, call, t) + w.channel;
+    if (p.residual_fp32)
+      load8(static_cast<const float*>(p.residual.data) + at, residual);
+    else
+      load8(static_cast<const bf16*>(p.residual.data) + at, residual);
+  }
+};
+
+__device__ __forceinline__ void activate(int activation, const Vectors& w, float (&v)[8]) {
+  if (activation == kSnake) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) v[j] *= scale;
-  if (p.add) {
-    load8(p.add + m, w);
+    for (int j = 0; j < 8; ++j) v[j] = snake(v[j], w.act_a[j], w.act_b[j]);
+  } else if (activation == kGelu) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] += w[j];
+    for (int j = 0; j < 8; ++j) v[j] = gelu(v[j]);
+  } else if (activation == kNormWeight) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] *= w.act_a[j];
+  }
+}
+
+// Eight rows of one column, all segments summed.
+__device__ __forceinline__ void finish(const Gemm& p, const Vectors& w, const Destination& to,
+                                       float scale, float (&v)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (p.mul) v[j] *= w.mul[j];
+    v[j] *= scale;
+    if (p.add) v[j] += w.add[j];
   }
   if (p.activation == kGlu) {  // rows alternate: gate, up
-    bf16* out = static_cast<bf16*>(p.out.data) + element(p.out, stream, call, n % p.in.rows) + m / 2;
+    bf16* out = static_cast<bf16*>(p.out.data) + element(p.out, to.stream, to.call, to.t) + w.channel / 2;
     *reinterpret_cast<uint2*>(out) = make_uint2(pack(silu(v[0]) * v[1], silu(v[2]) * v[3]),
                                                 pack(silu(v[4]) * v[5], silu(v[6]) * v[7]));
     return;
   }
-  const int phase = m / p.out_channels, channel = m - phase * p.out_channels;
-  const int t = (n - stream * p.in.rows) * p.upsample + phase;
   if (p.residual.data) {
-    const int64_t at = element(p.residual, stream, call, t) + channel;
-    if (p.residual_fp32)
-      load8(static_cast<const float*>(p.residual.data) + at, w);
-    else
-      load8(static_cast<const bf16*>(p.residual.data) + at, w);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] += w[j];
+    for (int j = 0; j < 8; ++j) v[j] += to.residual[j];
   }
   if (p.raw.data) {
-    const int64_t at = element(p.raw, stream, call, t) + channel;
+    const int64_t at = element(p.raw, to.stream, to.call, to.t) + w.channel;
     if (p.raw_fp32)
       store8(static_cast<float*>(p.raw.data) + at, v);
     else
@@ -77,24 +124,11 @@ __device__ __forceinline__ void finish(const Gemm& p, int m, int n, float scale,
     float sum = 0.f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum = fmaf(v[j], v[j], sum);
-    p.squares_out[n * (p.out_channels / 8) + channel / 8] = sum;
+    p.squares_out[to.n * (p.out_channels / 8) + w.channel / 8] = sum;
   }
   if (!p.out.data) return;
-  if (p.activation == kSnake) {
-    float strength[8];
-    load8(p.act_a + channel, w);
-    load8(p.act_b + channel, strength);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = snake(v[j], w[j], strength[j]);
-  } else if (p.activation == kGelu) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = gelu(v[j]);
-  } else if (p.activation == kNormWeight) {
-    load8(p.act_a + channel, w);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] *= w[j];
-  }
-  store8(static_cast<bf16*>(p.out.data) + element(p.out, stream, call, t) + channel, v);
+  activate(p.activation, w, v);
+  store8(static_cast<bf16*>(p.out.data) + element(p.out, to.stream, to.call, to.t) + w.channel, v);
 }
 
 // 1 / rms of column n, from the sums its producer left; one warp, the same order always.

@@ -28,6 +28,11 @@ struct Tile {
   static constexpr int kTileBytes = kN * kPitch * 4;
   static constexpr int kSharedBytes = kPipelineBytes > kTileBytes ? kPipelineBytes : kTileBytes;
   static_assert(kSharedBytes <= 98 * 1024, "sm_120 has 99 KB, a little of it static");
+  // A thread finishes eight rows of every kColumnsAtOnce-th column.
+  static constexpr int kParts = kM / 8, kColumnsAtOnce = kThreads / kParts;
+  // Few columns wait on latency alone: fetch what the epilogue needs before the product.
+  static constexpr bool kVectorsEarly = kN <= 32;
+  static_assert(kThreads % kParts == 0, "a thread keeps its rows");
   static_assert(kNi == 1 || kNi % 2 == 0, "columns are loaded 16 at a time, or 8");
 };
 
@@ -126,6 +131,21 @@ __device__ __forceinline__ void spread(const float (&acc)[T::kMi][T::kNi][4], fl
         tile[(n0 + j * 8 + (e & 1)) * T::kPitch + m0 + i * 16 + (e >> 1) * 8] = acc[i][j][e];
 }
 
+// This thread's share of the tile at `rows_at`: columns n, n + step, .. of n0 on; `to` is the first's.
+template <class T>
+__device__ __forceinline__ void finish_tile(const Gemm& p, const Vectors& vectors, Destination& to,
+                                            uint32_t rows_at, int n0, int n, int end, int step,
+                                            const float* scale) {
+  for (; n < end; n += step) {
+    float v[8];
+    sum_segments(p.segments, rows_at + n * T::kPitch * 4, v);
+    Destination next;
+    if (n + step < end) next.load(p, vectors, n0 + n + step);
+    finish(p, vectors, to, scale ? scale[n] : 1.f, v);
+    to = next;
+  }
+}
+
 // grid (segments * m tiles, n tiles), clusters of `segments`.
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) gemm_kernel(const __grid_constant__ Gemm p) {
@@ -156,6 +176,9 @@ __global__ void __launch_bounds__(T::kThreads) gemm_kernel(const __grid_constant
     publish_barriers();
     for (int block = 0; block < min(blocks, T::kStages - 1); ++block) load_weights(block);
   }
+  const int m = threadIdx.x % T::kParts * 8;
+  Vectors vectors;
+  if (T::kVectorsEarly && m0 + m < p.m) vectors.load(p, m0 + m);
   wait_for_previous();
   __syncthreads();
 
@@ -182,6 +205,12 @@ __global__ void __launch_bounds__(T::kThreads) gemm_kernel(const __grid_constant
     commit_pieces();
     multiply<T>(acc, weights_at + stage * T::kWeightBytes, columns_at + stage * T::kColumnBytes);
   }
+  if (!T::kVectorsEarly && m0 + m < p.m) vectors.load(p, m0 + m);
+  const int step = p.segments * T::kColumnsAtOnce;
+  int n = rank * T::kColumnsAtOnce + threadIdx.x / T::kParts;
+  const int end = m0 + m < p.m ? min(T::kN, p.columns - n0) : 0;
+  Destination to;
+  if (n < end) to.load(p, vectors, n0 + n);
   wait_for_pieces<0>();
   __syncthreads();
   spread<T>(acc, reinterpret_cast<float*>(shared));
@@ -189,15 +218,7 @@ __global__ void __launch_bounds__(T::kThreads) gemm_kernel(const __grid_constant
     sync_cluster();
   else
     __syncthreads();
-  constexpr int kParts = T::kM / 8;
-  for (int item = rank * T::kThreads + threadIdx.x; item < T::kN * kParts;
-       item += p.segments * T::kThreads) {
-    const int n = item / kParts, m = item % kParts * 8;
-    if (n0 + n >= p.columns || m0 + m >= p.m) continue;
-    float v[8];
-    sum_segments(weights_at + (n * T::kPitch + m) * 4, p.segments, v);
-    finish(p, m0 + m, n0 + n, scale[n], v);
-  }
+  finish_tile<T>(p, vectors, to, weights_at + m * 4, n0, n, end, step, scale);
   if (p.segments > 1) sync_cluster();  // none leaves while another reads its tile
 }
 

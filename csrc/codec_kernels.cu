@@ -4,6 +4,7 @@
 #include "codec_convnext.cuh"
 #include "codec_ends.cuh"
 #include "codec_gemm.cuh"
+#include "codec_unit.cuh"
 
 namespace codec {
 
@@ -36,11 +37,30 @@ cudaError_t launch_gemm(const Gemm& p, void* stream) {
   return launch(gemm_kernel<T>, p, grid, T::kThreads, T::kSharedBytes, p.segments, stream);
 }
 
+// As many stages as leave room for another CTA, or the next kernel's, in an SM of `sm_bytes`.
+template <class T>
+cudaError_t launch_unit(const Gemm& p, int sm_bytes, void* stream) {
+  constexpr int kReserved = 1024 + 512;  // the driver's and the kernel's own, of every CTA
+  const int slab = T::slab_bytes(p.history), ctas = p.columns / T::kN;
+  int stages = 0;
+  for (const int share : {2, 1}) {
+    if (stages < 2) stages = (sm_bytes / share - kReserved - slab) / T::kBlockBytes;
+  }
+  if (stages < 2) return cudaErrorInvalidValue;
+  stages = stages < kMaxUnitStages ? stages : kMaxUnitStages;
+  const int pipeline = slab + stages * T::kBlockBytes;
+  const int shared = pipeline > T::kTileBytes ? pipeline : T::kTileBytes;
+  const cudaError_t error =
+      cudaFuncSetAttribute(unit_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
+  return launch(unit_kernel<T>, UnitLaunch{p, stages}, dim3(ctas), T::kThreads, shared, 1, stream);
+}
+
 }  // namespace codec
 
 extern "C" {
 
-// tile_m x tile_n: 64 x 8, 16, 32, 64, 128 or 96 x 32, 64, 128.
+// tile_m x tile_n: 64 x 8, 16, 32, 64, 128 or 96 x 32, 128.
 int codec_gemm(const codec::Gemm* p, int tile_m, int tile_n, void* stream) {
   using namespace codec;
   switch (tile_m * 1000 + tile_n) {
@@ -50,8 +70,25 @@ int codec_gemm(const codec::Gemm* p, int tile_m, int tile_n, void* stream) {
     case 64064: return launch_gemm<Tile<64, 64, 2, 2, 5>>(*p, stream);
     case 64128: return launch_gemm<Tile<64, 128, 2, 2, 4>>(*p, stream);
     case 96032: return launch_gemm<Tile<96, 32, 3, 2, 5>>(*p, stream);
-    case 96064: return launch_gemm<Tile<96, 64, 3, 2, 4>>(*p, stream);
     case 96128: return launch_gemm<Tile<96, 128, 3, 2, 3>>(*p, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// A residual unit of 96 or 192 channels (p->m), 16, 32, 64 or 128 columns a CTA; `sm_bytes` is the
+// shared memory of an SM.
+int codec_unit(const codec::Gemm* p, int tile_n, int sm_bytes, void* stream) {
+  using namespace codec;
+  if (p->in.rows % tile_n) return cudaErrorInvalidValue;
+  switch (p->m * 1000 + tile_n) {
+    case 96016: return launch_unit<UnitTile<96, 16, 6, 1>>(*p, sm_bytes, stream);
+    case 96032: return launch_unit<UnitTile<96, 32, 6, 1>>(*p, sm_bytes, stream);
+    case 96064: return launch_unit<UnitTile<96, 64, 3, 2>>(*p, sm_bytes, stream);
+    case 96128: return launch_unit<UnitTile<96, 128, 3, 2>>(*p, sm_bytes, stream);
+    case 192016: return launch_unit<UnitTile<192, 16, 12, 1>>(*p, sm_bytes, stream);
+    case 192032: return launch_unit<UnitTile<192, 32, 12, 1>>(*p, sm_bytes, stream);
+    case 192064: return launch_unit<UnitTile<192, 64, 6, 2>>(*p, sm_bytes, stream);
+    case 192128: return launch_unit<UnitTile<192, 128, 6, 2>>(*p, sm_bytes, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -63,9 +100,8 @@ int codec_embed(const codec::Embed* p, int streams, void* stream) {
 
 int codec_attention(const codec::Attention* p, int streams, void* stream) {
   using namespace codec;
-  const int teams = kAttentionThreads / (p->head_dim / 8);
-  const int floats = p->head_dim + (p->window + 3) / 4 * 4 + teams * p->head_dim;
-  return launch(attention_kernel, *p, dim3(p->heads, streams), kAttentionThreads, 4 * floats, 1, stream);
+  const int bytes = 4 * attention_floats(p->head_dim, p->window);
+  return launch(attention_kernel, *p, dim3(p->heads, streams), kAttentionThreads, bytes, 1, stream);
 }
 
 int codec_depthwise_norm(const codec::DepthwiseNorm* p, int streams, void* stream) {

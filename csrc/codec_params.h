@@ -29,6 +29,9 @@ struct Rows {
 enum Activation : int { kNone = 0, kSnake = 1, kGelu = 2, kGlu = 3, kNormWeight = 4 };
 
 // out = act(norm(W x) * mul + add + residual), W the weights of a convolution as a matrix.
+//
+// A residual unit whose channels fit one tile is a single launch, too: between its convolution and
+// its product with one more tap's worth of weights stands snake(W x + middle_add).
 struct Gemm {
   const void* weights;  // bf16 in mma fragment order: [m / 16][k / 16][lane][8]
   const Call* calls;
@@ -51,6 +54,9 @@ struct Gemm {
   int activation;
   const float* act_a;  // snake: frequency; norm weight
   const float* act_b;  // snake: strength
+  const float* middle_add;  // [m], residual units only
+  const float* middle_a;
+  const float* middle_b;
   float* squares_out;  // [column][out_channels / 8] or null: sums of squares of raw values
 };
 

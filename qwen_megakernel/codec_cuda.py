@@ -26,6 +26,7 @@ from qwen_megakernel.codec_plan import (
     Op,
     Rows,
     choose_tile,
+    choose_unit_tile,
 )
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS
 
@@ -61,6 +62,7 @@ class _Gemm(ctypes.Structure):
         ("eps", c_float), ("residual", _Rows), ("raw", _Rows), ("out", _Rows),
         ("residual_fp32", c_int), ("raw_fp32", c_int), ("upsample", c_int),
         ("out_channels", c_int), ("activation", c_int), ("act_a", c_void_p), ("act_b", c_void_p),
+        ("middle_add", c_void_p), ("middle_a", c_void_p), ("middle_b", c_void_p),
         ("squares_out", c_void_p),
     )  # fmt: skip
 
@@ -112,7 +114,8 @@ def _load(path: Path) -> ctypes.CDLL:
         ("last_conv", _LastConv),
     ):  # fmt: skip
         getattr(library, f"codec_{name}").argtypes = (POINTER(params), c_int, c_void_p)
-    library.codec_gemm.argtypes = (POINTER(_Gemm), c_int, c_int, c_void_p)
+    for name in ("gemm", "unit"):
+        getattr(library, f"codec_{name}").argtypes = (POINTER(_Gemm), c_int, c_int, c_void_p)
     library.codec_error.argtypes, library.codec_error.restype = (c_int,), c_char_p
     structures = (_Embed, _Gemm, _Attention, _DepthwiseNorm, _LastConv)
     if library.codec_param_bytes() != sum(ctypes.sizeof(params) for params in structures):
@@ -126,7 +129,7 @@ class Launcher:
     def __init__(self, plan: CodecPlan, library: Path) -> None:
         device = plan.state.device
         self._library = _load(library)
-        self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._gpu = torch.cuda.get_device_properties(device)
         self._ages = plan.ages
         self.input = torch.zeros(plan.max_streams, 1 + NUM_CODEBOOKS, dtype=torch.int32, device=device)
         """int32 [max_streams, 17]: slot and codes of every stream, read by the first launch."""
@@ -160,9 +163,16 @@ class Launcher:
             _pointer(op.squares_in), 0 if op.squares_in is None else op.squares_in.shape[1],
             1 / op.norm_dim, op.eps, _rows(op.residual), _rows(op.raw), _rows(op.out),
             _is_fp32(op.residual), _is_fp32(op.raw), op.upsample, op.m // op.upsample,
-            op.activation, _pointer(op.act_a), _pointer(op.act_b), _pointer(op.squares_out),
+            op.activation, _pointer(op.act_a), _pointer(op.act_b),
+            *map(_pointer, op.middle or (None,) * 3), _pointer(op.squares_out),
         )  # fmt: skip
-        tile = choose_tile(op.m, columns, op.segments, self._num_sms)
+        if op.middle:
+            shared = self._gpu.shared_memory_per_multiprocessor
+            tile_n = choose_unit_tile(
+                op.m, op.source.rows, streams, self._gpu.multi_processor_count, shared
+            )
+            return self._library.codec_unit(byref(params), tile_n, shared, cuda_stream)
+        tile = choose_tile(op.m, columns, op.segments, self._gpu.multi_processor_count)
         return self._library.codec_gemm(byref(params), *tile, cuda_stream)
 
     @_launch.register

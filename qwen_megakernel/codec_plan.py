@@ -21,7 +21,14 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from qwen_megakernel.codec import CausalConv, CodecDecoder, ConvNeXtBlock, SnakeBeta, rope_table
+from qwen_megakernel.codec import (
+    CausalConv,
+    CodecDecoder,
+    ConvNeXtBlock,
+    ResidualUnit,
+    SnakeBeta,
+    rope_table,
+)
 from qwen_megakernel.codec_pack import (
     BLOCK,
     PIECE,
@@ -46,6 +53,7 @@ __all__ = [
     "Op",
     "Rows",
     "choose_tile",
+    "choose_unit_tile",
     "ring_shapes",
     "segments_for",
 ]
@@ -54,6 +62,13 @@ MAX_SEGMENTS = 8
 """The largest cluster that every GPU with clusters can launch."""
 ENOUGH_CTAS = 120
 """Fewer leave a GPU's memory bus idle while one stream's weights are read."""
+
+MIN_SEGMENT_BLOCKS = 3
+"""Of k in a segment: with fewer, adding up the segments takes longer than the product."""
+UNIT_CHANNELS = (96, 192)
+"""Widths of residual units that csrc/codec_unit.cuh runs in one launch."""
+UNIT_TILES = (16, 32, 64, 128)
+"""Columns of a CTA there."""
 
 
 class Activation(IntEnum):
@@ -110,6 +125,8 @@ class GemmOp:
     act_a: Tensor | None = None
     act_b: Tensor | None = None
     squares_out: Tensor | None = None
+    middle: tuple[Tensor, Tensor, Tensor] | None = None
+    """A residual unit in one: bias and snake's vectors between its two products."""
 
     @property
     def history(self) -> int:
@@ -202,7 +219,11 @@ def segments_for(m: int, k_blocks: int, rows: int) -> int:
     many as a single stream needs to keep all memory channels busy.
     """
     tiles, segments = ceil(m / 64) * ceil(rows / 32), 1
-    while segments < MAX_SEGMENTS and tiles * segments < ENOUGH_CTAS and k_blocks >= 2 * segments:
+    while (
+        segments < MAX_SEGMENTS
+        and tiles * segments < ENOUGH_CTAS
+        and k_blocks >= 2 * segments * MIN_SEGMENT_BLOCKS
+    ):
         segments *= 2
     return segments
 
@@ -216,7 +237,27 @@ def choose_tile(m: int, columns: int, segments: int, num_sms: int) -> tuple[int,
         for n in (64, 128):
             if ceil(m / 64) * ceil(columns / n) * segments >= num_sms:
                 tile_n = n
-    return (96 if tile_n >= 32 and m % 96 == 0 and (m % 64 or tile_n >= 64) else 64), tile_n
+    wide = m % 96 == 0 and (tile_n == 128 or (tile_n == 32 and m % 64))
+    return 96 if wide else 64, tile_n
+
+
+def choose_unit_tile(channels: int, rows: int, streams: int, num_sms: int, sm_bytes: int) -> int:
+    """Columns of a residual unit's tile; the results do not depend on it.
+
+    Every CTA reads all weights, at 64 bytes a clock or its share of the L2 cache's 3000, and
+    multiplies at 1000 a clock: few columns read too often, many leave SMs without work. All rows
+    that a tile's taps look at must fit in shared memory, with two stages of weights.
+    """
+
+    def clocks(tile: int) -> float:
+        ctas, weights = rows * streams // tile, 8 * channels**2
+        reading = 2 * weights / min(64, 3000 / min(ctas, num_sms))
+        return ceil(ctas / num_sms) * (max(reading, weights * tile / 1000) + 2000)
+
+    def fits(tile: int) -> bool:
+        return (tile + 6 * 9) * (2 * channels + 16) + 2 * 2 * 64 * channels <= sm_bytes - 2048
+
+    return min((tile for tile in UNIT_TILES if rows % tile == 0 and fits(tile)), key=clocks)
 
 
 @dataclass(slots=True)
@@ -274,10 +315,12 @@ class CodecPlan:
             "act_b": self._vector(snake._strength[:, 0]),
         }
 
-    def _gemm(self, matrix: Tensor, source: Rows, taps: int = 1, **rest: object) -> None:
+    def _gemm(
+        self, matrix: Tensor, source: Rows, taps: int = 1, segments: int | None = None, **rest: object
+    ) -> None:
         weights = pack_fragments(matrix)
         k_blocks = weights.shape[1] * 16 // BLOCK
-        segments = segments_for(len(matrix), k_blocks, source.rows)
+        segments = segments or segments_for(len(matrix), k_blocks, source.rows)
         self.ops.append(GemmOp(weights, source, taps, len(matrix), segments, **rest))
 
     # ------------------------------------------------------------------ the layers in order
@@ -412,7 +455,9 @@ class CodecPlan:
         _, upsample, *units = self.decoder.decoder[1 + index].block
         rings = [self._rings[f"block.{index}.{unit}"] for unit in range(len(units))]
         rows, channels = rings[0].rows, rings[0].data.shape[2]
-        x, middle = self._scratch(rows, channels), self._scratch(rows, channels)
+        x, middle = self._scratch(rows, channels), None
+        if channels not in UNIT_CHANNELS or rows % UNIT_TILES[0]:
+            middle = self._scratch(rows, channels)
         factor, weight = upsample.factor, upsample.conv.weight
         self._gemm(
             upsample_matrix(weight, factor), self._rings[f"block.{index}"], weight.shape[2] // factor,
@@ -420,9 +465,21 @@ class CodecPlan:
             **self._snake(units[0].act1),
         )  # fmt: skip
         for i, unit in enumerate(units):
-            self._conv(unit.conv1, rings[i], out=middle, **self._snake(unit.act2))
             if i + 1 < len(units):
                 after = {"raw": x, "out": rings[i + 1], **self._snake(units[i + 1].act1)}
             else:
                 after = {"out": out, **self._snake(act_after)}
-            self._conv(unit.conv2, middle, residual=x, **after)
+            if middle is None:
+                self._unit(unit, rings[i], residual=x, **after)
+            else:
+                self._conv(unit.conv1, rings[i], out=middle, **self._snake(unit.act2))
+                self._conv(unit.conv2, middle, residual=x, **after)
+
+    def _unit(self, unit: ResidualUnit, source: Rows, **after: object) -> None:
+        matrices = [conv_matrix(layer.conv.weight) for layer in (unit.conv1, unit.conv2)]
+        snake = self._snake(unit.act2)
+        self._gemm(
+            torch.cat(matrices, 1), source, unit.conv1.conv.kernel_size[0], segments=1,
+            dilation=unit.conv1.conv.dilation[0], add=self._vector(unit.conv2.conv.bias),
+            middle=(self._vector(unit.conv1.conv.bias), snake["act_a"], snake["act_b"]), **after,
+        )  # fmt: skip

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from codec_interpreter import Interpreter  # noqa: E402
-from codec_weights import ODD, TINY, TRUE, lively_decoder, random_codes  # noqa: E402
+from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from qwen_megakernel.codec import CodecDecoder, CodecStream  # noqa: E402
@@ -229,7 +229,7 @@ def main() -> None:
     if not args.library:
         build(library)
     complaints = []
-    for config in (TINY, ODD):
+    for config in (TINY, ODD, WIDE):
         complaints += check_launches(config, library, frames=12)[:20]
     print("launch by launch:", complaints or "all equal the interpreter's")
     exact = lively_decoder(TRUE, "cuda")

@@ -92,10 +92,23 @@ class Interpreter:
             columns = torch.cat(
                 [x[tap * op.dilation :][: op.source.rows] for tap in range(op.taps)], dim=1
             )
+            if op.middle:
+                columns, used = (
+                    self.middle(op, columns @ matrix[:, : columns.shape[1]].T),
+                    columns.shape[1],
+                )
+                self.finish(op, stream, columns @ matrix[:, used:].T)
+                continue
             columns = F.pad(columns, (0, matrix.shape[1] - columns.shape[1]))
             bounds = [part * op.k_blocks // op.segments * 64 for part in range(op.segments + 1)]
             y = sum(columns[:, a:b] @ matrix[:, a:b].T for a, b in itertools.pairwise(bounds))
             self.finish(op, stream, y)
+
+    @staticmethod
+    def middle(op: GemmOp, y: Tensor) -> Tensor:
+        add, frequency, strength = op.middle
+        y = y + add
+        return (y + strength * (y * frequency).sin().square()).bfloat16().float()
 
     def finish(self, op: GemmOp, stream: int, y: Tensor) -> None:
         """y [columns of the stream, m]."""

@@ -25,6 +25,8 @@ ODD = replace(
     num_heads=4, num_kv_heads=2, head_dim=10, sliding_window=5, decoder_dim=48,
 )  # fmt: skip
 """Nothing is a multiple of 8, queries share keys, and the window is short."""
+WIDE = replace(TINY, num_layers=1, decoder_dim=384)
+"""Its residual units are 192, 96, 48 and 24 channels wide."""
 
 
 @torch.no_grad()

@@ -7,12 +7,19 @@ import random
 import pytest
 import torch
 from codec_interpreter import Interpreter, unpack_fragments
-from codec_weights import ODD, TINY, TRUE, lively_decoder, random_codes
+from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
 from torch import Tensor
 
 from qwen_megakernel.codec import CodecStream
 from qwen_megakernel.codec_pack import pack_fragments, upsample_matrix
-from qwen_megakernel.codec_plan import CodecPlan, GemmOp, choose_tile, ring_shapes, segments_for
+from qwen_megakernel.codec_plan import (
+    CodecPlan,
+    GemmOp,
+    choose_tile,
+    choose_unit_tile,
+    ring_shapes,
+    segments_for,
+)
 from qwen_megakernel.config import HOP
 
 torch.set_grad_enabled(False)
@@ -52,8 +59,8 @@ def test_rings_hold_history_and_the_new_frame():
 
 
 def test_segments_follow_the_layer_alone():
-    assert segments_for(512, 16, 1) == 8
-    assert segments_for(3072, 8, 1) == 4
+    assert segments_for(512, 16, 1) == 4
+    assert segments_for(768, 84, 32) == 8
     assert segments_for(96, 11, 1920) == 1
     assert segments_for(16, 1, 1) == 1
 
@@ -62,10 +69,19 @@ def test_segments_follow_the_layer_alone():
 @pytest.mark.parametrize("m", [8, 96, 288, 512, 768, 6144])
 def test_a_tile_exists_for_every_size(m, columns):
     tile = choose_tile(m, columns, 1, 132)
-    assert tile in {(64, 8), (64, 16), (64, 32), (64, 64), (64, 128), (96, 32), (96, 64), (96, 128)}
+    assert tile in {(64, 8), (64, 16), (64, 32), (64, 64), (64, 128), (96, 32), (96, 128)}
 
 
-@pytest.mark.parametrize("config", [TINY, ODD], ids=["tiny", "odd"])
+@pytest.mark.parametrize("sm_kb", [100, 228])
+@pytest.mark.parametrize("streams", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize(("channels", "rows"), [(96, 1920), (192, 640), (96, 160), (192, 16)])
+def test_a_unit_s_tile_stays_within_a_stream_and_fits(channels, rows, streams, sm_kb):
+    tile = choose_unit_tile(channels, rows, streams, 132, sm_kb * 1024)
+    assert rows % tile == 0
+    assert (channels, tile, sm_kb) != (192, 128, 100)
+
+
+@pytest.mark.parametrize("config", [TINY, ODD, WIDE], ids=["tiny", "odd", "wide"])
 def test_the_plan_is_the_decoder(config):
     """Against float32, no further than the PyTorch codec in bf16; slots of all ages in a call."""
     decoder = lively_decoder(config)
@@ -85,15 +101,6 @@ def test_the_plan_is_the_decoder(config):
     assert plan.ages.tolist() == [frames, frames, frames, 0]
     assert 0 < rms(pcm - truth) <= 1.25 * rms(theirs - truth)
     assert not plan.state[3].any(), "the scratch slot was not called"
-
-
-def test_true_shape_is_cut_as_intended():
-    """What one stream's frame reads, and how it is spread over a GPU."""
-    with torch.device("meta"):
-        rings = ring_shapes(TRUE)
-    assert len(rings) == 1 + 8 + 3 + 4 * 4 + 1
-    tiles = choose_tile(768, 32, segments_for(768, 84, 32), 132)
-    assert tiles == (64, 32)
 
 
 def test_every_gemm_covers_its_rows():

@@ -1,0 +1,172 @@
+// A whole residual unit in one launch: snake'd input -> dilated convolution -> snake -> product ->
+// residual, where all channels fit one tile (96 and 192, the widest in time and so in values).
+//
+// The columns of a tile are steps of one stream, so the rows that all taps look at are one slab,
+// fetched once. Between the two products the slab's place is taken by the values between them. The
+// weights of both are one stream through the stages. The sums are those of codec_gemm.cuh.
+#pragma once
+
+#include "codec_gemm.cuh"
+
+namespace codec {
+
+constexpr int kMaxUnitStages = 8;
+
+template <int kChannels_, int kN_, int kWarpsM_, int kWarpsN_>
+struct UnitTile {
+  static constexpr int kM = kChannels_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kMi = kM / 16 / kWarpsM, kNi = kN / 8 / kWarpsN;
+  static constexpr int kPitch = kM + 4;  // floats between columns of the finished tile
+  static constexpr int kTileBytes = kN * kPitch * 4;
+  static constexpr int kParts = kM / 8, kColumnsAtOnce = kThreads / kParts;
+  static constexpr int kTapSteps = kM / 16;                // of 16 k in one tap
+  static constexpr int kSteps = kM % 64 ? kTapSteps : 4;   // in one stage
+  static constexpr int kBlocksPerTap = kTapSteps / kSteps;
+  static constexpr int kStripBytes = kSteps * 512, kBlockBytes = kM / 16 * kStripBytes;
+  static constexpr int kSlabPitch = 2 * kM + 16;  // an odd number of pieces: no bank conflicts
+  __host__ __device__ static constexpr int slab_bytes(int history) { return (kN + history) * kSlabPitch + 127 & ~127; }
+  static_assert(kThreads % kParts == 0, "a thread keeps its rows");
+};
+
+struct UnitLaunch {
+  Gemm gemm;
+  int stages;
+};
+
+// acc += one stage of weights * columns; `columns` points at this lane's row and piece.
+template <class T>
+__device__ __forceinline__ void multiply_slab(float (&acc)[T::kMi][T::kNi][4], uint32_t weights,
+                                              uint32_t columns) {
+#pragma unroll
+  for (int step = 0; step < T::kSteps; ++step) {
+    uint4 a[T::kMi];
+#pragma unroll
+    for (int i = 0; i < T::kMi; ++i) a[i] = load_shared(weights + i * T::kStripBytes + step * 512);
+#pragma unroll
+    for (int j = 0; j < T::kNi; j += 2) {
+      uint32_t b[4];
+      load_matrices(b, columns + step * 32 + j * 8 * T::kSlabPitch);
+#pragma unroll
+      for (int i = 0; i < T::kMi; ++i) {
+        mma(acc[i][j], a[i], b[0], b[1]);
+        mma(acc[i][j + 1], a[i], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Fetch the rows of all taps.
+template <class T>
+__device__ __forceinline__ void load_slab(const Gemm& p, const Call& call, int stream, int t0,
+                                          uint32_t to) {
+  constexpr int kPieces = T::kM / 8;
+  const int ring = p.in.frames * p.in.rows, rows = T::kN + p.history;
+  const bf16* const in = static_cast<const bf16*>(p.in.data) + part_of(p.in, stream, call);
+  int start = first_row(p.in, call) + t0 - p.history;
+  if (start < 0) start += ring;
+  for (int i = threadIdx.x; i < rows * kPieces; i += T::kThreads) {
+    const int row = i / kPieces, piece = i - row * kPieces;
+    const int from = start + row < ring ? start + row : start + row - ring;
+    copy_piece(to + row * T::kSlabPitch + piece * 16, in + from * T::kM + piece * 8, true);
+  }
+  commit_pieces();
+}
+
+// snake(acc + add) as bf16 rows of the slab.
+template <class T>
+__device__ __forceinline__ void store_middle(const float (&acc)[T::kMi][T::kNi][4], const float (&add)[T::kMi][2],
+                                             const float (&a)[T::kMi][2], const float (&b)[T::kMi][2],
+                                             uint8_t* slab) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int m0 = warp % T::kWarpsM * (16 * T::kMi) + lane / 4;
+  const int n0 = warp / T::kWarpsM * (8 * T::kNi) + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < T::kMi; ++i)
+#pragma unroll
+    for (int j = 0; j < T::kNi; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int half = e >> 1, n = n0 + j * 8 + (e & 1), m = m0 + i * 16 + half * 8;
+        *reinterpret_cast<bf16*>(slab + n * T::kSlabPitch + m * 2) =
+            __float2bfloat16(snake(acc[i][j][e] + add[i][half], a[i][half], b[i][half]));
+      }
+}
+
+// grid (n tiles)
+template <class T>
+__global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant__ UnitLaunch launch) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ uint64_t full[kMaxUnitStages];
+  const Gemm& p = launch.gemm;
+  const int stages = launch.stages, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  let_next_start();
+  const uint32_t slab_at = shared_address(shared), full_at = shared_address(full);
+  const uint32_t weights_at = slab_at + T::slab_bytes(p.history);
+  const int conv_blocks = p.taps * T::kBlocksPerTap, blocks = conv_blocks + T::kBlocksPerTap;
+
+  const auto load_weights = [&](int block, int stage) {
+    expect_bytes(full_at + stage * 8, T::kBlockBytes);
+    for (int s = 0; s < T::kM / 16; ++s)
+      copy_bulk(weights_at + stage * T::kBlockBytes + s * T::kStripBytes,
+                static_cast<const char*>(p.weights) + (s * blocks + block) * T::kStripBytes, T::kStripBytes,
+                full_at + stage * 8);
+  };
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < stages; ++s) init_barrier(full_at + s * 8);
+    publish_barriers();
+    for (int block = 0; block < stages - 1; ++block) load_weights(block, block);
+  }
+  const int strip0 = warp % T::kWarpsM * T::kMi;
+  float add[T::kMi][2], a[T::kMi][2], b[T::kMi][2];
+#pragma unroll
+  for (int i = 0; i < T::kMi; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = (strip0 + i) * 16 + half * 8 + lane / 4;
+      add[i][half] = p.middle_add[m], a[i][half] = p.middle_a[m], b[i][half] = p.middle_b[m];
+    }
+  const int n0 = blockIdx.x * T::kN, stream = n0 / p.in.rows, m = threadIdx.x % T::kParts * 8;
+  wait_for_previous();
+  load_slab<T>(p, p.calls[stream], stream, n0 - stream * p.in.rows, slab_at);
+  wait_for_pieces<0>();
+  __syncthreads();
+
+  float acc[T::kMi][T::kNi][4] = {};
+  const uint32_t a_at = weights_at + strip0 * T::kStripBytes + lane * 16;
+  const int row = warp / T::kWarpsM * (8 * T::kNi) + (lane & 7) + lane / 16 * 8;
+  const uint32_t b_at = slab_at + row * T::kSlabPitch + (lane / 8 & 1) * 16;
+  int stage = 0, parity = 0;
+#pragma unroll 1
+  for (int block = 0; block < blocks; ++block) {
+    const int tap = block / T::kBlocksPerTap, part = block - tap * T::kBlocksPerTap;
+    if (block == conv_blocks) {
+      __syncthreads();  // all are done with the slab
+      store_middle<T>(acc, add, a, b, shared);
+#pragma unroll
+      for (int i = 0; i < T::kMi; ++i)
+#pragma unroll
+        for (int j = 0; j < T::kNi; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.f;
+    }
+    wait_barrier(full_at + stage * 8, parity);
+    __syncthreads();  // all are done with the stage before
+    if (threadIdx.x == 0 && block + stages - 1 < blocks)
+      load_weights(block + stages - 1, stage ? stage - 1 : stages - 1);
+    const int shift = block < conv_blocks ? tap * p.dilation * T::kSlabPitch : 0;
+    multiply_slab<T>(acc, a_at + stage * T::kBlockBytes, b_at + shift + part * T::kSteps * 32);
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+  Vectors vectors;
+  vectors.load(p, m);
+  const int n = threadIdx.x / T::kParts;
+  Destination to;
+  to.load(p, vectors, n0 + n);
+  __syncthreads();
+  spread<T>(acc, reinterpret_cast<float*>(shared));
+  __syncthreads();
+  finish_tile<T>(p, vectors, to, slab_at + m * 4, n0, n, T::kN, T::kColumnsAtOnce, nullptr);
+}
+
+}  // namespace codec
