@@ -1,26 +1,24 @@
-// Products of the frame: 16-row weight strips (mma A operand, from the ring) with the streams in
+// Products of the frame: 16-row weight strips (mma A operand, from the ring) with the columns in
 // the n dimension (B operand, in registers), so that 1 to 8 streams cost the same.
 //
 // Every warp takes a sixteenth of k. Partial sums of the warps meet in shared memory, and 64
-// threads an item finish two rows each for one stream, always in the order of the warps: the same
+// threads an item finish two rows each for one column, always in the order of the warps: the same
 // bits for every grid and every company.
-//
-// Called by all threads of the CTA. After `gemv` the scratch may be reused once the CTA has passed
-// one more __syncthreads (it is double-buffered).
 #pragma once
 
-#include "packets.cuh"
 #include "ring.cuh"
 
 namespace qwen_tts {
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-constexpr int kChunk = 16;                    // k of one mma
-constexpr int kWarpChunk = kChunk * kWarps;   // k of one chunk in every warp
+constexpr int kChunk = 16;  // k of one mma
+constexpr int kChunkBytes = 512;
+constexpr bool kSmallShared = kSharedBytes < 128 * 1024;
+constexpr int kMaxPieceChunks = kSmallShared ? 2 : 6;
 
-// The largest piece of `chunks` that divides them evenly, at most 6 (3 KB a piece).
+// The largest piece of `chunks` that divides them evenly.
 constexpr int piece_chunks(int chunks) {
-  for (int n = 6; n > 1; --n)
+  for (int n = kMaxPieceChunks; n > 1; --n)
     if (chunks % n == 0) return n;
   return 1;
 }
@@ -31,20 +29,25 @@ struct Product {
   static constexpr int kRows = kRows_, kK = kK_, kSplit = kSplit_;
   static constexpr int kStrips = kRows / 16;
   static constexpr int kItems = kStrips * kSplit;
-  static constexpr int kChunks = ceil_div(kK / kSplit, kWarpChunk);  // of one warp
+  static constexpr int kRealChunks = kK / kSplit / kChunk;    // of all warps; the rest is padding
+  static constexpr int kChunks = ceil_div(kRealChunks, kWarps);  // of one warp
   static constexpr int kPieceChunks = piece_chunks(kChunks);
-  static constexpr int kPieces = kChunks / kPieceChunks;  // of one item
-  static constexpr int kRealChunks = kK / kSplit / kChunk;  // of all warps; the rest is padding
+  static constexpr int kPieceBytes = kPieceChunks * kChunkBytes;
+  static constexpr int kPieces = kChunks / kPieceChunks;  // of one item, a warp
+  // Chunks of the B operand that registers hold at once; beyond 8 it is fetched piece by piece.
+  static constexpr int kHeld = kChunks <= 8 ? kChunks : kPieceChunks;
+  static constexpr int64_t kItemBytes = int64_t(kWarps) * kChunks * kChunkBytes;
+  static constexpr int64_t kBytes = kItems * kItemBytes;
   static_assert(kRows % 16 == 0, "rows come in strips of 16");
   static_assert((kK / kSplit) % kChunk == 0, "k comes in chunks of 16");
 };
 
-constexpr int kGroup = 3;             // tiles whose partial sums meet in one __syncthreads
+constexpr int kGroup = 3;            // tiles whose partial sums meet at one barrier
 constexpr int kTileFloats = 16 * 8;  // of one warp's 16 x 8 result
 
 struct Scratch {
   float partial[2][kGroup][kWarps][kTileFloats];
-  float sum_of_squares[2][kTiles][kWarps][kMaxStreams];
+  float sum_of_squares[2][kWarps][kMaxColumns];
 };
 
 __device__ __forceinline__ void mma(float (&acc)[4], const uint4& a, const uint2& b) {
@@ -55,38 +58,26 @@ __device__ __forceinline__ void mma(float (&acc)[4], const uint4& a, const uint2
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
 }
 
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-__device__ __forceinline__ float2 unpack_bf16(uint32_t bits) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
-}
-
 // The two rows of a finished tile that one thread holds: rows 2 * pair and 2 * pair + 1 of the
-// strip, of one stream. Lanes l and l + 16 of a warp hold pairs p and p + 4.
+// strip, of one column. Lanes l and l + 16 of a warp hold pairs p and p + 4.
 struct Cell {
-  int entry, stream, pair;  // entry: which tile of the group
-  bool valid;
+  int entry, column, pair;  // entry: which tile of the group
 };
 
 __device__ __forceinline__ Cell epilogue_cell() {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int lane = lane_index(), warp = warp_index();
   const int quarter = lane >> 3;
   Cell cell;
   cell.entry = warp >> 1;
-  cell.stream = lane & 7;
+  cell.column = lane & 7;
   cell.pair = (quarter & 1) + 2 * (warp & 1) + 4 * (quarter >> 1);
-  cell.valid = warp < 2 * kGroup;
   return cell;
 }
 
-__device__ __forceinline__ float2 sum_rows(const float (&partial)[kWarps][kTileFloats],
-                                           const Cell& cell) {
+__device__ __forceinline__ float2 sum_rows(const float (&partial)[kWarps][kTileFloats], const Cell& cell) {
   const int row = 2 * cell.pair;
-  const int element = (row >= 8 ? 2 : 0) + (cell.stream & 1);
-  const int lane0 = (row & 7) * 4 + (cell.stream >> 1), lane1 = lane0 + 4;
+  const int element = (row >= 8 ? 2 : 0) + (cell.column & 1);
+  const int lane0 = (row & 7) * 4 + (cell.column >> 1), lane1 = lane0 + 4;
   float first = 0.f, second = 0.f;
 #pragma unroll 8
   for (int w = 0; w < kWarps; ++w) {
@@ -97,57 +88,49 @@ __device__ __forceinline__ float2 sum_rows(const float (&partial)[kWarps][kTileF
 }
 
 // Run all items of product P that fall to this CTA.
-//   fragments(split, f): fills f[tile][chunk] with the B operand of this warp's part of k
-//   finish(tile, strip, split, cell, rows): takes two finished rows (cell.valid threads only, all
-//     lanes of a warp together)
-template <class P, int kUsedTiles, class R, class NextRun, class Fragments, class Finish>
-__device__ __forceinline__ void gemv(R& ring, NextRun& next_run, Scratch& scratch, int& buffer,
-                                     Fragments&& fragments, Finish&& finish) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  constexpr int kItemsAtOnce = kGroup / kUsedTiles;
-  constexpr int kChains = kUsedTiles == 1 ? 2 : 1;  // accumulators in turn, where registers allow
-  uint2 f[kUsedTiles][P::kChunks];
+//   fragments(split, first, f): fills f[P::kHeld] with the B operand of this warp's part of k, from
+//     chunk `first` of it
+//   finish(strip, split, cell, rows): takes two finished rows (whole warps together)
+// `buffer` says which half of the partial sums is free; it is used, synced once, read, and toggled.
+template <class P, class Reader, class Fragments, class Finish>
+__device__ __forceinline__ void gemv(Reader& ring, Scratch& scratch, int& buffer, Fragments&& fragments,
+                                     Finish&& finish) {
+  const int warp = warp_index(), lane = lane_index();
+  constexpr bool kHoldsAll = P::kHeld == P::kChunks;
+  constexpr bool kOneFill = kHoldsAll && P::kSplit == 1;  // one B operand serves all items
+  uint2 f[P::kHeld];
+  if constexpr (kOneFill) fragments(0, 0, f);
   int have = -1;
-  const Cell cell = epilogue_cell();
-  const int tile = cell.entry % kUsedTiles, nth = cell.entry / kUsedTiles;
-  for (int first = blockIdx.x; first < P::kItems; first += kItemsAtOnce * gridDim.x) {
+  for (int first = blockIdx.x; first < P::kItems; first += kGroup * gridDim.x) {
 #pragma unroll 1
-    for (int n = 0; n < kItemsAtOnce; ++n) {
+    for (int n = 0; n < kGroup; ++n) {
       const int item = first + n * gridDim.x;
       if (item >= P::kItems) break;
       const int split = item / P::kStrips;
-      if (split != have) {
-        fragments(split, f);
+      float acc[2][4] = {};
+#pragma unroll 1
+      for (int hold = 0; hold < P::kChunks; hold += P::kHeld) {
+        if (!kOneFill && (!kHoldsAll || split != have)) fragments(split, hold, f);
         have = split;
+#pragma unroll
+        for (int piece = 0; piece < P::kHeld; piece += P::kPieceChunks) {
+          const uint32_t weights = ring.template wait<P::kPieceBytes>(warp, lane);
+          uint4 a[P::kPieceChunks];
+#pragma unroll
+          for (int j = 0; j < P::kPieceChunks; ++j) a[j] = load_shared(weights + j * kChunkBytes);
+#pragma unroll
+          for (int j = 0; j < P::kPieceChunks; ++j) mma(acc[j % 2], a[j], f[piece + j]);
+          ring.template release<P::kPieceBytes>(warp, lane);
+        }
       }
-      float acc[kUsedTiles][kChains][4] = {};
-#pragma unroll
-      for (int piece = 0; piece < P::kPieces; ++piece) {
-        const uint32_t weights = ring.wait();
-        uint4 a[P::kPieceChunks];
-#pragma unroll
-        for (int j = 0; j < P::kPieceChunks; ++j) a[j] = load_shared(weights + j * 512);
-#pragma unroll
-        for (int t = 0; t < kUsedTiles; ++t)
-#pragma unroll
-          for (int j = 0; j < P::kPieceChunks; ++j)
-            mma(acc[t][j % kChains], a[j], f[t][piece * P::kPieceChunks + j]);
-        ring.release(next_run);
-      }
-#pragma unroll
-      for (int t = 0; t < kUsedTiles; ++t)
-        reinterpret_cast<float4*>(scratch.partial[buffer][n * kUsedTiles + t][warp])[lane] =
-            kChains == 1 ? make_float4(acc[t][0][0], acc[t][0][1], acc[t][0][2], acc[t][0][3])
-                         : make_float4(acc[t][0][0] + acc[t][kChains - 1][0],
-                                       acc[t][0][1] + acc[t][kChains - 1][1],
-                                       acc[t][0][2] + acc[t][kChains - 1][2],
-                                       acc[t][0][3] + acc[t][kChains - 1][3]);
+      reinterpret_cast<float4*>(scratch.partial[buffer][n][warp])[lane] =
+          make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
     }
-    __syncthreads();
-    const int item = first + nth * gridDim.x;
-    if (cell.valid && nth < kItemsAtOnce && item < P::kItems)
-      finish(tile, item % P::kStrips, item / P::kStrips, cell,
-             sum_rows(scratch.partial[buffer][cell.entry], cell));
+    sync_compute();
+    const Cell cell = epilogue_cell();
+    const int item = first + cell.entry * gridDim.x;
+    if (cell.entry < kGroup && item < P::kItems)
+      finish(item % P::kStrips, item / P::kStrips, cell, sum_rows(scratch.partial[buffer][cell.entry], cell));
     buffer ^= 1;
   }
 }

@@ -1,7 +1,7 @@
 // One decoder layer, for the talker and for the predictor: five exchanges.
 //
 //   QKV        every CTA  polls the residual's deltas, multiplies its rows of Wq, Wk, Wv, publishes
-//   attention  one CTA an item (stream, key-value head, chunk)      [attention.cuh]
+//   attention  one CTA an item (column, key-value head, split)      [attention.cuh]
 //   O          every CTA  polls the heads' output, publishes deltas (k in two parts where rows are few)
 //   gate-up    every CTA  polls the deltas, publishes silu(gate) * up
 //   down       every CTA  polls that, publishes deltas
@@ -11,7 +11,7 @@
 // 1 / rms(x) when they are finished, so nothing waits for the sum of squares.
 #pragma once
 
-#include "attention.cuh"
+#include "gemv.cuh"
 
 namespace qwen_tts {
 
@@ -25,32 +25,73 @@ struct Products {
   using GateUp = Product<2 * D::kIntermediate, D::kHidden, 1>;
   using Down = Product<D::kHidden, D::kIntermediate, split_of(D::kHidden, D::kIntermediate)>;
   using Head = Product<D::kVocab, D::kHidden, 1>;
-  static constexpr int kPieceA = Qkv::kPieceChunks * 512, kPieceB = Down::kPieceChunks * 512;
-  static_assert(Out::kPieceChunks == Qkv::kPieceChunks, "pieces of a layer have two sizes");
+  static constexpr int64_t kLayerBytes = Qkv::kBytes + Out::kBytes + GateUp::kBytes + Down::kBytes;
+  static constexpr int kMaxPieceBytes = max_of(max_of(Qkv::kPieceBytes, Out::kPieceBytes), Down::kPieceBytes);
+  static constexpr int kMinPieceBytes = min_of(min_of(Qkv::kPieceBytes, Out::kPieceBytes), Down::kPieceBytes);
+};
 
-  template <class P>
-  static __device__ __forceinline__ int pieces() {
-    const int b = blockIdx.x, n = gridDim.x;
-    return b < P::kItems ? ceil_div(P::kItems - b, n) * P::kPieces : 0;
-  }
-  static __device__ __forceinline__ Cut layer_cut() {
-    const int small = pieces<Qkv>() + pieces<Out>() + pieces<GateUp>();
-    return {small, small + pieces<Down>()};
+// The talker's hidden row becomes the predictor's input; where their widths differ, through a
+// projection with bias (codes come from tables that were projected when the weights were packed).
+constexpr bool kProjects = TalkerDims::kHidden != PredictorDims::kHidden;
+using Projection = Product<PredictorDims::kHidden, TalkerDims::kHidden, 1>;
+
+using TalkerProducts = Products<TalkerDims>;
+using PredictorProducts = Products<PredictorDims>;
+
+// What a CTA keeps in shared memory: what is left of it is the ring.
+struct SamplerShared {
+  uint32_t key[kWarps], score[kWarps];
+  int index[kWarps];
+  int count[kWarps];
+  float mass[kWarps];
+};
+constexpr int kMaxPieceBytes = max_of(TalkerProducts::kMaxPieceBytes, PredictorProducts::kMaxPieceBytes);
+constexpr int kMinPieceBytes = min_of(TalkerProducts::kMinPieceBytes, PredictorProducts::kMinPieceBytes);
+constexpr int kOtherBytes = sizeof(Scratch) + sizeof(SamplerShared) + sizeof(FrameParams) + 256;
+constexpr int kRingBytes = (kSharedBytes - kOtherBytes) / kWarps / (kChunkBytes + 16) * kChunkBytes;
+static_assert(kRingBytes >= 2 * kMaxPieceBytes, "the ring must hold two pieces");
+using FrameRing = RingShared<kRingBytes, kMinPieceBytes>;
+
+// Floats of a CTA's residual, all its threads' registers.
+constexpr int kStashFloats = max_of(TalkerProducts::Qkv::kChunks, PredictorProducts::Qkv::kChunks) * 4 * kThreads;
+
+// What a computing warp carries through the frame.
+struct Context {
+  const FrameParams& p;
+  Scratch& scratch;
+  RingReader<FrameRing> ring;
+  Watchdog dog;
+  uint32_t tag;      // of the next exchange
+  uint32_t columns;  // a bit for each column in use
+  int buffer = 0;    // of the partial sums
+  int squares = 0;   // of the sums of squares
+  uint32_t logits_tag = 0;
+
+  static __device__ __forceinline__ int column() { return lane_index() >> 2; }  // this lane's
+  __device__ __forceinline__ bool uses(int column) const { return columns >> column & 1; }
+
+  // This CTA's part of `exchanges` exchanges is done.
+  __device__ __forceinline__ void advance(int exchanges = 1) {
+    if (p.stamps != nullptr && blockIdx.x == 0 && thread_index() == 0)
+      asm volatile("{\n.reg .u64 t;\nmov.u64 t, %%globaltimer;\nst.global.u64 [%0], t;\n}" ::"l"(
+                       p.stamps + (tag + exchanges - 1 - p.epoch))
+                   : "memory");
+    tag += exchanges;
   }
 };
 
-// The residual rows of a tile as this warp holds them: lane n * 4 + t has, of chunk c,
-// values {2t, 2t + 1, 2t + 8, 2t + 9} of stream n.
+// The residual rows as this warp holds them: lane n * 4 + t has, of chunk c,
+// values {2t, 2t + 1, 2t + 8, 2t + 9} of column n.
 template <class D>
 struct Residual {
   static constexpr int kChunks = Products<D>::Qkv::kChunks;
   float x[kChunks][4];
 
   static __device__ __forceinline__ bool real() {  // not padding
-    return int(threadIdx.x >> 5) * kChunks < Products<D>::Qkv::kRealChunks;
+    return warp_index() * kChunks < Products<D>::Qkv::kRealChunks;
   }
   static __device__ __forceinline__ int first_k(int c) {
-    return (int(threadIdx.x >> 5) * kChunks + c) * kChunk + 2 * int(threadIdx.x & 3);
+    return (warp_index() * kChunks + c) * kChunk + 2 * (thread_index() & 3);
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -79,22 +120,44 @@ struct Residual {
         x[c][2 * half + 1] += pair.y;
       }
   }
-  // Deltas published by a product with kSplit parts of k.
+  // Out of registers, which attention needs, and back; only this thread touches it.
+  __device__ __forceinline__ float4* stash_at(const Context& c) const {
+    return reinterpret_cast<float4*>(c.p.residuals) + blockIdx.x * (kStashFloats / 4) + thread_index();
+  }
+  __device__ __forceinline__ void stash(const Context& c) const {
+    float4* to = stash_at(c);
+    if (!c.uses(c.column())) return;
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) __stcg(to + j * kThreads, make_float4(x[j][0], x[j][1], x[j][2], x[j][3]));
+  }
+  __device__ __forceinline__ void recall(const Context& c) {
+    const float4* from = stash_at(c);
+    const bool used = c.uses(c.column());
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      const float4 v = used ? __ldcg(from + j * kThreads) : make_float4(0.f, 0.f, 0.f, 0.f);
+      x[j][0] = v.x;
+      x[j][1] = v.y;
+      x[j][2] = v.z;
+      x[j][3] = v.w;
+    }
+  }
+  // Add what a product published, in its kSplit parts of k.
   template <int kSplit>
-  __device__ __forceinline__ void add_deltas(const uint64_t* vectors, uint32_t tag, const Watchdog& dog) {
-    const uint64_t* at = vectors + (int(threadIdx.x >> 5) * kChunks * 32 + int(threadIdx.x & 31)) * 2;
+  __device__ __forceinline__ void add_deltas(const Context& c, const uint64_t* vectors, uint32_t tag) {
+    if (!c.uses(c.column()) || !real()) return;
+    const uint64_t* at = vectors + (warp_index() * kChunks * 32 + lane_index()) * 2;
 #pragma unroll
     for (int s = 0; s < kSplit; ++s) {
       uint4 v[kChunks];
-      wait_pairs<kChunks>(at + int64_t(s) * vector_packets(PacketLayout::kHidden), 64, tag, v, dog,
-                          Phase::kInput);
+      wait_pairs<kChunks>(at + int64_t(s) * vector_packets(PacketLayout::kHidden), 64, tag, v, c.dog, Phase::kInput);
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const float2 low = unpack_bf16(v[c].x), high = unpack_bf16(v[c].z);
-        x[c][0] += low.x;
-        x[c][1] += low.y;
-        x[c][2] += high.x;
-        x[c][3] += high.y;
+      for (int j = 0; j < kChunks; ++j) {
+        const float2 low = unpack_bf16(v[j].x), high = unpack_bf16(v[j].z);
+        x[j][0] += low.x;
+        x[j][1] += low.y;
+        x[j][2] += high.x;
+        x[j][3] += high.y;
       }
     }
   }
@@ -111,36 +174,16 @@ struct Gamma {
     for (int c = 0; c < kChunks; ++c)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        bits[c][half] = Residual<D>::real()
-                            ? __ldg(reinterpret_cast<const uint32_t*>(
-                                  weight + Residual<D>::first_k(c) + 8 * half))
-                            : 0u;
-  }
-};
-
-// What a CTA carries through the frame.
-template <class R, class NextRun>
-struct Context {
-  const FrameParams& p;
-  Scratch& scratch;
-  R& ring;
-  NextRun& next_run;
-  Watchdog dog;
-  uint32_t tag;       // of the next exchange
-  int buffer = 0;     // of the partial sums
-  int squares = 0;    // of the sums of squares
-  int column;         // this lane's stream
-  bool active;        // whether there is such a stream
-
-  template <int kRows>
-  __device__ __forceinline__ uint64_t* vector(int64_t at, int tile, int vectors = 1) const {
-    return p.packets + at + int64_t(tile) * vectors * vector_packets(kRows);
+        bits[c][half] =
+            Residual<D>::real()
+                ? __ldg(reinterpret_cast<const uint32_t*>(weight + Residual<D>::first_k(c) + 8 * half))
+                : 0u;
   }
 };
 
 // gamma * x as B operand, and the sum of squares for the norm.
-template <class D, class C>
-__device__ __forceinline__ void normed_fragments(C& c, const Residual<D>& r, const Gamma<D>& gamma, int tile,
+template <class D>
+__device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& r, const Gamma<D>& gamma,
                                                  uint2 (&f)[Residual<D>::kChunks]) {
   float squares = 0.f;
 #pragma unroll
@@ -155,41 +198,41 @@ __device__ __forceinline__ void normed_fragments(C& c, const Residual<D>& r, con
   }
   squares += __shfl_xor_sync(~0u, squares, 1);
   squares += __shfl_xor_sync(~0u, squares, 2);
-  if ((threadIdx.x & 3) == 0)
-    c.scratch.sum_of_squares[c.squares][tile][threadIdx.x >> 5][(threadIdx.x & 31) >> 2] = squares;
+  if ((thread_index() & 3) == 0)
+    c.scratch.sum_of_squares[c.squares][warp_index()][lane_index() >> 2] = squares;
 }
 
-template <class D, class C>
-__device__ __forceinline__ float rms_scale(const C& c, int tile, int stream) {
+template <class D>
+__device__ __forceinline__ float rms_scale(const Context& c, int column) {
   float sum = 0.f;
-#pragma unroll 8
-  for (int w = 0; w < kWarps; ++w) sum += c.scratch.sum_of_squares[c.squares][tile][w][stream];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += c.scratch.sum_of_squares[c.squares][w][column];
   return 1.0f / sqrtf(sum / D::kHidden + D::kEps);
 }
 
-// The B operand of a product whose input is a published vector.
-template <class P, class C>
-__device__ __forceinline__ void wait_fragments(const C& c, const uint64_t* vector, int split, uint32_t tag,
-                                               Phase phase, uint2 (&f)[P::kChunks]) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+// The B operand of a product whose input is a published vector, from chunk `first` of this warp's.
+template <class P>
+__device__ __forceinline__ void wait_fragments(const Context& c, const uint64_t* vector, int split, int first,
+                                               uint32_t tag, Phase phase, uint2 (&f)[P::kHeld]) {
+  const int warp = warp_index(), lane = lane_index();
   static_assert(P::kRealChunks % P::kChunks == 0, "padding is whole warps");
 #pragma unroll
-  for (int j = 0; j < P::kChunks; ++j) f[j] = make_uint2(0, 0);
-  if (c.active && warp * P::kChunks < P::kRealChunks) {
-    uint4 v[P::kChunks];
-    const int chunk = split * P::kRealChunks + warp * P::kChunks;
-    wait_pairs<P::kChunks>(vector + (chunk * 32 + lane) * 2, 64, tag, v, c.dog, phase);
+  for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(0, 0);
+  if (c.uses(c.column()) && warp * P::kChunks < P::kRealChunks) {
+    uint4 v[P::kHeld];
+    const int chunk = split * P::kRealChunks + warp * P::kChunks + first;
+    wait_pairs<P::kHeld>(vector + (chunk * 32 + lane) * 2, 64, tag, v, c.dog, phase);
 #pragma unroll
-    for (int j = 0; j < P::kChunks; ++j) f[j] = make_uint2(v[j].x, v[j].z);
+    for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(v[j].x, v[j].z);
   }
   __syncwarp();
 }
 
 // norms: [2][hidden] of this layer. `deltas`: whether the residual still lacks the deltas of the
 // down projection before (tag - 1). After it, it lacks this layer's.
-template <class D, int kUsedTiles, class C, class Attend>
-__device__ __forceinline__ void decoder_layer(C& c, Residual<D> (&r)[kUsedTiles], const __nv_bfloat16* norms,
-                                              bool deltas, Attend&& attend) {
+template <class D, class Attend>
+__device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, const __nv_bfloat16* norms, bool deltas,
+                                              Attend&& attend) {
   using P = Products<D>;
   using L = PacketLayout;
   const FrameParams& p = c.p;
@@ -197,91 +240,74 @@ __device__ __forceinline__ void decoder_layer(C& c, Residual<D> (&r)[kUsedTiles]
 
   // QKV
   gamma.load(norms);
-  if (deltas && c.active && Residual<D>::real())
-#pragma unroll
-    for (int t = 0; t < kUsedTiles; ++t)
-      r[t].template add_deltas<P::Down::kSplit>(c.template vector<L::kHidden>(L::kDeltaDown, t, 2), c.tag - 1,
-                                                c.dog);
+  if (deltas) r.template add_deltas<P::Down::kSplit>(c, p.packets + L::kDeltaDown, c.tag - 1);
   __syncwarp();
-  gemv<typename P::Qkv, kUsedTiles>(
-      c.ring, c.next_run, c.scratch, c.buffer,
-      [&](int, uint2(&f)[kUsedTiles][P::Qkv::kChunks]) {
-#pragma unroll
-        for (int t = 0; t < kUsedTiles; ++t) normed_fragments<D>(c, r[t], gamma, t, f[t]);
+  gemv<typename P::Qkv>(
+      c.ring, c.scratch, c.buffer,
+      [&](int, int, uint2(&f)[P::Qkv::kHeld]) {
+        normed_fragments<D>(c, r, gamma, f);
+        r.stash(c);
       },
-      [&](int tile, int strip, int, const Cell& cell, float2 rows) {
-        if (cell.stream >= p.num_streams) return;
-        const float scale = rms_scale<D>(c, tile, cell.stream);
-        store_packet(c.template vector<L::kQkvRows>(L::kQkv, tile) + packet_index(strip, cell.pair, cell.stream),
-                     pack_bf16(rows.x * scale, rows.y * scale), c.tag);
+      [&](int strip, int, const Cell& cell, float2 rows) {
+        if (!c.uses(cell.column)) return;
+        const float scale = rms_scale<D>(c, cell.column);
+        const int row = strip * 16 + 2 * cell.pair;
+        publish_pair(p, p.packets + L::kQkv, row, cell.column, rows.x * scale, rows.y * scale, c.tag, row);
       });
   c.squares ^= 1;
 
-  // attention: reads tag, publishes tag + 1
-  attend(c.tag);
-  c.tag += 2;
+  c.advance();
+  attend();  // reads tag - 1, publishes tag
+  c.advance();
 
   // O: reads tag - 1
-  gemv<typename P::Out, kUsedTiles>(
-      c.ring, c.next_run, c.scratch, c.buffer,
-      [&](int split, uint2(&f)[kUsedTiles][P::Out::kChunks]) {
-#pragma unroll
-        for (int t = 0; t < kUsedTiles; ++t)
-          wait_fragments<typename P::Out>(c, c.template vector<L::kHeadRows>(L::kHeadsOut, t), split, c.tag - 1,
-                                          Phase::kOut, f[t]);
+  gemv<typename P::Out>(
+      c.ring, c.scratch, c.buffer,
+      [&](int split, int first, uint2(&f)[P::Out::kHeld]) {
+        wait_fragments<typename P::Out>(c, p.packets + L::kHeadsOut, split, first, c.tag - 1, Phase::kOut, f);
       },
-      [&](int tile, int strip, int split, const Cell& cell, float2 rows) {
-        if (cell.stream >= p.num_streams) return;
-        store_packet(c.template vector<L::kHidden>(L::kDeltaO, tile, 2) + split * vector_packets(L::kHidden) +
-                         packet_index(strip, cell.pair, cell.stream),
-                     pack_bf16(rows.x, rows.y), c.tag);
+      [&](int strip, int split, const Cell& cell, float2 rows) {
+        if (!c.uses(cell.column)) return;
+        const int row = strip * 16 + 2 * cell.pair;
+        publish_pair(p, p.packets + L::kDeltaO + split * vector_packets(L::kHidden), row, cell.column, rows.x, rows.y,
+                     c.tag, split * D::kHidden + row);
       });
-  ++c.tag;
+  c.advance();
 
   // gate-up
   gamma.load(norms + D::kHidden);
-  if (c.active && Residual<D>::real())
-#pragma unroll
-    for (int t = 0; t < kUsedTiles; ++t)
-      r[t].template add_deltas<P::Out::kSplit>(c.template vector<L::kHidden>(L::kDeltaO, t, 2), c.tag - 1, c.dog);
+  r.recall(c);
+  r.template add_deltas<P::Out::kSplit>(c, p.packets + L::kDeltaO, c.tag - 1);
   __syncwarp();
-  gemv<typename P::GateUp, kUsedTiles>(
-      c.ring, c.next_run, c.scratch, c.buffer,
-      [&](int, uint2(&f)[kUsedTiles][P::GateUp::kChunks]) {
-#pragma unroll
-        for (int t = 0; t < kUsedTiles; ++t) normed_fragments<D>(c, r[t], gamma, t, f[t]);
-      },
-      [&](int tile, int strip, int, const Cell& cell, float2 rows) {
+  gemv<typename P::GateUp>(
+      c.ring, c.scratch, c.buffer,
+      [&](int, int, uint2(&f)[P::GateUp::kHeld]) { normed_fragments<D>(c, r, gamma, f); },
+      [&](int strip, int, const Cell& cell, float2 rows) {
         // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight.
         const float up_low = __shfl_down_sync(~0u, rows.x, 16), up_high = __shfl_down_sync(~0u, rows.y, 16);
-        if (cell.pair >= 4 || cell.stream >= p.num_streams) return;
-        const float scale = rms_scale<D>(c, tile, cell.stream);
+        if (cell.pair >= 4 || !c.uses(cell.column)) return;
+        const float scale = rms_scale<D>(c, cell.column);
         const float low = rows.x * scale, high = rows.y * scale;
-        const float inner_low = low / (1.0f + expf(-low)) * (up_low * scale);
-        const float inner_high = high / (1.0f + expf(-high)) * (up_high * scale);
-        store_packet(c.template vector<L::kInner>(L::kMlpInner, tile) +
-                         packet_index(strip / 2, strip % 2 * 4 + cell.pair, cell.stream),
-                     pack_bf16(inner_low, inner_high), c.tag);
+        const int row = strip * 8 + 2 * cell.pair;
+        publish_pair(p, p.packets + L::kMlpInner, row, cell.column, low / (1.0f + expf(-low)) * (up_low * scale),
+                     high / (1.0f + expf(-high)) * (up_high * scale), c.tag, row);
       });
   c.squares ^= 1;
-  ++c.tag;
+  c.advance();
 
   // down: reads tag - 1
-  gemv<typename P::Down, kUsedTiles>(
-      c.ring, c.next_run, c.scratch, c.buffer,
-      [&](int split, uint2(&f)[kUsedTiles][P::Down::kChunks]) {
-#pragma unroll
-        for (int t = 0; t < kUsedTiles; ++t)
-          wait_fragments<typename P::Down>(c, c.template vector<L::kInner>(L::kMlpInner, t), split, c.tag - 1,
-                                           Phase::kMlp, f[t]);
+  gemv<typename P::Down>(
+      c.ring, c.scratch, c.buffer,
+      [&](int split, int first, uint2(&f)[P::Down::kHeld]) {
+        wait_fragments<typename P::Down>(c, p.packets + L::kMlpInner, split, first, c.tag - 1, Phase::kMlp, f);
       },
-      [&](int tile, int strip, int split, const Cell& cell, float2 rows) {
-        if (cell.stream >= p.num_streams) return;
-        store_packet(c.template vector<L::kHidden>(L::kDeltaDown, tile, 2) +
-                         split * vector_packets(L::kHidden) + packet_index(strip, cell.pair, cell.stream),
-                     pack_bf16(rows.x, rows.y), c.tag);
+      [&](int strip, int split, const Cell& cell, float2 rows) {
+        if (!c.uses(cell.column)) return;
+        const int row = strip * 16 + 2 * cell.pair;
+        publish_pair(p, p.packets + L::kDeltaDown + split * vector_packets(L::kHidden), row, cell.column, rows.x,
+                     rows.y, c.tag, split * D::kHidden + row);
       });
-  ++c.tag;
+  c.advance();
 }
 
 }  // namespace qwen_tts

@@ -7,18 +7,30 @@
 //
 // Tags rise by one with each exchange of a launch and from launch to launch (the host passes the
 // first), so nothing is ever reset. Each kind of exchange has its own buffer, and a buffer may be
-// overwritten one layer later: by then every CTA has published its rows of that layer's QKV
-// product, all of which the attention has read before anything later is written. So the grid may
-// not have more CTAs than the QKV product has 16-row strips (checked by the host).
+// overwritten one layer later. Why that is safe: whoever writes layer l + 1 has (through the
+// chain of exchanges) waited for all QKV and all gate-up rows of the layer before, and a CTA
+// publishes its rows of those only after it has read what came earlier. So every CTA must own rows
+// of both: the grid is limited (frame_max_grid).
 //
-// The alternative that lost: grid barriers cost 2.3 us each while weights stream (../csrc/EXPERIMENTS.md).
+// The alternative that lost: grid barriers, 2.3 us each while weights stream (EXPERIMENTS.md).
 #pragma once
 
 #include "params.h"
 
 namespace qwen_tts {
 
-enum class Phase : int { kInput, kQkv, kAttention, kCombine, kOut, kMlp, kLogits, kCode, kProject };
+// Read anew at each use: what is computed from it would else be kept in registers, and spilled, from
+// one end of the frame to the other.
+__device__ __forceinline__ int thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+__device__ __forceinline__ int lane_index() { return thread_index() & 31; }
+__device__ __forceinline__ int warp_index() { return thread_index() >> 5; }
+
+// Where a wait stands, for the watchdog; megakernel.py has the names.
+enum class Phase : int { kInput, kAttention, kCombine, kOut, kMlp, kLogits, kCode };
 
 __device__ __forceinline__ uint4 load_two_packets(const uint64_t* p) {
   uint64_t a, b;
@@ -47,7 +59,7 @@ struct Watchdog {
     if (atomicExch(p.watchdog, 1) == 0) {
       p.watchdog[1] = blockIdx.x;
       p.watchdog[2] = int(phase);
-      p.watchdog[3] = int(tag);
+      p.watchdog[3] = int(tag - p.epoch);
       __threadfence_system();
     }
     __trap();
@@ -78,11 +90,11 @@ __device__ __forceinline__ uint32_t wait_packet(const uint64_t* p, uint32_t tag,
   }
 }
 
-// Where each exchange lies, in packets. A vector of K values for one tile of 8 streams takes
+// Where each exchange lies, in packets. A vector of K values for 8 columns takes
 // K / 16 chunks of 64 packets, in mma B-fragment order: lane n * 4 + t holds two packets, values
-// {2t, 2t + 1} and {2t + 8, 2t + 9} of stream n.
-constexpr int kTiles = 2;  // the predictor's first pass has two positions
+// {2t, 2t + 1} and {2t + 8, 2t + 9} of column n.
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
+constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int vector_packets(int k) { return (k + 15) / 16 * 64; }
 
 struct PacketLayout {
@@ -94,24 +106,49 @@ struct PacketLayout {
   static constexpr int kHidden = max_of(T::kHidden, P::kHidden);
   static constexpr int kInner = max_of(T::kIntermediate, P::kIntermediate);
   static constexpr int kVocab = max_of(T::kVocab, P::kVocab);
-  static constexpr int kPartial = T::kHeads / T::kKvHeads * (T::kHeadDim + 2);  // a head group's m, l, o
+  static constexpr int kPartial = T::kHeads / T::kKvHeads * (T::kHeadDim + 2);  // a head group's o, m, l
+  static constexpr int kDumpRows = max_of(max_of(kQkvRows, kInner), max_of(kHeadRows, 2 * kHidden));
 
-  static constexpr int64_t kQkv = 0;  // [tile][vector]
-  static constexpr int64_t kHeadsOut = kQkv + kTiles * vector_packets(kQkvRows);
-  static constexpr int64_t kDeltaO = kHeadsOut + kTiles * vector_packets(kHeadRows);  // [tile][split][vector]
-  static constexpr int64_t kDeltaDown = kDeltaO + kTiles * 2 * vector_packets(kHidden);
-  static constexpr int64_t kMlpInner = kDeltaDown + kTiles * 2 * vector_packets(kHidden);
-  static constexpr int64_t kLogits = kMlpInner + kTiles * vector_packets(kInner);  // [stream][vocab]
-  static constexpr int64_t kCodes = kLogits + kMaxStreams * kVocab;                // [codebook][stream]
-  static constexpr int64_t kPartials = kCodes + kNumCodebooks * kMaxStreams;
-  // [stream * kv head][chunk][kPartial]
-  static constexpr int64_t kProjected = kPartials + int64_t(kMaxStreams) * T::kKvHeads * kMaxSplits * kPartial;
+  static constexpr int64_t kQkv = 0;
+  static constexpr int64_t kHeadsOut = kQkv + vector_packets(kQkvRows);
+  static constexpr int64_t kDeltaO = kHeadsOut + vector_packets(kHeadRows);  // [split][vector]
+  static constexpr int64_t kDeltaDown = kDeltaO + 2 * vector_packets(kHidden);
+  static constexpr int64_t kMlpInner = kDeltaDown + 2 * vector_packets(kHidden);
+  static constexpr int64_t kLogits = kMlpInner + vector_packets(kInner);  // [column][vocab]
+  static constexpr int64_t kCodes = kLogits + kMaxColumns * kVocab;                // [codebook][column]
+  static constexpr int64_t kPartials = kCodes + kNumCodebooks * kMaxColumns;
+  // [column * kv head][split][kPartial]
+  static constexpr int64_t kProjected = kPartials + int64_t(kMaxColumns) * T::kKvHeads * kMaxSplits * kPartial;
   static constexpr int64_t kTotal = kProjected + vector_packets(P::kHidden);
 };
 
-// Packet of rows {2 * pair, 2 * pair + 1} of a 16-row strip for a stream, in a vector's buffer.
-__device__ __forceinline__ int packet_index(int chunk, int pair, int stream) {
-  return (chunk * 32 + stream * 4 + (pair & 3)) * 2 + (pair >> 2);
+// Packet of rows {2 * pair, 2 * pair + 1} of a 16-row strip for a column, in a vector's buffer.
+__device__ __forceinline__ int packet_index(int chunk, int pair, int column) {
+  return (chunk * 32 + column * 4 + (pair & 3)) * 2 + (pair >> 2);
+}
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ float2 unpack_bf16(uint32_t bits) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
+}
+
+// Publish two neighbouring values of a vector as bf16; `row` is even. `dump_row` is where they
+// stand in the test's dump of this exchange.
+__device__ __forceinline__ void publish_pair(const FrameParams& p, uint64_t* vector, int row, int column,
+                                             float low, float high, uint32_t tag, int dump_row) {
+  const uint32_t bits = pack_bf16(low, high);
+  store_packet(vector + packet_index(row / 16, row % 16 / 2, column), bits, tag);
+  if (p.dump_exchanges != nullptr) {
+    float* to = p.dump_exchanges +
+                (int64_t(tag - p.epoch) * PacketLayout::kDumpRows + dump_row) * kMaxColumns + column;
+    const float2 rounded = unpack_bf16(bits);
+    to[0] = rounded.x;
+    to[kMaxColumns] = rounded.y;
+  }
 }
 
 }  // namespace qwen_tts

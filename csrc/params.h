@@ -1,8 +1,8 @@
 // What host and device share: the shapes, and everything one frame reads and writes.
 //
 // geometry.h is written by build_tts.py from the checkpoint's config.json; it defines
-//   struct TalkerDims / PredictorDims { kHidden, kIntermediate, kLayers, kHeads, kKvHeads, kHeadDim, kVocab }
-//   kNumControlCodes, kEosCode
+//   struct TalkerDims / PredictorDims { kHidden, kIntermediate, kLayers, kHeads, kKvHeads, kHeadDim, kVocab, kEps }
+//   kNumControlCodes, kEosCode, kSharedBytes (shared memory a CTA of the target may have)
 #pragma once
 
 #include <cstdint>
@@ -13,16 +13,19 @@
 
 namespace qwen_tts {
 
-constexpr int kMaxStreams = 8;  // the n columns of one mma tile
+constexpr int kMaxColumns = 8;  // the n columns of one mma tile
 constexpr int kNumCodebooks = 16;
-constexpr int kWarps = 16;
+constexpr int kWarps = 16;  // that compute; one more fetches weights
 constexpr int kThreads = kWarps * 32;
-constexpr int kMaxSplits = 16;  // position chunks of one attention head
+constexpr int kSplitPositions = 256;  // positions an attention item covers
+constexpr int kMaxSplits = 32;
 
-// One column of the frame.
-struct StreamParams {
+// One column: a row of one stream. A frame has one column a stream; a prefill has up to eight
+// consecutive rows of one stream.
+struct Column {
   int slot;          // of the KV cache and the sampling state
-  int position;      // rows already in the slot's KV cache: where this row goes
+  int position;      // of the row in the slot's KV cache
+  int first;         // the first column that holds a row of the same stream
   int frame;         // counts the stream's frames, for the draws
   int suppress_eos;  // 1 before the minimum length
   uint32_t seed[2];  // low and high word
@@ -31,21 +34,18 @@ struct StreamParams {
   int talker_top_k, predictor_top_k;  // the vocabulary size keeps all
 };
 
-// A tape holds the weights of a run of phases in the order of consumption, for each CTA and warp
-// apart: [cta][warp][stride], each warp's stretch contiguous (see pack.py).
-struct Tape {
-  const char* data;
-  int64_t stride;  // bytes from one warp's stretch to the next
-};
-
 struct FrameParams {
-  int num_streams, num_splits;
-  uint32_t epoch;  // first tag of this launch; see packets.cuh
-  StreamParams streams[kMaxStreams];
+  int num_columns;
+  int prefill;     // 1: the talker's layers alone, for their keys and values; rows are text_rows
+  uint32_t epoch;  // tag of this launch's first exchange; see packets.cuh
+  Column columns[kMaxColumns];
 
-  Tape talker_tape;     // per layer: QKV, O, gate-up, down; then the codec head
-  Tape predictor_tape;  // per layer the same; read again in every pass
-  Tape head_tape;       // the 15 heads, one a pass
+  // Weights in mma A-fragment order (pack.py): per layer the items of QKV, O, gate-up, down.
+  const char* talker_layers;
+  const char* talker_head;        // the codec head, then the projection where there is one
+  const char* predictor_layers;   // read again in every pass
+  const char* predictor_heads;    // the 15 heads, one a pass
+  int64_t predictor_kept_bytes;   // of each layer's start that shall stay in L2 over the passes
 
   const __nv_bfloat16* talker_norms;     // [layers][2][hidden], then the final norm [hidden]
   const __nv_bfloat16* talker_qk_norms;  // [layers][2][head_dim]
@@ -64,18 +64,21 @@ struct FrameParams {
   int num_slots, max_positions;
   __nv_bfloat16* predictor_kv;  // [layers][streams][kv_heads][2][16][head_dim], scratch of one frame
 
-  const float* text_rows;  // [streams][talker hidden], added to the rows fed now
-  float* next_rows;        // [slots][talker hidden], what the next frame is fed, less its text
-  uint32_t* seen;          // [slots][talker vocab / 32], codes 0 the stream has produced
-  const float* noise;      // [streams][16][talker vocab] instead of the draws, or null
-  int* codes;              // [streams][16], out
-  float* dump_logits;      // [streams][16][talker vocab], out, or null
-  float* dump_hidden;      // [streams][talker hidden], out, or null
-  const int* forced_codes;  // [streams][16] instead of the drawn ones, or null
+  const float* text_rows;   // [columns][talker hidden], added to the rows fed now
+  float* next_rows;         // [slots][talker hidden], what the next frame is fed, less its text
+  uint32_t* seen;           // [slots][talker vocab / 32], codes 0 the stream has produced
+  const float* noise;       // [columns][16][talker vocab] instead of the draws, or null
+  int* codes;               // [columns][16], out
+  float* dump_logits;       // [columns][16][talker vocab], out, or null
+  float* dump_exchanges;    // [exchange][row][column], out, or null; see PacketLayout::kDumpRows
+  uint64_t* stamps;         // [exchanges], when CTA 0 had done its part of each, ns; or null
+  const int* forced_codes;  // [columns][16] instead of the drawn ones, or null
 
+  float* residuals;    // [ctas][frame_residual_floats()], where a CTA lays its residual during attention
   uint64_t* packets;   // all exchange buffers, laid out by PacketLayout
-  int* watchdog;       // host-mapped: {state, cta, phase, tag}
+  int* watchdog;       // host-mapped: {state, cta, phase, exchange}
   unsigned max_spins;  // polls after which a wait is given up
+  int withheld_cta;    // a CTA that does not take part (test of the watchdog), or -1
 };
 
 }  // namespace qwen_tts

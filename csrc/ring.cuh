@@ -1,14 +1,15 @@
-// The weight ring: each warp streams its own tape through its own slots of shared memory and never
-// stops at a dependency, so the memory system stays busy while the CTA waits for packets.
+// The weight ring: one warp of the CTA fetches weights for the sixteen others and never stops at a
+// dependency, so the memory system stays busy while those wait for packets.
 //
-// A slot takes one piece: the mma A fragments of one 16-row strip for a few 16-wide chunks of k,
-// 512 bytes a chunk, lane by lane 16 bytes: a lane's load is its operand. Pieces of the first
-// phases of a layer have kPieceA bytes, those of the down projection kPieceB.
-// Filled by the bulk copy engine, completed on the slot's mbarrier; refilled by the same warp after
-// its last read (__syncwarp orders the lanes; lane 0 issues).
+// Each computing warp has a ring of its own, filled by one lane of the fetching warp with the bulk
+// copy engine. A piece is the mma A fragments of one 16-row strip for a few 16-wide chunks of k:
+// 512 bytes a chunk, lane by lane 16 bytes, so a lane's load is its operand. Both sides know the
+// sizes and the order of all pieces; a piece that would cross the ring's end begins at its start.
+// The piece's mbarrier says that it has arrived; a count of bytes in shared memory says what has
+// been consumed.
 #pragma once
 
-#include "params.h"
+#include "packets.cuh"
 
 namespace qwen_tts {
 
@@ -18,7 +19,7 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
 
 // Addresses below are 32-bit, of shared memory: half the registers of a generic pointer.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier));
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
@@ -28,11 +29,12 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier,
+                                          uint64_t policy) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+      ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
 
@@ -45,62 +47,83 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
-// How a tape is cut for one CTA: `small` pieces of kPieceA, then the rest of `pieces` of kPieceB,
-// over and over, a layer each time; or all of kPieceA (heads).
-struct Cut {
-  int small, pieces;
-};
+// The computing warps' own barrier: the fetching warp is not part of it.
+__device__ __forceinline__ void sync_compute() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
 
-template <int kPieceA, int kPieceB, int kSlots>
-struct Ring {
-  static constexpr int kSlotBytes = kPieceA > kPieceB ? kPieceA : kPieceB;
+constexpr int round_up_to_power_of_two(int n) { return n <= 1 ? 1 : 2 * round_up_to_power_of_two((n + 1) / 2); }
 
-  uint32_t slots;  // address of [kSlots][kSlotBytes], this warp's
-  uint32_t full;   // address of the slots' mbarriers
-  int lane;
-  int head = 0, tail = 0, parity = 0;
+template <int kRingBytes_, int kMinPieceBytes>
+struct RingShared {
+  static constexpr int kBytes = kRingBytes_;
+  // A power of two, so that a count of pieces gives the barrier and its parity.
+  static constexpr int kBarriers = round_up_to_power_of_two(kRingBytes_ / kMinPieceBytes);
+  alignas(128) char data[kWarps][kBytes];
+  uint64_t full[kWarps][kBarriers];
+  uint32_t consumed[kWarps];
 
-  // What is fetched next: runs of the program, each a stretch of a tape.
-  const char* from = nullptr;
-  int left = 0, index = 0;
-  Cut cut{};
-  int run = 0;
-
-  __device__ void init() {
-    if (lane < kSlots) mbarrier_init(full + 8 * lane);
+  __device__ void init() {  // by all threads, before a CTA-wide barrier
+    for (int i = thread_index(); i < kWarps * kBarriers; i += blockDim.x) mbarrier_init(smem_address(full[0] + i));
+    if (thread_index() < kWarps) consumed[thread_index()] = 0;
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+};
 
-  // Fetch the next piece, if the program has one; `next_run(run, from, left, cut)` opens its runs.
-  template <class NextRun>
-  __device__ __forceinline__ void fetch(NextRun& next_run) {
-    while (left == 0) {
-      if (!next_run(run, from, left, cut)) return;
-      ++run;
-      index = 0;
-    }
-    const int bytes = index < cut.small ? kPieceA : kPieceB;
-    if (lane == 0) bulk_copy(slots + head * kSlotBytes, from, bytes, full + 8 * head);
-    from += bytes;
-    --left;
-    if (++index == cut.pieces) index = 0;
-    if (++head == kSlots) head = 0;
-  }
+// A computing warp's side.
+template <class Shared>
+struct RingReader {
+  Shared& sh;
+  int tail = 0;
+  uint32_t total = 0, pieces = 0;  // consumed: bytes (with those passed over at the end), pieces
 
   // Address of this lane's first operand in the next piece; one follows every 512 bytes.
-  __device__ __forceinline__ uint32_t wait() {
-    mbarrier_wait(full + 8 * tail, parity);
-    return slots + tail * kSlotBytes + 16 * lane;
+  template <int kPieceBytes>
+  __device__ __forceinline__ uint32_t wait(int warp, int lane) {
+    if (tail + kPieceBytes > Shared::kBytes) {
+      total += Shared::kBytes - tail;
+      tail = 0;
+    }
+    mbarrier_wait(smem_address(&sh.full[warp][pieces % Shared::kBarriers]), pieces / Shared::kBarriers & 1);
+    return smem_address(&sh.data[warp][tail + 16 * lane]);
   }
 
-  template <class NextRun>
-  __device__ __forceinline__ void release(NextRun& next_run) {
+  template <int kPieceBytes>
+  __device__ __forceinline__ void release(int warp, int lane) {
+    tail += kPieceBytes;
+    total += kPieceBytes;
+    ++pieces;
     __syncwarp();
-    if (++tail == kSlots) {
-      tail = 0;
-      parity ^= 1;
+    if (lane == 0)
+      asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(smem_address(&sh.consumed[warp])), "r"(total)
+                   : "memory");
+  }
+};
+
+// The fetching warp's side: lane w fills the ring of warp w.
+template <class Shared>
+struct RingWriter {
+  uint32_t data, full, consumed;
+  int head = 0;
+  uint32_t issued = 0, pieces = 0;
+
+  __device__ RingWriter(Shared& sh, int warp)
+      : data(smem_address(sh.data[warp])), full(smem_address(sh.full[warp])),
+        consumed(smem_address(&sh.consumed[warp])) {}
+
+  __device__ __forceinline__ void push(const char* from, int bytes, uint64_t policy) {
+    if (head + bytes > Shared::kBytes) {
+      issued += Shared::kBytes - head;
+      head = 0;
     }
-    fetch(next_run);
+    issued += bytes;
+    uint32_t done;
+    do {
+      asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(done) : "r"(consumed) : "memory");
+    } while (issued - done > Shared::kBytes);
+    bulk_copy(data + head, from, bytes, full + 8 * (pieces % Shared::kBarriers), policy);
+    head += bytes;
+    ++pieces;
   }
 };
 

@@ -1,13 +1,13 @@
 // One code from its logits, by one CTA for one stream, in the order of Hugging Face `generate`:
 // repetition penalty, suppression, temperature, top-k (ties kept), top-p; then Gumbel-max.
 //
-// Top-k needs no sort: take the winner of logit + noise; if fewer than k logits are larger it is
-// the winner of the truncated race too, else everything up to its logit is out and the race is run
-// again (one round as a rule, each halves what is left). Top-p (rare) finds its thresholds by
+// Top-k needs no sort: take the winner of score + noise; if fewer than k scores are larger it is
+// the winner of the truncated race too, else everything up to its score is out and the race is run
+// again. Top-p (rare) finds its thresholds by
 // bisection over the logits' order-preserving bits. The twin is qwen_megakernel/sampling.py.
 #pragma once
 
-#include "gemv.cuh"
+#include "layer.cuh"
 
 namespace qwen_tts {
 
@@ -33,6 +33,17 @@ __host__ __device__ __forceinline__ uint32_t ordered_bits(uint32_t bits) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+__host__ __device__ __forceinline__ float from_ordered_bits(uint32_t key) {
+  const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
 struct Draw {
   float temperature, tail_mass, penalty;  // penalty 1: none
   int top_k;
@@ -40,13 +51,6 @@ struct Draw {
   bool eos_suppressed;
   uint2 key;
   int codebook, frame;
-};
-
-struct SamplerShared {
-  float value[kWarps];
-  int index[kWarps];
-  int count[kWarps];
-  float mass[kWarps];
 };
 
 template <int kVocab>
@@ -58,7 +62,7 @@ struct Sampler {
   float score[kQuads][4];  // processed logit, minus infinity where out
   float noise[kQuads][4];
 
-  static __device__ __forceinline__ int quad(int i) { return threadIdx.x + i * kThreads; }
+  static __device__ __forceinline__ int quad(int i) { return thread_index() + i * kThreads; }
   static __device__ __forceinline__ bool owns(int i) { return quad(i) < kVocab / 4; }
 
   // Before the logits are there: it does not depend on them.
@@ -118,13 +122,10 @@ struct Sampler {
 #pragma unroll
       for (int j = 0; j < 4; ++j) n += owns(i) && predicate(i, j) ? 1 : 0;
     n = __reduce_add_sync(~0u, n);
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0) sh.count[threadIdx.x >> 5] = n;
-    __syncthreads();
-    int total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += sh.count[w];
-    return total;
+    sync_compute();  // the last count has been read
+    if (lane_index() == 0) sh.count[warp_index()] = n;
+    sync_compute();
+    return __reduce_add_sync(~0u, lane_index() < kWarps ? sh.count[lane_index()] : 0);
   }
 
   template <class Value>
@@ -136,62 +137,54 @@ struct Sampler {
       for (int j = 0; j < 4; ++j) x += owns(i) ? value(i, j) : 0.f;
 #pragma unroll
     for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(~0u, x, offset);
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0) sh.mass[threadIdx.x >> 5] = x;
-    __syncthreads();
+    sync_compute();
+    if (lane_index() == 0) sh.mass[warp_index()] = x;
+    sync_compute();
     float total = 0.f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += sh.mass[w];
     return total;
   }
 
-  // Index and logit of the largest logit + noise among scores above `floor`; the lowest index of equals.
-  __device__ __forceinline__ int winner(bool with_noise, float floor, float& logit) {
-    float best = -INFINITY;
+  // Of the scores whose key is above `floor`: the index of the largest score + noise (the lowest of
+  // equals), and the key of its score.
+  __device__ __forceinline__ int winner(bool with_noise, uint32_t floor, uint32_t& score_key) {
+    uint32_t best = 0, best_score = 0;
     int index = kVocab;
 #pragma unroll
     for (int i = 0; i < kQuads; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int v = quad(i) * 4 + j;
-        const float x = with_noise ? score[i][j] + noise[i][j] : score[i][j];
-        if (score[i][j] > floor && (x > best || (x == best && v < index))) {
+        const uint32_t x = ordered_bits(__float_as_uint(with_noise ? score[i][j] + noise[i][j] : score[i][j]));
+        if (owns(i) && key(i, j) > floor && x > best) {  // indices rise: the first of equals stays
           best = x;
-          index = v;
+          best_score = key(i, j);
+          index = quad(i) * 4 + j;
         }
       }
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1) {
-      const float other = __shfl_xor_sync(~0u, best, offset);
-      const int at = __shfl_xor_sync(~0u, index, offset);
-      if (other > best || (other == best && at < index)) {
-        best = other;
-        index = at;
-      }
+    reduce(best, best_score, index);
+    const int warp = warp_index(), lane = lane_index();
+    if (lane == 0) {
+      sh.key[warp] = best;
+      sh.score[warp] = best_score;
+      sh.index[warp] = index;
     }
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0) {
-      sh.value[threadIdx.x >> 5] = best;
-      sh.index[threadIdx.x >> 5] = index;
-    }
-    __syncthreads();
-    best = sh.value[0];
-    index = sh.index[0];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w)
-      if (sh.value[w] > best || (sh.value[w] == best && sh.index[w] < index)) {
-        best = sh.value[w];
-        index = sh.index[w];
-      }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (quad(i) * 4 + j == index) sh.value[0] = score[i][j];
-    __syncthreads();
-    logit = sh.value[0];
+    sync_compute();
+    best = sh.key[lane % kWarps];
+    best_score = sh.score[lane % kWarps];
+    index = sh.index[lane % kWarps];
+    reduce(best, best_score, index);
+    score_key = best_score;
     return index;
+  }
+
+  // A warp's best, in every lane.
+  static __device__ __forceinline__ void reduce(uint32_t& best, uint32_t& best_score, int& index) {
+    const uint32_t top = __reduce_max_sync(~0u, best);
+    const int first = __reduce_min_sync(~0u, best == top ? index : kVocab);
+    best_score = __reduce_max_sync(~0u, best == top && index == first ? best_score : 0u);
+    best = top;
+    index = first;
   }
 
   __device__ __forceinline__ uint32_t key(int i, int j) const {
@@ -201,29 +194,33 @@ struct Sampler {
   // Put codes outside top-k and top-p out, explicitly.
   __device__ __forceinline__ void truncate(const Draw& d) {
     uint32_t kth = 0;  // largest key that at least k reach
+#pragma unroll 1
     for (int bit = 31; bit >= 0; --bit) {
       const uint32_t candidate = kth | 1u << bit;
       if (count_if([&](int i, int j) { return key(i, j) >= candidate; }) >= d.top_k) kth = candidate;
     }
-    float top;
-    winner(false, -INFINITY, top);
+    uint32_t top_key;
+    winner(false, 0, top_key);
+    const float top = from_ordered_bits(top_key);
     auto mass = [&](int i, int j) { return key(i, j) >= kth ? expf(score[i][j] - top) : 0.f; };
     const float limit = d.tail_mass * sum_of(mass);
     uint32_t edge = 0;  // largest key with no more than the limit below it
+#pragma unroll 1
     for (int bit = 31; bit >= 0; --bit) {
       const uint32_t candidate = edge | 1u << bit;
       const float below =
           sum_of([&](int i, int j) { return key(i, j) < candidate ? mass(i, j) : 0.f; });
       if (below <= limit) edge = candidate;
     }
-    edge = min(edge, ordered_bits(__float_as_uint(top)));  // the most likely code always stays
+    edge = min(edge, top_key);  // the most likely code always stays
     const float below = sum_of([&](int i, int j) { return key(i, j) < edge ? mass(i, j) : 0.f; });
-    const float each = expf(__uint_as_float(edge & 0x80000000u ? edge & 0x7fffffffu : ~edge) - top);
+    const float each = expf(from_ordered_bits(edge) - top);
     const int ties = count_if([&](int i, int j) { return key(i, j) == edge; });
-    const int last = edge == ordered_bits(__float_as_uint(top)) ? ties - 1 : ties;
+    const int last = edge == top_key ? ties - 1 : ties;
     int removed = 0;  // of equals the lowest indices go first
     while (removed < last && below + each * (removed + 1) <= limit) ++removed;
     int from = 0;  // the first index of the equals that stays
+#pragma unroll 1
     for (int bit = 12; bit >= 0; --bit) {
       const int candidate = from | 1 << bit;
       const int before =
@@ -242,13 +239,13 @@ struct Sampler {
   __device__ __forceinline__ int pick(const Draw& d) {
     const bool noisy = d.temperature > 0.f;
     if (noisy && d.tail_mass > 0.f) truncate(d);
-    float floor = -INFINITY;
+    uint32_t floor = 0;
     for (;;) {
-      float logit;
-      const int index = winner(noisy, floor, logit);
-      const int above = count_if([&](int i, int j) { return score[i][j] > logit; });
-      if (above < d.top_k) return index;
-      floor = logit;
+      uint32_t score_key;
+      const int index = winner(noisy, floor, score_key);
+      const int above = count_if([&](int i, int j) { return key(i, j) > score_key; });
+      if (above < d.top_k) return min(index, kVocab - 1);
+      floor = score_key;
     }
   }
 };

@@ -69,6 +69,50 @@ class DecoderBackend(Protocol):
         """Free a slot; its next `prefill` sees nothing of this stream."""
 
 
+def check_max_positions(num_slots: int, max_positions: int, limit: int) -> None:
+    """Sizes of a backend. Raises `ValueError`."""
+    if num_slots < 1:
+        raise ValueError(f"num_slots is {num_slots}, allowed: at least 1")
+    if not 2 <= max_positions <= limit:
+        raise ValueError(f"max_positions is {max_positions}, allowed: 2 to {limit}")
+
+
+def check_prefill(backend: DecoderBackend, slot: int, in_use: bool, rows: Tensor, hidden: int) -> None:
+    """What `DecoderBackend.prefill` may be given. Raises `ValueError`."""
+    if not 0 <= slot < backend.num_slots:
+        raise ValueError(f"slot is {slot}, allowed: 0 to {backend.num_slots - 1}")
+    if in_use:
+        raise ValueError(f"slot {slot} is in use")
+    if rows.ndim != 2 or rows.shape[1] != hidden:
+        raise ValueError(f"rows is {list(rows.shape)}, expected [p, {hidden}]")
+    if not 1 <= rows.shape[0] < backend.max_positions:
+        raise ValueError(
+            f"the prompt has {rows.shape[0]} rows, allowed: 1 to {backend.max_positions - 1}"
+        )
+
+
+def check_decode(
+    backend: DecoderBackend,
+    slots: Sequence[int],
+    positions: dict[int, int],
+    text_rows: Tensor,
+    hidden: int,
+) -> None:
+    """What `DecoderBackend.decode` may be given; `positions` of the live slots. Raises `ValueError`."""
+    if not 1 <= len(slots) <= MAX_BATCH:
+        raise ValueError(f"{len(slots)} slots in a frame, allowed: 1 to {MAX_BATCH}")
+    if len(set(slots)) != len(slots):
+        raise ValueError(f"slots {list(slots)} repeat")
+    for slot in slots:
+        if slot not in positions:
+            raise ValueError(f"slot {slot} is not in use")
+        if positions[slot] >= backend.max_positions:
+            raise ValueError(f"slot {slot} is full: {backend.max_positions} positions")
+    expected = (len(slots), hidden)
+    if tuple(text_rows.shape) != expected:
+        raise ValueError(f"text_rows is {list(text_rows.shape)}, expected {list(expected)}")
+
+
 @dataclass(slots=True)
 class Frame:
     """All a frame computes, for tests and comparisons; `decode` returns the codes alone."""
@@ -113,12 +157,7 @@ class TorchBackend:
         num_slots: int = MAX_BATCH,
         max_positions: int = 3072,
     ) -> None:
-        if num_slots < 1:
-            raise ValueError(f"num_slots is {num_slots}, allowed: at least 1")
-        if not 2 <= max_positions <= talker_config.max_positions:
-            raise ValueError(
-                f"max_positions is {max_positions}, allowed: 2 to {talker_config.max_positions}"
-            )
+        check_max_positions(num_slots, max_positions, talker_config.max_positions)
         self.num_slots, self.max_positions = num_slots, max_positions
         self._talker, self._config, self._predictor_config = talker, talker_config, predictor_config
         weight = talker.codec_head.weight
@@ -148,15 +187,8 @@ class TorchBackend:
     @torch.inference_mode()
     def prefill(self, slot: int, rows: Tensor, params: GenerationParams) -> None:
         """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
-        if not 0 <= slot < self.num_slots:
-            raise ValueError(f"slot is {slot}, allowed: 0 to {self.num_slots - 1}")
-        if slot in self._streams:
-            raise ValueError(f"slot {slot} is in use")
-        if rows.ndim != 2 or rows.shape[1] != self._config.hidden_size:
-            raise ValueError(f"rows is {list(rows.shape)}, expected [p, {self._config.hidden_size}]")
+        check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size)
         count = rows.shape[0]
-        if not 1 <= count < self.max_positions:
-            raise ValueError(f"the prompt has {count} rows, allowed: 1 to {self.max_positions - 1}")
         rows = rows.to(self._device, self._dtype)
         if count > 1:
             cos, sin = self._cos[None, : count - 1], self._sin[None, : count - 1]
@@ -190,7 +222,13 @@ class TorchBackend:
         Raises:
             ValueError: slots not live, repeated, too many or full.
         """
-        self._check_slots(slots, text_rows)
+        check_decode(
+            self,
+            slots,
+            {s: x.position for s, x in self._streams.items()},
+            text_rows,
+            self._config.hidden_size,
+        )
         streams = [self._streams[slot] for slot in slots]
         n = len(streams)
         num_rows = n if self._device.type == "cpu" else MAX_BATCH
@@ -205,20 +243,6 @@ class TorchBackend:
         codes, predictor_logits = self._predict(hidden, code0, streams, draws, forced_codes)
         self._advance(slots, streams, codes)
         return Frame(codes[:n], hidden[:n], talker_logits, predictor_logits)
-
-    def _check_slots(self, slots: Sequence[int], text_rows: Tensor) -> None:
-        if not 1 <= len(slots) <= MAX_BATCH:
-            raise ValueError(f"{len(slots)} slots in a frame, allowed: 1 to {MAX_BATCH}")
-        if len(set(slots)) != len(slots):
-            raise ValueError(f"slots {list(slots)} repeat")
-        for slot in slots:
-            if slot not in self._streams:
-                raise ValueError(f"slot {slot} is not in use")
-            if self._streams[slot].position >= self.max_positions:
-                raise ValueError(f"slot {slot} is full: {self.max_positions} positions")
-        expected = (len(slots), self._config.hidden_size)
-        if tuple(text_rows.shape) != expected:
-            raise ValueError(f"text_rows is {list(text_rows.shape)}, expected {list(expected)}")
 
     def _attend_prompt(self, slot: int) -> Attend:
         """Attention of a whole prompt, from position 0."""
