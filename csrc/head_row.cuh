@@ -1,0 +1,98 @@
+// One row of one attention head in a warp's registers: RMSNorm over head_dim, RoPE, dot products.
+//
+// Lane l < head_dim / 4 holds dims {2l, 2l + 1} and the two half a head further, so that RoPE's
+// rotated pairs meet in a lane and a packet is two neighbouring dims. All arithmetic is fp32.
+#pragma once
+
+#include "packets.cuh"
+
+namespace qwen_tts {
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
+
+template <int kDim>
+struct HeadRow {
+  static_assert(kDim == 64 || kDim == 128, "head_dim is 64 or 128");
+  static constexpr int kLanes = kDim / 4;
+  float x[4];
+
+  static __device__ __forceinline__ int lane() { return lane_index(); }
+  static __device__ __forceinline__ bool owns() { return lane() < kLanes; }
+
+  __device__ __forceinline__ void set(uint32_t low, uint32_t high) {
+    const float2 a = unpack_bf16(low), b = unpack_bf16(high);
+    x[0] = a.x;
+    x[1] = a.y;
+    x[2] = b.x;
+    x[3] = b.y;
+  }
+  // kept: rows of bf16 in device memory or shared memory
+  __device__ __forceinline__ void load(const __nv_bfloat16* row) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(row) + (owns() ? lane() : 0);
+    const uint32_t low = __ldcg(words), high = __ldcg(words + kDim / 4);
+    set(owns() ? low : 0u, owns() ? high : 0u);
+  }
+  __device__ __forceinline__ void store(__nv_bfloat16* row) const {
+    if (!owns()) return;
+    uint32_t* words = reinterpret_cast<uint32_t*>(row) + lane();
+    words[0] = pack_bf16(x[0], x[1]);
+    words[kDim / 4] = pack_bf16(x[2], x[3]);
+  }
+  __device__ __forceinline__ void store(float* row) const {
+    if (!owns()) return;
+    reinterpret_cast<float2*>(row)[lane()] = make_float2(x[0], x[1]);
+    reinterpret_cast<float2*>(row)[kDim / 4 + lane()] = make_float2(x[2], x[3]);
+  }
+  // To what a bf16 cache will give back.
+  __device__ __forceinline__ void round() {
+    set(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]));
+  }
+  // weight: [head_dim]; rope: [head_dim / 2][2] of the row's position
+  __device__ __forceinline__ void norm_rope(const __nv_bfloat16* weight, const float* rope, float eps) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(weight) + (owns() ? lane() : 0);
+    const float4 angle = __ldg(reinterpret_cast<const float4*>(rope) + (owns() ? lane() : 0));
+    const float2 wa = unpack_bf16(__ldg(words)), wb = unpack_bf16(__ldg(words + kDim / 4));
+    const float squares = x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
+    const float scale = 1.0f / sqrtf(warp_sum(squares) / kDim + eps);
+    const float a = x[0] * scale * wa.x, b = x[1] * scale * wa.y;
+    const float c = x[2] * scale * wb.x, d = x[3] * scale * wb.y;
+    x[0] = a * angle.x - c * angle.y;
+    x[1] = b * angle.z - d * angle.w;
+    x[2] = c * angle.x + a * angle.y;
+    x[3] = d * angle.z + b * angle.w;
+  }
+  __device__ __forceinline__ float dot(const HeadRow& other) const {
+    return warp_sum(x[0] * other.x[0] + x[1] * other.x[1] + x[2] * other.x[2] + x[3] * other.x[3]);
+  }
+};
+
+// Poll kCount rows of a published vector, beginning at first_row[i].
+template <int kDim, int kCount>
+__device__ __forceinline__ void wait_rows(HeadRow<kDim> (&rows)[kCount], const uint64_t* vector,
+                                          const int (&first_row)[kCount], int column, uint32_t tag,
+                                          const Watchdog& dog) {
+  uint2 v[kCount][2];
+  for (unsigned spin = 0;; ++spin) {
+    bool ok = true;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row[i] + half * (kDim / 2) + 2 * (HeadRow<kDim>::owns() ? HeadRow<kDim>::lane() : 0);
+        v[i][half] = load_packet(vector + packet_index(row / 16, row % 16 / 2, column));
+        ok = ok && v[i][half].y == tag;
+      }
+    if (ok) break;
+    if (dog.tired(spin)) dog.bark(Phase::kAttention, tag);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    rows[i].set(HeadRow<kDim>::owns() ? v[i][0].x : 0u, HeadRow<kDim>::owns() ? v[i][1].x : 0u);
+}
+
+}  // namespace qwen_tts

@@ -1,0 +1,100 @@
+// The predictor's attention: one key-value head of one stream over the at most 16 positions of the
+// frame, a position a warp. Its keys and values are written and read by the same CTA alone.
+#pragma once
+
+#include "attention.cuh"
+
+namespace qwen_tts {
+
+template <class D>
+struct PredictorAttentionShared {
+  using S = HeadShape<D>;
+  float score[S::kGroupSize][kWarps];
+  float v[kWarps][S::kDim];
+};
+static_assert(sizeof(PredictorAttentionShared<PredictorDims>) <= sizeof(Scratch::partial) / 2,
+              "attention borrows a partial buffer");
+static_assert(kWarps >= kNumCodebooks, "a warp takes a position");
+
+// The new rows of a pass: the one at `last`, of stream s in column first + s, and where first is
+// not 0 also the one before it, in column s.
+struct NewRows {
+  int last, first;
+
+  __device__ __forceinline__ int column(int stream, int position) const {
+    return position == last ? first + stream : stream;
+  }
+  __device__ __forceinline__ bool holds(int position) const { return position >= last - (first > 0 ? 1 : 0); }
+};
+
+template <class D>
+__device__ __forceinline__ void attend_predictor_item(Context& c, int layer, int stream, int kv_head,
+                                                      const NewRows& rows) {
+  using S = HeadShape<D>;
+  using Row = HeadRow<S::kDim>;
+  const FrameParams& p = c.p;
+  auto& sh = *reinterpret_cast<PredictorAttentionShared<D>*>(c.scratch.partial[c.buffer]);
+  const int warp = warp_index();
+  const uint64_t* vector = p.packets + PacketLayout::kQkv;
+  __nv_bfloat16* k_rows = p.predictor_kv +
+                          ((int64_t(layer) * kMaxColumns + stream) * D::kKvHeads + kv_head) * 2 * kNumCodebooks * S::kDim;
+  __nv_bfloat16* v_rows = k_rows + kNumCodebooks * S::kDim;
+  const __nv_bfloat16* qk_norm = p.predictor_qk_norms + layer * 2 * S::kDim;
+
+  if (warp <= rows.last) {
+    Row kv[2];
+    if (rows.holds(warp)) {
+      wait_rows(kv, vector, {S::kQRows + kv_head * S::kDim, S::kQRows + S::kKRows + kv_head * S::kDim},
+                rows.column(stream, warp), c.tag - 1, c.dog);
+      kv[0].norm_rope(qk_norm + S::kDim, p.predictor_rope + warp * S::kDim, D::kEps);
+      kv[0].round();
+      kv[0].store(k_rows + warp * S::kDim);
+      kv[1].store(v_rows + warp * S::kDim);
+    } else {
+      kv[0].load(k_rows + warp * S::kDim);
+      kv[1].load(v_rows + warp * S::kDim);
+    }
+    kv[1].store(sh.v[warp]);
+    Row q[S::kGroupSize];
+    int first_row[S::kGroupSize];
+#pragma unroll
+    for (int g = 0; g < S::kGroupSize; ++g) first_row[g] = (kv_head * S::kGroupSize + g) * S::kDim;
+    wait_rows(q, vector, first_row, rows.column(stream, rows.last), c.tag - 1, c.dog);
+    const float scale = 1.0f / sqrtf(float(S::kDim));
+#pragma unroll
+    for (int g = 0; g < S::kGroupSize; ++g) {
+      q[g].norm_rope(qk_norm, p.predictor_rope + rows.last * S::kDim, D::kEps);
+      const float score = q[g].dot(kv[0]) * scale;
+      if (lane_index() == 0) sh.score[g][warp] = score;
+    }
+  }
+  sync_compute();
+  constexpr int kPairs = S::kGroupSize * S::kDim / 2;
+  for (int i = thread_index(); i < (rows.first > 0 ? 2 : 1) * kPairs; i += kThreads) {
+    // The row before the last attends to itself alone, being the first: with one position to see
+    // the weight is one, whatever the score.
+    const int position = rows.last - i / kPairs, g = i % kPairs / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2));
+    float maximum = -INFINITY, total = 0.f, low = 0.f, high = 0.f;
+    for (int w = 0; w <= position; ++w) maximum = fmaxf(maximum, sh.score[g][w]);
+    for (int w = 0; w <= position; ++w) {
+      const float weight = expf(sh.score[g][w] - maximum);
+      const float2 value = *reinterpret_cast<const float2*>(&sh.v[w][dim]);
+      total += weight;
+      low += weight * value.x;
+      high += weight * value.y;
+    }
+    const int row = (kv_head * S::kGroupSize + g) * S::kDim + dim;
+    publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, rows.column(stream, position), low / total, high / total,
+                 c.tag, row);
+  }
+  c.buffer ^= 1;
+}
+
+// All items of one layer that fall to this CTA; reads c.tag - 1, publishes c.tag.
+template <class D>
+__device__ __forceinline__ void attend_predictor(Context& c, int layer, const NewRows& rows) {
+  for (int item = blockIdx.x; item < c.p.num_columns * D::kKvHeads; item += gridDim.x)
+    attend_predictor_item<D>(c, layer, item / D::kKvHeads, item % D::kKvHeads, rows);
+}
+
+}  // namespace qwen_tts

@@ -1,0 +1,303 @@
+"""Compile the CUDA kernels for one checkpoint shape and one GPU, and load them.
+
+The kernel's shapes are compile-time constants from `config.json`, so a build belongs to a
+geometry, an architecture, the sources, the compiler and torch: a hash of all of them names it
+in the cache, and a change of any is another build. A build is made aside and renamed in, under
+a lock that the operating system takes back when a process dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig, TransformerConfig
+
+SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+MIN_ARCH = 90
+"""Bulk copies to shared memory with mbarriers, and 64-bit tagged exchanges at their speed."""
+KNOWN_ARCHES = ("90a", "120a")
+"""Built and checked for spills by the tests; others of sm_90 and newer are built the same way."""
+_SHARED_BYTES = {90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376, 121: 101_376}
+"""Shared memory a CTA may have, by architecture (CUDA C++ Programming Guide, table of limits)."""
+
+Progress = Callable[[str], None]
+
+
+class BuildError(RuntimeError):
+    """The kernel cannot be built here; one line says why and what helps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """What one build makes: sources compiled by nvcc and by the host compiler, linked into one."""
+
+    name: str
+    cuda_sources: tuple[str, ...]
+    cpp_sources: tuple[str, ...]
+    """C++ against torch's headers; may be empty."""
+    header: str
+    """Content of `geometry.h`."""
+
+
+def frame_library(config: ModelConfig, arch: str) -> Library:
+    """The frame kernel for a checkpoint's shape."""
+    return Library(
+        "frame", ("kernel_tts.cu",), ("torch_bindings_tts.cpp",), geometry_header(config, arch)
+    )
+
+
+def geometry_header(config: ModelConfig, arch: str) -> str:
+    """`geometry.h`: the shapes of talker and predictor, and the target's shared memory.
+
+    Raises:
+        BuildError: a shape that the kernel's tiles cannot cover.
+    """
+
+    def dims(name: str, c: TransformerConfig) -> str:
+        _check_dims(name, c)
+        return (
+            f"struct {name} {{\n  static constexpr int kHidden = {c.hidden_size}, "
+            f"kIntermediate = {c.intermediate_size}, kLayers = {c.num_layers}, kHeads = {c.num_heads}, "
+            f"kKvHeads = {c.num_kv_heads}, kHeadDim = {c.head_dim}, kVocab = {c.vocab_size};\n"
+            f"  static constexpr float kEps = {c.rms_norm_eps}f;\n}};\n"
+        )
+
+    return (
+        "#pragma once\nnamespace qwen_tts {\n"
+        + dims("TalkerDims", config.talker)
+        + dims("PredictorDims", config.predictor)
+        + f"constexpr int kNumControlCodes = {NUM_CONTROL_CODES}, "
+        f"kEosCode = {config.talker.codec_eos_id}, kSharedBytes = {shared_bytes(arch)};\n"
+        "}  // namespace qwen_tts\n"
+    )
+
+
+def _check_dims(name: str, c: TransformerConfig) -> None:
+    if c.head_dim not in (64, 128):
+        raise BuildError(f"{name}: head_dim is {c.head_dim}, the kernel knows 64 and 128")
+    rows = {
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "vocab_size": c.vocab_size,
+    }
+    for field, value in rows.items():
+        if value % 32:
+            raise BuildError(f"{name}: {field} is {value}, the kernel needs a multiple of 32")
+
+
+def shared_bytes(arch: str) -> int:
+    """Shared memory a CTA may have on an architecture such as `90a`, in bytes."""
+    return _SHARED_BYTES.get(int(arch.rstrip("af")), 101_376)
+
+
+def detect_arch(device: torch.device) -> str:
+    """The architecture of a GPU, such as `90a`. Raises `BuildError` for one that is too old."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < MIN_ARCH:
+        raise BuildError(
+            f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, the kernel needs sm_{MIN_ARCH} "
+            "or newer (Hopper, Blackwell, RTX 50): use --backend torch"
+        )
+    return f"{major}{minor}a"
+
+
+def find_nvcc() -> Path:
+    """The CUDA compiler: of CUDA_HOME, on the PATH, or in the usual place. Raises `BuildError`."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [Path(home) / "bin" / "nvcc"] if home else []
+    if on_path := shutil.which("nvcc"):
+        places.append(Path(on_path))
+    places.append(Path("/usr/local/cuda/bin/nvcc"))
+    for place in places:
+        if place.is_file():
+            return place
+    raise BuildError(
+        "nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda): install the CUDA toolkit 12.8 or newer, "
+        "or use --backend torch"
+    )
+
+
+def cache_folder() -> Path:
+    """Where builds are kept: QWEN_MEGAKERNEL_CACHE, or the user's cache folder."""
+    if named := os.environ.get("QWEN_MEGAKERNEL_CACHE"):
+        return Path(named)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "qwen_megakernel"
+
+
+def build(library: Library, arch: str, progress: Progress | None = None) -> Path:
+    """Compile a library, or find it in the cache.
+
+    Args:
+        library: what to build.
+        arch: `90a`, `120a`, ...
+        progress: told what is being done, a line each.
+
+    Returns:
+        The shared library's path.
+
+    Raises:
+        BuildError: no compiler, or what the compiler said.
+    """
+    report = progress or (lambda line: None)
+    nvcc = find_nvcc()
+    folder = cache_folder() / f"{library.name}-sm_{arch}-{_digest(library, arch, nvcc)}"
+    product = folder / f"{library.name}.so"
+    if product.exists():
+        return product
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_suffix(".lock"), report):
+        if product.exists():  # another process was faster
+            return product
+        report(f"compiling the {library.name} kernel for sm_{arch} (once, about a minute)")
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as aside:
+            _compile(library, arch, nvcc, Path(aside), folder.name)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(aside, folder)
+            Path(aside).mkdir()  # for TemporaryDirectory to remove
+    return product
+
+
+def library_name(product: Path) -> str:
+    """The name under which a built library registers itself with torch."""
+    return _identifier(product.parent.name)
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def _digest(library: Library, arch: str, nvcc: Path) -> str:
+    parts = [
+        library.header,
+        arch,
+        " ".join(_nvcc_flags(arch)),
+        _version(nvcc),
+        torch.__version__,
+        sys.version,
+    ]
+    for path in sorted(SOURCES.glob("*")):
+        if path.suffix in (".cu", ".cuh", ".cpp", ".h"):
+            parts += [path.name, path.read_text()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _version(nvcc: Path) -> str:
+    return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _nvcc_flags(arch: str) -> list[str]:
+    return [
+        "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC", "-Xptxas", "-v",
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+    ]  # fmt: skip
+
+
+def _torch_flags() -> list[str]:
+    root = Path(torch.__file__).parent
+    return [
+        f"-I{root / 'include'}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+        "-std=c++20", "-O1", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+    ]  # fmt: skip
+
+
+def _compile(library: Library, arch: str, nvcc: Path, folder: Path, name: str) -> None:
+    (folder / "geometry.h").write_text(library.header)
+    jobs: list[tuple[str, Sequence[str | Path]]] = []
+    for source in library.cuda_sources:
+        jobs.append(
+            (
+                source,
+                [
+                    nvcc,
+                    *_nvcc_flags(arch),
+                    f"-I{folder}",
+                    "-c",
+                    SOURCES / source,
+                    "-o",
+                    folder / f"{source}.o",
+                ],
+            )
+        )
+    for source in library.cpp_sources:
+        define = f"-DQWEN_TTS_LIBRARY={_identifier(name)}"
+        command = [nvcc, *_torch_flags(), define, f"-I{folder}"]
+        jobs.append((source, [*command, "-c", SOURCES / source, "-o", folder / f"{source}.o"]))
+    _run_all(jobs, folder)
+    objects = [folder / f"{source}.o" for source, _ in jobs]
+    product = folder / f"{library.name}.so"
+    link = [nvcc, "-shared", "-cudart=static", *objects, "-o", product, "-Xlinker", "-Bsymbolic"]
+    if library.cpp_sources:
+        root = Path(torch.__file__).parent / "lib"
+        link += [f"-L{root}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    _run_all([("linking", link)], folder)
+
+
+def _run_all(jobs: Sequence[tuple[str, Sequence[str | Path]]], folder: Path) -> None:
+    """Run commands side by side; the output of each is kept in `folder`, and shown if it fails."""
+    running = []
+    for name, command in jobs:
+        log = (folder / f"{name}.log").open("w+")
+        running.append((name, log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
+    failed = []
+    for name, log, process in running:
+        with log:
+            if process.wait():
+                log.seek(0)
+                failed.append(f"{name}: {_first_error(log.read())}")
+    if failed:
+        raise BuildError("the kernel does not compile: " + "; ".join(failed))
+
+
+def _first_error(output: str) -> str:
+    lines = [line for line in output.splitlines() if "error" in line.lower() or "fatal" in line.lower()]
+    return (lines or output.splitlines() or ["the compiler said nothing"])[0][:400]
+
+
+@contextmanager
+def _locked(path: Path, report: Progress) -> Iterator[None]:
+    """Hold an exclusive lock; it ends with the process, however that ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("another process is compiling the kernel; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What ptxas reports of one kernel."""
+
+    kernel: str
+    registers: int
+    spill_bytes: int
+    """Stores and loads to local memory for want of registers."""
+
+
+def resources(product: Path) -> list[Resources]:
+    """What ptxas said of the kernels of a built library."""
+    found = []
+    for log in sorted(product.parent.glob("*.cu.log")):
+        for entry in log.read_text().split("Compiling entry function")[1:]:
+            spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+            registers = re.search(r"Used (\d+) registers", entry)
+            name = entry.split("'")[1]
+            if spills and registers:
+                found.append(Resources(name, int(registers[1]), int(spills[1]) + int(spills[2])))
+    return found

@@ -1,0 +1,108 @@
+"""Weights in the order and shape in which the frame kernel reads them.
+
+A product W x is cut into items: strips of 16 rows, times parts of k where rows are few. An item's
+bytes are [warp][chunk][lane][8 bf16]: each of the kernel's 16 warps takes a sixteenth of k in
+chunks of 16, and of a chunk each lane's 16 bytes are its mma.m16n8k16 A fragment, so that the
+kernel moves weights without looking at them. csrc/gemv.cuh (Product) and csrc/layer.cuh
+(Products) say the same in C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from qwen_megakernel.model import DecoderLayer
+
+NUM_WARPS = 16
+STRIP_ROWS = 16
+CHUNK_K = 16
+
+
+def split_of(rows: int, k: int) -> int:
+    """Parts that k is cut into: two where rows alone would leave half of a big GPU idle."""
+    return 2 if rows <= 64 * STRIP_ROWS and k >= 1024 else 1
+
+
+def fragments(weight: Tensor) -> Tensor:
+    """A fragments of every 16 x 16 tile.
+
+    Args:
+        weight: [rows, k], both multiples of 16.
+
+    Returns:
+        [rows / 16, k / 16, 256]: lane by lane (g = lane / 4, t = lane % 4) the values of rows g and
+        g + 8 at k = 2t, 2t + 1, then the same at k + 8.
+    """
+    rows, k = weight.shape
+    tiles = weight.reshape(rows // STRIP_ROWS, 2, 8, k // CHUNK_K, 2, 4, 2)
+    return tiles.permute(0, 3, 2, 5, 4, 1, 6).reshape(rows // STRIP_ROWS, k // CHUNK_K, 256)
+
+
+def pack_product(weight: Tensor, *, splits: bool = False) -> Tensor:
+    """One product's items, flat.
+
+    Args:
+        weight: bf16 [rows, k].
+        splits: whether k may be cut (`split_of`), as the kernel does for O and down.
+
+    Returns:
+        bf16 [items * 16 warps * chunks * 256], item = part of k * strips + strip; chunks beyond k are 0.
+    """
+    rows, k = weight.shape
+    parts = split_of(rows, k) if splits else 1
+    real = k // parts // CHUNK_K
+    chunks = -(-real // NUM_WARPS)
+    tiles = fragments(weight).reshape(rows // STRIP_ROWS, parts, real, 256)
+    tiles = nn.functional.pad(tiles, (0, 0, 0, chunks * NUM_WARPS - real))
+    return tiles.transpose(0, 1).reshape(-1)
+
+
+def interleave_gate_up(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows of gate and up in turns of eight, so that one strip has both halves of a SwiGLU."""
+    pairs = torch.stack([gate.reshape(-1, 8, gate.shape[1]), up.reshape(-1, 8, up.shape[1])], dim=1)
+    return pairs.reshape(-1, gate.shape[1])
+
+
+def pack_layer(layer: DecoderLayer) -> Tensor:
+    """A decoder layer's four products, flat bf16: QKV, O, gate-up, down."""
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    return torch.cat(
+        [
+            pack_product(qkv),
+            pack_product(attention.o_proj.weight, splits=True),
+            pack_product(interleave_gate_up(mlp.gate_proj.weight, mlp.up_proj.weight)),
+            pack_product(mlp.down_proj.weight, splits=True),
+        ]
+    )
+
+
+def pack_layers(layers: Iterable[DecoderLayer]) -> Tensor:
+    """Layers in order, flat bf16."""
+    return torch.cat([pack_layer(layer) for layer in layers])
+
+
+def pack_norms(layers: Iterable[DecoderLayer], final: Tensor) -> Tensor:
+    """Weights of the norms over hidden, bf16 [layers * 2 + 1, hidden]: input, post-attention; final."""
+    rows = [
+        w
+        for layer in layers
+        for w in (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+    ]
+    return torch.stack([*rows, final])
+
+
+def pack_qk_norms(layers: Iterable[DecoderLayer]) -> Tensor:
+    """Weights of the norms over head_dim, bf16 [layers, 2, head_dim]: q, k."""
+    return torch.stack(
+        [torch.stack([layer.self_attn.q_norm.weight, layer.self_attn.k_norm.weight]) for layer in layers]
+    )
+
+
+def pack_rope(cos: Tensor, sin: Tensor) -> Tensor:
+    """Tables of `rope_tables`, [positions, head_dim], as fp32 [positions, head_dim / 2, 2]."""
+    half = cos.shape[-1] // 2
+    return torch.stack([cos[:, :half], sin[:, :half]], dim=-1).float().contiguous()
