@@ -392,6 +392,8 @@ class Checkpoint:
         for prefix in PREFIXES:
             if prefix == "speaker_encoder." and self.config.mode != "base":
                 continue
+            if prefix == "encoder." and self.config.codec_encoder is None:
+                continue
             if not any(name.startswith(prefix) for name in self.tensors):
                 raise CheckpointError(f"{self.folder}: has no tensor {prefix}*")
 

@@ -275,8 +275,8 @@ class ModelConfig:
     codec: CodecConfig
     speaker_encoder: SpeakerEncoderConfig | None
     """Present in Base checkpoints only."""
-    codec_encoder: dict[str, Any]
-    """`encoder_config`, as `transformers.MimiConfig` takes it."""
+    codec_encoder: dict[str, Any] | None
+    """`encoder_config`, as `transformers.MimiConfig` takes it; None: no in-context cloning."""
     im_start_id: int
     im_end_id: int
     tts_pad_id: int
@@ -314,7 +314,11 @@ class ModelConfig:
                 if base
                 else None
             ),
-            codec_encoder=dict(_get(speech, "encoder_config", "speech_tokenizer/config.json", dict)),
+            codec_encoder=(
+                dict(_get(speech, "encoder_config", "speech_tokenizer/config.json", dict))
+                if "encoder_config" in speech
+                else None
+            ),
             im_start_id=_get(root, "im_start_token_id", "config.json", int),
             im_end_id=_get(root, "im_end_token_id", "config.json", int),
             tts_pad_id=_get(root, "tts_pad_token_id", "config.json", int),

@@ -7,6 +7,7 @@ vocabulary is small, so the same text is more tokens.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -65,12 +66,12 @@ O mercado abre às oito da manhã e fecha às seis, mas hoje vai ficar aberto at
 今日はとても良い天気なので、午後から公園を散歩しましょう。
 오늘은 날씨가 아주 좋아서 오후에 공원을 산책하려고 합니다.
 """
-# The chat template's role words and line end must each be a single token.
+# The chat template's role words and line end must each be a single token, whatever the text.
 _ROLE_LINES = "assistant\nuser\nsystem\n" * 40
 
 
-def _train_bpe(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary (token -> rank) and merges, learned from the embedded text."""
+def _train_bpe(text: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary (token -> rank) and merges, learned from a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -84,14 +85,20 @@ def _train_bpe(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([_SAMPLE_TEXT, _ROLE_LINES], trainer)
+    tokenizer.train_from_iterator([*text, _ROLE_LINES], trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     return learned["vocab"], [tuple(pair) for pair in learned["merges"]]
 
 
-def write_tokenizer(folder: Path, tiny: bool) -> None:
-    """`vocab.json`, `merges.txt` and `tokenizer_config.json` of a Qwen2 tokenizer."""
-    vocab, merges = _train_bpe(_TINY_FIRST_SPECIAL)
+def write_tokenizer(folder: Path, tiny: bool, text: Iterable[str] = (_SAMPLE_TEXT,)) -> None:
+    """`vocab.json`, `merges.txt` and `tokenizer_config.json` of a Qwen2 tokenizer.
+
+    Args:
+        folder: where to.
+        tiny: special tokens from 1000 on, instead of at their true ids.
+        text: what the merges are learned from.
+    """
+    vocab, merges = _train_bpe(text, _TINY_FIRST_SPECIAL)
     if not tiny:
         vocab["assistant"] = _ASSISTANT_ID
     specials = special_ids(tiny)

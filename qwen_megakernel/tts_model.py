@@ -231,12 +231,14 @@ class TTSDecoder:
                 raise RequestError(
                     "unsupported", f"a {self.config.mode} checkpoint cannot clone voices, only base can"
                 )
+            codec_config = self.config.codec_encoder
             with torch.device("meta"):
                 speaker = SpeakerEncoder(self.config.speaker_encoder)
-                codec = CodecEncoder(self.config.codec_encoder)
+                codec = CodecEncoder(codec_config) if codec_config is not None else None
             # In fp32: they run once a voice, and what they make is kept.
             for prefix, module in (("speaker_encoder.", speaker), ("encoder.", codec)):
-                self._checkpoint.load(prefix, module, dtype=torch.float32, device=self._device)
+                if module is not None:
+                    self._checkpoint.load(prefix, module, dtype=torch.float32, device=self._device)
             self._cloner = VoiceCloner(speaker, codec)
         return self._cloner
 

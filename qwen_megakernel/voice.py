@@ -198,9 +198,10 @@ class VoiceCloner:
     Stateless, so threads may share it. The embedding and the codes come out on the CPU.
     """
 
-    def __init__(self, speaker_encoder: SpeakerEncoder, codec_encoder: CodecEncoder) -> None:
+    def __init__(self, speaker_encoder: SpeakerEncoder, codec_encoder: CodecEncoder | None) -> None:
+        """Without a codec encoder, which a checkpoint may lack, there are only x-vector voices."""
         self.speaker_encoder = speaker_encoder.eval()
-        self.codec_encoder = codec_encoder.eval()
+        self.codec_encoder = codec_encoder.eval() if codec_encoder is not None else None
 
     @property
     def hidden_size(self) -> int:
@@ -218,6 +219,11 @@ class VoiceCloner:
             VoiceError: a recording or a transcript that cannot be used.
         """
         if ref_text is not None:
+            if self.codec_encoder is None:
+                raise VoiceError(
+                    "this checkpoint has no codec encoder, so it cannot clone in context: "
+                    "leave the transcript away"
+                )
             _check_ref_text(ref_text)  # before the expensive part
         audio = torch.from_numpy(decode_reference(data))
         embedding = self.speaker_encoder.embed(audio)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import safetensors.torch
@@ -15,6 +16,7 @@ from test_speaker import TINY
 from qwen_megakernel.codec_encoder import CodecEncoder
 from qwen_megakernel.ref_audio import VoiceError, decode_reference
 from qwen_megakernel.speaker import SpeakerEncoder
+from qwen_megakernel.tts_model import TTSDecoder
 from qwen_megakernel.voice import (
     MAX_REF_FRAMES,
     MAX_REF_TEXT,
@@ -180,6 +182,22 @@ def test_clone(cloner):
     assert torch.equal(both.ref_codes, cloner.codec_encoder.encode(audio))
     assert both.ref_codes.shape == (19, 16)
     assert cloner.hidden_size == len(x_vector.speaker_embedding) == 24
+
+
+def test_without_a_codec_encoder_only_the_transcript_is_refused(tiny_base, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_base, folder)
+    config = folder / "speech_tokenizer" / "config.json"
+    content = json.loads(config.read_text())
+    del content["encoder_config"]
+    config.write_text(json.dumps(content))
+    weights = config.with_name("model.safetensors")
+    tensors = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({k: v for k, v in tensors.items() if k.startswith("decoder.")}, weights)
+    with TTSDecoder.load(folder, num_slots=1) as tts:
+        assert tts.clone_voice(GOOD).mode == "x_vector"
+        with pytest.raises(VoiceError, match="no codec encoder.*leave the transcript away"):
+            tts.clone_voice(GOOD, "Hello.")
 
 
 def test_clone_of_the_longest_and_shortest_reference(cloner):

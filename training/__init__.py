@@ -1,0 +1,1 @@
+"""How the demonstration voice was made: data, codec, talker, export, evaluation."""

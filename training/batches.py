@@ -1,0 +1,122 @@
+"""Endless training batches of a few fixed shapes, made in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from qwen_megakernel.config import NUM_CODEBOOKS
+from training.graphs import Batch
+from training.rows import NONE, Layout, Utterance
+
+SHAPES = ((56, 200), (88, 128), (168, 64))
+"""(rows, utterances) of a batch; an utterance goes where it just fits."""
+NUM_PREDICTED = 3072
+"""Frames of a batch that the code predictor is trained on; all are too many."""
+NON_STREAMING = 0.25
+AUTO_LANGUAGE = 0.5
+MAX_CORRUPTION = 0.25
+"""Up to this share of an utterance's input codes are of other frames: at run time the model must go
+on from codes that it drew itself."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """All there is to train on."""
+
+    layout: Layout
+    readings: list[list[Utterance]]
+    """The same utterances tokenised in two ways, plainly and with merges left out."""
+    eos: int
+
+
+class BatchStream(IterableDataset):
+    """Draws batches for ever; each worker its own."""
+
+    def __init__(self, material: Material, seed: int) -> None:
+        self._material, self._seed = material, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng((self._seed, worker.id if worker else 0))
+        waiting: list[list[tuple[Utterance, bool]]] = [[] for _ in SHAPES]
+        first = self._material.readings[0]
+        while True:
+            for index in rng.permutation(len(first)):
+                # The plain reading more often: it is what speech is made from.
+                reading = self._material.readings[
+                    int(rng.random() < 0.25) % len(self._material.readings)
+                ]
+                utterance = reading[index]
+                streaming = rng.random() >= NON_STREAMING
+                shape = self._shape_for(utterance, streaming)
+                if shape is None:
+                    continue
+                waiting[shape].append((utterance, streaming))
+                if len(waiting[shape]) == SHAPES[shape][1]:
+                    yield make_batch(self._material, waiting[shape], SHAPES[shape], rng)
+                    waiting[shape] = []
+
+    def _shape_for(self, utterance: Utterance, streaming: bool) -> int | None:
+        need = self._material.layout.count(utterance, streaming=streaming)
+        return next((i for i, (rows, _) in enumerate(SHAPES) if rows >= need), None)
+
+
+def make_batch(
+    material: Material,
+    group: list[tuple[Utterance, bool]],
+    shape: tuple[int, int],
+    rng: np.random.Generator,
+) -> Batch:
+    """Utterances, each with whether it is laid out for streaming, as one batch.
+
+    Returns:
+        text, control, target int64 [n, rows]; codes int64 [n, rows, 16]; speaker, voice int64 [n];
+        picked int64 [NUM_PREDICTED] flat rows, and their frames, picked_codes int64
+        [NUM_PREDICTED, 16]. NONE where there is nothing.
+    """
+    length, n = shape
+    text, control, target = (np.full((n, length), NONE, dtype=np.int64) for _ in range(3))
+    codes = np.full((n, length, NUM_CODEBOOKS), NONE, dtype=np.int64)
+    speaker, voice = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    spots, frames = [], []
+    for i, (utterance, streaming) in enumerate(group):
+        language = "auto" if rng.random() < AUTO_LANGUAGE else "english"
+        rows = material.layout.rows(utterance, streaming=streaming, language=language)
+        count, first = len(rows.text), rows.first
+        text[i, :count], control[i, :count] = rows.text, rows.control
+        codes[i, :count] = rows.codes
+        target[i, first:count] = [*utterance.codes[:, 0], material.eos]
+        speaker[i], voice[i] = rows.speaker, utterance.voice
+        spots.append(i * length + first + np.arange(len(utterance.codes)))
+        frames.append(utterance.codes)
+    _corrupt(codes, rng)
+    spot, frame = np.concatenate(spots), np.concatenate(frames).astype(np.int64)
+    picks = rng.choice(len(spot), NUM_PREDICTED, replace=len(spot) < NUM_PREDICTED)
+    arrays = {
+        "text": text, "control": control, "target": target, "codes": codes, "speaker": speaker,
+        "voice": voice, "picked": spot[picks], "picked_codes": frame[picks],
+    }  # fmt: skip
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _corrupt(codes: np.ndarray, rng: np.random.Generator) -> None:
+    """Replace some codes by those of other frames, in place: single ones, and whole frames."""
+    real = np.flatnonzero(codes[:, :, 0].ravel() != NONE)
+    flat = codes.reshape(-1, NUM_CODEBOOKS)
+    rate = np.repeat(rng.random(len(codes)) * MAX_CORRUPTION, codes.shape[1])[real]
+    others = flat[rng.permutation(real)]
+    hit = rng.random((len(real), NUM_CODEBOOKS)) < rate[:, None]
+    hit |= rng.random((len(real), 1)) < rate[:, None] / 4
+    flat[real] = np.where(hit, others, flat[real])
+
+
+def loader(material: Material, workers: int, seed: int) -> Iterator[Batch]:
+    """Batches, made ahead by `workers` processes (0: in this one)."""
+    stream = BatchStream(material, seed)
+    pinned = torch.cuda.is_available()
+    return iter(DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pinned))

@@ -1,0 +1,217 @@
+"""What the codec needs to be trained: an encoder, a quantiser that learns, a decoder with gradients.
+
+The decoder is the product's own (`qwen_megakernel.codec.CodecDecoder`). Encoder and quantiser are
+the trainer's: they make the codes that the talker learns, and only the codebooks are exported.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_megakernel.codec import CodecDecoder, Recurrent, SnakeBeta
+from qwen_megakernel.config import NUM_CODEBOOKS, CodecConfig
+from training.spectra import log_mel
+
+ENCODER_MARGIN = 4
+"""Frames on each side of a frame that its codes may depend on."""
+_MELS, _N_FFT, _MEL_HOP = 80, 1024, 240
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(width, width, kernel, padding=kernel // 2)
+        self.conv2 = nn.Conv1d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.gelu(self.conv1(F.gelu(x))))
+
+
+class MelEncoder(nn.Module):
+    """Samples to latents at 12.5 Hz.
+
+    It sees mel magnitudes, not the waveform: codes then say nothing of phase, which no text
+    could predict.
+    """
+
+    def __init__(self, out: int, width: int = 256) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv1d(_MELS, width, 5, padding=2), _Residual(width, 3)]
+        for _ in range(3):  # 100 Hz to 12.5 Hz
+            layers += [nn.Conv1d(width, width, 4, stride=2, padding=1), _Residual(width, 3)]
+        layers += [_Residual(width, 3), nn.GELU(), nn.Conv1d(width, out, 1)]
+        self.layers = nn.Sequential(*layers)
+        # Keeps every channel in use: without it the encoder can settle for saying always the same.
+        self.norm = nn.BatchNorm1d(out, affine=False)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """Audio [n, frames * 1920] to latents [n, frames, out]."""
+        mels = log_mel(audio, _N_FFT, _MEL_HOP, _MELS)
+        return self.norm(self.layers((mels + 2) / 2).float()).transpose(1, 2)
+
+
+class LearningCodebook(nn.Module):
+    """A codebook that follows the mean of what it quantises; unused codes move to where data is."""
+
+    usage: Tensor
+    total: Tensor
+
+    def __init__(self, size: int, dim: int, decay: float = 0.98) -> None:
+        super().__init__()
+        self.register_buffer("usage", torch.zeros(size))
+        self.register_buffer("total", torch.zeros(size, dim))
+        self.decay = decay
+        self._untouched = True
+
+    def rows(self) -> Tensor:
+        """The vector of every code, float32 [size, dim]."""
+        return self.total / self.usage.clamp(min=1e-5)[:, None]
+
+    @torch.no_grad()
+    def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [n, dim] -> codes int64 [n] and their vectors [n, dim]; learns in train mode."""
+        if self.training and self._untouched:
+            self._untouched = False  # asked once: the answer is on the device
+            if not self.usage.any():
+                self.total.copy_(x[torch.randint(len(x), self.usage.shape, device=x.device)])
+                self.usage.fill_(1.0)
+        rows = self.rows()
+        codes = (rows.square().sum(1) - 2 * x @ rows.T).argmin(1)
+        if self.training:
+            self._learn(x, codes)
+        return codes, rows[codes]
+
+    def _learn(self, x: Tensor, codes: Tensor) -> None:
+        counts = torch.zeros_like(self.usage).index_add_(0, codes, torch.ones_like(x[:, 0]))
+        sums = torch.zeros_like(self.total).index_add_(0, codes, x)
+        self.usage.lerp_(counts, 1 - self.decay)
+        self.total.lerp_(sums, 1 - self.decay)
+        dead = (self.usage < 0.03 * len(x) / len(self.usage))[:, None]
+        picks = x[torch.randint(len(x), self.usage.shape, device=x.device)]
+        fresh = len(x) / len(self.usage)
+        self.total.copy_(torch.where(dead, picks * fresh, self.total))
+        self.usage.copy_(torch.where(dead[:, 0], fresh, self.usage))
+
+
+class LearningQuantizer(nn.Module):
+    """Sixteen codebooks in a chain, in the official two groups: one, and the fifteen after it."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        width, dim = config.codebook_dim, config.codebook_dim // 2
+        self.inputs = nn.ModuleList(nn.Linear(width, dim, bias=False) for _ in range(2))
+        self.outputs = nn.ModuleList(nn.Linear(dim, width, bias=False) for _ in range(2))
+        self.books = nn.ModuleList(
+            LearningCodebook(config.codebook_size, dim) for _ in range(NUM_CODEBOOKS)
+        )
+
+    def bypass(self, latents: Tensor) -> Tensor:
+        """The projections alone, for the first steps, when latents are not worth quantising yet."""
+        first = self.outputs[0](self.inputs[0](latents))
+        return first + self.outputs[1](self.inputs[1](latents - first.detach()))
+
+    def forward(self, latents: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantise.
+
+        Args:
+            latents: float32 [n, frames, codebook_dim].
+            kept: int64 [n], of how many codebooks each sample is decoded; all where None.
+
+        Returns:
+            Decoder input [n, frames, codebook_dim] (straight-through), codes int64
+            [n, frames, 16], commitment loss.
+        """
+        first, codes, loss = self._group(latents, 0, self.books[:1], None)
+        rest_latents = latents - first.detach()
+        left = None if kept is None else kept - 1
+        rest, more, more_loss = self._group(rest_latents, 1, self.books[1:], left)
+        return first + rest, torch.cat((codes, more), -1), loss + more_loss
+
+    def _group(
+        self, latents: Tensor, group: int, books: nn.ModuleList, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.inputs[group](latents)
+        flat = x.flatten(0, 1)
+        residual, total = flat.detach(), torch.zeros_like(flat)
+        all_codes, loss = [], flat.new_zeros(())
+        for index, book in enumerate(books):
+            codes, rows = book.quantise(residual)
+            all_codes.append(codes)
+            if kept is not None:
+                rows = rows * (index < kept).repeat_interleave(x.shape[1])[:, None]
+            residual, total = residual - rows, total + rows
+            loss = loss + F.mse_loss(flat, total)
+        straight = (flat + (total - flat).detach()).view_as(x)
+        codes = torch.stack(all_codes, -1).unflatten(0, x.shape[:2])
+        return self.outputs[group](straight), codes, loss / len(books)
+
+
+class FreshStates:
+    """The codec states of streams that begin, with gradients: zeros before the first frame."""
+
+    def __init__(self, num: int, device: torch.device) -> None:
+        self.ages = torch.zeros(num, dtype=torch.int64, device=device)
+
+    def extend(self, layer: Recurrent, new: Tensor) -> Tensor:
+        """`new` with the layer's empty history before it."""
+        past = layer.history_shape[layer.time_dim - 1]
+        return F.pad(new, (0, 0, past, 0) if layer.time_dim == 1 else (past, 0))
+
+
+def decode_latents(decoder: CodecDecoder, x: Tensor, window: Tensor | None = None) -> Tensor:
+    """`CodecDecoder.forward` from the quantiser's output on, differentiable, not clamped.
+
+    Args:
+        decoder: its weights may require gradients.
+        x: [n, frames, codebook_dim].
+        window: int64 [w], consecutive frames to make samples of, as if the stream's convolutions
+            above frame rate began there; all where None. Samples are what costs.
+
+    Returns:
+        float32 [n, frames or w * 1920].
+    """
+    for module in decoder.modules():
+        if isinstance(module, SnakeBeta):
+            module.prepare()
+    states = FreshStates(len(x), x.device)
+    x = decoder.pre_conv(x.transpose(1, 2), states)
+    x = decoder.pre_transformer(x.transpose(1, 2), states).transpose(1, 2)
+    factor = 1
+    for upsample, convnext in decoder.upsample:
+        x = convnext(upsample(x, states), states)
+        factor *= upsample.factor
+    if window is not None:
+        steps = window[:, None] * factor + torch.arange(factor, device=x.device)
+        x = x.index_select(2, steps.flatten())
+    for module in decoder.decoder:
+        x = module(x) if isinstance(module, SnakeBeta) else module(x, states)
+    return x.squeeze(1).float()
+
+
+class TrainedCodec(nn.Module):
+    """Encoder, quantiser and decoder together."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.encoder = MelEncoder(config.codebook_dim)
+        self.quantizer = LearningQuantizer(config)
+        self.decoder = CodecDecoder(config)
+
+    @torch.no_grad()
+    def encode(self, audio: Tensor) -> Tensor:
+        """Codes int64 [n, frames, 16] of audio float32 [n, frames * 1920]."""
+        return self.quantizer(self.encoder(audio))[1]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Put the learnt codebooks and projections where the decoder has its own."""
+        groups = (self.decoder.quantizer.rvq_first, self.decoder.quantizer.rvq_rest)
+        books = list(self.quantizer.books)
+        for index, (group, mine) in enumerate(zip(groups, (books[:1], books[1:]), strict=True)):
+            group.input_proj.weight.copy_(self.quantizer.inputs[index].weight[..., None])
+            group.output_proj.weight.copy_(self.quantizer.outputs[index].weight[..., None])
+            for layer, book in zip(group.vq["layers"], mine, strict=True):
+                layer["_codebook"].embedding_sum.copy_(book.rows())
+                layer["_codebook"].cluster_usage.fill_(1.0)

@@ -1,0 +1,132 @@
+"""What the teacher reads: example sentences of WordNet, verses, and dialogue from templates.
+
+    python -m training.sentences build/training/sentences.txt
+
+Needs the Debian packages `wordnet-base` (WordNet licence) and `bible-kjv-text` (public domain).
+Nothing of `heldout.txt` is among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from training import dialogue
+
+HELDOUT = Path(__file__).with_name("heldout.txt")
+WORDNET = Path("/usr/share/wordnet")
+BOOKS = (
+    "genesis",
+    "exodus",
+    "ruth",
+    "esther",
+    "job",
+    "psalms",
+    "proverbs",
+    "mark",
+    "luke",
+    "john",
+    "acts",
+)
+MAX_CHARS = 130
+"""About ten seconds of speech."""
+SEED = 6
+
+_SPEAKABLE = re.compile(r"[A-Za-z0-9 ,.'!?;:-]+")
+
+
+def heldout() -> list[str]:
+    """The sixty sentences that measure the model."""
+    return HELDOUT.read_text(encoding="utf-8").splitlines()
+
+
+def wordnet() -> Iterator[tuple[str, str]]:
+    """Examples and definitions of WordNet as ("example" or "definition", text)."""
+    for path in sorted(WORDNET.glob("data.*")):
+        for line in path.read_text(encoding="utf-8", errors="ignore").splitlines():
+            if line.startswith("  "):  # the licence
+                continue
+            gloss = line.partition(" | ")[2]
+            for example in re.findall(r'"([^"]+)"', gloss):
+                yield "example", example
+            yield "definition", re.sub(r'"[^"]*"|\([^)]*\)', "", gloss).split(";")[0]
+
+
+def verses() -> Iterator[str]:
+    """Verses of the King James Bible, cut at colons and semicolons."""
+    for book in BOOKS:
+        shown = subprocess.run(
+            ["bible", "-f", f"{book}1:1-150:1"], capture_output=True, text=True
+        ).stdout
+        for line in shown.splitlines():
+            text = re.sub(r"^\S+\d+:\d+\s+", "", line)
+            yield from re.split(r"[:;.?!]", text)
+
+
+def _tidy(text: str) -> str | None:
+    """A sentence with a capital and an end, or None where it cannot be read out well."""
+    text = " ".join(text.replace("`", "'").replace("--", ", ").split()).strip(" ,;:-'")
+    if not _SPEAKABLE.fullmatch(text) or ".." in text or " " not in text:
+        return None
+    if len(text) > MAX_CHARS:
+        return None
+    if sum(c.isupper() for c in text) > 1 + text.count(" "):  # abbreviations
+        return None
+    text = text[0].upper() + text[1:]
+    return text if text[-1] in ".?!" else text + "."
+
+
+def key(text: str) -> str:
+    """What two sentences that sound alike have in common."""
+    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+
+
+def collect(rng: random.Random) -> list[str]:
+    """All sentences once, in random order."""
+    words = list(wordnet())
+    definitions = [text for kind, text in words if kind == "definition"]
+    lines = [text for text in verses() if 12 <= len(text.strip()) <= 90]
+    sources = [
+        [text for kind, text in words if kind == "example"],
+        rng.sample(definitions, 9_000),
+        rng.sample(lines, min(len(lines), 5_000)),
+        dialogue.sentences(16_000, rng),
+    ]
+    unseen = {key(text) for text in heldout()}
+    kept: dict[str, str] = {}
+    for text in (tidy for source in sources for raw in source if (tidy := _tidy(raw))):
+        if key(text) not in unseen:
+            kept.setdefault(key(text), text)
+    chosen = list(kept.values())
+    rng.shuffle(chosen)
+    return _with_pairs(chosen, rng)
+
+
+def _with_pairs(chosen: list[str], rng: random.Random) -> list[str]:
+    """Some neighbours joined, so that longer texts are known too; the rest as it was."""
+    joined: list[str] = []
+    for text in chosen:
+        if joined and rng.random() < 0.12 and len(joined[-1]) + len(text) < MAX_CHARS:
+            joined[-1] += " " + text
+        else:
+            joined.append(text)
+    return joined
+
+
+def main() -> None:
+    """Write one sentence a line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    chosen = collect(random.Random(SEED))
+    out.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    print(f"{out}: {len(chosen)} sentences, {sum(map(len, chosen)) / len(chosen):.0f} characters each")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The teacher's speech: flite's voices, at 24 kHz, trimmed, one loudness, whole frames.
+
+    python -m training.teacher build/training/sentences.txt build/training/speech
+
+Writes chunks of utterances that `read_chunk` reads; several processes, one for each core but one.
+Needs the shared libraries of the Debian package `libflite1` (search path, or LD_LIBRARY_PATH).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import random
+from multiprocessing import Process
+from pathlib import Path
+
+import numpy as np
+from scipy.signal import resample_poly
+
+from qwen_megakernel.config import HOP, SAMPLE_RATE
+
+VOICES = ("slt", "rms", "awb", "kal16")
+SHARES = (0.40, 0.25, 0.20, 0.15)
+"""How much of the speech is of each voice; the first is the one that the demo speaks with."""
+_GAINS = {"slt": 0.56, "rms": 1.08, "awb": 0.95, "kal16": 2.40}
+"""Brings all voices to a root mean square of about 0.1."""
+LEAD_S, TRAIL_S = 0.08, 0.12
+"""Silence kept before and after what is louder than `_SILENCE`."""
+_SILENCE = 0.01
+CHUNK = 64
+"""Sentences a file."""
+
+
+class _Wave(ctypes.Structure):
+    """flite's `cst_wave`."""
+
+    _fields_ = (
+        ("type", ctypes.c_char_p),
+        ("sample_rate", ctypes.c_int),
+        ("num_samples", ctypes.c_int),
+        ("num_channels", ctypes.c_int),
+        ("samples", ctypes.POINTER(ctypes.c_short)),
+    )
+
+
+class Teacher:
+    """flite in this process."""
+
+    def __init__(self) -> None:
+        """Raises `OSError` where a library is missing."""
+        self._flite = _library("flite")
+        self._flite.flite_init()
+        self._flite.flite_text_to_wave.restype = ctypes.POINTER(_Wave)
+        self._flite.flite_text_to_wave.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+        self._flite.delete_wave.argtypes = [ctypes.POINTER(_Wave)]
+        for name in ("usenglish", "cmulex"):
+            _library(f"flite_{name}")
+        self._voices = {name: _voice(name) for name in VOICES}
+
+    def say(self, text: str, voice: str) -> np.ndarray:
+        """A sentence: float32 [frames * 1920] at 24 kHz, about -20 dBFS."""
+        wave = self._flite.flite_text_to_wave(text.encode("ascii", "ignore"), self._voices[voice])
+        samples = np.ctypeslib.as_array(wave.contents.samples, (wave.contents.num_samples,))
+        rate = wave.contents.sample_rate
+        audio = samples.astype(np.float32) * (_GAINS[voice] / 32768)
+        self._flite.delete_wave(wave)
+        return _whole_frames(resample_poly(_trim(audio, rate), SAMPLE_RATE // 8000, rate // 8000))
+
+
+def _library(name: str) -> ctypes.CDLL:
+    return ctypes.CDLL(f"lib{name}.so.1", mode=ctypes.RTLD_GLOBAL)
+
+
+def _voice(name: str) -> int:
+    register = getattr(_library(f"flite_cmu_us_{name}"), f"register_cmu_us_{name}")
+    register.restype = ctypes.c_void_p
+    return register(None)
+
+
+def _trim(audio: np.ndarray, rate: int) -> np.ndarray:
+    loud = np.flatnonzero(np.abs(audio) > _SILENCE)
+    if not len(loud):
+        return audio[:0]
+    first, last = loud[0] - int(LEAD_S * rate), loud[-1] + int(TRAIL_S * rate)
+    return audio[max(first, 0) : last]
+
+
+def _whole_frames(audio: np.ndarray) -> np.ndarray:
+    return np.pad(audio.astype(np.float32), (0, -len(audio) % HOP)).clip(-1, 1)
+
+
+def voice_of(index: int) -> int:
+    """Which voice reads the sentence of this index; `VOICES` in their `SHARES`."""
+    return random.Random(index).choices(range(len(VOICES)), SHARES)[0]
+
+
+def _write_chunks(sentences: list[str], folder: Path, worker: int, workers: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    teacher = Teacher()
+    for start in range(worker * CHUNK, len(sentences), workers * CHUNK):
+        indices = range(start, min(start + CHUNK, len(sentences)))
+        spoken = [teacher.say(sentences[i], VOICES[voice_of(i)]) for i in indices]
+        audio = (np.concatenate(spoken) * 32767).astype(np.int16)
+        frames = np.array([len(one) // HOP for one in spoken], dtype=np.int32)
+        partial = folder / f"{start:06d}.partial"
+        with partial.open("wb") as file:
+            np.savez(file, start=start, frames=frames, audio=audio)
+        partial.rename(partial.with_suffix(".npz"))
+
+
+def start(sentences: list[str], folder: Path, workers: int) -> list[Process]:
+    """Start reading the sentences out, in their order; the processes end by themselves.
+
+    Raises:
+        ValueError: no workers.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}, allowed: at least 1")
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = [
+        Process(target=_write_chunks, args=(sentences, folder, worker, workers), daemon=True)
+        for worker in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def read_chunk(path: Path) -> tuple[int, np.ndarray, np.ndarray]:
+    """Index of the first sentence, int32 [sentences] frames of each, int16 [samples]."""
+    with np.load(path) as chunk:
+        return int(chunk["start"]), chunk["frames"], chunk["audio"]
+
+
+def main() -> None:
+    """Read all sentences out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sentences", type=Path)
+    parser.add_argument("out", type=Path, help="folder for the chunks")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    args = parser.parse_args()
+    lines = args.sentences.read_text(encoding="utf-8").splitlines()
+    for process in start(lines, args.out, args.workers):
+        process.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The tiny model's own tokenizer, and the training sentences as its tokens.
+
+    python -m training.tokens build/training
+
+Reads `sentences.txt` of the folder; writes the tokenizer's three files into `tokenizer/` and
+`tokens.npz`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from qwen_megakernel.checkpoint import load_tokenizer
+from qwen_megakernel.synth_tokenizer import write_tokenizer
+from training.corpus import write_tokens
+
+DROPOUT = 0.1
+"""Share of merges left out in the second reading, so that the model learns what tokens are made of."""
+_ROLES = "assistant\nuser\nsystem\n" * 20_000
+"""Often enough for the template's words to become tokens."""
+
+
+def encode_all(tokenizer: Tokenizer, sentences: list[str]) -> list[np.ndarray]:
+    """Token ids uint16 of each sentence."""
+    encoded = tokenizer.encode_batch(sentences, add_special_tokens=False)
+    return [np.array(one.ids, dtype=np.uint16) for one in encoded]
+
+
+def main() -> None:
+    """Train the tokenizer and encode the sentences twice."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    sentences = (folder / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    write_tokenizer(folder / "tokenizer", tiny=True, text=[*sentences, _ROLES])
+    tokenizer = load_tokenizer(folder / "tokenizer").backend_tokenizer
+    plain = encode_all(tokenizer, sentences)
+    role = encode_all(tokenizer, ["assistant\n"])
+    tokenizer.model.dropout = DROPOUT
+    dropped = encode_all(tokenizer, sentences)
+    write_tokens(folder / "tokens.npz", {"plain": plain, "dropped": dropped, "role": role})
+    count = sum(map(len, plain))
+    print(f"{count} tokens of {sum(map(len, sentences)) / count:.2f} characters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Train the codec while the teacher still reads, then turn all that was read into codes.
+
+    python -m training.train_codec build/training --seconds 180
+    python -m training.train_codec build/training --seconds 180 --resume build/training --frozen
+
+Reads `sentences.txt` of the folder, writes `codec-*.safetensors` and `codes-*.npz` (`read_codes`
+of `training.corpus`). The second form trains the decoder alone, so that codes keep their meaning,
+and writes no codes. Time-bounded: schedules follow the clock, not a number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwen_megakernel.config import HOP
+from training import corpus, geometry, teacher
+from training.codec_model import ENCODER_MARGIN, TrainedCodec, decode_latents
+from training.critics import Critics, critic_loss, generator_losses
+from training.graphs import Batch, Steps, clock
+from training.spectra import spectral_distance
+
+SEGMENT = 24
+"""Frames a sample; more than the decoder's attention window."""
+JUDGED = 8
+"""Frames of it that become samples."""
+TRAINING_FRAMES = 200_000
+"""Of speech: four and a half hours are enough for four voices."""
+FIRST_SPEECH_S = 60
+"""How long the teacher may take for its first sentences."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how much, and from which share of the time on the quantiser and the critics join."""
+
+    seconds: float
+    batch: int
+    peak_rate: float
+    quantised_from: float
+    critics_from: float
+
+
+class SpeechStore:
+    """Utterances as they are read: on the device as int16, with silence between them."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder, self._device = folder, device
+        self._taken: set[Path] = set()
+        self.chunks: list[tuple[int, list[int], Tensor]] = []
+        """Index of the first sentence, frames of each, samples int16."""
+        self.flat = torch.zeros(0, dtype=torch.int16, device=device)
+
+    def take(self, most_frames: float = math.inf) -> None:
+        """Add what is new in the folder, up to so many frames in all."""
+        fresh = sorted(set(self._folder.glob("*.npz")) - self._taken)
+        for path in fresh:
+            if self.num_frames >= most_frames:
+                break
+            first, frames, audio = teacher.read_chunk(path)
+            self.chunks.append((first, frames.tolist(), torch.from_numpy(audio)))
+            self._taken.add(path)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames taken so far."""
+        return sum(sum(frames) for _, frames, _ in self.chunks)
+
+    def settle(self) -> None:
+        """Make the training set of what is there, where that is much more than it has."""
+        if self.num_frames * HOP < 1.5 * len(self.flat):
+            return
+        gap = torch.zeros(ENCODER_MARGIN * HOP, dtype=torch.int16)
+        parts = [gap]
+        for _, frames, audio in self.chunks:
+            for one in audio.split([n * HOP for n in frames]):
+                parts += [one, gap]
+        self.flat = torch.cat(parts).to(self._device)
+
+    def sample(self, batch: int) -> Tensor:
+        """Random stretches, float32 [batch, (SEGMENT + 2 margins) * 1920]."""
+        length = (SEGMENT + 2 * ENCODER_MARGIN) * HOP
+        last = len(self.flat) // HOP - SEGMENT - 2 * ENCODER_MARGIN
+        starts = torch.randint(last + 1, (batch, 1), device=self._device) * HOP
+        return self.flat[starts + torch.arange(length, device=self._device)].float() / 32768
+
+
+class Trainer:
+    """Codec, critics, their optimisers, and one step of each kind."""
+
+    def __init__(self, codec: TrainedCodec, device: torch.device, *, frozen: bool) -> None:
+        self.codec, self.critics, self.device, self.frozen = codec, Critics().to(device), device, frozen
+        self.rate = torch.tensor(0.0, device=device)
+        on_gpu = device.type == "cuda"
+        options = {"betas": (0.8, 0.95), "weight_decay": 1e-3, "fused": on_gpu, "capturable": on_gpu}
+        self.params = list((codec.decoder if frozen else codec).parameters())
+        self.generator = torch.optim.AdamW(self.params, self.rate, **options)
+        self.judge = torch.optim.AdamW(self.critics.parameters(), 2e-4, **options)
+
+    def step(self, batch: Batch, *, quantised: bool, judged: bool) -> Tensor:
+        """One update; spectral distance, commitment loss, and how badly the critics are fooled.
+
+        `batch`: audio [n, samples] with margins, window [JUDGED] frames to make, and a scalar
+        weight of the critics.
+        """
+        audio, window = batch["audio"], batch["window"]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            x, commitment = self._codes(audio, quantised)
+            made = decode_latents(self.codec.decoder, x, window)
+        frames = audio.unflatten(1, (-1, HOP)).index_select(1, window + ENCODER_MARGIN)
+        true = frames.flatten(1)
+        spectral = spectral_distance(made, true)
+        loss, fooled = 15 * spectral + commitment, spectral.new_zeros(())
+        if judged:
+            adversarial, fooled = self._judge(made, true)
+            loss = loss + batch["weight"] * adversarial
+        self.generator.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.params, 10.0)
+        self.generator.step()
+        return torch.stack((spectral.detach(), commitment.detach(), fooled.detach()))
+
+    def _codes(self, audio: Tensor, quantised: bool) -> tuple[Tensor, Tensor]:
+        """What the decoder gets, and the commitment loss."""
+        margin = ENCODER_MARGIN
+        with torch.set_grad_enabled(not self.frozen):
+            latents = self.codec.encoder(audio)[:, margin:-margin].float()
+            with torch.autocast(self.device.type, enabled=False):
+                if not quantised:
+                    return self.codec.quantizer.bypass(latents), latents.new_zeros(())
+                kept = None if self.frozen else _random_kept(len(audio), self.device)
+                x, _, commitment = self.codec.quantizer(latents, kept)
+        return x, commitment
+
+    def _judge(self, made: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the critics; what they and their features add to the generator's loss.
+
+        The features of the true are those from before the step, which saves a pass.
+        """
+        with torch.autocast(made.device.type, torch.bfloat16, enabled=made.is_cuda):
+            both = self.critics(torch.cat((made.detach(), true)))
+            false = [[x[: len(made)] for x in one] for one in both]
+            real = [[x[len(made) :] for x in one] for one in both]
+            loss = critic_loss(false, real)
+            self.judge.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.critics.parameters(), 10.0)
+            self.judge.step()
+            self.critics.requires_grad_(False)
+            fooled, likeness = generator_losses(self.critics(made), real)
+            self.critics.requires_grad_(True)
+        return fooled + 2 * likeness, fooled
+
+
+def _random_kept(batch: int, device: torch.device) -> Tensor:
+    """All codebooks for most samples, fewer for some, so that the first ones carry most."""
+    fewer = torch.randint(2, 16, (batch,), device=device)
+    return torch.where(torch.rand(batch, device=device) < 0.25, fewer, 16)
+
+
+def train(trainer: Trainer, store: SpeechStore, plan: Plan) -> None:
+    """Train in place."""
+    device, steps, shown = trainer.device, Steps(trainer.device), 0.0
+    for step, share in clock(plan.seconds):
+        warm = min(1.0, (step + 1) / 100)
+        trainer.rate.fill_(plan.peak_rate * warm * max(0.03, 0.5 * (1 + math.cos(math.pi * share))))
+        if step % 100 == 99 and store.num_frames < TRAINING_FRAMES:
+            store.take(TRAINING_FRAMES)
+            store.settle()
+        quantised, judged = share >= plan.quantised_from, share >= plan.critics_from
+        first = int(torch.randint(SEGMENT - JUDGED + 1, ()))
+        batch = {
+            "audio": store.sample(plan.batch),
+            "window": torch.arange(first, first + JUDGED, device=device),
+            "weight": torch.tensor(min(1.0, max(0.0, share - plan.critics_from) * 20), device=device),
+        }
+        kind = (quantised, judged)
+        found = steps.run(
+            kind, lambda b, q=quantised, j=judged: trainer.step(b, quantised=q, judged=j), batch
+        )
+        if share >= shown:
+            shown += 0.05
+            spectral, commitment, fooled = found.tolist()
+            print(
+                f"codec {share:5.1%} step {step} spectral {spectral:.3f} commitment {commitment:.3f} "
+                f"fooled {fooled:.2f} hours {store.num_frames * HOP / 24_000 / 3600:.2f}",
+                flush=True,
+            )
+
+
+@torch.no_grad()
+def encode_all(codec: TrainedCodec, store: SpeechStore, batch: int = 64) -> Iterator[tuple[int, Tensor]]:
+    """(sentence, codes uint8 [frames, 16]) of every utterance."""
+    device = next(codec.parameters()).device
+    margin = ENCODER_MARGIN
+    for first, frames, audio in store.chunks:
+        pieces = audio.split([n * HOP for n in frames])
+        order = sorted(range(len(pieces)), key=lambda i: frames[i])
+        for start in range(0, len(order), batch):
+            group = order[start : start + batch]
+            longest = max(frames[i] for i in group) + margin
+            padded = torch.stack(
+                [F.pad(pieces[i], (margin * HOP, longest * HOP - len(pieces[i]))) for i in group]
+            )
+            codes = codec.encode(padded.to(device).float() / 32768)[:, margin:]
+            for i, row in zip(group, codes.to(torch.uint8).cpu(), strict=True):
+                yield first + i, row[: frames[i]].clone()
+
+
+def load_codec(folder: Path) -> TrainedCodec:
+    """What `save_codec` wrote."""
+    codec = TrainedCodec(geometry.config().codec)
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("codec-*.safetensors")):
+        state.update(load_file(path))
+    codec.load_state_dict(state)
+    return codec
+
+
+def save_codec(codec: TrainedCodec, out: Path) -> None:
+    """Write the decoder, and in another file what only training needs."""
+    codec.publish()
+    state = {name: tensor.contiguous() for name, tensor in codec.state_dict().items()}
+    decoder = {name: tensor for name, tensor in state.items() if name.startswith("decoder.")}
+    rest = {name: tensor for name, tensor in state.items() if name not in decoder}
+    save_file(decoder, out / "codec-decoder.safetensors")
+    save_file(rest, out / "codec-encoder.safetensors")
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, default=180, help="of training")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=8e-4, help="peak learning rate")
+    parser.add_argument("--critics-from", type=float, default=0.5, help="share of the time")
+    parser.add_argument("--resume", type=Path, default=None, help="folder of a codec to go on from")
+    parser.add_argument("--frozen", action="store_true", help="train the decoder alone")
+    parser.add_argument("--speech", type=Path, default=None, help="where speech is or goes")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--sentences", type=int, default=None, help="read only so many")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=None, help="default: the folder")
+    return parser.parse_args()
+
+
+def _wait_for_speech(store: SpeechStore) -> None:
+    """Until the readers, who have only begun, have something; raises `TimeoutError`."""
+    deadline = time.monotonic() + FIRST_SPEECH_S
+    while len(store.chunks) < 8:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the teacher has not read out enough after {FIRST_SPEECH_S} s")
+        time.sleep(0.2)
+        store.take(TRAINING_FRAMES)
+    store.settle()
+
+
+def main() -> None:
+    """Teacher, training, codes."""
+    args = read_arguments()
+    out, device = args.out or args.folder, torch.device(args.device)
+    speech = args.speech or Path(tempfile.mkdtemp(prefix="speech-"))
+    readers = []
+    if not list(speech.glob("*.npz")):
+        sentences = (args.folder / "sentences.txt").read_text(encoding="utf-8").splitlines()
+        readers = teacher.start(sentences[: args.sentences], speech, args.workers)
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    codec = load_codec(args.resume) if args.resume else TrainedCodec(geometry.config().codec)
+    codec.to(device)
+    if args.frozen:
+        codec.encoder.eval().requires_grad_(False)
+        codec.quantizer.eval().requires_grad_(False)
+    store = SpeechStore(speech, device)
+    _wait_for_speech(store)
+    from_quantised = 0.0 if args.resume else 0.08
+    plan = Plan(args.seconds, args.batch, args.rate, from_quantised, args.critics_from)
+    train(Trainer(codec, device, frozen=args.frozen), store, plan)
+    save_codec(codec.eval(), out)
+    if not args.frozen:
+        store.take()
+        corpus.write_codes(dict(encode_all(codec, store)), out)
+        print(f"codes of {store.num_frames * HOP / 24_000 / 3600:.1f} hours")
+    for reader in readers:
+        reader.terminate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Train talker and code predictor on the codec's codes.
+
+    python -m training.train_talker build/training --seconds 200
+
+Reads `tokens.npz`, `codes-*.npz` and `speakers.safetensors` of the folder, writes
+`talker-*.safetensors` (averaged weights). Time-bounded: schedules follow the clock.
+On CUDA each batch shape is one graph, since the layers are too small to keep the GPU busy otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qwen_megakernel.config import NUM_CODEBOOKS, ModelConfig
+from qwen_megakernel.model import Talker, rope_tables
+from training import batches, corpus, geometry, teacher
+from training.batches import Material
+from training.graphs import Batch, Steps, clock
+from training.rows import NONE, Layout, Utterance
+
+_FILE_BYTES = 14_000_000
+"""So that no file is too large to hand around."""
+_CODE_WEIGHTS = tuple(1 / math.sqrt(k) for k in range(1, NUM_CODEBOOKS))
+"""Of the fifteen predicted codes in the loss: the first are heard most."""
+
+
+def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention within each sequence; see `qwen_megakernel.model.Attend`."""
+    repeat = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(repeat, 2).transpose(1, 2).to(q.dtype) for x in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
+
+
+def _with_none(table: Tensor) -> Tensor:
+    """The table and a row of zeros, which index -1 finds."""
+    return torch.cat((table, table.new_zeros(1, table.shape[1])))
+
+
+def _look_up(table: Tensor, ids: Tensor) -> Tensor:
+    table = _with_none(table)
+    flat = torch.where(ids < 0, len(table) - 1, ids).flatten()
+    return table.index_select(0, flat).unflatten(0, ids.shape)
+
+
+def input_rows(talker: Talker, batch: Batch, speakers: Tensor) -> Tensor:
+    """The rows [n, rows, hidden] of a batch; `speakers` [n, hidden]."""
+    model = talker.model
+    texts = talker.text_projection(model.text_embedding.weight).float()
+    x = _look_up(texts, batch["text"]) + _look_up(model.codec_embedding.weight, batch["control"])
+    size = talker.code_predictor.lm_head[0].out_features
+    tables = [model.codec_embedding.weight[:size]]
+    tables += [embedding.weight for embedding in talker.code_predictor.model.codec_embedding]
+    # A product with ones and zeros: its backward pass is one too, and the tables are small.
+    chosen = batch["codes"][..., None] == torch.arange(size, device=x.device)
+    x = x + (chosen.flatten(-2).to(torch.bfloat16 if x.is_cuda else x.dtype) @ torch.cat(tables)).float()
+    is_speaker = torch.arange(x.shape[1], device=x.device) == batch["speaker"][:, None]
+    return x + is_speaker[..., None] * speakers[:, None]
+
+
+def losses(talker: Talker, config: ModelConfig, batch: Batch, speakers: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of code 0 and EOS, and of codes 1..15 [15]."""
+    x = input_rows(talker, batch, speakers)
+    positions = torch.arange(x.shape[1], device=x.device)
+    # The three axes of the talker's RoPE are equal in speech, so plain RoPE it is.
+    cos, sin = (table[None] for table in rope_tables(config.talker, positions))
+    hidden = talker(x, cos, sin, attend).flatten(0, 1)
+    logits = talker.codec_head(hidden).float()
+    first = F.cross_entropy(logits, batch["target"].flatten(), ignore_index=NONE)
+    return first, _predictor_losses(talker, config, hidden, batch)
+
+
+def _predictor_losses(talker: Talker, config: ModelConfig, hidden: Tensor, batch: Batch) -> Tensor:
+    predictor, codes = talker.code_predictor, batch["picked_codes"]
+    tables = [talker.model.codec_embedding, *predictor.model.codec_embedding[:-1]]
+    known = [table.weight.index_select(0, codes[:, i]) for i, table in enumerate(tables)]
+    rows = torch.stack([hidden.index_select(0, batch["picked"]), *known], 1)
+    positions = torch.arange(NUM_CODEBOOKS, device=rows.device)
+    cos, sin = (table[None] for table in rope_tables(config.predictor, positions))
+    x = predictor(rows, cos, sin, attend)[:, 1:]
+    heads = torch.stack([head.weight for head in predictor.lm_head])
+    logits = torch.bmm(x.transpose(0, 1), heads.to(x.dtype).transpose(1, 2)).float()
+    loss = F.cross_entropy(logits.flatten(0, 1), codes[:, 1:].T.flatten(), reduction="none")
+    return loss.view(NUM_CODEBOOKS - 1, -1).mean(1)
+
+
+@dataclass
+class Trainer:
+    """Model, optimiser and averaged weights, and one step of them."""
+
+    talker: Talker
+    config: ModelConfig
+    clips: Tensor
+    """[voices, clips, hidden] speaker embeddings to draw from."""
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.params = list(self.talker.parameters())
+        self.average = [p.detach().clone() for p in self.params]
+        self.rate = torch.tensor(0.0, device=self.device)
+        self.keep = torch.tensor(0.0, device=self.device)
+        on_gpu = self.device.type == "cuda"
+        self.optimiser = torch.optim.AdamW(
+            self.params, self.rate, (0.9, 0.95), weight_decay=0.02, fused=on_gpu, capturable=on_gpu
+        )
+        self.weights = torch.tensor(_CODE_WEIGHTS, device=self.device)
+
+    def step(self, batch: Batch) -> Tensor:
+        """One update; the losses [code 0, codes 1..15]."""
+        clip = torch.randint(self.clips.shape[1], batch["voice"].shape, device=self.device)
+        speakers = self.clips[batch["voice"], clip]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            first, others = losses(self.talker, self.config, batch, speakers)
+        loss = first + 2 * (others * self.weights).sum() / self.weights.sum()
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimiser.step()
+        with torch.no_grad():
+            difference = torch._foreach_sub(self.params, self.average)
+            torch._foreach_mul_(difference, 1 - self.keep)
+            torch._foreach_add_(self.average, difference)
+        return torch.cat((first.detach()[None], others.detach()))
+
+
+def train(trainer: Trainer, stream: Iterator[Batch], seconds: float, peak_rate: float) -> None:
+    """Train for so long."""
+    steps, shown = Steps(trainer.device), 0.0
+    recent = torch.zeros(NUM_CODEBOOKS, device=trainer.device)
+    for step, share in clock(seconds):
+        batch = next(stream)
+        warm = min(1.0, (step + 1) / 300)
+        trainer.rate.fill_(peak_rate * warm * max(0.02, 0.5 * (1 + math.cos(math.pi * share))))
+        trainer.keep.fill_(min(0.998, step / (step + 10)))
+        found = steps.run(batch["text"].shape, trainer.step, batch)
+        recent += (found - recent) * 0.02 if step > 50 else (found - recent)
+        if share >= shown:
+            shown += 0.04
+            values = [recent[0], recent[1:4].mean(), recent[4:].mean()]
+            text = " ".join(f"{float(value):.3f}" for value in values)
+            print(f"talker {share:5.1%} step {step} code 0, 1-3, 4-15: {text}", flush=True)
+
+
+def read_material(folder: Path, sentences: int | None = None) -> Material:
+    """Everything `BatchStream` needs."""
+    config = geometry.config()
+    codes = corpus.read_codes(folder)
+    chosen = sorted(codes)[:sentences]
+    readings = []
+    for name in ("plain", "dropped"):
+        tokens = corpus.read_tokens(folder / "tokens.npz", name)
+        readings.append([Utterance(tokens[i], codes[i], teacher.voice_of(i)) for i in chosen])
+    role = [config.im_start_id, *corpus.read_tokens(folder / "tokens.npz", "role")[0].tolist()]
+    return Material(Layout(config, role), readings, config.talker.codec_eos_id)
+
+
+def new_talker(config: ModelConfig) -> Talker:
+    """Fresh weights."""
+    torch.manual_seed(0)
+    talker = Talker(config.talker, config.predictor)
+    for name, parameter in talker.named_parameters():
+        if name.endswith("norm.weight"):
+            nn.init.ones_(parameter)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif "codec_embedding" in name:
+            nn.init.normal_(parameter, std=0.1)  # sixteen make a row
+        elif "text_embedding" in name:
+            nn.init.normal_(parameter, std=1.0)
+        else:
+            nn.init.normal_(parameter, std=0.7 / math.sqrt(parameter.shape[1]))
+    return talker
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """Write the averaged weights, in the checkpoint's bf16."""
+    names = [f"talker.{name}" for name, _ in trainer.talker.named_parameters()]
+    groups: list[dict[str, Tensor]] = [{}]
+    for name, value in zip(names, trainer.average, strict=True):
+        stored = value.to("cpu", torch.bfloat16).contiguous()
+        if sum(t.nbytes for t in groups[-1].values()) + stored.nbytes > _FILE_BYTES:
+            groups.append({})
+        groups[-1][name] = stored
+    for number, group in enumerate(groups):
+        save_file(group, folder / f"talker-{number}.safetensors")
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """What `save` wrote, by full name."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("talker-*.safetensors")):
+        found.update(load_file(path))
+    return found
+
+
+def main() -> None:
+    """Train, or train on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, default=200, help="of training")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--resume", type=Path, default=None, help="folder of weights to go on from")
+    parser.add_argument("--sentences", type=int, default=None, help="use only so many")
+    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=None, help="default: the folder")
+    args = parser.parse_args()
+    device, config = torch.device(args.device), geometry.config()
+    stream = batches.loader(read_material(args.folder, args.sentences), args.workers, seed=0)
+    talker = new_talker(config)
+    if args.resume:
+        weights = load_weights(args.resume)
+        talker.load_state_dict({k.removeprefix("talker."): v for k, v in weights.items()})
+    clips = load_file(args.folder / "speakers.safetensors")["clips"].to(device)
+    trainer = Trainer(talker.to(device), config, clips, device)
+    train(trainer, stream, args.seconds, args.rate)
+    save(trainer, args.out or args.folder)
+
+
+if __name__ == "__main__":
+    main()
