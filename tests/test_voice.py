@@ -196,7 +196,7 @@ def test_without_a_codec_encoder_only_the_transcript_is_refused(tiny_base, tmp_p
     safetensors.torch.save_file({k: v for k, v in tensors.items() if k.startswith("decoder.")}, weights)
     with TTSDecoder.load(folder, num_slots=1) as tts:
         assert tts.clone_voice(GOOD).mode == "x_vector"
-        with pytest.raises(VoiceError, match="no codec encoder.*leave the transcript away"):
+        with pytest.raises(VoiceError, match="has no codec encoder"):
             tts.clone_voice(GOOD, "Hello.")
 
 
