@@ -23,16 +23,16 @@ __global__ void __launch_bounds__(kNormThreads) depthwise_norm_kernel(const __gr
   extern __shared__ __align__(16) float values[];
   __shared__ float scratch[kNormThreads / 32];
   let_next_start();
-  prefetch(p.weights, p.taps * p.in.channels * 4);
-  prefetch(p.bias, p.in.channels * 4);
-  prefetch(p.norm_weight, p.in.channels * 4);
-  prefetch(p.norm_bias, p.in.channels * 4);
+  prefetch(p.weights, p.taps * p.source.channels * 4);
+  prefetch(p.bias, p.source.channels * 4);
+  prefetch(p.norm_weight, p.source.channels * 4);
+  prefetch(p.norm_bias, p.source.channels * 4);
   wait_for_previous();
-  const int stream = blockIdx.x / p.in.rows, t = blockIdx.x % p.in.rows;
+  const int stream = blockIdx.x / p.source.rows, t = blockIdx.x % p.source.rows;
   const Call call = p.calls[stream];
-  const int channels = p.in.channels, ring = p.in.frames * p.in.rows;
-  const bf16* const in = static_cast<const bf16*>(p.in.data) + part_of(p.in, stream, call);
-  int start = first_row(p.in, call) + t - (p.taps - 1);
+  const int channels = p.source.channels, ring = p.source.frames * p.source.rows;
+  const bf16* const in = static_cast<const bf16*>(p.source.data) + part_of(p.source, stream, call);
+  int start = first_row(p.source, call) + t - (p.taps - 1);
   if (start < 0) start += ring;
 
   float sum = 0.f;

@@ -15,12 +15,6 @@ __global__ void __launch_bounds__(kEndThreads) embed_kernel(const __grid_constan
   const int* const input = p.input + blockIdx.x * (kCodebooks + 1);
   const int slot = input[0], age = p.ages[slot];
   const Call call{slot, age};
-  __syncthreads();  // all have read the age
-  if (threadIdx.x == 0) {
-    p.ages[slot] = age + 1;
-    p.calls[blockIdx.x] = call;
-  }
-  bf16* const out = static_cast<bf16*>(p.out.data) + element(p.out, blockIdx.x, call, 0);
   for (int c = threadIdx.x * 4; c < p.out.channels; c += kEndThreads * 4) {
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
@@ -31,40 +25,70 @@ __global__ void __launch_bounds__(kEndThreads) embed_kernel(const __grid_constan
           p.table + (static_cast<int64_t>(k) * p.codebook_size + code) * p.out.channels + c);
       sum.x += row.x, sum.y += row.y, sum.z += row.z, sum.w += row.w;
     }
+    bf16* const out = static_cast<bf16*>(p.out.data) + element(p.out, blockIdx.x, call, 0);
     *reinterpret_cast<uint2*>(out + c) = make_uint2(pack(sum.x, sum.y), pack(sum.z, sum.w));
+  }
+  __syncthreads();  // all have read the age
+  if (threadIdx.x == 0) {
+    p.ages[slot] = age + 1;
+    p.calls[blockIdx.x] = call;
   }
 }
 
-constexpr int kLanesPerSample = 4;
+constexpr int kLastTaps = 7;
+constexpr int kRun = 8, kRuns = 8;  // samples of a thread, runs of a CTA
+constexpr int kSamples = kRun * kRuns;
 
-// grid (rows / (threads / lanes), streams)
-__global__ void __launch_bounds__(kEndThreads) last_conv_kernel(const __grid_constant__ LastConv p) {
-  let_next_start();
-  prefetch(p.weights, p.taps * p.in.channels * 4);
-  wait_for_previous();
-  const int stream = blockIdx.y, lane = threadIdx.x % kLanesPerSample;
-  const int t = blockIdx.x * (kEndThreads / kLanesPerSample) + threadIdx.x / kLanesPerSample;
-  const Call call = p.calls[stream];
-  const int channels = p.in.channels, ring = p.in.frames * p.in.rows;
-  const bf16* const in = static_cast<const bf16*>(p.in.data) + part_of(p.in, stream, call);
-  int start = first_row(p.in, call) + min(t, p.in.rows - 1) - (p.taps - 1);
-  if (start < 0) start += ring;
-  float sum = 0.f;
-  for (int tap = 0; tap < p.taps; ++tap) {
-    const int row = start + tap < ring ? start + tap : start + tap - ring;
-#pragma unroll 3
-    for (int c = lane * 8; c < channels; c += kLanesPerSample * 8) {
-      float x[8], w[8];
-      load8(in + row * channels + c, x);
-      load8(p.weights + tap * channels + c, w);
+// Eight channels' part of a run of samples. Every row is fetched once, all of them together.
+__device__ __forceinline__ void convolve_run(const LastConv& p, const bf16* in, int first, int ring,
+                                             int channel, float (&sums)[kRun]) {
+  float weights[kLastTaps][8];
+  uint4 rows[kRun + kLastTaps - 1];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sum = fmaf(w[j], x[j], sum);
-    }
+  for (int tap = 0; tap < kLastTaps; ++tap)
+    load8(p.weights + tap * p.source.channels + channel, weights[tap]);
+#pragma unroll
+  for (int r = 0; r < kRun + kLastTaps - 1; ++r) {
+    const int row = first + r < ring ? first + r : first + r - ring;
+    rows[r] = *reinterpret_cast<const uint4*>(in + row * p.source.channels + channel);
   }
 #pragma unroll
-  for (int o = kLanesPerSample / 2; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
-  if (lane == 0 && t < p.in.rows)
-    p.pcm[static_cast<int64_t>(stream) * p.in.rows + t] = fminf(fmaxf(sum + p.bias, -1.f), 1.f);
+  for (int r = 0; r < kRun + kLastTaps - 1; ++r) {
+    float x[8];
+    unpack(rows[r], x);
+#pragma unroll
+    for (int s = max(0, r - kLastTaps + 1); s <= min(r, kRun - 1); ++s)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[s] = fmaf(weights[r - s][j], x[j], sums[s]);
+  }
+}
+
+// grid (rows / samples, streams)
+__global__ void __launch_bounds__(kEndThreads) last_conv_kernel(const __grid_constant__ LastConv p) {
+  constexpr int kPieces = kEndThreads / kRuns;  // at a time
+  __shared__ float parts[kPieces][kSamples];
+  let_next_start();
+  prefetch(p.weights, kLastTaps * p.source.channels * 4);
+  wait_for_previous();
+  const int stream = blockIdx.y, run = threadIdx.x % kRuns, piece = threadIdx.x / kRuns;
+  const Call call = p.calls[stream];
+  const int ring = p.source.frames * p.source.rows;
+  const bf16* const in = static_cast<const bf16*>(p.source.data) + part_of(p.source, stream, call);
+  const int t = blockIdx.x * kSamples + run * kRun;
+  int first = first_row(p.source, call) + t - (kLastTaps - 1);
+  if (first < 0) first += ring;
+  if (first >= ring) first -= ring;
+  float sums[kRun] = {};
+  for (int c = piece * 8; c < p.source.channels; c += kPieces * 8)
+    convolve_run(p, in, first, ring, c, sums);
+#pragma unroll
+  for (int s = 0; s < kRun; ++s) parts[piece][run * kRun + s] = sums[s];
+  __syncthreads();
+  const int sample = blockIdx.x * kSamples + threadIdx.x;
+  if (threadIdx.x >= kSamples || sample >= p.source.rows) return;
+  float sum = p.bias;
+  for (int i = 0; i < kPieces; ++i) sum += parts[i][threadIdx.x];
+  p.pcm[static_cast<int64_t>(stream) * p.source.rows + sample] = fminf(fmaxf(sum, -1.f), 1.f);
 }
 
 }  // namespace codec

@@ -21,22 +21,20 @@ __device__ __forceinline__ float snake(float x, float frequency, float strength)
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678f)); }
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
-// All loads first: a remote one takes hundreds of cycles.
+// All loads of four rows first: a remote one takes hundreds of cycles.
 template <int kSegments>
 __device__ __forceinline__ void sum_segments(uint32_t address, float (&v)[8]) {
-  float4 low[kSegments], high[kSegments];
 #pragma unroll
-  for (int rank = 0; rank < kSegments; ++rank) {
-    const uint32_t there = kSegments > 1 ? map_shared(address, rank) : address;
-    low[rank] = load_cluster(there);
-    high[rank] = load_cluster(there + 16);
-  }
+  for (int half = 0; half < 2; ++half) {
+    float4 parts[kSegments];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) v[j] = 0.f;
+    for (int rank = 0; rank < kSegments; ++rank)
+      parts[rank] = load_cluster((kSegments > 1 ? map_shared(address, rank) : address) + 16 * half);
+    float4 sum = parts[0];
 #pragma unroll
-  for (int rank = 0; rank < kSegments; ++rank) {
-    v[0] += low[rank].x, v[1] += low[rank].y, v[2] += low[rank].z, v[3] += low[rank].w;
-    v[4] += high[rank].x, v[5] += high[rank].y, v[6] += high[rank].z, v[7] += high[rank].w;
+    for (int rank = 1; rank < kSegments; ++rank)
+      sum.x += parts[rank].x, sum.y += parts[rank].y, sum.z += parts[rank].z, sum.w += parts[rank].w;
+    v[4 * half] = sum.x, v[4 * half + 1] = sum.y, v[4 * half + 2] = sum.z, v[4 * half + 3] = sum.w;
   }
 }
 __device__ __forceinline__ void sum_segments(int segments, uint32_t address, float (&v)[8]) {
@@ -69,9 +67,9 @@ struct Destination {
   float residual[8];
 
   __device__ __forceinline__ void load(const Gemm& p, const Vectors& w, int column) {
-    n = column, stream = n / p.in.rows;
-    t = (n - stream * p.in.rows) * p.upsample + w.phase;
-    call = p.calls[stream];
+    n = column, stream = n / p.source.rows;
+    t = (n - stream * p.source.rows) * p.upsample + w.phase;
+    call = p.out.by_slot || p.residual.by_slot ? p.calls[stream] : Call{stream, 0};
     if (!p.residual.data) return;
     const int64_t at = element(p.residual, stream, call, t) + w.channel;
     if (p.residual_fp32)

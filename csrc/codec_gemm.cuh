@@ -5,7 +5,8 @@
 // stacked in m. Weights come in fragment order by bulk copies, the first of them before the
 // previous kernel has finished; activations by 16-byte copies, swizzled for ldmatrix.
 //
-// The order of all sums is fixed: k in steps of 16 within a segment, then the segments. Tile shapes
+// The order of all sums is fixed: each half of every block of k in steps of 16 within a segment, then
+// the two halves, then the segments. Tile shapes
 // do not enter, so they are free to follow the batch.
 #pragma once
 
@@ -16,11 +17,13 @@ namespace codec {
 constexpr int kBlock = 64;               // k of one pipeline stage
 constexpr int kStripBytes = 2 * 16 * kBlock;  // one strip of 16 rows of weights in a stage
 
+constexpr int kGroups = 2;               // of warps, that share out the k of a stage
+
 template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kStages_>
 struct Tile {
   static constexpr int kM = kM_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
   static constexpr int kStages = kStages_;
-  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsN * kGroups;
   static constexpr int kMi = kM / 16 / kWarpsM, kNi = kN / 8 / kWarpsN;  // mma tiles of a warp
   static constexpr int kWeightBytes = kM / 16 * kStripBytes, kColumnBytes = kN * 2 * kBlock;
   static constexpr int kPitch = kM + 4;  // floats between columns of the finished tile
@@ -28,10 +31,17 @@ struct Tile {
   static constexpr int kTileBytes = kN * kPitch * 4;
   static constexpr int kSharedBytes = kPipelineBytes > kTileBytes ? kPipelineBytes : kTileBytes;
   static_assert(kSharedBytes <= 98 * 1024, "sm_120 has 99 KB, a little of it static");
+  // CTAs to an SM that registers must allow: an SM of sm_120 has shared memory for one large tile.
+#if __CUDA_ARCH__ >= 1200
+  static constexpr int kCtas = kThreads > 256 || kN == 128 ? 1 : 2;
+#else
+  static constexpr int kCtas = kThreads > 256 ? 1 : 2;
+#endif
   // A thread finishes eight rows of every kColumnsAtOnce-th column.
   static constexpr int kParts = kM / 8, kColumnsAtOnce = kThreads / kParts;
   // Few columns wait on latency alone: fetch what the epilogue needs before the product.
   static constexpr bool kVectorsEarly = kN <= 32;
+  static constexpr int kAtOnce = kN == 64 || kThreads > 256 ? 2 : 1;  // columns; as registers allow
   static_assert(kThreads % kParts == 0, "a thread keeps its rows");
   static_assert(kNi == 1 || kNi % 2 == 0, "columns are loaded 16 at a time, or 8");
 };
@@ -46,27 +56,27 @@ struct ColumnLoader {
   int tap, piece;      // of this thread's next 16 bytes
 
   __device__ __forceinline__ ColumnLoader(const Gemm& p, int n0, int first_block) {
-    const int ring = p.in.frames * p.in.rows;
+    const int ring = p.source.frames * p.source.rows;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int local = pass * kRowsAtOnce + threadIdx.x / 8, n = n0 + local;
       start[pass] = -1;
-      data[pass] = static_cast<const bf16*>(p.in.data);
+      data[pass] = static_cast<const bf16*>(p.source.data);
       if (local < T::kN && n < p.columns) {
-        const int stream = n / p.in.rows;
-        const Call call = p.calls[stream];
-        int row = first_row(p.in, call) + n - stream * p.in.rows - p.history;
+        const int stream = n / p.source.rows;
+        const Call call = call_of(p.source, p.calls, stream);
+        int row = first_row(p.source, call) + n - stream * p.source.rows - p.history;
         start[pass] = row < 0 ? row + ring : row;
-        data[pass] += part_of(p.in, stream, call);
+        data[pass] += part_of(p.source, stream, call);
       }
     }
-    const int q = first_block * (kBlock / 8) + threadIdx.x % 8, pieces = p.in.channels / 8;
+    const int q = first_block * (kBlock / 8) + threadIdx.x % 8, pieces = p.source.channels / 8;
     tap = q / pieces;
     piece = q - tap * pieces;
   }
 
   __device__ __forceinline__ void load(const Gemm& p, uint32_t to) {
-    const int ring = p.in.frames * p.in.rows, pieces = p.in.channels / 8;
+    const int ring = p.source.frames * p.source.rows, pieces = p.source.channels / 8;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int local = pass * kRowsAtOnce + threadIdx.x / 8;
@@ -74,7 +84,7 @@ struct ColumnLoader {
       int row = start[pass] + tap * p.dilation;
       if (row >= ring) row -= ring;
       const bool valid = start[pass] >= 0 && tap < p.taps;
-      const bf16* from = valid ? data[pass] + row * p.in.channels + piece * 8 : data[pass];
+      const bf16* from = valid ? data[pass] + row * p.source.channels + piece * 8 : data[pass];
       copy_piece(to + local * (2 * kBlock) + ((threadIdx.x ^ local) & 7) * 16, from, valid);
     }
     for (piece += kBlock / 8; piece >= pieces; piece -= pieces) ++tap;
@@ -85,17 +95,19 @@ struct ColumnLoader {
 template <class T>
 __device__ __forceinline__ void multiply(float (&acc)[T::kMi][T::kNi][4], uint32_t weights,
                                          uint32_t columns) {
+  constexpr int kSteps = kBlock / 16 / kGroups;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int strip0 = warp % T::kWarpsM * T::kMi, n0 = warp / T::kWarpsM * (8 * T::kNi);
-  weights += strip0 * kStripBytes + lane * 16;
+  const int strip0 = warp % T::kWarpsM * T::kMi, n0 = warp / T::kWarpsM % T::kWarpsN * (8 * T::kNi);
+  const int first = warp / (T::kWarpsM * T::kWarpsN) * kSteps;
+  weights += strip0 * kStripBytes + first * 512 + lane * 16;
   const int row = n0 + (lane & 7) + (T::kNi > 1 ? lane / 16 * 8 : 0);
 #pragma unroll
-  for (int step = 0; step < kBlock / 16; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     uint4 a[T::kMi];
 #pragma unroll
     for (int i = 0; i < T::kMi; ++i) a[i] = load_shared(weights + i * kStripBytes + step * 512);
     const uint32_t b_from =
-        columns + row * (2 * kBlock) + (((step * 2 + (lane / 8 & 1)) ^ row) & 7) * 16;
+        columns + row * (2 * kBlock) + ((((first + step) * 2 + (lane / 8 & 1)) ^ row) & 7) * 16;
     if constexpr (T::kNi == 1) {
       uint32_t b[2];
       load_matrices(b, b_from);
@@ -116,39 +128,58 @@ __device__ __forceinline__ void multiply(float (&acc)[T::kMi][T::kNi][4], uint32
   }
 }
 
-// The accumulators as [column][row] in shared memory.
-template <class T>
+// The accumulators as [column][row] in shared memory, on top of what lies there or instead of it.
+template <class T, bool kAdd>
 __device__ __forceinline__ void spread(const float (&acc)[T::kMi][T::kNi][4], float* tile) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int m0 = warp % T::kWarpsM * (16 * T::kMi) + lane / 4;
-  const int n0 = warp / T::kWarpsM * (8 * T::kNi) + lane % 4 * 2;
+  const int n0 = warp / T::kWarpsM % T::kWarpsN * (8 * T::kNi) + lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < T::kMi; ++i)
 #pragma unroll
     for (int j = 0; j < T::kNi; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        tile[(n0 + j * 8 + (e & 1)) * T::kPitch + m0 + i * 16 + (e >> 1) * 8] = acc[i][j][e];
+      for (int e = 0; e < 4; ++e) {
+        float& cell = tile[(n0 + j * 8 + (e & 1)) * T::kPitch + m0 + i * 16 + (e >> 1) * 8];
+        cell = kAdd ? cell + acc[i][j][e] : acc[i][j][e];
+      }
+}
+
+// Where columns n, n + step, .. of n0 on go.
+template <class T>
+__device__ __forceinline__ void find_destinations(const Gemm& p, const Vectors& vectors,
+                                                  Destination (&to)[T::kAtOnce], int n0, int n, int end,
+                                                  int step) {
+#pragma unroll
+  for (int i = 0; i < T::kAtOnce; ++i)
+    if (n + i * step < end) to[i].load(p, vectors, n0 + n + i * step);
 }
 
 // This thread's share of the tile at `rows_at`: columns n, n + step, .. of n0 on; `to` is the first's.
-template <class T>
-__device__ __forceinline__ void finish_tile(const Gemm& p, const Vectors& vectors, Destination& to,
+//
+// In batches, so that the fetches of one overlap.
+template <class T, class DoneReading>
+__device__ __forceinline__ void finish_tile(const Gemm& p, const Vectors& vectors, Destination (&to)[T::kAtOnce],
                                             uint32_t rows_at, int n0, int n, int end, int step,
-                                            const float* scale) {
-  for (; n < end; n += step) {
-    float v[8];
-    sum_segments(p.segments, rows_at + n * T::kPitch * 4, v);
-    Destination next;
-    if (n + step < end) next.load(p, vectors, n0 + n + step);
-    finish(p, vectors, to, scale ? scale[n] : 1.f, v);
-    to = next;
+                                            const float* scale, DoneReading&& done_reading) {
+  if (n >= end) done_reading();
+  while (n < end) {
+    float v[T::kAtOnce][8];
+#pragma unroll
+    for (int i = 0; i < T::kAtOnce; ++i)
+      if (n + i * step < end) sum_segments(p.segments, rows_at + (n + i * step) * T::kPitch * 4, v[i]);
+    if (n + T::kAtOnce * step >= end) done_reading();
+#pragma unroll
+    for (int i = 0; i < T::kAtOnce; ++i)
+      if (n + i * step < end) finish(p, vectors, to[i], scale ? scale[n + i * step] : 1.f, v[i]);
+    n += T::kAtOnce * step;
+    find_destinations<T>(p, vectors, to, n0, n, end, step);
   }
 }
 
 // grid (segments * m tiles, n tiles), clusters of `segments`.
 template <class T>
-__global__ void __launch_bounds__(T::kThreads) gemm_kernel(const __grid_constant__ Gemm p) {
+__global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_kernel(const __grid_constant__ Gemm p) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint64_t full[T::kStages];
   __shared__ float scale[T::kN];
@@ -209,17 +240,26 @@ __global__ void __launch_bounds__(T::kThreads) gemm_kernel(const __grid_constant
   const int step = p.segments * T::kColumnsAtOnce;
   int n = rank * T::kColumnsAtOnce + threadIdx.x / T::kParts;
   const int end = m0 + m < p.m ? min(T::kN, p.columns - n0) : 0;
-  Destination to;
-  if (n < end) to.load(p, vectors, n0 + n);
+  Destination to[T::kAtOnce];
+  find_destinations<T>(p, vectors, to, n0, n, end, step);
   wait_for_pieces<0>();
   __syncthreads();
-  spread<T>(acc, reinterpret_cast<float*>(shared));
-  if (p.segments > 1)
-    sync_cluster();
-  else
+  // The second group's sums, then the first's on top.
+  const bool second = threadIdx.x >= T::kThreads / 2;
+  if (second) spread<T, false>(acc, reinterpret_cast<float*>(shared));
+  __syncthreads();
+  if (!second) spread<T, true>(acc, reinterpret_cast<float*>(shared));
+  const bool alone = p.segments == 1;
+  if (alone) {
     __syncthreads();
-  finish_tile<T>(p, vectors, to, weights_at + m * 4, n0, n, end, step, scale);
-  if (p.segments > 1) sync_cluster();  // none leaves while another reads its tile
+  } else {
+    arrive_at_cluster();
+    wait_for_cluster();
+  }
+  finish_tile<T>(p, vectors, to, weights_at + m * 4, n0, n, end, step, scale, [&] {
+    if (!alone) arrive_at_cluster();
+  });
+  if (!alone) wait_for_cluster();  // none leaves while another reads its tile
 }
 
 }  // namespace codec

@@ -37,23 +37,16 @@ cudaError_t launch_gemm(const Gemm& p, void* stream) {
   return launch(gemm_kernel<T>, p, grid, T::kThreads, T::kSharedBytes, p.segments, stream);
 }
 
-// As many stages as leave room for another CTA, or the next kernel's, in an SM of `sm_bytes`.
 template <class T>
-cudaError_t launch_unit(const Gemm& p, int sm_bytes, void* stream) {
-  constexpr int kReserved = 1024 + 512;  // the driver's and the kernel's own, of every CTA
-  const int slab = T::slab_bytes(p.history), ctas = p.columns / T::kN;
-  int stages = 0;
-  for (const int share : {2, 1}) {
-    if (stages < 2) stages = (sm_bytes / share - kReserved - slab) / T::kBlockBytes;
-  }
-  if (stages < 2) return cudaErrorInvalidValue;
-  stages = stages < kMaxUnitStages ? stages : kMaxUnitStages;
-  const int pipeline = slab + stages * T::kBlockBytes;
+cudaError_t launch_unit(const Gemm& p, int stages, void* stream) {
+  if (p.source.rows % T::kN || stages < 2 || stages > kMaxUnitStages) return cudaErrorInvalidValue;
+  const int pipeline = T::slab_bytes(p.history) + stages * T::kBlockBytes;
   const int shared = pipeline > T::kTileBytes ? pipeline : T::kTileBytes;
   const cudaError_t error =
       cudaFuncSetAttribute(unit_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
-  return launch(unit_kernel<T>, UnitLaunch{p, stages}, dim3(ctas), T::kThreads, shared, 1, stream);
+  return launch(unit_kernel<T>, UnitLaunch{p, stages}, dim3(p.columns / T::kN), T::kThreads, shared, 1,
+                stream);
 }
 
 }  // namespace codec
@@ -75,20 +68,18 @@ int codec_gemm(const codec::Gemm* p, int tile_m, int tile_n, void* stream) {
   }
 }
 
-// A residual unit of 96 or 192 channels (p->m), 16, 32, 64 or 128 columns a CTA; `sm_bytes` is the
-// shared memory of an SM.
-int codec_unit(const codec::Gemm* p, int tile_n, int sm_bytes, void* stream) {
+// A residual unit of 96 or 192 channels (p->m), 16, 32, 64 or 128 columns a CTA, 2 to 8 stages.
+int codec_unit(const codec::Gemm* p, int tile_n, int stages, void* stream) {
   using namespace codec;
-  if (p->in.rows % tile_n) return cudaErrorInvalidValue;
   switch (p->m * 1000 + tile_n) {
-    case 96016: return launch_unit<UnitTile<96, 16, 6, 1>>(*p, sm_bytes, stream);
-    case 96032: return launch_unit<UnitTile<96, 32, 6, 1>>(*p, sm_bytes, stream);
-    case 96064: return launch_unit<UnitTile<96, 64, 3, 2>>(*p, sm_bytes, stream);
-    case 96128: return launch_unit<UnitTile<96, 128, 3, 2>>(*p, sm_bytes, stream);
-    case 192016: return launch_unit<UnitTile<192, 16, 12, 1>>(*p, sm_bytes, stream);
-    case 192032: return launch_unit<UnitTile<192, 32, 12, 1>>(*p, sm_bytes, stream);
-    case 192064: return launch_unit<UnitTile<192, 64, 6, 2>>(*p, sm_bytes, stream);
-    case 192128: return launch_unit<UnitTile<192, 128, 6, 2>>(*p, sm_bytes, stream);
+    case 96016: return launch_unit<UnitTile<96, 16, 6, 1>>(*p, stages, stream);
+    case 96032: return launch_unit<UnitTile<96, 32, 6, 1>>(*p, stages, stream);
+    case 96064: return launch_unit<UnitTile<96, 64, 3, 2>>(*p, stages, stream);
+    case 96128: return launch_unit<UnitTile<96, 128, 3, 2>>(*p, stages, stream);
+    case 192016: return launch_unit<UnitTile<192, 16, 12, 1>>(*p, stages, stream);
+    case 192032: return launch_unit<UnitTile<192, 32, 12, 1>>(*p, stages, stream);
+    case 192064: return launch_unit<UnitTile<192, 64, 6, 2>>(*p, stages, stream);
+    case 192128: return launch_unit<UnitTile<192, 128, 6, 2>>(*p, stages, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -106,14 +97,13 @@ int codec_attention(const codec::Attention* p, int streams, void* stream) {
 
 int codec_depthwise_norm(const codec::DepthwiseNorm* p, int streams, void* stream) {
   using namespace codec;
-  return launch(depthwise_norm_kernel, *p, dim3(streams * p->in.rows), kNormThreads, 4 * p->in.channels,
+  return launch(depthwise_norm_kernel, *p, dim3(streams * p->source.rows), kNormThreads, 4 * p->source.channels,
                 1, stream);
 }
 
 int codec_last_conv(const codec::LastConv* p, int streams, void* stream) {
   using namespace codec;
-  constexpr int kSamples = kEndThreads / kLanesPerSample;
-  return launch(last_conv_kernel, *p, dim3((p->in.rows + kSamples - 1) / kSamples, streams), kEndThreads,
+  return launch(last_conv_kernel, *p, dim3((p->source.rows + kSamples - 1) / kSamples, streams), kEndThreads,
                 0, 1, stream);
 }
 

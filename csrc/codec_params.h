@@ -35,7 +35,7 @@ enum Activation : int { kNone = 0, kSnake = 1, kGelu = 2, kGlu = 3, kNormWeight 
 struct Gemm {
   const void* weights;  // bf16 in mma fragment order: [m / 16][k / 16][lane][8]
   const Call* calls;
-  Rows in;  // bf16
+  Rows source;  // bf16
   int history, dilation, taps;  // first tap at t - history
   int m;         // outputs: upsample * out_channels, or 2 * out_channels for kGlu
   int k_blocks;  // of 64; weights are zero beyond taps * channels
@@ -82,7 +82,7 @@ struct Attention {
 // Depthwise convolution and LayerNorm of a ConvNeXt block.
 struct DepthwiseNorm {
   const Call* calls;
-  Rows in;
+  Rows source;
   int taps;
   int real_channels;
   const float* weights;  // [taps][channels]
@@ -95,9 +95,8 @@ struct DepthwiseNorm {
 
 struct LastConv {
   const Call* calls;
-  Rows in;
-  int taps;
-  const float* weights;  // [taps][channels]
+  Rows source;
+  const float* weights;  // [7 taps][channels]
   float bias;
   float* pcm;  // [stream][rows]
 };

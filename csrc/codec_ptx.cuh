@@ -99,9 +99,12 @@ __device__ __forceinline__ void mma(float (&acc)[4], const uint4& a, uint32_t b0
 
 // ------------------------------------------------------------------ clusters
 
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+// Every thread arrives once, in whatever branch, and waits once.
+__device__ __forceinline__ void arrive_at_cluster() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 // `address` of this CTA, as seen in CTA `rank` of the cluster.
 __device__ __forceinline__ uint32_t map_shared(uint32_t address, int rank) {

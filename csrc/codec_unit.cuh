@@ -26,6 +26,7 @@ struct UnitTile {
   static constexpr int kStripBytes = kSteps * 512, kBlockBytes = kM / 16 * kStripBytes;
   static constexpr int kSlabPitch = 2 * kM + 16;  // an odd number of pieces: no bank conflicts
   __host__ __device__ static constexpr int slab_bytes(int history) { return (kN + history) * kSlabPitch + 127 & ~127; }
+  static constexpr int kAtOnce = kN <= 32 ? 1 : 2;
   static_assert(kThreads % kParts == 0, "a thread keeps its rows");
 };
 
@@ -61,9 +62,9 @@ template <class T>
 __device__ __forceinline__ void load_slab(const Gemm& p, const Call& call, int stream, int t0,
                                           uint32_t to) {
   constexpr int kPieces = T::kM / 8;
-  const int ring = p.in.frames * p.in.rows, rows = T::kN + p.history;
-  const bf16* const in = static_cast<const bf16*>(p.in.data) + part_of(p.in, stream, call);
-  int start = first_row(p.in, call) + t0 - p.history;
+  const int ring = p.source.frames * p.source.rows, rows = T::kN + p.history;
+  const bf16* const in = static_cast<const bf16*>(p.source.data) + part_of(p.source, stream, call);
+  int start = first_row(p.source, call) + t0 - p.history;
   if (start < 0) start += ring;
   for (int i = threadIdx.x; i < rows * kPieces; i += T::kThreads) {
     const int row = i / kPieces, piece = i - row * kPieces;
@@ -126,9 +127,9 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
       const int m = (strip0 + i) * 16 + half * 8 + lane / 4;
       add[i][half] = p.middle_add[m], a[i][half] = p.middle_a[m], b[i][half] = p.middle_b[m];
     }
-  const int n0 = blockIdx.x * T::kN, stream = n0 / p.in.rows, m = threadIdx.x % T::kParts * 8;
+  const int n0 = blockIdx.x * T::kN, stream = n0 / p.source.rows, m = threadIdx.x % T::kParts * 8;
   wait_for_previous();
-  load_slab<T>(p, p.calls[stream], stream, n0 - stream * p.in.rows, slab_at);
+  load_slab<T>(p, p.calls[stream], stream, n0 - stream * p.source.rows, slab_at);
   wait_for_pieces<0>();
   __syncthreads();
 
@@ -161,12 +162,12 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
   Vectors vectors;
   vectors.load(p, m);
   const int n = threadIdx.x / T::kParts;
-  Destination to;
-  to.load(p, vectors, n0 + n);
+  Destination to[T::kAtOnce];
+  find_destinations<T>(p, vectors, to, n0, n, T::kN, T::kColumnsAtOnce);
   __syncthreads();
-  spread<T>(acc, reinterpret_cast<float*>(shared));
+  spread<T, false>(acc, reinterpret_cast<float*>(shared));
   __syncthreads();
-  finish_tile<T>(p, vectors, to, slab_at + m * 4, n0, n, T::kN, T::kColumnsAtOnce, nullptr);
+  finish_tile<T>(p, vectors, to, slab_at + m * 4, n0, n, T::kN, T::kColumnsAtOnce, nullptr, [] {});
 }
 
 }  // namespace codec

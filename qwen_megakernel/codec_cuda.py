@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen_megakernel.build_tts import Library, Progress, build, detect_arch
 from qwen_megakernel.codec import CodecDecoder, check_codes, check_slots
 from qwen_megakernel.codec_plan import (
     AttentionOp,
@@ -26,14 +27,23 @@ from qwen_megakernel.codec_plan import (
     Op,
     Rows,
     choose_tile,
-    choose_unit_tile,
+    choose_unit_shape,
 )
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS
 
-__all__ = ["BATCH_SIZES", "CudaCodecStream"]
+__all__ = ["BATCH_SIZES", "CudaCodecStream", "codec_library"]
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 """A call is padded with the scratch slot to the next of these; longer ones are cut."""
+
+
+def codec_library(device: torch.device, progress: Progress | None = None) -> Path:
+    """Build the codec's kernels for a GPU, or find them in the cache; raises `BuildError`.
+
+    They serve every checkpoint: shapes are parameters.
+    """
+    library = Library("codec", ("codec_kernels.cu",), (), header="")
+    return build(library, detect_arch(device), progress)
 
 
 # ---------------------------------------------------------------------------- csrc/codec_params.h
@@ -85,7 +95,7 @@ class _DepthwiseNorm(ctypes.Structure):
 
 class _LastConv(ctypes.Structure):
     _fields_ = (
-        ("calls", c_void_p), ("source", _Rows), ("taps", c_int), ("weights", c_void_p),
+        ("calls", c_void_p), ("source", _Rows), ("weights", c_void_p),
         ("bias", c_float), ("pcm", c_void_p),
     )  # fmt: skip
 
@@ -167,11 +177,11 @@ class Launcher:
             *map(_pointer, op.middle or (None,) * 3), _pointer(op.squares_out),
         )  # fmt: skip
         if op.middle:
-            shared = self._gpu.shared_memory_per_multiprocessor
-            tile_n = choose_unit_tile(
-                op.m, op.source.rows, streams, self._gpu.multi_processor_count, shared
-            )
-            return self._library.codec_unit(byref(params), tile_n, shared, cuda_stream)
+            shape = choose_unit_shape(
+                op.m, op.source.rows, streams, self._gpu.multi_processor_count,
+                self._gpu.shared_memory_per_multiprocessor,
+            )  # fmt: skip
+            return self._library.codec_unit(byref(params), *shape, cuda_stream)
         tile = choose_tile(op.m, columns, op.segments, self._gpu.multi_processor_count)
         return self._library.codec_gemm(byref(params), *tile, cuda_stream)
 
@@ -195,7 +205,7 @@ class Launcher:
     @_launch.register
     def _(self, op: LastConvOp, streams: int, cuda_stream: int) -> int:
         params = _LastConv(
-            _pointer(self._calls), _rows(op.source), len(op.weights), _pointer(op.weights), op.bias,
+            _pointer(self._calls), _rows(op.source), _pointer(op.weights), op.bias,
             _pointer(op.pcm),
         )  # fmt: skip
         return self._library.codec_last_conv(byref(params), streams, cuda_stream)
@@ -219,7 +229,7 @@ class CudaCodecStream:
         Args:
             decoder: on CUDA with its weights loaded, of any dtype; not needed afterwards.
             num_slots: how many streams have state.
-            library: csrc/codec_kernels.cu, built for this GPU.
+            library: what `codec_library` gives for the decoder's device.
 
         Raises:
             ValueError: `num_slots` is below 1.

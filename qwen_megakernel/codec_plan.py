@@ -53,7 +53,7 @@ __all__ = [
     "Op",
     "Rows",
     "choose_tile",
-    "choose_unit_tile",
+    "choose_unit_shape",
     "ring_shapes",
     "segments_for",
 ]
@@ -63,7 +63,7 @@ MAX_SEGMENTS = 8
 ENOUGH_CTAS = 120
 """Fewer leave a GPU's memory bus idle while one stream's weights are read."""
 
-MIN_SEGMENT_BLOCKS = 3
+MIN_SEGMENT_BLOCKS = 4
 """Of k in a segment: with fewer, adding up the segments takes longer than the product."""
 UNIT_CHANNELS = (96, 192)
 """Widths of residual units that csrc/codec_unit.cuh runs in one launch."""
@@ -241,23 +241,31 @@ def choose_tile(m: int, columns: int, segments: int, num_sms: int) -> tuple[int,
     return 96 if wide else 64, tile_n
 
 
-def choose_unit_tile(channels: int, rows: int, streams: int, num_sms: int, sm_bytes: int) -> int:
-    """Columns of a residual unit's tile; the results do not depend on it.
+def choose_unit_shape(
+    channels: int, rows: int, streams: int, num_sms: int, sm_bytes: int
+) -> tuple[int, int]:
+    """(columns, pipeline stages) of a residual unit's CTA; the results do not depend on them.
 
     Every CTA reads all weights, at 64 bytes a clock or its share of the L2 cache's 3000, and
-    multiplies at 1000 a clock: few columns read too often, many leave SMs without work. All rows
-    that a tile's taps look at must fit in shared memory, with two stages of weights.
+    multiplies at 1000 a clock: few columns read too often, many leave SMs without work. The rows
+    that a tile's taps look at must fit in shared memory, with two stages of weights. Two CTAs, or
+    one and the next kernel's, share an SM; only where SMs are left over may one have its own.
     """
+    weights, stage = 8 * channels**2, channels * 2 * (96 if channels % 64 else 64)
 
     def clocks(tile: int) -> float:
-        ctas, weights = rows * streams // tile, 8 * channels**2
+        ctas = rows * streams // tile
         reading = 2 * weights / min(64, 3000 / min(ctas, num_sms))
         return ceil(ctas / num_sms) * (max(reading, weights * tile / 1000) + 2000)
 
-    def fits(tile: int) -> bool:
-        return (tile + 6 * 9) * (2 * channels + 16) + 2 * 2 * 64 * channels <= sm_bytes - 2048
+    def stages(tile: int, ctas_an_sm: int) -> int:
+        slab = (tile + 6 * 9) * (2 * channels + 16) + 128
+        return min(8, (sm_bytes // ctas_an_sm - 1536 - slab) // stage)
 
-    return min((tile for tile in UNIT_TILES if rows % tile == 0 and fits(tile)), key=clocks)
+    tiles = [tile for tile in UNIT_TILES if rows % tile == 0 and stages(tile, 1) >= 2]
+    tile = min(tiles, key=clocks)
+    alone = 2 * rows * streams // tile <= num_sms or stages(tile, 2) < 2
+    return tile, stages(tile, 1 if alone else 2)
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from qwen_megakernel.codec_plan import (
     CodecPlan,
     GemmOp,
     choose_tile,
-    choose_unit_tile,
+    choose_unit_shape,
     ring_shapes,
     segments_for,
 )
@@ -76,8 +76,9 @@ def test_a_tile_exists_for_every_size(m, columns):
 @pytest.mark.parametrize("streams", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize(("channels", "rows"), [(96, 1920), (192, 640), (96, 160), (192, 16)])
 def test_a_unit_s_tile_stays_within_a_stream_and_fits(channels, rows, streams, sm_kb):
-    tile = choose_unit_tile(channels, rows, streams, 132, sm_kb * 1024)
+    tile, stages = choose_unit_shape(channels, rows, streams, 132, sm_kb * 1024)
     assert rows % tile == 0
+    assert 2 <= stages <= 8
     assert (channels, tile, sm_kb) != (192, 128, 100)
 
 

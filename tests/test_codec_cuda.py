@@ -1,0 +1,139 @@
+"""The codec's kernels: their parameters on the CPU; their results and time on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from codec_interpreter import Interpreter
+from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
+from torch import Tensor
+
+from qwen_megakernel import codec_cuda
+from qwen_megakernel.codec import CodecStream
+from qwen_megakernel.codec_cuda import CudaCodecStream, codec_library
+from qwen_megakernel.codec_plan import CodecPlan, Rows
+from qwen_megakernel.config import HOP, CodecConfig
+
+ROOT = Path(__file__).parents[1]
+C_TYPES = {
+    "int": ctypes.c_int,
+    "float": ctypes.c_float,
+    "int64_t": ctypes.c_int64,
+    "Rows": codec_cuda._Rows,
+}
+
+
+@pytest.mark.parametrize("name", ["Rows", "Embed", "Gemm", "Attention", "DepthwiseNorm", "LastConv"])
+def test_structures_are_mirrored(name):
+    header = (ROOT / "csrc/codec_params.h").read_text()
+    body = re.sub(r"//.*", "", re.search(rf"struct {name} {{(.*?)\n}};", header, re.DOTALL)[1])
+    expected = []
+    for type_name, names in re.findall(r"^\s*(?:const )?(\w+\*?) ([\w, ]+);", body, re.MULTILINE):
+        c_type = ctypes.c_void_p if type_name.endswith("*") else C_TYPES[type_name]
+        expected += [(field, c_type) for field in names.split(", ")]
+    assert list(getattr(codec_cuda, f"_{name}")._fields_) == expected
+
+
+# ---------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return codec_library(torch.device("cuda"))
+
+
+def written_by(op: object) -> Iterator[tuple[str, Tensor]]:
+    for name in ("raw", "out", "kv", "squares_out", "pcm"):
+        value = getattr(op, name, None)
+        if value is not None:
+            yield name, value.data if isinstance(value, Rows) else value
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [TINY, ODD, WIDE], ids=["tiny", "odd", "wide"])
+@torch.no_grad()
+def test_every_launch_is_the_interpreter_s(config: CodecConfig, library: Path):
+    slots, plan = [2, 0, 1], CodecPlan(lively_decoder(config), 3, max_streams=4)
+    ours, interpreter = CudaCodecStream(lively_decoder(config).cuda(), 3, library), Interpreter(plan)
+    ours._plan.state.zero_()
+    for frame in range(2 * config.sliding_window if config is ODD else 12):
+        codes = random_codes(1, frame, 3)[:, 0]
+        interpreter.begin(slots, codes)
+        ours._launcher.input[:3] = torch.cat((torch.tensor(slots)[:, None], codes), 1).int()
+        ours._plan.ages[:3] = plan.ages[:3].cuda()
+        for index, (mine, theirs) in enumerate(zip(ours._plan.ops, plan.ops, strict=True)):
+            ours._launcher.launch(mine, 3)
+            interpreter.run(theirs)
+            for (name, a), (_, b) in zip(written_by(mine), written_by(theirs), strict=True):
+                got, expected = a[:3].float().cpu(), b[:3].float()
+                worst = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
+                assert worst <= 0.01, f"frame {frame}, launch {index}, {type(mine).__name__}.{name}"
+                a[:3].copy_(b[:3])  # the next launch starts equal
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_true_shape_is_as_close_as_pytorch_s_bf16(library, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    exact, codes = lively_decoder(TRUE, "cuda"), random_codes(90, slots=3)
+    truth = CodecStream(exact, 3).decode(range(3), codes)
+    theirs = CodecStream(copy.deepcopy(exact).bfloat16(), 3).decode(range(3), codes)
+    pcm = CudaCodecStream(exact, 3, library).decode(range(3), codes)
+    edges = torch.arange(1, 90) * HOP
+    error, jump = pcm - truth, (pcm - truth).diff()[:, edges - 1].abs().max().item()
+    ratio = rms(error) / rms(theirs - truth)
+    with capsys.disabled():
+        print(f"\n  rms error {rms(error):.2g}, {ratio:.2f} of PyTorch's bf16; at borders {jump:.2g}")
+    assert ratio <= 1
+    assert jump <= 2 * error.abs().max().item()
+    assert error.abs().max() <= 1.25 * (theirs - truth).abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [TRUE, ODD], ids=["true", "odd"])
+@torch.no_grad()
+def test_splits_and_company_do_not_change_a_bit(config, library):
+    """Slots of all ages, calls of all sizes and lengths, in any order, beside a decode alone."""
+    frames, num_slots, rng = 12, 40, random.Random(0)
+    codes = random_codes(frames, slots=num_slots)
+    decoder = lively_decoder(config, "cuda")
+    stream = CudaCodecStream(decoder, num_slots, library)
+    alone = torch.cat([stream.decode([slot], codes[slot : slot + 1]) for slot in range(num_slots)])
+    for slot in range(num_slots):
+        stream.reset(slot)
+    together = stream.decode(range(num_slots), codes)  # more than one batch
+    assert torch.equal(together, alone)
+    for slot in range(num_slots):
+        stream.reset(slot)
+    mixed, ages = torch.zeros_like(alone), [0] * num_slots
+    while min(ages) < frames:
+        waiting = [slot for slot in range(num_slots) if ages[slot] < frames]
+        slots = rng.sample(waiting, rng.randint(1, len(waiting)))
+        count = min(rng.randint(1, 3), *(frames - ages[slot] for slot in slots))
+        part = stream.decode(slots, torch.stack([codes[s, ages[s] : ages[s] + count] for s in slots]))
+        for slot, samples in zip(slots, part, strict=True):
+            mixed[slot, ages[slot] * HOP : (ages[slot] + count) * HOP] = samples
+            ages[slot] += count
+    assert torch.equal(mixed, alone)
+
+
+@pytest.mark.gpu
+def test_bad_input_moves_nothing(library):
+    codes = random_codes(3)
+    decoder = lively_decoder(TINY, "cuda")
+    stream, untouched = CudaCodecStream(decoder, 2, library), CudaCodecStream(decoder, 2, library)
+    for slots, wrong in (([2], codes), ([0, 0], codes.expand(2, -1, -1)), ([0], codes + 2048)):
+        with pytest.raises(ValueError, match="allowed"):
+            stream.decode(slots, wrong)
+    assert torch.equal(stream.decode([0], codes.cuda()), untouched.decode([0], codes))
