@@ -19,9 +19,9 @@ constexpr int kStripBytes = 2 * 16 * kBlock;  // one strip of 16 rows of weights
 
 constexpr int kGroups = 2;               // of warps, that share out the k of a stage
 
-template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kStages_>
+template <int kN_, int kWarpsM_, int kWarpsN_, int kStages_>
 struct Tile {
-  static constexpr int kM = kM_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr int kM = 64, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
   static constexpr int kStages = kStages_;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN * kGroups;
   static constexpr int kMi = kM / 16 / kWarpsM, kNi = kN / 8 / kWarpsN;  // mma tiles of a warp
@@ -33,15 +33,15 @@ struct Tile {
   static_assert(kSharedBytes <= 98 * 1024, "sm_120 has 99 KB, a little of it static");
   // CTAs to an SM that registers must allow: an SM of sm_120 has shared memory for one large tile.
 #if __CUDA_ARCH__ >= 1200
-  static constexpr int kCtas = kThreads > 256 || kN == 128 ? 1 : 2;
+  static constexpr int kCtas = kN == 128 ? 1 : 2;
 #else
-  static constexpr int kCtas = kThreads > 256 ? 1 : 2;
+  static constexpr int kCtas = 2;
 #endif
   // A thread finishes eight rows of every kColumnsAtOnce-th column.
   static constexpr int kParts = kM / 8, kColumnsAtOnce = kThreads / kParts;
   // Few columns wait on latency alone: fetch what the epilogue needs before the product.
   static constexpr bool kVectorsEarly = kN <= 32;
-  static constexpr int kAtOnce = kN == 64 || kThreads > 256 ? 2 : 1;  // columns; as registers allow
+  static constexpr int kAtOnce = kN == 64 ? 2 : 1;  // columns; as registers allow
   static_assert(kThreads % kParts == 0, "a thread keeps its rows");
   static_assert(kNi == 1 || kNi % 2 == 0, "columns are loaded 16 at a time, or 8");
 };
@@ -192,15 +192,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_kernel(const __gri
   const uint32_t columns_at = weights_at + T::kStages * T::kWeightBytes;
   const uint32_t full_at = shared_address(full);
 
+  const char* const weights = static_cast<const char*>(p.weights) +
+      (static_cast<int64_t>(blockIdx.x / p.segments) * p.k_blocks + first) * T::kWeightBytes;
   const auto load_weights = [&](int block) {
-    const int stage = block % T::kStages, strips = min(T::kM, p.m - m0 + 15 & ~15) / 16;
-    expect_bytes(full_at + stage * 8, strips * kStripBytes);
-    const char* from = static_cast<const char*>(p.weights) +
-                       (static_cast<int64_t>(m0 / 16) * p.k_blocks + first + block) * kStripBytes;
-    for (int s = 0; s < strips; ++s)
-      copy_bulk(weights_at + stage * T::kWeightBytes + s * kStripBytes,
-                from + static_cast<int64_t>(s) * p.k_blocks * kStripBytes, kStripBytes,
-                full_at + stage * 8);
+    const int stage = block % T::kStages;
+    expect_bytes(full_at + stage * 8, T::kWeightBytes);
+    copy_bulk(weights_at + stage * T::kWeightBytes, weights + block * T::kWeightBytes, T::kWeightBytes,
+              full_at + stage * 8);
   };
   if (threadIdx.x == 0) {
     for (int s = 0; s < T::kStages; ++s) init_barrier(full_at + s * 8);
@@ -210,8 +208,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_kernel(const __gri
   const int m = threadIdx.x % T::kParts * 8;
   Vectors vectors;
   if (T::kVectorsEarly && m0 + m < p.m) vectors.load(p, m0 + m);
+  __syncthreads();  // the barriers are there for all
   wait_for_previous();
-  __syncthreads();
 
   ColumnLoader<T> loader(p, n0, first);
 #pragma unroll 1

@@ -53,17 +53,15 @@ cudaError_t launch_unit(const Gemm& p, int stages, void* stream) {
 
 extern "C" {
 
-// tile_m x tile_n: 64 x 8, 16, 32, 64, 128 or 96 x 32, 128.
-int codec_gemm(const codec::Gemm* p, int tile_m, int tile_n, void* stream) {
+// 8, 16, 32, 64 or 128 columns a CTA.
+int codec_gemm(const codec::Gemm* p, int tile_n, void* stream) {
   using namespace codec;
-  switch (tile_m * 1000 + tile_n) {
-    case 64008: return launch_gemm<Tile<64, 8, 4, 1, 6>>(*p, stream);
-    case 64016: return launch_gemm<Tile<64, 16, 4, 1, 6>>(*p, stream);
-    case 64032: return launch_gemm<Tile<64, 32, 4, 1, 6>>(*p, stream);
-    case 64064: return launch_gemm<Tile<64, 64, 2, 2, 5>>(*p, stream);
-    case 64128: return launch_gemm<Tile<64, 128, 2, 2, 4>>(*p, stream);
-    case 96032: return launch_gemm<Tile<96, 32, 3, 2, 5>>(*p, stream);
-    case 96128: return launch_gemm<Tile<96, 128, 3, 2, 3>>(*p, stream);
+  switch (tile_n) {
+    case 8: return launch_gemm<Tile<8, 4, 1, 6>>(*p, stream);
+    case 16: return launch_gemm<Tile<16, 4, 1, 6>>(*p, stream);
+    case 32: return launch_gemm<Tile<32, 4, 1, 6>>(*p, stream);
+    case 64: return launch_gemm<Tile<64, 2, 2, 5>>(*p, stream);
+    case 128: return launch_gemm<Tile<128, 2, 2, 4>>(*p, stream);
     default: return cudaErrorInvalidValue;
   }
 }

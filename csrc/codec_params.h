@@ -33,7 +33,7 @@ enum Activation : int { kNone = 0, kSnake = 1, kGelu = 2, kGlu = 3, kNormWeight 
 // A residual unit whose channels fit one tile is a single launch, too: between its convolution and
 // its product with one more tap's worth of weights stands snake(W x + middle_add).
 struct Gemm {
-  const void* weights;  // bf16 in mma fragment order: [m / 16][k / 16][lane][8]
+  const void* weights;  // bf16, as codec_pack.py packs them: a stage's tile is contiguous
   const Call* calls;
   Rows source;  // bf16
   int history, dilation, taps;  // first tap at t - history

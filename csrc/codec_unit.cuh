@@ -108,10 +108,9 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
 
   const auto load_weights = [&](int block, int stage) {
     expect_bytes(full_at + stage * 8, T::kBlockBytes);
-    for (int s = 0; s < T::kM / 16; ++s)
-      copy_bulk(weights_at + stage * T::kBlockBytes + s * T::kStripBytes,
-                static_cast<const char*>(p.weights) + (s * blocks + block) * T::kStripBytes, T::kStripBytes,
-                full_at + stage * 8);
+    copy_bulk(weights_at + stage * T::kBlockBytes,
+              static_cast<const char*>(p.weights) + block * T::kBlockBytes, T::kBlockBytes,
+              full_at + stage * 8);
   };
   if (threadIdx.x == 0) {
     for (int s = 0; s < stages; ++s) init_barrier(full_at + s * 8);

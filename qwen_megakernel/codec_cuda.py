@@ -17,18 +17,9 @@ from torch import Tensor
 
 from qwen_megakernel.build_tts import Library, Progress, build, detect_arch
 from qwen_megakernel.codec import CodecDecoder, check_codes, check_slots
-from qwen_megakernel.codec_plan import (
-    AttentionOp,
-    CodecPlan,
-    DepthwiseNormOp,
-    EmbedOp,
-    GemmOp,
-    LastConvOp,
-    Op,
-    Rows,
-    choose_tile,
-    choose_unit_shape,
-)
+from qwen_megakernel.codec_ops import AttentionOp, DepthwiseNormOp, EmbedOp, GemmOp, LastConvOp, Op, Rows
+from qwen_megakernel.codec_plan import CodecPlan
+from qwen_megakernel.codec_tiling import choose_tile, choose_unit_shape
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS
 
 __all__ = ["BATCH_SIZES", "CudaCodecStream", "codec_library"]
@@ -124,8 +115,8 @@ def _load(path: Path) -> ctypes.CDLL:
         ("last_conv", _LastConv),
     ):  # fmt: skip
         getattr(library, f"codec_{name}").argtypes = (POINTER(params), c_int, c_void_p)
-    for name in ("gemm", "unit"):
-        getattr(library, f"codec_{name}").argtypes = (POINTER(_Gemm), c_int, c_int, c_void_p)
+    library.codec_gemm.argtypes = (POINTER(_Gemm), c_int, c_void_p)
+    library.codec_unit.argtypes = (POINTER(_Gemm), c_int, c_int, c_void_p)
     library.codec_error.argtypes, library.codec_error.restype = (c_int,), c_char_p
     structures = (_Embed, _Gemm, _Attention, _DepthwiseNorm, _LastConv)
     if library.codec_param_bytes() != sum(ctypes.sizeof(params) for params in structures):
@@ -182,8 +173,8 @@ class Launcher:
                 self._gpu.shared_memory_per_multiprocessor,
             )  # fmt: skip
             return self._library.codec_unit(byref(params), *shape, cuda_stream)
-        tile = choose_tile(op.m, columns, op.segments, self._gpu.multi_processor_count)
-        return self._library.codec_gemm(byref(params), *tile, cuda_stream)
+        tile_n = choose_tile(op.m, columns, op.segments, self._gpu.multi_processor_count)
+        return self._library.codec_gemm(byref(params), tile_n, cuda_stream)
 
     @_launch.register
     def _(self, op: AttentionOp, streams: int, cuda_stream: int) -> int:
@@ -273,22 +264,34 @@ class CudaCodecStream:
         check_codes(codes, len(slots), self._codebook_size)
         column = torch.tensor(slots, dtype=torch.int64, device=codes.device)[:, None, None]
         inputs = torch.cat((column.expand(-1, codes.shape[1], 1), codes), 2).to(torch.int32)
+        most = self._sizes[-1]
+        if codes.shape[1] == 1 and len(slots) <= most:
+            return self.step(inputs[:, 0]).clone()
         pcm = torch.empty(len(slots), codes.shape[1], HOP, device=self._device)
-        for first in range(0, len(slots), self._sizes[-1]):
-            part = slice(first, first + self._sizes[-1])
+        for first in range(0, len(slots), most):
             for frame in range(codes.shape[1]):
-                pcm[part, frame] = self._step(inputs[part, frame])
+                part = slice(first, first + most)
+                pcm[part, frame] = self.step(inputs[part, frame])
         return pcm.flatten(1)
 
-    def _step(self, inputs: Tensor) -> Tensor:
-        """One frame: int32 [n, 17], slots and codes, to samples that hold until the next step.
+    @torch.no_grad()
+    def step(self, inputs: Tensor) -> Tensor:
+        """One frame of `decode`, for callers that keep their codes on the device: nothing is checked.
 
-        No check and no wait, but for the copy of inputs in pageable host memory.
+        A slot out of range or twice is undefined; a code out of range counts as the nearest one.
+
+        Args:
+            inputs: int32 [n, 17], slot and codes; n at most 32, and at most the next batch size
+                from `num_slots` on.
+
+        Returns:
+            float32 [n, 1920] on the device, overwritten by the next step; not waited for.
         """
         streams = len(inputs)
         size = next(n for n in self._sizes if n >= streams)
         self._launcher.input[:streams].copy_(inputs, non_blocking=True)
-        self._launcher.input[streams:size, 0] = self.num_slots
+        if streams < size:
+            self._launcher.input[streams:size, 0] = self.num_slots
         self._graphs[size].replay()
         return self._plan.pcm[:streams]
 

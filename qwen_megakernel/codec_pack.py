@@ -19,6 +19,7 @@ __all__ = [
     "pad_channels",
     "pad_heads",
     "padded",
+    "unit_block",
     "upsample_matrix",
 ]
 
@@ -26,6 +27,8 @@ PIECE = 8
 """bf16 values in 16 bytes, the unit of every copy of activations."""
 BLOCK = 64
 """k of one pipeline stage; kBlock of codec_gemm.cuh."""
+ROWS = 64
+"""Outputs of one tile; kM of its Tile."""
 
 
 def padded(count: int) -> int:
@@ -69,13 +72,20 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack((pad_channels(gate, 0), pad_channels(up, 0)), 1).flatten(0, 1)
 
 
-def pack_fragments(matrix: Tensor) -> Tensor:
-    """[m, k] -> bf16 [m / 16, k / 16, 32, 8], both padded with zeros, k to whole blocks of 64.
+def pack_fragments(matrix: Tensor, rows: int = ROWS, columns: int = BLOCK) -> Tensor:
+    """[m, k] -> bf16 [m / rows, k / columns, rows / 16, columns / 16, 32, 8], padded with zeros.
 
-    Lane 4 g + q of a 16 x 16 tile holds rows g and g + 8 at columns 2 q, 2 q + 1, and the same 8
-    columns on: the A operand of mma.m16n8k16, 16 bytes a lane.
+    A tile of rows x columns is what one bulk copy brings. In a 16 x 16 tile of that, lane 4 g + q
+    holds rows g and g + 8 at columns 2 q, 2 q + 1, and the same 8 columns on: the A operand of
+    mma.m16n8k16, 16 bytes a lane.
     """
     m, k = matrix.shape
-    full = F.pad(matrix, (0, -k % BLOCK, 0, -m % 16)).to(torch.bfloat16)
-    tiles = full.reshape(full.shape[0] // 16, 2, 8, full.shape[1] // 16, 2, 4, 2)
-    return tiles.permute(0, 3, 2, 5, 4, 1, 6).reshape(*tiles.shape[::3][:2], 32, 8).contiguous()
+    full = F.pad(matrix, (0, -k % columns, 0, -m % rows)).to(torch.bfloat16)
+    shape = (len(full) // rows, rows // 16, 2, 8, full.shape[1] // columns, columns // 16, 2, 4, 2)
+    tiles = full.reshape(shape).permute(0, 4, 1, 5, 3, 7, 6, 2, 8)
+    return tiles.reshape(*tiles.shape[:4], 32, 8).contiguous()
+
+
+def unit_block(channels: int) -> int:
+    """k of one stage of a residual unit's weights: a whole tap of 96 channels, a third of one of 192."""
+    return BLOCK if channels % BLOCK == 0 else channels

@@ -15,8 +15,6 @@ and all sums are float32.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -29,8 +27,17 @@ from qwen_megakernel.codec import (
     SnakeBeta,
     rope_table,
 )
+from qwen_megakernel.codec_ops import (
+    Activation,
+    AttentionOp,
+    DepthwiseNormOp,
+    EmbedOp,
+    GemmOp,
+    LastConvOp,
+    Op,
+    Rows,
+)
 from qwen_megakernel.codec_pack import (
-    BLOCK,
     PIECE,
     conv_matrix,
     interleave,
@@ -38,234 +45,13 @@ from qwen_megakernel.codec_pack import (
     pad_channels,
     pad_heads,
     padded,
+    unit_block,
     upsample_matrix,
 )
-from qwen_megakernel.config import HOP, CodecConfig
+from qwen_megakernel.codec_tiling import UNIT_CHANNELS, UNIT_TILES, ring_shapes, segments_for
+from qwen_megakernel.config import HOP
 
-__all__ = [
-    "Activation",
-    "AttentionOp",
-    "CodecPlan",
-    "DepthwiseNormOp",
-    "EmbedOp",
-    "GemmOp",
-    "LastConvOp",
-    "Op",
-    "Rows",
-    "choose_tile",
-    "choose_unit_shape",
-    "ring_shapes",
-    "segments_for",
-]
-
-MAX_SEGMENTS = 8
-"""The largest cluster that every GPU with clusters can launch."""
-ENOUGH_CTAS = 120
-"""Fewer leave a GPU's memory bus idle while one stream's weights are read."""
-
-MIN_SEGMENT_BLOCKS = 4
-"""Of k in a segment: with fewer, adding up the segments takes longer than the product."""
-UNIT_CHANNELS = (96, 192)
-"""Widths of residual units that csrc/codec_unit.cuh runs in one launch."""
-UNIT_TILES = (16, 32, 64, 128)
-"""Columns of a CTA there."""
-
-
-class Activation(IntEnum):
-    """Mirrors `Activation` of codec_params.h."""
-
-    NONE = 0
-    SNAKE = 1
-    GELU = 2
-    GLU = 3
-    NORM_WEIGHT = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of every stream's frame, or a ring of frames in every slot's state."""
-
-    data: Tensor
-    """[streams or slots, frames * rows, channels], the last two contiguous."""
-    rows: int
-    """Time steps of one frame."""
-    by_slot: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class EmbedOp:
-    """Codes -> the sum of their 16 projected vectors; counts the slots' ages."""
-
-    table: Tensor
-    """float32 [16 * codebook_size, channels]."""
-    codebook_size: int
-    out: Rows
-
-
-@dataclass(frozen=True, slots=True)
-class GemmOp:
-    """out = act(norm(W x) * mul + add + residual); see `Gemm` of codec_params.h."""
-
-    weights: Tensor
-    source: Rows
-    taps: int
-    m: int
-    segments: int
-    dilation: int = 1
-    upsample: int = 1
-    mul: Tensor | None = None
-    add: Tensor | None = None
-    squares_in: Tensor | None = None
-    norm_dim: int = 1
-    eps: float = 0.0
-    residual: Rows | None = None
-    raw: Rows | None = None
-    out: Rows | None = None
-    activation: Activation = Activation.NONE
-    act_a: Tensor | None = None
-    act_b: Tensor | None = None
-    squares_out: Tensor | None = None
-    middle: tuple[Tensor, Tensor, Tensor] | None = None
-    """A residual unit in one: bias and snake's vectors between its two products."""
-
-    @property
-    def history(self) -> int:
-        """Rows before the present one that the first tap looks back."""
-        return (self.taps - 1) * self.dilation
-
-    @property
-    def k_blocks(self) -> int:
-        """Blocks of k in the packed weights."""
-        return self.weights.shape[1] * 16 // BLOCK
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionOp:
-    """Attention over the window, with the new key and value put into the ring."""
-
-    qkv: Rows
-    kv: Rows
-    rope: Tensor
-    """float32 [window, half, 2]: cosine and sine by distance."""
-    out: Rows
-    heads: int
-    kv_heads: int
-    head_dim: int
-    window: int
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class DepthwiseNormOp:
-    """Depthwise convolution and LayerNorm of a ConvNeXt block."""
-
-    source: Rows
-    weights: Tensor
-    """float32 [taps, channels]."""
-    bias: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    eps: float
-    real_channels: int
-    out: Rows
-
-
-@dataclass(frozen=True, slots=True)
-class LastConvOp:
-    """The convolution to one channel, clamped: the samples."""
-
-    source: Rows
-    weights: Tensor
-    """float32 [taps, channels]."""
-    bias: float
-    pcm: Tensor
-    """float32 [streams, samples]."""
-
-
-Op = EmbedOp | GemmOp | AttentionOp | DepthwiseNormOp | LastConvOp
-
-
-def ring_shapes(config: CodecConfig) -> dict[str, tuple[int, int, int]]:
-    """Every ring of a slot's state: name -> (frames, rows, channels).
-
-    A ring holds whole frames, enough for the reader's history and the frame being written.
-    """
-
-    def ring(rows: int, channels: int, history: int) -> tuple[int, int, int]:
-        return ceil(history / rows) + 1, rows, padded(channels)
-
-    head_dim = 2 * padded(config.head_dim // 2)
-    rings = {"codes": ring(1, config.codebook_dim, 2)}
-    for i in range(config.num_layers):
-        rings[f"kv.{i}"] = (config.sliding_window, 1, 2 * config.num_kv_heads * head_dim)
-    rows, width = 1, config.decoder_dim
-    for i, factor in enumerate(config.upsampling_ratios):
-        rows *= factor
-        rings[f"up.{i}"] = ring(rows, config.latent_dim, 6)
-    rings["first"] = ring(rows, config.latent_dim, 6)
-    for i, factor in enumerate(config.upsample_rates):
-        rings[f"block.{i}"] = ring(rows, width, 1)
-        rows, width = rows * factor, width // 2
-        for unit, dilation in enumerate((1, 3, 9)):
-            rings[f"block.{i}.{unit}"] = ring(rows, width, 6 * dilation)
-    rings["last"] = ring(rows, width, 6)
-    return rings
-
-
-def segments_for(m: int, k_blocks: int, rows: int) -> int:
-    """Into how many parts of k a layer is cut.
-
-    A property of the layer and never of the call, since it decides the order of the sums: as
-    many as a single stream needs to keep all memory channels busy.
-    """
-    tiles, segments = ceil(m / 64) * ceil(rows / 32), 1
-    while (
-        segments < MAX_SEGMENTS
-        and tiles * segments < ENOUGH_CTAS
-        and k_blocks >= 2 * segments * MIN_SEGMENT_BLOCKS
-    ):
-        segments *= 2
-    return segments
-
-
-def choose_tile(m: int, columns: int, segments: int, num_sms: int) -> tuple[int, int]:
-    """(rows, columns) of a CTA's tile; the results do not depend on it."""
-    if columns <= 32:
-        tile_n = next(n for n in (8, 16, 32) if columns <= n)
-    else:
-        tile_n = 32
-        for n in (64, 128):
-            if ceil(m / 64) * ceil(columns / n) * segments >= num_sms:
-                tile_n = n
-    wide = m % 96 == 0 and (tile_n == 128 or (tile_n == 32 and m % 64))
-    return 96 if wide else 64, tile_n
-
-
-def choose_unit_shape(
-    channels: int, rows: int, streams: int, num_sms: int, sm_bytes: int
-) -> tuple[int, int]:
-    """(columns, pipeline stages) of a residual unit's CTA; the results do not depend on them.
-
-    Every CTA reads all weights, at 64 bytes a clock or its share of the L2 cache's 3000, and
-    multiplies at 1000 a clock: few columns read too often, many leave SMs without work. The rows
-    that a tile's taps look at must fit in shared memory, with two stages of weights. Two CTAs, or
-    one and the next kernel's, share an SM; only where SMs are left over may one have its own.
-    """
-    weights, stage = 8 * channels**2, channels * 2 * (96 if channels % 64 else 64)
-
-    def clocks(tile: int) -> float:
-        ctas = rows * streams // tile
-        reading = 2 * weights / min(64, 3000 / min(ctas, num_sms))
-        return ceil(ctas / num_sms) * (max(reading, weights * tile / 1000) + 2000)
-
-    def stages(tile: int, ctas_an_sm: int) -> int:
-        slab = (tile + 6 * 9) * (2 * channels + 16) + 128
-        return min(8, (sm_bytes // ctas_an_sm - 1536 - slab) // stage)
-
-    tiles = [tile for tile in UNIT_TILES if rows % tile == 0 and stages(tile, 1) >= 2]
-    tile = min(tiles, key=clocks)
-    alone = 2 * rows * streams // tile <= num_sms or stages(tile, 2) < 2
-    return tile, stages(tile, 1 if alone else 2)
+__all__ = ["CodecPlan"]
 
 
 @dataclass(slots=True)
@@ -323,12 +109,9 @@ class CodecPlan:
             "act_b": self._vector(snake._strength[:, 0]),
         }
 
-    def _gemm(
-        self, matrix: Tensor, source: Rows, taps: int = 1, segments: int | None = None, **rest: object
-    ) -> None:
+    def _gemm(self, matrix: Tensor, source: Rows, taps: int = 1, **rest: object) -> None:
         weights = pack_fragments(matrix)
-        k_blocks = weights.shape[1] * 16 // BLOCK
-        segments = segments or segments_for(len(matrix), k_blocks, source.rows)
+        segments = segments_for(len(matrix), weights.shape[1], source.rows)
         self.ops.append(GemmOp(weights, source, taps, len(matrix), segments, **rest))
 
     # ------------------------------------------------------------------ the layers in order
@@ -484,10 +267,13 @@ class CodecPlan:
                 self._conv(unit.conv2, middle, residual=x, **after)
 
     def _unit(self, unit: ResidualUnit, source: Rows, **after: object) -> None:
-        matrices = [conv_matrix(layer.conv.weight) for layer in (unit.conv1, unit.conv2)]
-        snake = self._snake(unit.act2)
-        self._gemm(
-            torch.cat(matrices, 1), source, unit.conv1.conv.kernel_size[0], segments=1,
-            dilation=unit.conv1.conv.dilation[0], add=self._vector(unit.conv2.conv.bias),
-            middle=(self._vector(unit.conv1.conv.bias), snake["act_a"], snake["act_b"]), **after,
+        conv, snake = unit.conv1.conv, self._snake(unit.act2)
+        matrix = torch.cat([conv_matrix(layer.conv.weight) for layer in (unit.conv1, unit.conv2)], 1)
+        weights = pack_fragments(matrix, len(matrix), unit_block(len(matrix)))
+        middle = self._vector(conv.bias), snake["act_a"], snake["act_b"]
+        self.ops.append(
+            GemmOp(
+                weights, source, conv.kernel_size[0], len(matrix), segments=1, dilation=conv.dilation[0],
+                add=self._vector(unit.conv2.conv.bias), middle=middle, **after,
+            )
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """The GPU codec's time a frame, beside the PyTorch codec's on the same GPU.
 
-    python tests/bench_codec.py [--launches]
+    python tests/bench_codec.py [--launches STREAMS]
 
 Weights are random (the true shape), activations lively, every figure a median. With `--launches`
 also what each launch adds to a frame.
@@ -25,7 +25,7 @@ from torch import Tensor  # noqa: E402
 
 from qwen_megakernel.codec import CodecDecoder, CodecStream  # noqa: E402
 from qwen_megakernel.codec_cuda import BATCH_SIZES, CudaCodecStream, codec_library  # noqa: E402
-from qwen_megakernel.codec_plan import GemmOp  # noqa: E402
+from qwen_megakernel.codec_ops import GemmOp  # noqa: E402
 
 REPEATS = 200
 
@@ -70,7 +70,7 @@ def frame_times(exact: CodecDecoder, library: Path) -> list[str]:
     for size in BATCH_SIZES:
         codes = random_codes(1, slots=size)
         inputs = torch.cat((torch.arange(size)[:, None], codes[:, 0]), 1).int().cuda()
-        stream._step(inputs)
+        stream.step(inputs)
         ours = timed(stream._graphs[size].replay)
         laps = []
         for _ in range(100):
@@ -120,7 +120,7 @@ def launch_times(exact: CodecDecoder, library: Path, streams: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--launches", action="store_true", help="time every launch as well")
+    parser.add_argument("--launches", type=int, metavar="STREAMS", help="time every launch as well")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.backends.cudnn.allow_tf32 = False
@@ -128,8 +128,8 @@ def main() -> None:
     library = codec_library(torch.device("cuda"))
     print(f"kernels ready after {time.perf_counter() - start:.1f} s")
     exact = lively_decoder(TRUE, "cuda")
-    for streams in (1, 32) if args.launches else ():
-        print(f"launches, {streams} streams:", *launch_times(exact, library, streams), sep="\n")
+    if args.launches:
+        print(*launch_times(exact, library, args.launches), sep="\n")
     print(*frame_times(exact, library), sep="\n")
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
 

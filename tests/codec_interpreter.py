@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_megakernel.codec_plan import (
+from qwen_megakernel.codec_ops import (
     Activation,
     AttentionOp,
-    CodecPlan,
     DepthwiseNormOp,
     EmbedOp,
     GemmOp,
@@ -23,18 +22,20 @@ from qwen_megakernel.codec_plan import (
     Op,
     Rows,
 )
+from qwen_megakernel.codec_plan import CodecPlan
 
 
 def unpack_fragments(packed: Tensor) -> Tensor:
-    """[m / 16, k / 16, 32, 8] -> [m, k]: the mma A operand, element by element."""
-    strips, chunks = packed.shape[:2]
-    matrix = torch.empty(strips * 16, chunks * 16, dtype=packed.dtype)
+    """What `pack_fragments` packed: the mma A operand, element by element."""
+    tall, wide, strips, steps = packed.shape[:4]
+    matrix = torch.empty(tall * strips * 16, wide * steps * 16, dtype=packed.dtype)
+    tiles = packed.permute(0, 2, 1, 3, 4, 5).flatten(2, 3).flatten(0, 1)  # [m / 16, k / 16, 32, 8]
     for lane in range(32):
         for register in range(4):
             row = lane // 4 + 8 * (register % 2)
             column = lane % 4 * 2 + 8 * (register // 2)
             for half in range(2):
-                matrix[row::16, column + half :: 16] = packed[:, :, lane, 2 * register + half]
+                matrix[row::16, column + half :: 16] = tiles[:, :, lane, 2 * register + half]
     return matrix
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,12 @@ WIDE = replace(TINY, num_layers=1, decoder_dim=384)
 """Its residual units are 192, 96, 48 and 24 channels wide."""
 
 
+@functools.cache
+def shared_decoder(config: CodecConfig) -> CodecDecoder:
+    """`lively_decoder` on the CPU, for tests that leave it as it is."""
+    return lively_decoder(config)
+
+
 @torch.no_grad()
 def lively_decoder(config: CodecConfig, device: str = "cpu") -> CodecDecoder:
     """A float32 decoder whose sound is loud (0.3 rms) but rarely clamped."""
@@ -38,6 +45,7 @@ def lively_decoder(config: CodecConfig, device: str = "cpu") -> CodecDecoder:
         noise = torch.randn(weight.shape, generator=rng, device=device)
         if name.endswith("cluster_usage"):
             weight.uniform_(0.5, 2, generator=rng)
+            weight[:100] = 0  # codes that training never used
         elif name.endswith(("scale", "gamma")):
             weight.copy_(0.5 + 0.1 * noise)
         elif name.endswith(("alpha", "beta")):
@@ -48,6 +56,7 @@ def lively_decoder(config: CodecConfig, device: str = "cpu") -> CodecDecoder:
             weight.copy_(1 + 0.2 * noise)
         elif name.endswith("embedding_sum"):
             weight.copy_(noise)
+            weight[:100] *= 1e-5
         else:
             weight.copy_(noise / weight[0].numel() ** 0.5)
         if name.endswith("conv2.conv.weight"):

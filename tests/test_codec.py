@@ -10,21 +10,14 @@ from dataclasses import replace
 import official
 import pytest
 import torch
+from codec_interpreter import Interpreter
+from codec_weights import TINY, TRUE, random_codes, shared_decoder
 from torch import Tensor, nn
 
 from qwen_megakernel.codec import CodecDecoder, CodecStream
-from qwen_megakernel.config import HOP, NUM_CODEBOOKS, CodecConfig
+from qwen_megakernel.codec_plan import CodecPlan
+from qwen_megakernel.config import HOP, CodecConfig
 
-TRUE = CodecConfig(
-    codebook_size=2048, codebook_dim=512, latent_dim=1024, hidden_size=512, intermediate_size=1024,
-    num_layers=8, num_heads=16, num_kv_heads=16, head_dim=64, sliding_window=72, max_positions=8000,
-    rope_theta=10_000.0, rms_norm_eps=1e-5, upsample_rates=(8, 5, 4, 3), upsampling_ratios=(2, 2),
-    decoder_dim=1536,
-)  # fmt: skip
-TINY = replace(
-    TRUE, codebook_dim=32, latent_dim=48, hidden_size=32, intermediate_size=64, num_layers=2,
-    num_heads=4, num_kv_heads=4, head_dim=16, decoder_dim=64,
-)  # fmt: skip
 SHORT_WINDOW = replace(TINY, sliding_window=8, num_kv_heads=2, max_positions=32)
 
 
@@ -50,57 +43,13 @@ def official_decoder(config: CodecConfig) -> nn.Module:
             decoder_dim=config.decoder_dim,
         )
     ).eval()
-    make_lively(decoder)
-    return decoder
-
-
-@torch.no_grad()
-def make_lively(decoder: nn.Module) -> None:
-    """Random weights under which every branch counts and the audio is loud but rarely clamped."""
-    rng = torch.Generator().manual_seed(0)
-    for name, weight in decoder.named_parameters():
-        noise = torch.randn(weight.shape, generator=rng)
-        if name.endswith("cluster_usage"):
-            weight.uniform_(0.5, 2, generator=rng)
-            weight[:100] = 0  # codes that training never used
-        elif name.endswith(("scale", "gamma")):
-            weight.copy_(0.5 + 0.1 * noise)
-        elif name.endswith(("alpha", "beta")):
-            weight.copy_(0.3 * noise)
-        elif name.endswith("bias"):
-            weight.copy_(0.2 * noise)
-        elif weight.dim() == 1:  # norms
-            weight.copy_(1 + 0.2 * noise)
-        elif name.endswith("embedding_sum"):
-            weight.copy_(noise)
-            weight[:100] *= 1e-5
-        else:
-            weight.copy_(noise / weight[0].numel() ** 0.5)
-        if name.endswith("conv2.conv.weight"):
-            # At full strength twelve snakes in a row amplify float32 rounding a hundredfold.
-            weight.mul_(0.3)
-    last = decoder.decoder[-1].conv
-    last.bias.zero_()
-    last.weight.mul_(1e-3)  # below the clamp, to see how loud it is
-    last.weight.mul_(0.3 / official_pcm(decoder, random_codes(8)).std())
-
-
-@functools.cache
-def our_decoder(config: CodecConfig) -> CodecDecoder:
-    with torch.device("meta"):
-        decoder = CodecDecoder(config)
-    decoder.load_state_dict(official_decoder(config).state_dict(), strict=True, assign=True)
+    decoder.load_state_dict(shared_decoder(config).state_dict(), strict=True)
     return decoder
 
 
 @torch.no_grad()
 def official_pcm(decoder: nn.Module, codes: Tensor) -> Tensor:
     return decoder(codes.transpose(1, 2)).squeeze(1).float()
-
-
-def random_codes(frames: int, seed: int = 0, slots: int = 1) -> Tensor:
-    rng = torch.Generator().manual_seed(seed)
-    return torch.randint(2048, (slots, frames, NUM_CODEBOOKS), generator=rng)
 
 
 def in_parts(stream: CodecStream, slot: int, codes: Tensor, lengths: list[int]) -> Tensor:
@@ -137,7 +86,7 @@ def test_one_pass_is_the_official_one(config):
     expected = official_pcm(official_decoder(config), codes)
     assert expected.abs().mean() > 0.1, "the random weights are too quiet to tell"
     assert (expected.abs() == 1).float().mean() < 0.05, "the random weights are too loud to tell"
-    pcm = CodecStream(our_decoder(config), 2).decode([0, 1], codes)
+    pcm = CodecStream(shared_decoder(config), 2).decode([0, 1], codes)
     assert pcm.shape == (2, 100 * HOP)
     assert pcm.dtype == torch.float32
     assert worst(pcm, expected) <= 1e-4
@@ -145,14 +94,14 @@ def test_one_pass_is_the_official_one(config):
 
 def test_frame_by_frame_is_the_official_pass():
     codes = random_codes(80)
-    pcm = in_parts(CodecStream(our_decoder(TINY), 1), 0, codes, [1] * 80)
+    pcm = in_parts(CodecStream(shared_decoder(TINY), 1), 0, codes, [1] * 80)
     assert worst(pcm, official_pcm(official_decoder(TINY), codes)) <= 1e-4
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_any_split_gives_the_samples_of_one_pass(seed):
     codes = random_codes(40, seed)
-    stream = CodecStream(our_decoder(SHORT_WINDOW), 2)
+    stream = CodecStream(shared_decoder(SHORT_WINDOW), 2)
     whole = stream.decode([0], codes)
     parts = in_parts(stream, 1, codes, random_lengths(40, seed, longest=(2, 5, 12, 30)[seed % 4]))
     assert worst(parts, whole) <= 1e-5
@@ -162,8 +111,8 @@ def test_company_does_not_matter():
     """Slots of all ages share calls, in any order; each sounds as if it were alone."""
     num_slots, rng = 5, random.Random(0)
     codes = random_codes(30, slots=num_slots)
-    alone = CodecStream(our_decoder(SHORT_WINDOW), num_slots).decode(range(num_slots), codes)
-    stream, ages = CodecStream(our_decoder(SHORT_WINDOW), num_slots), [0] * num_slots
+    alone = CodecStream(shared_decoder(SHORT_WINDOW), num_slots).decode(range(num_slots), codes)
+    stream, ages = CodecStream(shared_decoder(SHORT_WINDOW), num_slots), [0] * num_slots
     pcm = torch.zeros_like(alone)
     while min(ages) < 30:
         waiting = [slot for slot in range(num_slots) if ages[slot] < 30]
@@ -179,7 +128,7 @@ def test_company_does_not_matter():
 def test_position_does_not_matter():
     """Far past `max_positions`, frames sound as in a stream that began a receptive field ago."""
     codes = random_codes(300)
-    stream = CodecStream(our_decoder(SHORT_WINDOW), 2)
+    stream = CodecStream(shared_decoder(SHORT_WINDOW), 2)
     old = stream.decode([0], codes)[:, -2 * HOP :]
     young = stream.decode([1], codes[:, -60:])[:, -2 * HOP :]
     assert worst(old, young) <= 1e-5
@@ -188,7 +137,7 @@ def test_position_does_not_matter():
 def test_reset_makes_a_slot_new_and_leaves_the_others():
     codes = random_codes(20)
     start, rest = codes.split(10, dim=1)
-    stream = CodecStream(our_decoder(SHORT_WINDOW), 2)
+    stream = CodecStream(shared_decoder(SHORT_WINDOW), 2)
     first = stream.decode([0], start)
     stream.decode([1], start)
     assert worst(stream.decode([0], start), first) > 0.01, "the history must matter"
@@ -219,29 +168,34 @@ def test_reset_makes_a_slot_new_and_leaves_the_others():
 )
 def test_bad_input_is_refused_and_moves_nothing(slots, codes, message):
     good = random_codes(2)
-    stream = CodecStream(our_decoder(SHORT_WINDOW), 2)
+    stream = CodecStream(shared_decoder(SHORT_WINDOW), 2)
     with pytest.raises(ValueError, match=message):
         stream.decode(slots, codes)
     assert torch.equal(
-        stream.decode([0], good), CodecStream(our_decoder(SHORT_WINDOW), 2).decode([0], good)
+        stream.decode([0], good), CodecStream(shared_decoder(SHORT_WINDOW), 2).decode([0], good)
     )
 
 
 def test_bad_slot_numbers_are_refused():
     with pytest.raises(ValueError, match="num_slots is 0, allowed: at least 1"):
-        CodecStream(our_decoder(SHORT_WINDOW), 0)
+        CodecStream(shared_decoder(SHORT_WINDOW), 0)
     with pytest.raises(ValueError, match="slot is 7, allowed: 0 to 1"):
-        CodecStream(our_decoder(SHORT_WINDOW), 2).reset(7)
+        CodecStream(shared_decoder(SHORT_WINDOW), 2).reset(7)
+
+
+@functools.cache
+def official_bf16_decoder(config: CodecConfig) -> nn.Module:
+    exact = official_decoder(config)
+    decoder = copy.deepcopy(exact).bfloat16()
+    # As `from_pretrained` leaves it: RoPE's frequencies are no weights and stay float32.
+    decoder.pre_transformer.rotary_emb.inv_freq = exact.pre_transformer.rotary_emb.inv_freq
+    return decoder
 
 
 def test_bf16_is_as_close_to_fp32_as_the_official_one():
     codes = random_codes(24, slots=2)
     truth = official_pcm(official_decoder(SHORT_WINDOW), codes)
-    theirs = copy.deepcopy(official_decoder(SHORT_WINDOW)).bfloat16()
-    # As `from_pretrained` leaves it: RoPE's frequencies are no weights and stay float32.
-    theirs.pre_transformer.rotary_emb.inv_freq = official_decoder(
-        SHORT_WINDOW
-    ).pre_transformer.rotary_emb.inv_freq
+    theirs = official_bf16_decoder(SHORT_WINDOW)
     ours = CodecDecoder(SHORT_WINDOW)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     stream = CodecStream(ours, 2)
@@ -252,10 +206,23 @@ def test_bf16_is_as_close_to_fp32_as_the_official_one():
     assert worst(pcm, truth) <= 1.25 * worst(official_pcm(theirs, codes), truth)
 
 
+@torch.no_grad()
+def test_the_gpu_s_plan_is_as_close_to_fp32_as_the_official_bf16(report):
+    codes = random_codes(24)
+    truth = official_pcm(official_decoder(SHORT_WINDOW), codes)
+    theirs = official_pcm(official_bf16_decoder(SHORT_WINDOW), codes)
+    interpreter = Interpreter(CodecPlan(shared_decoder(SHORT_WINDOW), num_slots=1, max_streams=1))
+    pcm = torch.cat([interpreter.step([0], codes[:, frame]) for frame in range(24)], dim=1)
+    ratio = rms(pcm - truth) / rms(theirs - truth)
+    report(f"error of the GPU codec's arithmetic over the official bf16's: {ratio:.2f}")
+    assert 0 < ratio <= 1.25
+    assert worst(pcm, truth) <= 1.25 * worst(theirs, truth)
+
+
 @pytest.mark.slow
 def test_true_shape_is_the_official_one():
     codes = random_codes(6)
     expected = official_pcm(official_decoder(TRUE), codes)
-    stream = CodecStream(our_decoder(TRUE), 2)
+    stream = CodecStream(shared_decoder(TRUE), 2)
     assert worst(stream.decode([0], codes), expected) <= 1e-4
     assert worst(in_parts(stream, 1, codes, [1, 3, 2]), expected) <= 1e-4

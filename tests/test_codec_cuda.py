@@ -18,7 +18,8 @@ from torch import Tensor
 from qwen_megakernel import codec_cuda
 from qwen_megakernel.codec import CodecStream
 from qwen_megakernel.codec_cuda import CudaCodecStream, codec_library
-from qwen_megakernel.codec_plan import CodecPlan, Rows
+from qwen_megakernel.codec_ops import Rows
+from qwen_megakernel.codec_plan import CodecPlan
 from qwen_megakernel.config import HOP, CodecConfig
 
 ROOT = Path(__file__).parents[1]

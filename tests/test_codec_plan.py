@@ -11,15 +11,10 @@ from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
 from torch import Tensor
 
 from qwen_megakernel.codec import CodecStream
+from qwen_megakernel.codec_ops import GemmOp
 from qwen_megakernel.codec_pack import pack_fragments, upsample_matrix
-from qwen_megakernel.codec_plan import (
-    CodecPlan,
-    GemmOp,
-    choose_tile,
-    choose_unit_shape,
-    ring_shapes,
-    segments_for,
-)
+from qwen_megakernel.codec_plan import CodecPlan
+from qwen_megakernel.codec_tiling import choose_tile, choose_unit_shape, ring_shapes, segments_for
 from qwen_megakernel.config import HOP
 
 torch.set_grad_enabled(False)
@@ -29,15 +24,22 @@ def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("shape", [(16, 64), (40, 200), (8, 8)])
-def test_fragments_hold_the_matrix(shape):
+@pytest.mark.parametrize(
+    ("shape", "tile"), [((16, 64), ()), ((140, 200), ()), ((8, 8), ()), ((96, 768), (96, 96))]
+)
+def test_fragments_hold_the_matrix(shape, tile):
     matrix = torch.randn(shape).bfloat16()
-    packed = pack_fragments(matrix)
-    full = unpack_fragments(packed)
-    assert packed.shape[1] % 4 == 0
+    full = unpack_fragments(pack_fragments(matrix, *tile))
     assert torch.equal(full[: shape[0], : shape[1]], matrix)
     assert not full[shape[0] :].any()
     assert not full[:, shape[1] :].any()
+
+
+def test_a_stage_s_weights_are_one_piece():
+    matrix = torch.arange(128 * 128).reshape(128, 128).float()
+    packed = pack_fragments(matrix.bfloat16())
+    assert torch.equal(packed[1, 0], pack_fragments(matrix[64:, :64].bfloat16())[0, 0])
+    assert packed[1, 0].is_contiguous()
 
 
 def test_upsampling_is_stacked_products():
@@ -68,8 +70,7 @@ def test_segments_follow_the_layer_alone():
 @pytest.mark.parametrize("columns", [1, 8, 9, 32, 33, 1024, 61440])
 @pytest.mark.parametrize("m", [8, 96, 288, 512, 768, 6144])
 def test_a_tile_exists_for_every_size(m, columns):
-    tile = choose_tile(m, columns, 1, 132)
-    assert tile in {(64, 8), (64, 16), (64, 32), (64, 64), (64, 128), (96, 32), (96, 128)}
+    assert choose_tile(m, columns, 1, 132) in (8, 16, 32, 64, 128)
 
 
 @pytest.mark.parametrize("sm_kb", [100, 228])
@@ -108,7 +109,8 @@ def test_every_gemm_covers_its_rows():
     plan = CodecPlan(lively_decoder(TINY), num_slots=1, max_streams=1)
     for op in plan.ops:
         if isinstance(op, GemmOp):
-            assert op.weights.shape[0] * 16 >= op.m
-            assert op.taps * op.source.data.shape[2] <= op.k_blocks * 64
+            _, blocks, strips, steps = op.weights.shape[:4]
+            assert len(op.weights) * strips * 16 >= op.m
+            assert (op.taps + bool(op.middle)) * op.source.data.shape[2] <= blocks * steps * 16
             if op.source.by_slot:
                 assert op.source.data.shape[1] >= op.history + op.source.rows
