@@ -24,6 +24,7 @@ LEVELS = (
     ("turn",),
     ("checkpoint",),
     ("sampling", "model", "codec", "codec_pack", "speaker", "ref_audio", "codec_encoder"),
+    ("codec_ops", "codec_tiling"),
     ("codec_plan",),
     ("codec_cuda",),
     ("voice",),
