@@ -5,19 +5,18 @@
 // stacked in m. Weights come in fragment order by bulk copies, the first of them before the
 // previous kernel has finished; activations by 16-byte copies, swizzled for ldmatrix.
 //
-// The order of all sums is fixed: each half of every block of k in steps of 16 within a segment, then
-// the two halves, then the segments. Tile shapes
-// do not enter, so they are free to follow the batch.
+// The order of all sums is fixed: within a segment of k, each group of warps adds up its half of
+// every block in steps of 16; then the two groups, then the segments. How many columns a tile has
+// does not enter, so it is free to follow the batch.
 #pragma once
 
 #include "codec_epilogue.cuh"
 
 namespace codec {
 
-constexpr int kBlock = 64;               // k of one pipeline stage
+constexpr int kBlock = 64;                    // k of one pipeline stage
 constexpr int kStripBytes = 2 * 16 * kBlock;  // one strip of 16 rows of weights in a stage
-
-constexpr int kGroups = 2;               // of warps, that share out the k of a stage
+constexpr int kGroups = 2;                    // of warps, that share out the k of a stage
 
 template <int kN_, int kWarpsM_, int kWarpsN_, int kStages_>
 struct Tile {
@@ -177,6 +176,81 @@ __device__ __forceinline__ void finish_tile(const Gemm& p, const Vectors& vector
   }
 }
 
+// The CTA's part of the product: all stages of its segment of k.
+template <class T>
+struct Pipeline {
+  uint32_t weights_at, columns_at, full_at;
+  const char* weights;  // of the first block
+  int first, blocks;    // of k
+
+  __device__ __forceinline__ Pipeline(const Gemm& p, int rank, int m_tile, const uint8_t* shared,
+                                      const uint64_t* full) {
+    first = rank * p.k_blocks / p.segments;
+    blocks = (rank + 1) * p.k_blocks / p.segments - first;
+    weights_at = shared_address(shared);
+    columns_at = weights_at + T::kStages * T::kWeightBytes;
+    full_at = shared_address(full);
+    weights = static_cast<const char*>(p.weights) +
+              (static_cast<int64_t>(m_tile) * p.k_blocks + first) * T::kWeightBytes;
+  }
+
+  __device__ __forceinline__ void load_weights(int block) {
+    const int stage = block % T::kStages;
+    expect_bytes(full_at + stage * 8, T::kWeightBytes);
+    copy_bulk(weights_at + stage * T::kWeightBytes, weights + block * T::kWeightBytes, T::kWeightBytes,
+              full_at + stage * 8);
+  }
+
+  // One thread, before the previous kernel has finished.
+  __device__ __forceinline__ void start_weights() {
+    for (int s = 0; s < T::kStages; ++s) init_barrier(full_at + s * 8);
+    publish_barriers();
+    for (int block = 0; block < min(blocks, T::kStages - 1); ++block) load_weights(block);
+  }
+
+  __device__ __forceinline__ void start_columns(const Gemm& p, ColumnLoader<T>& loader) {
+#pragma unroll 1
+    for (int block = 0; block < T::kStages - 1; ++block) {
+      if (block < blocks) loader.load(p, columns_at + block * T::kColumnBytes);
+      commit_pieces();
+    }
+  }
+
+  __device__ __forceinline__ void run(const Gemm& p, ColumnLoader<T>& loader,
+                                      float (&acc)[T::kMi][T::kNi][4]) {
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      const int stage = block % T::kStages, next = block + T::kStages - 1;
+      wait_for_pieces<T::kStages - 2>();
+      wait_barrier(full_at + stage * 8, block / T::kStages & 1);
+      __syncthreads();  // the stage is there for all, and all are done with the one before it
+      if (next < blocks) {
+        if (threadIdx.x == 0) load_weights(next);
+        loader.load(p, columns_at + next % T::kStages * T::kColumnBytes);
+      }
+      commit_pieces();
+      multiply<T>(acc, weights_at + stage * T::kWeightBytes, columns_at + stage * T::kColumnBytes);
+    }
+  }
+};
+
+// Both groups' sums in one tile, for all CTAs of the cluster to read.
+template <class T>
+__device__ __forceinline__ void share_sums(const float (&acc)[T::kMi][T::kNi][4], float* tile, bool alone) {
+  wait_for_pieces<0>();
+  __syncthreads();
+  const bool second = threadIdx.x >= T::kThreads / 2;
+  if (second) spread<T, false>(acc, tile);
+  __syncthreads();
+  if (!second) spread<T, true>(acc, tile);
+  if (alone) {
+    __syncthreads();
+  } else {
+    arrive_at_cluster();
+    wait_for_cluster();
+  }
+}
+
 // grid (segments * m tiles, n tiles), clusters of `segments`.
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_kernel(const __grid_constant__ Gemm p) {
@@ -184,77 +258,31 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_kernel(const __gri
   __shared__ uint64_t full[T::kStages];
   __shared__ float scale[T::kN];
   let_next_start();
-  const int rank = blockIdx.x % p.segments, m0 = blockIdx.x / p.segments * T::kM;
-  const int n0 = blockIdx.y * T::kN;
-  const int first = rank * p.k_blocks / p.segments;
-  const int blocks = (rank + 1) * p.k_blocks / p.segments - first;
-  const uint32_t weights_at = shared_address(shared);
-  const uint32_t columns_at = weights_at + T::kStages * T::kWeightBytes;
-  const uint32_t full_at = shared_address(full);
-
-  const char* const weights = static_cast<const char*>(p.weights) +
-      (static_cast<int64_t>(blockIdx.x / p.segments) * p.k_blocks + first) * T::kWeightBytes;
-  const auto load_weights = [&](int block) {
-    const int stage = block % T::kStages;
-    expect_bytes(full_at + stage * 8, T::kWeightBytes);
-    copy_bulk(weights_at + stage * T::kWeightBytes, weights + block * T::kWeightBytes, T::kWeightBytes,
-              full_at + stage * 8);
-  };
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < T::kStages; ++s) init_barrier(full_at + s * 8);
-    publish_barriers();
-    for (int block = 0; block < min(blocks, T::kStages - 1); ++block) load_weights(block);
-  }
-  const int m = threadIdx.x % T::kParts * 8;
+  const int rank = blockIdx.x % p.segments, m_tile = blockIdx.x / p.segments, m0 = m_tile * T::kM;
+  const int n0 = blockIdx.y * T::kN, m = threadIdx.x % T::kParts * 8;
+  Pipeline<T> pipeline(p, rank, m_tile, shared, full);
+  if (threadIdx.x == 0) pipeline.start_weights();
   Vectors vectors;
   if (T::kVectorsEarly && m0 + m < p.m) vectors.load(p, m0 + m);
   __syncthreads();  // the barriers are there for all
   wait_for_previous();
 
-  ColumnLoader<T> loader(p, n0, first);
-#pragma unroll 1
-  for (int block = 0; block < T::kStages - 1; ++block) {
-    if (block < blocks) loader.load(p, columns_at + block * T::kColumnBytes);
-    commit_pieces();
-  }
+  ColumnLoader<T> loader(p, n0, pipeline.first);
+  pipeline.start_columns(p, loader);
   for (int n = threadIdx.x / 32; n < T::kN; n += T::kThreads / 32)
     scale[n] = p.squares_in && n0 + n < p.columns ? inverse_rms(p, n0 + n) : 1.f;
-
   float acc[T::kMi][T::kNi][4] = {};
-#pragma unroll 1
-  for (int block = 0; block < blocks; ++block) {
-    const int stage = block % T::kStages, next = block + T::kStages - 1;
-    wait_for_pieces<T::kStages - 2>();
-    wait_barrier(full_at + stage * 8, block / T::kStages & 1);
-    __syncthreads();  // the stage is there for all, and all are done with the one before it
-    if (next < blocks) {
-      if (threadIdx.x == 0) load_weights(next);
-      loader.load(p, columns_at + next % T::kStages * T::kColumnBytes);
-    }
-    commit_pieces();
-    multiply<T>(acc, weights_at + stage * T::kWeightBytes, columns_at + stage * T::kColumnBytes);
-  }
+  pipeline.run(p, loader, acc);
+
   if (!T::kVectorsEarly && m0 + m < p.m) vectors.load(p, m0 + m);
   const int step = p.segments * T::kColumnsAtOnce;
-  int n = rank * T::kColumnsAtOnce + threadIdx.x / T::kParts;
+  const int n = rank * T::kColumnsAtOnce + threadIdx.x / T::kParts;
   const int end = m0 + m < p.m ? min(T::kN, p.columns - n0) : 0;
   Destination to[T::kAtOnce];
   find_destinations<T>(p, vectors, to, n0, n, end, step);
-  wait_for_pieces<0>();
-  __syncthreads();
-  // The second group's sums, then the first's on top.
-  const bool second = threadIdx.x >= T::kThreads / 2;
-  if (second) spread<T, false>(acc, reinterpret_cast<float*>(shared));
-  __syncthreads();
-  if (!second) spread<T, true>(acc, reinterpret_cast<float*>(shared));
   const bool alone = p.segments == 1;
-  if (alone) {
-    __syncthreads();
-  } else {
-    arrive_at_cluster();
-    wait_for_cluster();
-  }
-  finish_tile<T>(p, vectors, to, weights_at + m * 4, n0, n, end, step, scale, [&] {
+  share_sums<T>(acc, reinterpret_cast<float*>(shared), alone);
+  finish_tile<T>(p, vectors, to, pipeline.weights_at + m * 4, n0, n, end, step, scale, [&] {
     if (!alone) arrive_at_cluster();
   });
   if (!alone) wait_for_cluster();  // none leaves while another reads its tile

@@ -11,6 +11,9 @@ namespace codec {
 template <class P>
 cudaError_t launch(void (*kernel)(P), const P& params, dim3 grid, int threads, int shared, int cluster,
                    void* stream) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
@@ -30,9 +33,6 @@ cudaError_t launch(void (*kernel)(P), const P& params, dim3 grid, int threads, i
 
 template <class T>
 cudaError_t launch_gemm(const Gemm& p, void* stream) {
-  const cudaError_t error = cudaFuncSetAttribute(
-      gemm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
-  if (error != cudaSuccess) return error;
   const dim3 grid(p.segments * ((p.m + T::kM - 1) / T::kM), (p.columns + T::kN - 1) / T::kN);
   return launch(gemm_kernel<T>, p, grid, T::kThreads, T::kSharedBytes, p.segments, stream);
 }
@@ -42,9 +42,6 @@ cudaError_t launch_unit(const Gemm& p, int stages, void* stream) {
   if (p.source.rows % T::kN || stages < 2 || stages > kMaxUnitStages) return cudaErrorInvalidValue;
   const int pipeline = T::slab_bytes(p.history) + stages * T::kBlockBytes;
   const int shared = pipeline > T::kTileBytes ? pipeline : T::kTileBytes;
-  const cudaError_t error =
-      cudaFuncSetAttribute(unit_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error != cudaSuccess) return error;
   return launch(unit_kernel<T>, UnitLaunch{p, stages}, dim3(p.columns / T::kN), T::kThreads, shared, 1,
                 stream);
 }
@@ -89,6 +86,7 @@ int codec_embed(const codec::Embed* p, int streams, void* stream) {
 
 int codec_attention(const codec::Attention* p, int streams, void* stream) {
   using namespace codec;
+  if (p->head_dim > 4 * kAttentionThreads) return cudaErrorInvalidValue;
   const int bytes = 4 * attention_floats(p->head_dim, p->window);
   return launch(attention_kernel, *p, dim3(p->heads, streams), kAttentionThreads, bytes, 1, stream);
 }

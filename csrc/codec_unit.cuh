@@ -74,25 +74,40 @@ __device__ __forceinline__ void load_slab(const Gemm& p, const Call& call, int s
   commit_pieces();
 }
 
-// snake(acc + add) as bf16 rows of the slab.
+// What stands between the two products, for the rows of this thread's accumulators.
 template <class T>
-__device__ __forceinline__ void store_middle(const float (&acc)[T::kMi][T::kNi][4], const float (&add)[T::kMi][2],
-                                             const float (&a)[T::kMi][2], const float (&b)[T::kMi][2],
-                                             uint8_t* slab) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int m0 = warp % T::kWarpsM * (16 * T::kMi) + lane / 4;
-  const int n0 = warp / T::kWarpsM * (8 * T::kNi) + lane % 4 * 2;
+struct Middle {
+  float add[T::kMi][2], frequency[T::kMi][2], strength[T::kMi][2];
+
+  __device__ __forceinline__ void load(const Gemm& p, int strip0) {
 #pragma unroll
-  for (int i = 0; i < T::kMi; ++i)
+    for (int i = 0; i < T::kMi; ++i)
 #pragma unroll
-    for (int j = 0; j < T::kNi; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int half = e >> 1, n = n0 + j * 8 + (e & 1), m = m0 + i * 16 + half * 8;
-        *reinterpret_cast<bf16*>(slab + n * T::kSlabPitch + m * 2) =
-            __float2bfloat16(snake(acc[i][j][e] + add[i][half], a[i][half], b[i][half]));
+      for (int half = 0; half < 2; ++half) {
+        const int m = (strip0 + i) * 16 + half * 8 + (threadIdx.x & 31) / 4;
+        add[i][half] = p.middle_add[m];
+        frequency[i][half] = p.middle_a[m], strength[i][half] = p.middle_b[m];
       }
-}
+  }
+
+  // The accumulators, with bias and snake, become bf16 rows of the slab, and are zero again.
+  __device__ __forceinline__ void apply(float (&acc)[T::kMi][T::kNi][4], uint8_t* slab) const {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int m0 = warp % T::kWarpsM * (16 * T::kMi) + lane / 4;
+    const int n0 = warp / T::kWarpsM * (8 * T::kNi) + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < T::kMi; ++i)
+#pragma unroll
+      for (int j = 0; j < T::kNi; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int half = e >> 1, n = n0 + j * 8 + (e & 1), m = m0 + i * 16 + half * 8;
+          const float y = snake(acc[i][j][e] + add[i][half], frequency[i][half], strength[i][half]);
+          *reinterpret_cast<bf16*>(slab + n * T::kSlabPitch + m * 2) = __float2bfloat16(y);
+          acc[i][j][e] = 0.f;
+        }
+  }
+};
 
 // grid (n tiles)
 template <class T>
@@ -118,14 +133,8 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
     for (int block = 0; block < stages - 1; ++block) load_weights(block, block);
   }
   const int strip0 = warp % T::kWarpsM * T::kMi;
-  float add[T::kMi][2], a[T::kMi][2], b[T::kMi][2];
-#pragma unroll
-  for (int i = 0; i < T::kMi; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int m = (strip0 + i) * 16 + half * 8 + lane / 4;
-      add[i][half] = p.middle_add[m], a[i][half] = p.middle_a[m], b[i][half] = p.middle_b[m];
-    }
+  Middle<T> middle;
+  middle.load(p, strip0);
   const int n0 = blockIdx.x * T::kN, stream = n0 / p.source.rows, m = threadIdx.x % T::kParts * 8;
   wait_for_previous();
   load_slab<T>(p, p.calls[stream], stream, n0 - stream * p.source.rows, slab_at);
@@ -142,13 +151,7 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
     const int tap = block / T::kBlocksPerTap, part = block - tap * T::kBlocksPerTap;
     if (block == conv_blocks) {
       __syncthreads();  // all are done with the slab
-      store_middle<T>(acc, add, a, b, shared);
-#pragma unroll
-      for (int i = 0; i < T::kMi; ++i)
-#pragma unroll
-        for (int j = 0; j < T::kNi; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.f;
+      middle.apply(acc, shared);
     }
     wait_barrier(full_at + stage * 8, parity);
     __syncthreads();  // all are done with the stage before
