@@ -26,6 +26,7 @@ __all__ = ["BATCH_SIZES", "CudaCodecStream", "codec_library"]
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 """A call is padded with the scratch slot to the next of these; longer ones are cut."""
+LIBRARY = Library("codec", ("codec_kernels.cu",), (), header="")
 
 
 def codec_library(device: torch.device, progress: Progress | None = None) -> Path:
@@ -33,8 +34,7 @@ def codec_library(device: torch.device, progress: Progress | None = None) -> Pat
 
     They serve every checkpoint: shapes are parameters.
     """
-    library = Library("codec", ("codec_kernels.cu",), (), header="")
-    return build(library, detect_arch(device), progress)
+    return build(LIBRARY, detect_arch(device), progress)
 
 
 # ---------------------------------------------------------------------------- csrc/codec_params.h

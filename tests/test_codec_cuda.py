@@ -16,6 +16,7 @@ from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
 from torch import Tensor
 
 from qwen_megakernel import codec_cuda
+from qwen_megakernel.build_tts import KNOWN_ARCHES, BuildError, build, find_nvcc, resources
 from qwen_megakernel.codec import CodecStream
 from qwen_megakernel.codec_cuda import CudaCodecStream, codec_library
 from qwen_megakernel.codec_ops import Rows
@@ -40,6 +41,20 @@ def test_structures_are_mirrored(name):
         c_type = ctypes.c_void_p if type_name.endswith("*") else C_TYPES[type_name]
         expected += [(field, c_type) for field in names.split(", ")]
     assert list(getattr(codec_cuda, f"_{name}")._fields_) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", KNOWN_ARCHES)
+def test_kernels_compile_without_spills(arch, tmp_path, monkeypatch):
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path))
+    try:
+        find_nvcc()
+    except BuildError:
+        pytest.skip("no nvcc")
+    product = build(codec_cuda.LIBRARY, arch)
+    assert [kernel for kernel in resources(product) if kernel.spill_bytes] == []
+    assert len(resources(product)) == 17
+    assert codec_cuda._load(product), "the structures are of the same size there"
 
 
 # ---------------------------------------------------------------------------- on a GPU
