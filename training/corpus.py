@@ -7,28 +7,20 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-_FILES = 2
-"""Parts, so that none is too large to hand around."""
+
+def write_codes(path: Path, codes: dict[int, Tensor]) -> None:
+    """Write sentence index -> codes uint8 [frames, 16]; at least one sentence."""
+    indices = sorted(codes)
+    frames = np.array([len(codes[i]) for i in indices], dtype=np.int32)
+    flat = np.concatenate([codes[i].numpy() for i in indices])
+    np.savez_compressed(path, indices=np.array(indices, dtype=np.int32), frames=frames, codes=flat)
 
 
-def write_codes(codes: dict[int, Tensor], folder: Path) -> None:
-    """Write sentence index -> codes uint8 [frames, 16] as `codes-N.npz`."""
-    indices = np.array(sorted(codes), dtype=np.int32)
-    for number, part in enumerate(np.array_split(indices, _FILES)):
-        frames = np.array([len(codes[i]) for i in part], dtype=np.int32)
-        flat = np.concatenate([codes[i].numpy() for i in part]) if len(part) else np.zeros((0, 16), "u1")
-        np.savez_compressed(folder / f"codes-{number}.npz", indices=part, frames=frames, codes=flat)
-
-
-def read_codes(folder: Path) -> dict[int, np.ndarray]:
+def read_codes(path: Path) -> dict[int, np.ndarray]:
     """Sentence index -> codes uint8 [frames, 16]."""
-    found: dict[int, np.ndarray] = {}
-    for path in sorted(folder.glob("codes-*.npz")):
-        with np.load(path) as part:
-            ends = np.cumsum(part["frames"])
-            pieces = np.split(part["codes"], ends[:-1])
-            found.update(zip(part["indices"].tolist(), pieces, strict=True))
-    return found
+    with np.load(path) as file:
+        pieces = np.split(file["codes"], np.cumsum(file["frames"])[:-1])
+        return dict(zip(file["indices"].tolist(), pieces, strict=True))
 
 
 def write_tokens(path: Path, readings: dict[str, list[np.ndarray]]) -> None:

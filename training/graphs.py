@@ -39,7 +39,7 @@ def captured(step: Step, example: Batch) -> Step:
 
 
 def _captured_if_possible(kind: object, step: Step, example: Batch) -> Step:
-    """The step itself where it cannot be captured: slower, but an hour of training is not lost."""
+    """The step captured, or itself where it cannot be: slower, and the reason is shown."""
     try:
         return captured(step, example)
     except RuntimeError as error:

@@ -2,7 +2,8 @@
 
     python -m training.sentences build/training/sentences.txt
 
-Needs the Debian packages `wordnet-base` (WordNet licence) and `bible-kjv-text` (public domain).
+Needs the Debian packages `wordnet-base` (WordNet licence) and `bible-kjv` (its text is in the public
+domain).
 Nothing of `heldout.txt` is among them.
 """
 

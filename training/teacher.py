@@ -2,8 +2,9 @@
 
     python -m training.teacher build/training/sentences.txt build/training/speech
 
-Writes chunks of utterances that `read_chunk` reads; several processes, one for each core but one.
-Needs the shared libraries of the Debian package `libflite1` (search path, or LD_LIBRARY_PATH).
+Writes chunks of utterances that `read_chunk` reads, but for those that are there already; several
+processes, one for each core but one. Needs the shared libraries of the Debian package `libflite1`
+(search path, or LD_LIBRARY_PATH).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
-from scipy.signal import resample_poly
+import soxr
 
 from qwen_megakernel.config import HOP, SAMPLE_RATE
 
@@ -65,7 +66,7 @@ class Teacher:
         rate = wave.contents.sample_rate
         audio = samples.astype(np.float32) * (_GAINS[voice] / 32768)
         self._flite.delete_wave(wave)
-        return _whole_frames(resample_poly(_trim(audio, rate), SAMPLE_RATE // 8000, rate // 8000))
+        return _whole_frames(soxr.resample(_trim(audio, rate), rate, SAMPLE_RATE))
 
 
 def _library(name: str) -> ctypes.CDLL:
@@ -96,9 +97,12 @@ def voice_of(index: int) -> int:
 
 
 def _write_chunks(sentences: list[str], folder: Path, worker: int, workers: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    starts = range(worker * CHUNK, len(sentences), workers * CHUNK)
+    missing = [start for start in starts if not (folder / f"{start:06d}.npz").exists()]
+    if not missing:
+        return
     teacher = Teacher()
-    for start in range(worker * CHUNK, len(sentences), workers * CHUNK):
+    for start in missing:
         indices = range(start, min(start + CHUNK, len(sentences)))
         spoken = [teacher.say(sentences[i], VOICES[voice_of(i)]) for i in indices]
         audio = (np.concatenate(spoken) * 32767).astype(np.int16)

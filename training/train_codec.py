@@ -3,9 +3,10 @@
     python -m training.train_codec build/training --seconds 180
     python -m training.train_codec build/training --seconds 180 --resume build/training --frozen
 
-Reads `sentences.txt` of the folder, writes `codec-*.safetensors` and `codes-*.npz` (`read_codes`
-of `training.corpus`). The second form trains the decoder alone, so that codes keep their meaning,
-and writes no codes. Time-bounded: schedules follow the clock, not a number of steps.
+Reads `sentences.txt` of the folder and what is in its `speech/` (the teacher reads out the rest
+meanwhile); writes `codec-decoder.safetensors`, `codec-encoder.safetensors` and `codes.npz`. The
+second form trains the decoder alone, so that codes keep their meaning, and writes no codes.
+Time-bounded: schedules follow the clock, not a number of steps.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import Process
 from pathlib import Path
 
 import torch
@@ -39,6 +40,9 @@ TRAINING_FRAMES = 200_000
 """Of speech: four and a half hours are enough for four voices."""
 FIRST_SPEECH_S = 60
 """How long the teacher may take for its first sentences."""
+FIRST_CHUNKS = 8
+"""Of speech, for training to begin."""
+_DECODER, _ENCODER = "codec-decoder.safetensors", "codec-encoder.safetensors"
 
 
 @dataclass(frozen=True)
@@ -221,10 +225,7 @@ def encode_all(codec: TrainedCodec, store: SpeechStore, batch: int = 64) -> Iter
 def load_codec(folder: Path) -> TrainedCodec:
     """What `save_codec` wrote."""
     codec = TrainedCodec(geometry.config().codec)
-    state: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("codec-*.safetensors")):
-        state.update(load_file(path))
-    codec.load_state_dict(state)
+    codec.load_state_dict(load_file(folder / _DECODER) | load_file(folder / _ENCODER))
     return codec
 
 
@@ -234,8 +235,8 @@ def save_codec(codec: TrainedCodec, out: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in codec.state_dict().items()}
     decoder = {name: tensor for name, tensor in state.items() if name.startswith("decoder.")}
     rest = {name: tensor for name, tensor in state.items() if name not in decoder}
-    save_file(decoder, out / "codec-decoder.safetensors")
-    save_file(rest, out / "codec-encoder.safetensors")
+    save_file(decoder, out / _DECODER)
+    save_file(rest, out / _ENCODER)
 
 
 def read_arguments() -> argparse.Namespace:
@@ -248,7 +249,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--critics-from", type=float, default=0.5, help="share of the time")
     parser.add_argument("--resume", type=Path, default=None, help="folder of a codec to go on from")
     parser.add_argument("--frozen", action="store_true", help="train the decoder alone")
-    parser.add_argument("--speech", type=Path, default=None, help="where speech is or goes")
+    parser.add_argument("--speech", type=Path, default=None, help="default: speech/ of the folder")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--sentences", type=int, default=None, help="read only so many")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -256,42 +257,48 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _wait_for_speech(store: SpeechStore) -> None:
+def _wait_for_speech(store: SpeechStore, readers: list[Process]) -> None:
     """Until the readers, who have only begun, have something; raises `TimeoutError`."""
     deadline = time.monotonic() + FIRST_SPEECH_S
-    while len(store.chunks) < 8:
+    while len(store.chunks) < FIRST_CHUNKS and any(reader.is_alive() for reader in readers):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the teacher has not read out enough after {FIRST_SPEECH_S} s")
+            break
         time.sleep(0.2)
         store.take(TRAINING_FRAMES)
+    store.take(TRAINING_FRAMES)
+    if not store.chunks:
+        raise TimeoutError(f"the teacher has read nothing out after {FIRST_SPEECH_S} s")
     store.settle()
+
+
+def _codec_to_train(resume: Path | None, device: torch.device, *, frozen: bool) -> TrainedCodec:
+    """Fresh, or as a folder has it; frozen but for the decoder where that is asked for."""
+    torch.manual_seed(0)
+    codec = load_codec(resume) if resume else TrainedCodec(geometry.config().codec)
+    if frozen:
+        codec.encoder.eval().requires_grad_(False)
+        codec.quantizer.eval().requires_grad_(False)
+    return codec.to(device)
 
 
 def main() -> None:
     """Teacher, training, codes."""
     args = read_arguments()
     out, device = args.out or args.folder, torch.device(args.device)
-    speech = args.speech or Path(tempfile.mkdtemp(prefix="speech-"))
-    readers = []
-    if not list(speech.glob("*.npz")):
-        sentences = (args.folder / "sentences.txt").read_text(encoding="utf-8").splitlines()
-        readers = teacher.start(sentences[: args.sentences], speech, args.workers)
+    speech = args.speech or args.folder / "speech"
+    sentences = (args.folder / "sentences.txt").read_text(encoding="utf-8").splitlines()
+    readers = teacher.start(sentences[: args.sentences], speech, args.workers)
     torch.backends.cudnn.benchmark = True
-    torch.manual_seed(0)
-    codec = load_codec(args.resume) if args.resume else TrainedCodec(geometry.config().codec)
-    codec.to(device)
-    if args.frozen:
-        codec.encoder.eval().requires_grad_(False)
-        codec.quantizer.eval().requires_grad_(False)
+    codec = _codec_to_train(args.resume, device, frozen=args.frozen)
     store = SpeechStore(speech, device)
-    _wait_for_speech(store)
+    _wait_for_speech(store, readers)
     from_quantised = 0.0 if args.resume else 0.08
     plan = Plan(args.seconds, args.batch, args.rate, from_quantised, args.critics_from)
     train(Trainer(codec, device, frozen=args.frozen), store, plan)
     save_codec(codec.eval(), out)
     if not args.frozen:
         store.take()
-        corpus.write_codes(dict(encode_all(codec, store)), out)
+        corpus.write_codes(out / "codes.npz", dict(encode_all(codec, store)))
         print(f"codes of {store.num_frames * HOP / 24_000 / 3600:.1f} hours")
     for reader in readers:
         reader.terminate()

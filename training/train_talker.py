@@ -2,8 +2,8 @@
 
     python -m training.train_talker build/training --seconds 200
 
-Reads `tokens.npz`, `codes-*.npz` and `speakers.safetensors` of the folder, writes
-`talker-*.safetensors` (averaged weights). Time-bounded: schedules follow the clock.
+Reads `tokens.npz`, `codes.npz` and `speakers.safetensors` of the folder, writes
+`talker.safetensors` (averaged weights). Time-bounded: schedules follow the clock.
 On CUDA each batch shape is one graph, since the layers are too small to keep the GPU busy otherwise.
 """
 
@@ -28,8 +28,6 @@ from training.batches import Material
 from training.graphs import Batch, Steps, clock
 from training.rows import NONE, Layout, Utterance
 
-_FILE_BYTES = 14_000_000
-"""So that no file is too large to hand around."""
 _CODE_WEIGHTS = tuple(1 / math.sqrt(k) for k in range(1, NUM_CODEBOOKS))
 """Of the fifteen predicted codes in the loss: the first are heard most."""
 
@@ -153,7 +151,7 @@ def train(trainer: Trainer, stream: Iterator[Batch], seconds: float, peak_rate: 
 def read_material(folder: Path, sentences: int | None = None) -> Material:
     """Everything `BatchStream` needs."""
     config = geometry.config()
-    codes = corpus.read_codes(folder)
+    codes = corpus.read_codes(folder / "codes.npz")
     chosen = sorted(codes)[:sentences]
     readings = []
     for name in ("plain", "dropped"):
@@ -184,22 +182,8 @@ def new_talker(config: ModelConfig) -> Talker:
 def save(trainer: Trainer, folder: Path) -> None:
     """Write the averaged weights, in the checkpoint's bf16."""
     names = [f"talker.{name}" for name, _ in trainer.talker.named_parameters()]
-    groups: list[dict[str, Tensor]] = [{}]
-    for name, value in zip(names, trainer.average, strict=True):
-        stored = value.to("cpu", torch.bfloat16).contiguous()
-        if sum(t.nbytes for t in groups[-1].values()) + stored.nbytes > _FILE_BYTES:
-            groups.append({})
-        groups[-1][name] = stored
-    for number, group in enumerate(groups):
-        save_file(group, folder / f"talker-{number}.safetensors")
-
-
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """What `save` wrote, by full name."""
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("talker-*.safetensors")):
-        found.update(load_file(path))
-    return found
+    stored = [value.to("cpu", torch.bfloat16).contiguous() for value in trainer.average]
+    save_file(dict(zip(names, stored, strict=True)), folder / "talker.safetensors")
 
 
 def main() -> None:
@@ -218,7 +202,7 @@ def main() -> None:
     stream = batches.loader(read_material(args.folder, args.sentences), args.workers, seed=0)
     talker = new_talker(config)
     if args.resume:
-        weights = load_weights(args.resume)
+        weights = load_file(args.resume / "talker.safetensors")
         talker.load_state_dict({k.removeprefix("talker."): v for k, v in weights.items()})
     clips = load_file(args.folder / "speakers.safetensors")["clips"].to(device)
     trainer = Trainer(talker.to(device), config, clips, device)
