@@ -22,15 +22,15 @@ PACKAGE = "qwen_megakernel"
 LEVELS = (
     ("config",),
     ("turn",),
-    ("checkpoint",),
+    ("checkpoint", "build_tts", "prefix_cache"),
     ("sampling", "model", "codec", "codec_pack", "speaker", "ref_audio", "codec_encoder"),
-    ("codec_ops", "codec_tiling"),
+    ("codec_ops", "codec_tiling", "packing"),
     ("codec_plan",),
     ("codec_cuda",),
     ("voice",),
     ("prompt",),
     ("decoder",),
-    ("engine",),
+    ("megakernel", "engine"),
     ("tts_model",),
 )
 """A module imports only modules of earlier levels."""
@@ -45,7 +45,7 @@ BESIDE = {
     },
     "synth_config": {"config", "synth_tokenizer"},
     "synth_tokenizer": set(),
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 """What stands beside the levels: what it may import. Nothing in the levels imports these."""
 SERVING_MAY_IMPORT = {"__init__", "config", "turn"}
 SANS_IO = ("wire", "messages", "protocol")
@@ -64,7 +64,7 @@ NEVER_IMPORTED = {
     "websockets": "the protocol engine that uvicorn loads; the clients import it",
 }
 
-SOURCES = (PACKAGE, "pipecat_client", "tests", "csrc")
+SOURCES = (PACKAGE, "pipecat_client", "training", "tests", "csrc")
 SUFFIXES = {".py", ".cu", ".cuh", ".h", ".cpp"}
 
 
@@ -185,6 +185,13 @@ def asyncio_stays_outside(root: Path) -> Iterator[str]:
             yield f"{path.relative_to(root)} imports asyncio"
 
 
+def training_stays_behind(root: Path) -> Iterator[str]:
+    """What makes a checkpoint is not needed to speak with it."""
+    for path in python_files(root, PACKAGE, "pipecat_client", "server.py"):
+        if "training" in top_level(imports_of(path, root)):
+            yield f"{path.relative_to(root)} imports training"
+
+
 def names_say_what_is_inside(root: Path) -> Iterator[str]:
     for path in source_files(root):
         if path.stem in CATCH_ALLS:
@@ -233,7 +240,11 @@ def imports_are_required(root: Path) -> Iterator[str]:
 
 
 def pages(root: Path) -> list[Path]:
-    return [*sorted(root.glob("*.md")), *sorted((root / "docs").rglob("*.md"))]
+    folders = ("docs", *SOURCES)
+    return [
+        *sorted(root.glob("*.md")),
+        *(page for name in folders for page in sorted((root / name).rglob("*.md"))),
+    ]
 
 
 def links_lead_somewhere(root: Path) -> Iterator[str]:
@@ -265,6 +276,9 @@ def commands_exist(root: Path) -> Iterator[str]:
             for script in re.findall(r"\bpython3? ([\w./-]+\.py)\b", code):
                 if not (root / script).is_file():
                     yield f"{page.name}: python {script}"
+            for module in re.findall(r"-m training\.(\w+)", code):
+                if not (root / "training" / f"{module}.py").is_file():
+                    yield f"{page.name}: -m training.{module}"
             for command in re.findall(rf"-m {PACKAGE} ([a-z-]+)", code):
                 if command not in COMMANDS:
                     yield f"{page.name}: -m {PACKAGE} {command}"
@@ -282,14 +296,17 @@ def options_exist(root: Path) -> Iterator[str]:
     for page in pages(root):
         for code in code_of(page.read_text(encoding="utf-8")):
             for command in code.replace("\\\n", " ").splitlines():
-                match = re.search(r"python3? ([\w./-]*\.py)\b(.*)", command)
-                if match is None or not (root / match[1]).is_file():
+                match = re.search(r"python3? (?:-m (training\.\w+)|([\w./-]*\.py)\b)(.*)", command)
+                if match is None:
                     continue
-                source = (root / match[1]).read_text(encoding="utf-8")
+                script = match[2] or match[1].replace(".", "/") + ".py"
+                if not (root / script).is_file():
+                    continue
+                source = (root / script).read_text(encoding="utf-8")
                 known = {"--help", *re.findall(r'"(--[a-z-]+)"', source)}
-                for option in re.findall(r"(?<!\S)(--[a-z][a-z-]*)", match[2].split("`")[0]):
+                for option in re.findall(r"(?<!\S)(--[a-z][a-z-]*)", match[3].split("`")[0]):
                     if option not in known:
-                        yield f"{page.name}: {match[1]} {option}"
+                        yield f"{page.name}: {script} {option}"
 
 
 def code_of(text: str) -> list[str]:
@@ -309,6 +326,7 @@ RULES = [
     protocol_is_standard_library_only,
     client_stands_alone,
     asyncio_stays_outside,
+    training_stays_behind,
     names_say_what_is_inside,
     modules_have_docstrings,
     files_are_short,
@@ -336,6 +354,7 @@ GOOD_TREE = {
     "qwen_megakernel/model.py": DOC + "from .config import X\n",
     "qwen_megakernel/serving/protocol.py": DOC + "import json\n",
     "pipecat_client/test_client.py": DOC + "import numpy\n",
+    "training/tokens.py": DOC + "import argparse\n",
     "README.md": "[this](#here), `make test`\n# Here\n",
 }
 FAULTS = [
@@ -361,6 +380,7 @@ FAULTS = [
     (client_stands_alone, "pipecat_client/other.py", "import torch"),
     (asyncio_stays_outside, "qwen_megakernel/model.py", "import asyncio"),
     (asyncio_stays_outside, "server.py", "import asyncio"),
+    (training_stays_behind, "qwen_megakernel/model.py", "from training.geometry import config"),
     (names_say_what_is_inside, "csrc/utils.cuh", ""),
     (files_are_short, "qwen_megakernel/model.py", "\n" * 500),
     (files_are_short, "tests/test_server.py", "\n"),
@@ -371,9 +391,11 @@ FAULTS = [
     (links_lead_somewhere, "README.md", "[there](#there)\n# Here"),
     (commands_exist, "README.md", "```\npython serve.py --port 1\n```"),
     (commands_exist, "README.md", "run `python -m qwen_megakernel dance`"),
+    (commands_exist, "training/README.md", "run `python -m training.nothing`"),
     (commands_exist, "README.md", "run `make money`"),
     (commands_exist, "README.md", "so:\n\n    make money  # now\n"),
     (commands_exist, "README.md", "see `qwen_megakernel/kernel.py`"),
+    (options_exist, "training/README.md", "```\npython -m training.tokens build --loud\n```"),
     (options_exist, "README.md", "```bash\npython server.py \\\n  --loud\n```"),
 ]
 
