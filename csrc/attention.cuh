@@ -1,11 +1,15 @@
 // The talker's attention of new rows over a long cache, split over positions.
 //
 // An item is a column, a key-value head and a split of kSplitPositions positions; one CTA computes
-// it with all its warps. Splits are cut by position alone, so a stream's sums do not depend on its
-// company or the grid. Old keys and values are fetched before the new query is waited for. Keys
-// and values of this launch (one row a frame; up to eight in a prefill) come from the exchange.
+// it, sixteen positions a warp, on the tensor cores: scores = K q with the heads of the group in the
+// n dimension, out = p V with them in the m dimension. Splits are cut by position alone, so a
+// stream's sums do not depend on its company or the grid.
 //
-// A row of the cache is read by head_dim / 8 lanes of 16 bytes; softmax is fp32.
+// Memory is slow to answer while weights stream, so an item's keys are in flight before the new query
+// is waited for, and its values before the query is ready. They come in 16-byte pieces: which dims of a head a lane
+// takes for which k or n of an mma is free, as long as both operands agree.
+// Keys and values of this launch (one row a frame; up to eight in a prefill) come from the
+// exchange, through shared memory.
 #pragma once
 
 #include "head_row.cuh"
@@ -18,17 +22,20 @@ struct HeadShape {
   static constexpr int kDim = D::kHeadDim;
   static constexpr int kGroupSize = D::kHeads / D::kKvHeads;  // query heads of a key-value head
   static constexpr int kQRows = D::kHeads * D::kHeadDim, kKRows = D::kKvHeads * D::kHeadDim;
-  static constexpr int kRowLanes = kDim / 8;        // lanes that read one row of the cache
-  static constexpr int kRowsAtOnce = 32 / kRowLanes;  // rows a warp reads at once
+  static constexpr int kBlocks = kDim / 32;  // of a key row: four lanes read 16 bytes each
+  static constexpr int kHalves = kDim / 64;  // of a value row: eight lanes read 16 bytes each
+  static_assert(kGroupSize <= 8, "the heads of a group are the n of one mma");
 };
 
-constexpr int kBatch = 2;  // reads of each lane in flight: times 16 warps and rows at once, positions
+constexpr int kTilePositions = 16;  // of one warp
+static_assert(kSplitPositions == kWarps * kTilePositions, "an item is a tile a warp");
 
 template <class D>
 struct AttentionShared {
   using S = HeadShape<D>;
-  float q[S::kGroupSize][S::kDim];
+  __nv_bfloat16 q[S::kGroupSize][S::kDim];
   __nv_bfloat16 k[kMaxColumns][S::kDim], v[kMaxColumns][S::kDim];  // this launch's rows
+  float score[kWarps][S::kGroupSize][kTilePositions];
   float maximum[S::kGroupSize][kWarps], total[S::kGroupSize][kWarps];
   float out[kWarps][S::kGroupSize][S::kDim];
 };
@@ -51,108 +58,99 @@ struct AttentionItem {
   }
 };
 
-__device__ __forceinline__ void unpack_eight(const uint4& bits, float (&x)[8]) {
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = unpack_bf16(words[i]);
-    x[2 * i] = pair.x;
-    x[2 * i + 1] = pair.y;
-  }
-}
-
-// Running softmax of one group of lanes (see kRowLanes) for each query head; a lane holds 8 dims.
+// One warp's sixteen positions. Lane (g, t) = (lane / 4, lane % 4) holds of the keys rows g and g + 8,
+// of each block of 32 dims the t-th eight; of the values rows 2t, 2t + 1, 2t + 8, 2t + 9, of each
+// half of 64 dims the g-th eight.
 template <class D>
-struct Running {
+struct Tile {
   using S = HeadShape<D>;
-  float maximum[S::kGroupSize], total[S::kGroupSize], out[S::kGroupSize][8];
+  uint4 k[2][S::kBlocks], v[4][S::kHalves];
 
-  __device__ __forceinline__ void clear() {
+  static __device__ __forceinline__ int key_row(int r) { return (lane_index() >> 2) + 8 * r; }
+  static __device__ __forceinline__ int value_row(int r) { return 2 * (lane_index() & 3) + (r & 1) + 8 * (r >> 1); }
+
+  // Rows of positions `first` on, for those below `end`; from the cache, which begins with position 0.
+  __device__ __forceinline__ void fetch_keys(const __nv_bfloat16* rows, int first, int end) {
 #pragma unroll
-    for (int g = 0; g < S::kGroupSize; ++g) {
-      maximum[g] = -INFINITY;
-      total[g] = 0.f;
+    for (int r = 0; r < 2; ++r) fetch<4>(k[r], rows, first + key_row(r), lane_index() & 3, end);
+  }
+  __device__ __forceinline__ void fetch_values(const __nv_bfloat16* rows, int first, int end) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[g][i] = 0.f;
+    for (int r = 0; r < 4; ++r) fetch<8>(v[r], rows, first + value_row(r), lane_index() >> 2, end);
+  }
+  template <int kStep, int kCount>
+  static __device__ __forceinline__ void fetch(uint4 (&to)[kCount], const __nv_bfloat16* rows, int position, int piece,
+                                               int end) {
+    const uint4* from = reinterpret_cast<const uint4*>(rows + position * S::kDim) + piece;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      to[i] = make_uint4(0, 0, 0, 0);  // memory that nobody wrote may hold anything
+      if (position < end) to[i] = __ldcg(from + kStep * i);
     }
   }
 
-  // kCount rows at once, of which those count that `valid` says. q: [group][dim] in shared memory,
-  // scaled. A key or value is unpacked once for all heads: registers are short here.
-  template <int kCount>
-  __device__ __forceinline__ void see(const float (*q)[S::kDim], const uint4 (&k)[kCount], const uint4 (&v)[kCount],
-                                      const bool (&valid)[kCount]) {
-    float score[S::kGroupSize][kCount];
-    score_rows<kCount>(q, k, score);
+  // The rows at positions from `begin` on, below `end`, from this launch's (whose first is at `begin`).
+  __device__ __forceinline__ void take_new_keys(const AttentionShared<D>& sh, int first, int begin, int end) {
 #pragma unroll
-    for (int g = 0; g < S::kGroupSize; ++g) {
-      float new_maximum = maximum[g];
+    for (int r = 0; r < 2; ++r) take_new<4>(k[r], sh.k, first + key_row(r), lane_index() & 3, begin, end);
+  }
+  __device__ __forceinline__ void take_new_values(const AttentionShared<D>& sh, int first, int begin, int end) {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) new_maximum = fmaxf(new_maximum, valid[j] ? score[g][j] : -INFINITY);
-      const float fade = maximum[g] == -INFINITY ? 0.f : expf(maximum[g] - new_maximum);
-      maximum[g] = new_maximum;
-      total[g] *= fade;
+    for (int r = 0; r < 4; ++r) take_new<8>(v[r], sh.v, first + value_row(r), lane_index() >> 2, begin, end);
+  }
+  template <int kStep, int kCount>
+  static __device__ __forceinline__ void take_new(uint4 (&to)[kCount], const __nv_bfloat16 (*rows)[S::kDim], int position,
+                                                  int piece, int begin, int end) {
+    if (position < begin || position >= end) return;
+    const uint4* from = reinterpret_cast<const uint4*>(rows[position - begin]) + piece;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[g][i] *= fade;
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        score[g][j] = valid[j] ? expf(score[g][j] - new_maximum) : 0.f;  // from here the weight
-        total[g] += score[g][j];
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (!valid[j]) continue;  // memory that nobody wrote may hold anything
-      float value[8];
-      unpack_eight(v[j], value);
-#pragma unroll
-      for (int g = 0; g < S::kGroupSize; ++g)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) out[g][i] += score[g][j] * value[i];
-    }
+    for (int i = 0; i < kCount; ++i) to[i] = from[kStep * i];
   }
 
-  // Dot products of the queries with kCount keys, in every lane of a row's group.
-  template <int kCount>
-  static __device__ __forceinline__ void score_rows(const float (*q)[S::kDim], const uint4 (&k)[kCount],
-                                                    float (&score)[S::kGroupSize][kCount]) {
-    const int first = (thread_index() & (S::kRowLanes - 1)) * 8;
+  // Dot products with the queries, through shared memory: [group][position], not yet scaled.
+  __device__ __forceinline__ void scores(const AttentionShared<D>& sh, float (*to)[kTilePositions]) const {
+    const int g = lane_index() >> 2, t = lane_index() & 3;
+    float s[4] = {};
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      float key[8];
-      unpack_eight(k[j], key);
-#pragma unroll
-      for (int g = 0; g < S::kGroupSize; ++g) {
-        const float4 low = *reinterpret_cast<const float4*>(q[g] + first);
-        const float4 high = *reinterpret_cast<const float4*>(q[g] + first + 4);
-        score[g][j] = low.x * key[0] + low.y * key[1] + low.z * key[2] + low.w * key[3] + high.x * key[4] +
-                      high.y * key[5] + high.z * key[6] + high.w * key[7];
-      }
+    for (int b = 0; b < S::kBlocks; ++b) {
+      uint4 q = make_uint4(0, 0, 0, 0);
+      if (g < S::kGroupSize) q = reinterpret_cast<const uint4*>(sh.q[g])[4 * b + t];
+      mma(s, make_uint4(k[0][b].x, k[1][b].x, k[0][b].y, k[1][b].y), make_uint2(q.x, q.y));
+      mma(s, make_uint4(k[0][b].z, k[1][b].z, k[0][b].w, k[1][b].w), make_uint2(q.z, q.w));
     }
 #pragma unroll
-    for (int offset = S::kRowLanes / 2; offset; offset >>= 1)
-#pragma unroll
-      for (int j = 0; j < kCount; ++j)
-#pragma unroll
-        for (int g = 0; g < S::kGroupSize; ++g) score[g][j] += __shfl_xor_sync(~0u, score[g][j], offset);
+    for (int i = 0; i < 4; ++i)
+      if (2 * t + (i & 1) < S::kGroupSize) to[2 * t + (i & 1)][g + 8 * (i >> 1)] = s[i];
+    __syncwarp();
   }
 
-  // The warp's groups of lanes into one; the first group's lanes have the result.
-  __device__ __forceinline__ void merge_lanes() {
+  // Values weighted by p, which lane (g, t) holds for head g and rows 2t, 2t + 1; 2t + 8, 2t + 9.
+  // Into to[head][dim].
+  __device__ __forceinline__ void weigh(uint32_t p_low, uint32_t p_high, float (*to)[S::kDim]) const {
+    const int g = lane_index() >> 2, t = lane_index() & 3;
 #pragma unroll
-    for (int offset = S::kRowLanes; offset < 32; offset <<= 1)
+    for (int h = 0; h < S::kHalves; ++h) {
+      float out[2][8];
 #pragma unroll
-      for (int g = 0; g < S::kGroupSize; ++g) {
-        const float other = __shfl_xor_sync(~0u, maximum[g], offset);
-        const float new_maximum = fmaxf(maximum[g], other);
-        const float mine = maximum[g] == -INFINITY ? 0.f : expf(maximum[g] - new_maximum);
-        const float theirs = other == -INFINITY ? 0.f : expf(other - new_maximum);
-        maximum[g] = new_maximum;
-        total[g] = total[g] * mine + __shfl_xor_sync(~0u, total[g], offset) * theirs;
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          out[g][i] = out[g][i] * mine + __shfl_xor_sync(~0u, out[g][i], offset) * theirs;
+      for (int j = 0; j < 8; ++j) {
+        auto pick = [&](const uint4& a, const uint4& b) {  // the j-th dim of two rows
+          const uint32_t x = j < 2 ? a.x : j < 4 ? a.y : j < 6 ? a.z : a.w;
+          const uint32_t y = j < 2 ? b.x : j < 4 ? b.y : j < 6 ? b.z : b.w;
+          return __byte_perm(x, y, j % 2 ? 0x7632 : 0x5410);
+        };
+        float c[4] = {};
+        mma(c, make_uint4(p_low, 0, p_high, 0), make_uint2(pick(v[0][h], v[1][h]), pick(v[2][h], v[3][h])));
+        out[0][j] = c[0];
+        out[1][j] = c[1];
       }
+      if (g < S::kGroupSize)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          float4* at = reinterpret_cast<float4*>(to[g] + h * 64 + (2 * t + n) * 8);
+          at[0] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
+          at[1] = make_float4(out[n][4], out[n][5], out[n][6], out[n][7]);
+        }
+    }
   }
 };
 
@@ -169,20 +167,19 @@ __device__ __forceinline__ void read_new_rows(Context& c, AttentionShared<D>& sh
   const uint64_t* vector = p.packets + PacketLayout::kQkv;
   if (warp < S::kGroupSize) {
     HeadRow<S::kDim> q[1];
-    wait_rows(q, vector, {(item.kv_head * S::kGroupSize + warp) * S::kDim}, item.column, c.tag - 1, c.dog);
-    q[0].norm_rope(qk_norm, p.talker_rope + int64_t(own.position) * S::kDim, D::kEps);
-    const float scale = 1.0f / sqrtf(float(S::kDim));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) q[0].x[i] *= scale;
+    const NormRope<S::kDim> by(qk_norm, p.talker_rope + int64_t(own.position) * S::kDim);
+    wait_rows(q, vector, {(item.kv_head * S::kGroupSize + warp) * S::kDim}, 1, 0, item.column, c.tag - 1, c.dog);
+    q[0].norm_rope(by, D::kEps);
     q[0].store(sh.q[warp]);
   }
   const int column = own.first + (kWarps - 1 - warp);
   if (column <= item.column) {
     HeadRow<S::kDim> kv[2];
-    wait_rows(kv, vector, {S::kQRows + item.kv_head * S::kDim, S::kQRows + S::kKRows + item.kv_head * S::kDim}, column,
-              c.tag - 1, c.dog);
     const int position = p.columns[column].position;
-    kv[0].norm_rope(qk_norm + S::kDim, p.talker_rope + int64_t(position) * S::kDim, D::kEps);
+    const NormRope<S::kDim> by(qk_norm + S::kDim, p.talker_rope + int64_t(position) * S::kDim);
+    wait_rows(kv, vector, {S::kQRows + item.kv_head * S::kDim, S::kQRows + S::kKRows + item.kv_head * S::kDim}, 2, 0,
+              column, c.tag - 1, c.dog);
+    kv[0].norm_rope(by, D::kEps);
     kv[0].store(sh.k[column - own.first]);
     kv[1].store(sh.v[column - own.first]);
     if (column == item.column && position / kSplitPositions == item.split) {
@@ -230,6 +227,37 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
   }
 }
 
+// The softmax of a tile's scores: maximum and sum of each head into shared memory, weights as bf16 to
+// the lanes that need them.
+template <class D>
+__device__ __forceinline__ void soften(AttentionShared<D>& sh, int first, int end, uint32_t& p_low, uint32_t& p_high) {
+  using S = HeadShape<D>;
+  const int warp = warp_index(), g = lane_index() >> 2, t = lane_index() & 3;
+  const float scale = rsqrtf(float(S::kDim));
+  float s[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+  if (g < S::kGroupSize)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 2 * t + (i & 1) + 8 * (i >> 1);
+      if (first + row < end) s[i] = sh.score[warp][g][row] * scale;
+    }
+  float maximum = fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3]));
+  maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
+  maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) s[i] = s[i] == -INFINITY ? 0.f : expf(s[i] - maximum);
+  p_low = pack_bf16(s[0], s[1]);
+  p_high = pack_bf16(s[2], s[3]);
+  const float2 low = unpack_bf16(p_low), high = unpack_bf16(p_high);  // the sum of what is weighed with
+  float total = low.x + low.y + high.x + high.y;
+  total += __shfl_xor_sync(~0u, total, 1);
+  total += __shfl_xor_sync(~0u, total, 2);
+  if (g < S::kGroupSize && t == 0) {
+    sh.maximum[g][warp] = maximum;
+    sh.total[g][warp] = total;
+  }
+}
+
 template <class D>
 __device__ __forceinline__ void attend_item(Context& c, const AttentionItem& item, int layer) {
   using S = HeadShape<D>;
@@ -238,55 +266,20 @@ __device__ __forceinline__ void attend_item(Context& c, const AttentionItem& ite
   const Column& own = p.columns[item.column];
   const int64_t at =
       ((int64_t(layer) * p.num_slots + own.slot) * D::kKvHeads + item.kv_head) * p.max_positions * S::kDim;
-  const int begin = item.split * kSplitPositions, end = min(begin + kSplitPositions, own.position + 1);
-  const int old_end = min(end, p.columns[own.first].position);
-
-  uint4 k[kBatch], v[kBatch];
-  bool valid[kBatch];
-  constexpr int kStep = kWarps * S::kRowsAtOnce;
-  auto fetch = [&](int first) {
-    const int lane = lane_index(), position = first + warp_index() * S::kRowsAtOnce + lane / S::kRowLanes;
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      valid[j] = position + j * kStep < old_end;
-      const int64_t row = at + (valid[j] ? position + j * kStep : begin) * S::kDim + lane % S::kRowLanes * 8;
-      k[j] = __ldcg(reinterpret_cast<const uint4*>(p.k_cache + row));
-      v[j] = __ldcg(reinterpret_cast<const uint4*>(p.v_cache + row));
-    }
-  };
-  fetch(begin);
+  const int end = min((item.split + 1) * kSplitPositions, own.position + 1);
+  const int first = item.split * kSplitPositions + warp_index() * kTilePositions;
+  Tile<D> tile;
+  tile.fetch_keys(p.k_cache + at, first, min(end, p.columns[own.first].position));
   read_new_rows<D>(c, sh, item, layer, p.k_cache + at, p.v_cache + at);
   sync_compute();
-  Running<D> running;
-  running.clear();
-#pragma unroll 1
-  for (int first = begin; first < old_end; first += kBatch * kStep) {
-    running.see(sh.q, k, v, valid);
-    if (first + kBatch * kStep < old_end) fetch(first + kBatch * kStep);
-  }
-  const int warp = warp_index(), lane = lane_index();
-  if (warp * S::kRowsAtOnce < kMaxColumns) {  // this launch's rows, one a group of lanes
-    const int row = warp * S::kRowsAtOnce + lane / S::kRowLanes;
-    const int position = p.columns[own.first].position + row;
-    const bool counts[1] = {position >= begin && position < end};
-    const int from = counts[0] ? row : 0;
-    const uint4 new_k[1] = {*reinterpret_cast<const uint4*>(sh.k[from] + lane % S::kRowLanes * 8)};
-    const uint4 new_v[1] = {*reinterpret_cast<const uint4*>(sh.v[from] + lane % S::kRowLanes * 8)};
-    running.see(sh.q, new_k, new_v, counts);
-  }
-  running.merge_lanes();
-#pragma unroll
-  for (int g = 0; g < S::kGroupSize; ++g) {
-    if (lane == 0) {
-      sh.maximum[g][warp] = running.maximum[g];
-      sh.total[g][warp] = running.total[g];
-    }
-    if (lane < S::kRowLanes) {
-      float4* to = reinterpret_cast<float4*>(&sh.out[warp][g][lane * 8]);
-      to[0] = make_float4(running.out[g][0], running.out[g][1], running.out[g][2], running.out[g][3]);
-      to[1] = make_float4(running.out[g][4], running.out[g][5], running.out[g][6], running.out[g][7]);
-    }
-  }
+  tile.take_new_keys(sh, first, p.columns[own.first].position, end);
+  // Values only now: with them in registers during the wait, some would be spilled as they come.
+  tile.fetch_values(p.v_cache + at, first, min(end, p.columns[own.first].position));
+  tile.scores(sh, sh.score[warp_index()]);
+  uint32_t p_low, p_high;
+  soften<D>(sh, first, end, p_low, p_high);
+  tile.take_new_values(sh, first, p.columns[own.first].position, end);
+  tile.weigh(p_low, p_high, sh.out[warp_index()]);
   sync_compute();
   finish_item<D>(c, sh, item);
   c.buffer ^= 1;
@@ -319,7 +312,7 @@ __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_he
           ok = ok && values[j].y == c.tag && values[j].w == c.tag && sums[j].y == c.tag &&
                sums[j].w == c.tag;
         if (ok) break;
-        if (c.dog.tired(spin)) c.dog.bark(Phase::kCombine, c.tag);
+        c.dog.after(spin, Phase::kCombine, c.tag);
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -337,10 +330,11 @@ __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_he
   }
 }
 
-// All items of one layer that fall to this CTA; reads c.tag - 1, publishes c.tag.
+// One layer's attention, this CTA's part; reads c.tag - 1, publishes c.tag.
 template <class D>
 __device__ __forceinline__ void attend_talker(Context& c, int layer) {
   AttentionItem item;
+#pragma unroll 1
   for (int i = blockIdx.x; AttentionItem::find(c.p, D::kKvHeads, i, item); i += gridDim.x) attend_item<D>(c, item, layer);
   // From the last CTA on, which has the fewest items.
   for (int i = gridDim.x - 1 - blockIdx.x; i < c.p.num_columns * D::kKvHeads; i += gridDim.x)

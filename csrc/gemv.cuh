@@ -50,14 +50,6 @@ struct Scratch {
   float sum_of_squares[2][kWarps][kMaxColumns];
 };
 
-__device__ __forceinline__ void mma(float (&acc)[4], const uint4& a, const uint2& b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
-}
-
 // The two rows of a finished tile that one thread holds: rows 2 * pair and 2 * pair + 1 of the
 // strip, of one column. Lanes l and l + 16 of a warp hold pairs p and p + 4.
 struct Cell {

@@ -14,6 +14,21 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// What norms and rotates a row: fetched before the row is waited for.
+template <int kDim>
+struct NormRope {
+  uint32_t weight[2];
+  float4 angle;  // cosine, sine of two neighbouring pairs
+
+  // weight: [head_dim]; rope: [head_dim / 2][2] of the row's position
+  __device__ __forceinline__ NormRope(const __nv_bfloat16* weights, const float* rope) {
+    const int at = lane_index() % (kDim / 4);
+    weight[0] = __ldg(reinterpret_cast<const uint32_t*>(weights) + at);
+    weight[1] = __ldg(reinterpret_cast<const uint32_t*>(weights) + kDim / 4 + at);
+    angle = __ldg(reinterpret_cast<const float4*>(rope) + at);
+  }
+};
+
 template <int kDim>
 struct HeadRow {
   static_assert(kDim == 64 || kDim == 128, "head_dim is 64 or 128");
@@ -51,30 +66,30 @@ struct HeadRow {
   __device__ __forceinline__ void round() {
     set(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]));
   }
-  // weight: [head_dim]; rope: [head_dim / 2][2] of the row's position
-  __device__ __forceinline__ void norm_rope(const __nv_bfloat16* weight, const float* rope, float eps) {
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(weight) + (owns() ? lane() : 0);
-    const float4 angle = __ldg(reinterpret_cast<const float4*>(rope) + (owns() ? lane() : 0));
-    const float2 wa = unpack_bf16(__ldg(words)), wb = unpack_bf16(__ldg(words + kDim / 4));
+  __device__ __forceinline__ void norm_rope(const NormRope<kDim>& by, float eps) {
+    const float2 wa = unpack_bf16(by.weight[0]), wb = unpack_bf16(by.weight[1]);
     const float squares = x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
-    const float scale = 1.0f / sqrtf(warp_sum(squares) / kDim + eps);
+    const float scale = rsqrtf(warp_sum(squares) / kDim + eps);
     const float a = x[0] * scale * wa.x, b = x[1] * scale * wa.y;
     const float c = x[2] * scale * wb.x, d = x[3] * scale * wb.y;
-    x[0] = a * angle.x - c * angle.y;
-    x[1] = b * angle.z - d * angle.w;
-    x[2] = c * angle.x + a * angle.y;
-    x[3] = d * angle.z + b * angle.w;
+    x[0] = a * by.angle.x - c * by.angle.y;
+    x[1] = b * by.angle.z - d * by.angle.w;
+    x[2] = c * by.angle.x + a * by.angle.y;
+    x[3] = d * by.angle.z + b * by.angle.w;
   }
   __device__ __forceinline__ float dot(const HeadRow& other) const {
     return warp_sum(x[0] * other.x[0] + x[1] * other.x[1] + x[2] * other.x[2] + x[3] * other.x[3]);
   }
 };
 
-// Poll kCount rows of a published vector, beginning at first_row[i].
+// Poll the first `count` of kCount rows of a published vector, which begin at first_row[i]: the last
+// two in column kv_column, the others in q_column.
 template <int kDim, int kCount>
 __device__ __forceinline__ void wait_rows(HeadRow<kDim> (&rows)[kCount], const uint64_t* vector,
-                                          const int (&first_row)[kCount], int column, uint32_t tag,
-                                          const Watchdog& dog) {
+                                          const int (&first_row)[kCount], int count, int q_column, int kv_column,
+                                          uint32_t tag, const Watchdog& dog) {
+  const int lane = lane_index();
+  const bool owns = lane < HeadRow<kDim>::kLanes;
   uint2 v[kCount][2];
   for (unsigned spin = 0;; ++spin) {
     bool ok = true;
@@ -82,17 +97,18 @@ __device__ __forceinline__ void wait_rows(HeadRow<kDim> (&rows)[kCount], const u
     for (int i = 0; i < kCount; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row[i] + half * (kDim / 2) + 2 * (HeadRow<kDim>::owns() ? HeadRow<kDim>::lane() : 0);
-        v[i][half] = load_packet(vector + packet_index(row / 16, row % 16 / 2, column));
-        ok = ok && v[i][half].y == tag;
+        const int row = first_row[i] + half * (kDim / 2) + 2 * (owns ? lane : 0);
+        const int column = i < kCount - 2 ? q_column : kv_column;
+        v[i][half] = i < count ? load_packet(vector + packet_index(row / 16, row % 16 / 2, column)) : make_uint2(0, tag);
       }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) ok = ok && v[i][0].y == tag && v[i][1].y == tag;
     if (ok) break;
-    if (dog.tired(spin)) dog.bark(Phase::kAttention, tag);
+    dog.after(spin, Phase::kAttention, tag);
   }
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    rows[i].set(HeadRow<kDim>::owns() ? v[i][0].x : 0u, HeadRow<kDim>::owns() ? v[i][1].x : 0u);
+  for (int i = 0; i < kCount; ++i) rows[i].set(owns ? v[i][0].x : 0u, owns ? v[i][1].x : 0u);
 }
 
 }  // namespace qwen_tts

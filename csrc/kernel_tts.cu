@@ -65,9 +65,9 @@ struct Fetcher {
 };
 
 __device__ __forceinline__ void fetch_weights(const FrameParams& p, FrameRing& ring) {
-  Fetcher fetcher{RingWriter<FrameRing>(ring, lane_index())};
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(fetcher.once));
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(fetcher.kept));
+  Fetcher fetcher{{ring, lane_index()}};
+  fetcher.once = policy_evict_first();
+  fetcher.kept = policy_evict_last();
   fetcher.frame(p);
 }
 
@@ -90,8 +90,7 @@ __device__ __forceinline__ void compute_frame(Shared& sh) {
 constexpr int kAllThreads = kThreads + 128;
 
 __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_constant__ FrameParams p) {
-  extern __shared__ char memory[];
-  Shared& sh = *reinterpret_cast<Shared*>(memory);
+  Shared& sh = *reinterpret_cast<Shared*>(shared_memory());
   if (int(blockIdx.x) == p.withheld_cta) return;
   sh.ring.init();
   static_assert(sizeof(FrameParams) % 4 == 0 && sizeof(FrameParams) / 4 <= kThreads, "a word a thread");
@@ -99,10 +98,10 @@ __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_cons
     reinterpret_cast<uint32_t*>(&sh.params)[threadIdx.x] = reinterpret_cast<const uint32_t*>(&p)[threadIdx.x];
   __syncthreads();
   if (threadIdx.x < kThreads) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
+    take_registers<112>();
     compute_frame(sh);
   } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    give_registers<32>();
     if (threadIdx.x < kThreads + kWarps) fetch_weights(p, sh.ring);
   }
 }
@@ -129,13 +128,14 @@ extern "C" int frame_num_tags() {
 }
 
 extern "C" cudaError_t frame_co_resident(int* ctas) {
-  cudaError_t error = cudaFuncSetAttribute(frame_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  const void* kernel = reinterpret_cast<const void*>(frame_kernel);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return error;
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, frame_kernel, kAllThreads, sizeof(Shared));
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, kernel, kAllThreads, sizeof(Shared));
 }
 
 extern "C" cudaError_t launch_frame(const FrameParams* params, int grid, cudaStream_t stream) {
   void* arguments[] = {const_cast<FrameParams*>(params)};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<void*>(frame_kernel), dim3(grid), dim3(kAllThreads), arguments,
-                                     sizeof(Shared), stream);
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(frame_kernel), dim3(grid), dim3(kAllThreads),
+                                     arguments, sizeof(Shared), stream);
 }

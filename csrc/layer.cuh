@@ -11,6 +11,8 @@
 // 1 / rms(x) when they are finished, so nothing waits for the sum of squares.
 #pragma once
 
+#include <type_traits>
+
 #include "gemv.cuh"
 
 namespace qwen_tts {
@@ -48,7 +50,7 @@ struct SamplerShared {
 constexpr int kMaxPieceBytes = max_of(TalkerProducts::kMaxPieceBytes, PredictorProducts::kMaxPieceBytes);
 constexpr int kMinPieceBytes = min_of(TalkerProducts::kMinPieceBytes, PredictorProducts::kMinPieceBytes);
 constexpr int kOtherBytes = sizeof(Scratch) + sizeof(SamplerShared) + sizeof(FrameParams) + 256;
-constexpr int kRingBytes = (kSharedBytes - kOtherBytes) / kWarps / (kChunkBytes + 16) * kChunkBytes;
+constexpr int kRingBytes = (kSharedBytes - kOtherBytes) / kWarps / (kChunkBytes + 20) * kChunkBytes;
 static_assert(kRingBytes >= 2 * kMaxPieceBytes, "the ring must hold two pieces");
 using FrameRing = RingShared<kRingBytes, kMinPieceBytes>;
 
@@ -64,19 +66,15 @@ struct Context {
   uint32_t tag;      // of the next exchange
   uint32_t columns;  // a bit for each column in use
   int buffer = 0;    // of the partial sums
-  int squares = 0;   // of the sums of squares
-  uint32_t logits_tag = 0;
 
   static __device__ __forceinline__ int column() { return lane_index() >> 2; }  // this lane's
   __device__ __forceinline__ bool uses(int column) const { return columns >> column & 1; }
 
-  // This CTA's part of `exchanges` exchanges is done.
-  __device__ __forceinline__ void advance(int exchanges = 1) {
+  // This CTA has done its part of an exchange.
+  __device__ __forceinline__ void advance() {
     if (p.stamps != nullptr && blockIdx.x == 0 && thread_index() == 0)
-      asm volatile("{\n.reg .u64 t;\nmov.u64 t, %%globaltimer;\nst.global.u64 [%0], t;\n}" ::"l"(
-                       p.stamps + (tag + exchanges - 1 - p.epoch))
-                   : "memory");
-    tag += exchanges;
+      p.stamps[tag - p.epoch] = nanoseconds();
+    ++tag;
   }
 };
 
@@ -142,24 +140,23 @@ struct Residual {
       x[j][3] = v.w;
     }
   }
-  // Add what a product published, in its kSplit parts of k.
+  // Add what a product published, in its kSplit parts of k, all polled at once.
   template <int kSplit>
   __device__ __forceinline__ void add_deltas(const Context& c, const uint64_t* vectors, uint32_t tag) {
     if (!c.uses(c.column()) || !real()) return;
-    const uint64_t* at = vectors + (warp_index() * kChunks * 32 + lane_index()) * 2;
+    uint4 v[kSplit][kChunks];
+    wait_pairs(vectors + (warp_index() * kChunks * 32 + lane_index()) * 2, vector_packets(PacketLayout::kHidden), tag, v,
+               c.dog, Phase::kInput);
 #pragma unroll
-    for (int s = 0; s < kSplit; ++s) {
-      uint4 v[kChunks];
-      wait_pairs<kChunks>(at + int64_t(s) * vector_packets(PacketLayout::kHidden), 64, tag, v, c.dog, Phase::kInput);
+    for (int s = 0; s < kSplit; ++s)
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        const float2 low = unpack_bf16(v[j].x), high = unpack_bf16(v[j].z);
+        const float2 low = unpack_bf16(v[s][j].x), high = unpack_bf16(v[s][j].z);
         x[j][0] += low.x;
         x[j][1] += low.y;
         x[j][2] += high.x;
         x[j][3] += high.y;
       }
-    }
   }
 };
 
@@ -181,9 +178,10 @@ struct Gamma {
   }
 };
 
-// gamma * x as B operand, and the sum of squares for the norm.
+// gamma * x as B operand, and the sum of squares for the norm. Norms that follow each other use
+// different `squares`: a slow warp may still read the last one's.
 template <class D>
-__device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& r, const Gamma<D>& gamma,
+__device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& r, const Gamma<D>& gamma, int squares_at,
                                                  uint2 (&f)[Residual<D>::kChunks]) {
   float squares = 0.f;
 #pragma unroll
@@ -199,15 +197,15 @@ __device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& 
   squares += __shfl_xor_sync(~0u, squares, 1);
   squares += __shfl_xor_sync(~0u, squares, 2);
   if ((thread_index() & 3) == 0)
-    c.scratch.sum_of_squares[c.squares][warp_index()][lane_index() >> 2] = squares;
+    c.scratch.sum_of_squares[squares_at][warp_index()][lane_index() >> 2] = squares;
 }
 
 template <class D>
-__device__ __forceinline__ float rms_scale(const Context& c, int column) {
+__device__ __forceinline__ float rms_scale(const Context& c, int squares_at, int column) {
   float sum = 0.f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += c.scratch.sum_of_squares[c.squares][w][column];
-  return 1.0f / sqrtf(sum / D::kHidden + D::kEps);
+#pragma unroll 8
+  for (int w = 0; w < kWarps; ++w) sum += c.scratch.sum_of_squares[squares_at][w][column];
+  return rsqrtf(sum / D::kHidden + D::kEps);
 }
 
 // The B operand of a product whose input is a published vector, from chunk `first` of this warp's.
@@ -219,42 +217,46 @@ __device__ __forceinline__ void wait_fragments(const Context& c, const uint64_t*
 #pragma unroll
   for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(0, 0);
   if (c.uses(c.column()) && warp * P::kChunks < P::kRealChunks) {
-    uint4 v[P::kHeld];
+    uint4 v[1][P::kHeld];
     const int chunk = split * P::kRealChunks + warp * P::kChunks + first;
-    wait_pairs<P::kHeld>(vector + (chunk * 32 + lane) * 2, 64, tag, v, c.dog, phase);
+    wait_pairs(vector + (chunk * 32 + lane) * 2, 0, tag, v, c.dog, phase);
 #pragma unroll
-    for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(v[j].x, v[j].z);
+    for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(v[0][j].x, v[0][j].z);
   }
   __syncwarp();
 }
 
-// norms: [2][hidden] of this layer. `deltas`: whether the residual still lacks the deltas of the
-// down projection before (tag - 1). After it, it lacks this layer's.
+// Weight of a norm over hidden: two a layer, then the final one.
+template <class D>
+__device__ __forceinline__ const __nv_bfloat16* norm_weight(const FrameParams& p, int index) {
+  return (std::is_same_v<D, TalkerDims> ? p.talker_norms : p.predictor_norms) + index * D::kHidden;
+}
+
+// One layer. The residual comes without the deltas of the down projection before it (published
+// under tag - 1; layer 0 has none), and leaves without this layer's.
 template <class D, class Attend>
-__device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, const __nv_bfloat16* norms, bool deltas,
-                                              Attend&& attend) {
+__device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int layer, Attend&& attend) {
   using P = Products<D>;
   using L = PacketLayout;
   const FrameParams& p = c.p;
   Gamma<D> gamma;
 
   // QKV
-  gamma.load(norms);
-  if (deltas) r.template add_deltas<P::Down::kSplit>(c, p.packets + L::kDeltaDown, c.tag - 1);
+  gamma.load(norm_weight<D>(p, 2 * layer));
+  if (layer > 0) r.template add_deltas<P::Down::kSplit>(c, p.packets + L::kDeltaDown, c.tag - 1);
   __syncwarp();
   gemv<typename P::Qkv>(
       c.ring, c.scratch, c.buffer,
       [&](int, int, uint2(&f)[P::Qkv::kHeld]) {
-        normed_fragments<D>(c, r, gamma, f);
+        normed_fragments<D>(c, r, gamma, 0, f);
         r.stash(c);
       },
       [&](int strip, int, const Cell& cell, float2 rows) {
         if (!c.uses(cell.column)) return;
-        const float scale = rms_scale<D>(c, cell.column);
+        const float scale = rms_scale<D>(c, 0, cell.column);
         const int row = strip * 16 + 2 * cell.pair;
         publish_pair(p, p.packets + L::kQkv, row, cell.column, rows.x * scale, rows.y * scale, c.tag, row);
       });
-  c.squares ^= 1;
 
   c.advance();
   attend();  // reads tag - 1, publishes tag
@@ -275,24 +277,23 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, const 
   c.advance();
 
   // gate-up
-  gamma.load(norms + D::kHidden);
+  gamma.load(norm_weight<D>(p, 2 * layer + 1));
   r.recall(c);
   r.template add_deltas<P::Out::kSplit>(c, p.packets + L::kDeltaO, c.tag - 1);
   __syncwarp();
   gemv<typename P::GateUp>(
       c.ring, c.scratch, c.buffer,
-      [&](int, int, uint2(&f)[P::GateUp::kHeld]) { normed_fragments<D>(c, r, gamma, f); },
+      [&](int, int, uint2(&f)[P::GateUp::kHeld]) { normed_fragments<D>(c, r, gamma, 1, f); },
       [&](int strip, int, const Cell& cell, float2 rows) {
         // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight.
         const float up_low = __shfl_down_sync(~0u, rows.x, 16), up_high = __shfl_down_sync(~0u, rows.y, 16);
         if (cell.pair >= 4 || !c.uses(cell.column)) return;
-        const float scale = rms_scale<D>(c, cell.column);
+        const float scale = rms_scale<D>(c, 1, cell.column);
         const float low = rows.x * scale, high = rows.y * scale;
         const int row = strip * 8 + 2 * cell.pair;
         publish_pair(p, p.packets + L::kMlpInner, row, cell.column, low / (1.0f + expf(-low)) * (up_low * scale),
                      high / (1.0f + expf(-high)) * (up_high * scale), c.tag, row);
       });
-  c.squares ^= 1;
   c.advance();
 
   // down: reads tag - 1

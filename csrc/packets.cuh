@@ -16,16 +16,10 @@
 #pragma once
 
 #include "params.h"
+#include "ptx.cuh"
 
 namespace qwen_tts {
 
-// Read anew at each use: what is computed from it would else be kept in registers, and spilled, from
-// one end of the frame to the other.
-__device__ __forceinline__ int thread_index() {
-  int x;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-  return x;
-}
 __device__ __forceinline__ int lane_index() { return thread_index() & 31; }
 __device__ __forceinline__ int warp_index() { return thread_index() >> 5; }
 
@@ -34,50 +28,60 @@ enum class Phase : int { kInput, kAttention, kCombine, kOut, kMlp, kLogits, kCod
 
 __device__ __forceinline__ uint4 load_two_packets(const uint64_t* p) {
   uint64_t a, b;
-  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(a), "=l"(b) : "l"(p) : "memory");
+  load_two_words(p, a, b);
   return make_uint4(uint32_t(a), uint32_t(a >> 32), uint32_t(b), uint32_t(b >> 32));
 }
 
 __device__ __forceinline__ uint2 load_packet(const uint64_t* p) {
-  uint64_t a;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(a) : "l"(p) : "memory");
+  const uint64_t a = load_word(p);
   return make_uint2(uint32_t(a), uint32_t(a >> 32));
 }
 
 __device__ __forceinline__ void store_packet(uint64_t* p, uint32_t payload, uint32_t tag) {
-  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(uint64_t(tag) << 32 | payload)
-               : "memory");
+  store_word(p, uint64_t(tag) << 32 | payload);
 }
 
-// Turns a wait that will never end into an error that names where it stood. Counted in polls, about
-// half a microsecond each: a clock would cost registers in every loop, a call would cost spills.
+// Turns a wait that will never end into an error that names where it stood. Waits are counted in polls,
+// about half a microsecond each: a clock would cost registers in every loop.
+__device__ __noinline__ void bark(const FrameParams& p, Phase phase, uint32_t tag) {
+  if (atomicExch(p.watchdog, 1) == 0) {
+    p.watchdog[1] = blockIdx.x;
+    p.watchdog[2] = int(phase);
+    p.watchdog[3] = int(tag - p.epoch);
+    __threadfence_system();
+  }
+  __trap();
+}
+
 struct Watchdog {
   const FrameParams& p;
 
-  __device__ __forceinline__ bool tired(unsigned spin) const { return spin == p.max_spins; }
-  __device__ __forceinline__ void bark(Phase phase, uint32_t tag) const {
-    if (atomicExch(p.watchdog, 1) == 0) {
-      p.watchdog[1] = blockIdx.x;
-      p.watchdog[2] = int(phase);
-      p.watchdog[3] = int(tag - p.epoch);
-      __threadfence_system();
-    }
-    __trap();
+  __device__ __forceinline__ void after(unsigned spin, Phase phase, uint32_t tag) const {
+    if (spin == p.max_spins) bark(p, phase, tag);
   }
 };
 
-// Poll kCount pairs of packets, `stride` words apart, until all carry `tag`.
-template <int kCount>
-__device__ __forceinline__ void wait_pairs(const uint64_t* p, int stride, uint32_t tag,
-                                           uint4 (&v)[kCount], const Watchdog& dog, Phase phase) {
+// Poll kCount chunks (64 packets each, of which a lane has two) of each of kVectors vectors, until all
+// carry `tag`. What has come is not asked for again: polls and weights share the way.
+template <int kVectors, int kCount>
+__device__ __forceinline__ void wait_pairs(const uint64_t* p, int vector_stride, uint32_t tag,
+                                           uint4 (&v)[kVectors][kCount], const Watchdog& dog, Phase phase) {
+#pragma unroll
+  for (int s = 0; s < kVectors; ++s)
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) v[s][j] = load_two_packets(p + s * vector_stride + j * 64);
   for (unsigned spin = 0;; ++spin) {
     bool ok = true;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) v[j] = load_two_packets(p + int64_t(j) * stride);
+    for (int s = 0; s < kVectors; ++s)
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) ok = ok && v[j].y == tag && v[j].w == tag;
+      for (int j = 0; j < kCount; ++j)
+        if (v[s][j].y != tag || v[s][j].w != tag) {
+          ok = false;
+          v[s][j] = load_two_packets(p + s * vector_stride + j * 64);
+        }
     if (ok) return;
-    if (dog.tired(spin)) dog.bark(phase, tag);
+    dog.after(spin, phase, tag);
   }
 }
 
@@ -86,7 +90,7 @@ __device__ __forceinline__ uint32_t wait_packet(const uint64_t* p, uint32_t tag,
   for (unsigned spin = 0;; ++spin) {
     const uint2 v = load_packet(p);
     if (v.y == tag) return v.x;
-    if (dog.tired(spin)) dog.bark(phase, tag);
+    dog.after(spin, phase, tag);
   }
 }
 
@@ -143,8 +147,7 @@ __device__ __forceinline__ void publish_pair(const FrameParams& p, uint64_t* vec
   const uint32_t bits = pack_bf16(low, high);
   store_packet(vector + packet_index(row / 16, row % 16 / 2, column), bits, tag);
   if (p.dump_exchanges != nullptr) {
-    float* to = p.dump_exchanges +
-                (int64_t(tag - p.epoch) * PacketLayout::kDumpRows + dump_row) * kMaxColumns + column;
+    float* to = p.dump_exchanges + (((tag - p.epoch) * PacketLayout::kDumpRows + dump_row) * kMaxColumns + column);
     const float2 rounded = unpack_bf16(bits);
     to[0] = rounded.x;
     to[kMaxColumns] = rounded.y;

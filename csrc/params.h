@@ -68,11 +68,11 @@ struct FrameParams {
   float* next_rows;         // [slots][talker hidden], what the next frame is fed, less its text
   uint32_t* seen;           // [slots][talker vocab / 32], codes 0 the stream has produced
   const float* noise;       // [columns][16][talker vocab] instead of the draws, or null
-  int* codes;               // [columns][16], out
+  int* codes;               // [columns][16], out: what was drawn
   float* dump_logits;       // [columns][16][talker vocab], out, or null
   float* dump_exchanges;    // [exchange][row][column], out, or null; see PacketLayout::kDumpRows
   uint64_t* stamps;         // [exchanges], when CTA 0 had done its part of each, ns; or null
-  const int* forced_codes;  // [columns][16] instead of the drawn ones, or null
+  const int* forced_codes;  // [columns][16] to go on with instead of the drawn ones, or null
 
   float* residuals;    // [ctas][frame_residual_floats()], where a CTA lays its residual during attention
   uint64_t* packets;   // all exchange buffers, laid out by PacketLayout

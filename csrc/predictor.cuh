@@ -42,75 +42,72 @@ __device__ __forceinline__ void project_hidden(Context& c, const Residual<T>& hi
   }
 }
 
-// A code's embedding into the sum for the next frame, which one CTA keeps in memory: adds without
-// an answer, in the order of the codebooks.
-__device__ __forceinline__ void add_to_next_row(const FrameParams& p, const __nv_bfloat16* embedding, int codebook,
-                                                int stream) {
-  float* next = p.next_rows + int64_t(p.columns[stream].slot) * T::kHidden;
-#pragma unroll
-  for (int j = 0; j < Residual<T>::kChunks; ++j)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int k = Residual<T>::first_k(j) + 8 * half;
-      const float2 pair = unpack_bf16(__ldg(reinterpret_cast<const uint32_t*>(embedding + k)));
-      if (codebook == 0) {
-        __stcg(reinterpret_cast<float2*>(next + k), pair);
-      } else {
-        atomicAdd(next + k, pair.x);
-        atomicAdd(next + k + 1, pair.y);
-      }
-    }
+// The table that holds a codebook's embeddings, [vocab][talker hidden].
+__device__ __forceinline__ const __nv_bfloat16* embedding_row(const FrameParams& p, int codebook, int code) {
+  return codebook == 0 ? p.codec_embedding + int64_t(code) * T::kHidden
+                       : p.predictor_embeddings + (int64_t(codebook - 1) * P::kVocab + code) * T::kHidden;
 }
 
-// The code of `stream` into the sum for the next frame and, where this lane's column is `column`
-// of that stream, into `row` as the predictor's next input.
-__device__ __forceinline__ void feed_code(const Context& c, int codebook, int code, int stream, bool feeds,
-                                          Residual<P>& row) {
-  const FrameParams& p = c.p;
-  if (!feeds) return;
+// A code's embedding as the predictor's next input.
+__device__ __forceinline__ void feed_code(const FrameParams& p, int codebook, int code, Residual<P>& row) {
   row.clear();
-  const __nv_bfloat16* embedding =
-      codebook == 0 ? p.codec_embedding + int64_t(code) * T::kHidden
-                    : p.predictor_embeddings + (int64_t(codebook - 1) * P::kVocab + code) * T::kHidden;
-  if (blockIdx.x == gridDim.x - 1 && Residual<T>::real()) add_to_next_row(p, embedding, codebook, stream);
-  if constexpr (kProjects) {
-    // An EOS is beyond the table; what follows it in the frame is not used.
-    embedding = p.projected_embeddings + (int64_t(codebook) * P::kVocab + min(code, P::kVocab - 1)) * P::kHidden;
+  if (!Residual<P>::real()) return;
+  // An EOS is beyond the projected table; what follows it in the frame is not used.
+  row.add_bf16(kProjects ? p.projected_embeddings + (int64_t(codebook) * P::kVocab + min(code, P::kVocab - 1)) * P::kHidden
+                         : embedding_row(p, codebook, code));
+}
+
+// The sum of a frame's embeddings, in the order of the codebooks, for the next frame; by one CTA a
+// stream, which has seen all its codes.
+__device__ __forceinline__ void sum_embeddings(const FrameParams& p) {
+  for (int stream = blockIdx.x; stream < p.num_columns; stream += gridDim.x) {
+    float* next = p.next_rows + int64_t(p.columns[stream].slot) * T::kHidden;
+    for (int k = 2 * thread_index(); k < T::kHidden; k += 2 * kThreads) {
+      uint32_t bits[kNumCodebooks];
+#pragma unroll
+      for (int codebook = 0; codebook < kNumCodebooks; ++codebook) {
+        const int code = load_packet(p.packets + PacketLayout::kCodes + codebook * kMaxColumns + stream).x;
+        bits[codebook] = __ldg(reinterpret_cast<const uint32_t*>(embedding_row(p, codebook, code) + k));
+      }
+      float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+      for (int codebook = 0; codebook < kNumCodebooks; ++codebook) {
+        const float2 pair = unpack_bf16(bits[codebook]);
+        sum.x += pair.x;
+        sum.y += pair.y;
+      }
+      *reinterpret_cast<float2*>(next + k) = sum;
+    }
   }
-  if (Residual<P>::real() && codebook < kNumCodebooks - 1) row.add_bf16(embedding);
 }
 
-// One pass over the predictor's layers.
-__device__ __forceinline__ void predictor_layers(Context& c, Residual<P>& r, const NewRows& rows) {
-#pragma unroll 1
-  for (int layer = 0; layer < P::kLayers; ++layer)
-    decoder_layer<P>(c, r, c.p.predictor_norms + int64_t(layer) * 2 * P::kHidden, layer > 0,
-                     [&] { attend_predictor<P>(c, layer, rows); });
-}
-
-// Codes 1..15 from the talker's normed row and code 0; c.columns are the streams.
+// Codes 0..15 from the talker's logits and normed row; c.columns are the streams. A pass is named by
+// the position of its last row; from its logits comes the code of that number.
 __device__ __forceinline__ void predict(Context& c, SamplerShared& sampler, Residual<P>& row) {
   const FrameParams& p = c.p;
   const bool paired = p.num_columns <= kPaired;
   const uint32_t streams = c.columns;
-  NewRows rows{1, paired ? kPaired : 0};
-  int mine = c.column() % (paired ? kPaired : kMaxColumns);  // this lane's stream
-  int code = sample<T::kVocab>(c, sampler, 0, mine);
-  if (!paired) predictor_layers(c, row, {0, 0});
 #pragma unroll 1
-  for (int codebook = 0;; ++codebook) {
-    feed_code(c, codebook, code, mine, mine < p.num_columns && c.column() == rows.first + mine, row);
-    if (codebook == kNumCodebooks - 1) break;
+  for (int pass = paired ? 1 : 0;; ++pass) {
+    const NewRows rows{pass, paired && pass == 1 ? kPaired : 0};
+    if (pass > 0) {
+      const int mine = c.column() % (rows.first > 0 ? kPaired : kMaxColumns);  // this lane's stream
+      const int code = sample(c, sampler, pass - 1, mine);
+      if (pass == kNumCodebooks) break;
+      if (mine < p.num_columns && c.column() == rows.first + mine) feed_code(p, pass - 1, code, row);
+    }
     c.columns = streams | streams << rows.first;
-    predictor_layers(c, row, rows);
-    Gamma<P> gamma;
-    head_logits<P>(c, row, p.predictor_norms + int64_t(P::kLayers) * 2 * P::kHidden, rows.first, gamma);
-    c.squares ^= 1;
+#pragma unroll 1
+    for (int layer = 0; layer < P::kLayers; ++layer)
+      decoder_layer<P>(c, row, layer, [&] { attend_predictor<P>(c, layer, rows); });
+    if (pass > 0) {
+      Gamma<P> gamma;
+      head_logits<P>(c, row, rows.first, gamma);
+    }
     c.columns = streams;
-    rows = {codebook + 2, 0};
-    mine = c.column();
-    code = sample<P::kVocab>(c, sampler, codebook + 1, mine);
   }
+  sync_compute();
+  sum_embeddings(p);
 }
 
 }  // namespace qwen_tts

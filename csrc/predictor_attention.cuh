@@ -42,29 +42,39 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int layer, int
   const __nv_bfloat16* qk_norm = p.predictor_qk_norms + layer * 2 * S::kDim;
 
   if (warp <= rows.last) {
-    Row kv[2];
-    if (rows.holds(warp)) {
-      wait_rows(kv, vector, {S::kQRows + kv_head * S::kDim, S::kQRows + S::kKRows + kv_head * S::kDim},
-                rows.column(stream, warp), c.tag - 1, c.dog);
-      kv[0].norm_rope(qk_norm + S::kDim, p.predictor_rope + warp * S::kDim, D::kEps);
-      kv[0].round();
-      kv[0].store(k_rows + warp * S::kDim);
-      kv[1].store(v_rows + warp * S::kDim);
-    } else {
-      kv[0].load(k_rows + warp * S::kDim);
-      kv[1].load(v_rows + warp * S::kDim);
-    }
-    kv[1].store(sh.v[warp]);
-    Row q[S::kGroupSize];
-    int first_row[S::kGroupSize];
+    // Queries, then key and value: a new position's are polled together, for a wait costs a trip.
+    Row r[S::kGroupSize + 2];
+    int first_row[S::kGroupSize + 2];
 #pragma unroll
     for (int g = 0; g < S::kGroupSize; ++g) first_row[g] = (kv_head * S::kGroupSize + g) * S::kDim;
-    wait_rows(q, vector, first_row, rows.column(stream, rows.last), c.tag - 1, c.dog);
-    const float scale = 1.0f / sqrtf(float(S::kDim));
+    first_row[S::kGroupSize] = S::kQRows + kv_head * S::kDim;
+    first_row[S::kGroupSize + 1] = S::kQRows + S::kKRows + kv_head * S::kDim;
+    Row &k = r[S::kGroupSize], &v = r[S::kGroupSize + 1];
+    const bool is_new = rows.holds(warp);
+    const NormRope<S::kDim> by_q(qk_norm, p.predictor_rope + rows.last * S::kDim);
+    const NormRope<S::kDim> by_k(qk_norm + S::kDim, p.predictor_rope + warp * S::kDim);
+    Row old_k, old_v;
+    if (!is_new) {
+      old_k.load(k_rows + warp * S::kDim);
+      old_v.load(v_rows + warp * S::kDim);
+    }
+    wait_rows(r, vector, first_row, is_new ? S::kGroupSize + 2 : S::kGroupSize, rows.column(stream, rows.last),
+              rows.column(stream, warp), c.tag - 1, c.dog);
+    if (is_new) {
+      k.norm_rope(by_k, D::kEps);
+      k.round();
+      k.store(k_rows + warp * S::kDim);
+      v.store(v_rows + warp * S::kDim);
+    } else {
+      k = old_k;
+      v = old_v;
+    }
+    v.store(sh.v[warp]);
+    const float scale = rsqrtf(float(S::kDim));
 #pragma unroll
     for (int g = 0; g < S::kGroupSize; ++g) {
-      q[g].norm_rope(qk_norm, p.predictor_rope + rows.last * S::kDim, D::kEps);
-      const float score = q[g].dot(kv[0]) * scale;
+      r[g].norm_rope(by_q, D::kEps);
+      const float score = r[g].dot(k) * scale;
       if (lane_index() == 0) sh.score[g][warp] = score;
     }
   }

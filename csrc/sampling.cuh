@@ -53,28 +53,40 @@ struct Draw {
   int codebook, frame;
 };
 
-template <int kVocab>
+// Both models' draws, by one piece of code: instructions come from memory too, and the talker's
+// would be cold every frame.
 struct Sampler {
-  static constexpr int kQuads = ceil_div(kVocab / 4, kThreads);  // of a thread
-  static_assert(kVocab % 4 == 0, "a draw gives four");
+  static constexpr int kQuads = ceil_div(PacketLayout::kVocab / 4, kThreads);  // of a thread
 
   SamplerShared& sh;
+  int vocab;
   float score[kQuads][4];  // processed logit, minus infinity where out
   float noise[kQuads][4];
+  uint32_t seen[kQuads];  // four bits each: codes that the stream has produced
 
   static __device__ __forceinline__ int quad(int i) { return thread_index() + i * kThreads; }
-  static __device__ __forceinline__ bool owns(int i) { return quad(i) < kVocab / 4; }
+  // The loops below pass over quads that no thread has: a uniform branch.
+  __device__ __forceinline__ bool any_owns(int i) const { return i * kThreads < vocab / 4; }
+  __device__ __forceinline__ bool owns(int i) const { return quad(i) < vocab / 4; }
 
   // Before the logits are there: it does not depend on them.
   __device__ __forceinline__ void draw_noise(const Draw& d, const float* injected) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
+      if (!any_owns(i)) break;
       const uint4 words = philox(make_uint4(quad(i), d.codebook, d.frame, 0), d.key);
       const uint32_t lanes[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         noise[i][j] = injected == nullptr ? gumbel(lanes[j]) : owns(i) ? injected[quad(i) * 4 + j] : 0.f;
     }
+  }
+
+  // words: a bit a code, or null where nothing is penalised.
+  __device__ __forceinline__ void read_seen(const uint32_t* words) {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i)
+      seen[i] = words != nullptr && owns(i) ? __ldcg(words + quad(i) / 8) >> (quad(i) % 8 * 4) : 0u;
   }
 
   __device__ __forceinline__ void read_logits(const uint64_t* packets, uint32_t tag, const Watchdog& dog,
@@ -86,19 +98,19 @@ struct Sampler {
         for (int j = 0; j < 4; ++j) score[i][j] = -INFINITY;
         continue;
       }
-      uint4 v[2];
-      wait_pairs<2>(packets + quad(i) * 4, 2, tag, v, dog, Phase::kLogits);
-      score[i][0] = __uint_as_float(v[0].x);
-      score[i][1] = __uint_as_float(v[0].z);
-      score[i][2] = __uint_as_float(v[1].x);
-      score[i][3] = __uint_as_float(v[1].z);
+      uint4 v[2][1];
+      wait_pairs(packets + quad(i) * 4, 2, tag, v, dog, Phase::kLogits);
+      score[i][0] = __uint_as_float(v[0][0].x);
+      score[i][1] = __uint_as_float(v[0][0].z);
+      score[i][2] = __uint_as_float(v[1][0].x);
+      score[i][3] = __uint_as_float(v[1][0].z);
       if (dump != nullptr)
 #pragma unroll
         for (int j = 0; j < 4; ++j) dump[quad(i) * 4 + j] = score[i][j];
     }
   }
 
-  __device__ __forceinline__ void process(const Draw& d, const uint32_t* seen) {
+  __device__ __forceinline__ void process(const Draw& d) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i)
 #pragma unroll
@@ -106,9 +118,9 @@ struct Sampler {
         const int v = quad(i) * 4 + j;
         if (!owns(i)) continue;
         float x = score[i][j];
-        if (seen != nullptr && d.penalty != 1.f && (seen[v / 32] >> (v % 32) & 1))
+        if (seen[i] >> j & 1)
           x = x < 0.f ? x * d.penalty : x / d.penalty;
-        if (d.control_suppressed && v >= kVocab - kNumControlCodes && v != kEosCode) x = -INFINITY;
+        if (d.control_suppressed && v >= vocab - kNumControlCodes && v != kEosCode) x = -INFINITY;
         if (d.eos_suppressed && v == kEosCode) x = -INFINITY;
         score[i][j] = d.temperature > 0.f ? x / d.temperature : x;
       }
@@ -150,11 +162,12 @@ struct Sampler {
   // equals), and the key of its score.
   __device__ __forceinline__ int winner(bool with_noise, uint32_t floor, uint32_t& score_key) {
     uint32_t best = 0, best_score = 0;
-    int index = kVocab;
+    int index = vocab;
 #pragma unroll
     for (int i = 0; i < kQuads; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
+        if (!any_owns(i)) break;
         const uint32_t x = ordered_bits(__float_as_uint(with_noise ? score[i][j] + noise[i][j] : score[i][j]));
         if (owns(i) && key(i, j) > floor && x > best) {  // indices rise: the first of equals stays
           best = x;
@@ -179,9 +192,9 @@ struct Sampler {
   }
 
   // A warp's best, in every lane.
-  static __device__ __forceinline__ void reduce(uint32_t& best, uint32_t& best_score, int& index) {
+  __device__ __forceinline__ void reduce(uint32_t& best, uint32_t& best_score, int& index) const {
     const uint32_t top = __reduce_max_sync(~0u, best);
-    const int first = __reduce_min_sync(~0u, best == top ? index : kVocab);
+    const int first = __reduce_min_sync(~0u, best == top ? index : vocab);
     best_score = __reduce_max_sync(~0u, best == top && index == first ? best_score : 0u);
     best = top;
     index = first;
@@ -225,7 +238,7 @@ struct Sampler {
       const int candidate = from | 1 << bit;
       const int before =
           count_if([&](int i, int j) { return key(i, j) == edge && quad(i) * 4 + j < candidate; });
-      if (before <= removed && candidate < kVocab) from = candidate;
+      if (before <= removed && candidate < vocab) from = candidate;
     }
 #pragma unroll
     for (int i = 0; i < kQuads; ++i)
@@ -244,7 +257,7 @@ struct Sampler {
       uint32_t score_key;
       const int index = winner(noisy, floor, score_key);
       const int above = count_if([&](int i, int j) { return key(i, j) > score_key; });
-      if (above < d.top_k) return min(index, kVocab - 1);
+      if (above < d.top_k) return min(index, vocab - 1);
       floor = score_key;
     }
   }

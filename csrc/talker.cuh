@@ -26,23 +26,24 @@ __device__ __forceinline__ Draw draw_of(const Column& s, int codebook) {
 
 // Sample codebook's code of every stream, one CTA a stream, from the logits; every lane
 // of every CTA leaves with the code of stream `mine`.
-template <int kVocab>
 __device__ __forceinline__ int sample(Context& c, SamplerShared& sh, int codebook, int mine) {
   const FrameParams& p = c.p;
   for (int column = blockIdx.x; column < p.num_columns; column += gridDim.x) {
     const Draw d = draw_of(p.columns[column], codebook);
     const int64_t at = int64_t(column) * kNumCodebooks + codebook;
+    const uint32_t logits_tag = codebook == 0 ? p.epoch + 5 * T::kLayers : c.tag - 1;  // more may follow the talker's
     uint32_t* seen = codebook == 0 ? p.seen + int64_t(p.columns[column].slot) * (T::kVocab / 32) : nullptr;
-    Sampler<kVocab> sampler{sh};
+    Sampler sampler{sh, codebook == 0 ? T::kVocab : P::kVocab};
     sampler.draw_noise(d, p.noise == nullptr ? nullptr : p.noise + at * T::kVocab);
-    sampler.read_logits(p.packets + PacketLayout::kLogits + int64_t(column) * PacketLayout::kVocab, c.logits_tag, c.dog,
+    sampler.read_seen(seen);
+    sampler.read_logits(p.packets + PacketLayout::kLogits + int64_t(column) * PacketLayout::kVocab, logits_tag, c.dog,
                         p.dump_logits == nullptr ? nullptr : p.dump_logits + at * T::kVocab);
-    sampler.process(d, seen);
+    sampler.process(d);
     int code = sampler.pick(d);
-    if (p.forced_codes != nullptr) code = p.forced_codes[at];
     if (thread_index() == 0) {
-      store_packet(p.packets + PacketLayout::kCodes + codebook * kMaxColumns + column, code, c.tag);
       p.codes[at] = code;
+      if (p.forced_codes != nullptr) code = p.forced_codes[at];
+      store_packet(p.packets + PacketLayout::kCodes + codebook * kMaxColumns + column, code, c.tag);
       if (seen != nullptr) seen[code / 32] |= 1u << (code % 32);
     }
     sync_compute();  // before the sampler's memory is used again
@@ -58,24 +59,22 @@ __device__ __forceinline__ int sample(Context& c, SamplerShared& sh, int codeboo
 // Final norm and a head over the residual; logits go out under c.tag, which moves on. Stream s is
 // column first + s. gamma is left for a caller who wants the normed row itself.
 template <class D>
-__device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, const __nv_bfloat16* norm, int first,
-                                            Gamma<D>& gamma) {
+__device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, int first, Gamma<D>& gamma) {
   using Head = typename Products<D>::Head;
-  gamma.load(norm);
+  gamma.load(norm_weight<D>(c.p, 2 * D::kLayers));
   r.template add_deltas<Products<D>::Down::kSplit>(c, c.p.packets + PacketLayout::kDeltaDown, c.tag - 1);
   __syncwarp();
   gemv<Head>(
-      c.ring, c.scratch, c.buffer, [&](int, int, uint2(&f)[Head::kHeld]) { normed_fragments<D>(c, r, gamma, f); },
+      c.ring, c.scratch, c.buffer, [&](int, int, uint2(&f)[Head::kHeld]) { normed_fragments<D>(c, r, gamma, 1, f); },
       [&](int strip, int, const Cell& cell, float2 rows) {
         const int stream = cell.column - first;
         if (stream < 0 || !c.uses(cell.column)) return;
-        const float scale = rms_scale<D>(c, cell.column);
+        const float scale = rms_scale<D>(c, 1, cell.column);
         uint64_t* to =
             c.p.packets + PacketLayout::kLogits + int64_t(stream) * PacketLayout::kVocab + strip * 16 + 2 * cell.pair;
         store_packet(to, __float_as_uint(rows.x * scale), c.tag);
         store_packet(to + 1, __float_as_uint(rows.y * scale), c.tag);
       });
-  c.logits_tag = c.tag;
   c.advance();
 }
 
@@ -89,16 +88,14 @@ __device__ __forceinline__ void talker_layers(Context& c, Residual<T>& r) {
   }
 #pragma unroll 1
   for (int layer = 0; layer < T::kLayers; ++layer)
-    decoder_layer<T>(c, r, p.talker_norms + int64_t(layer) * 2 * T::kHidden, layer > 0,
-                     [&] { attend_talker<T>(c, layer); });
+    decoder_layer<T>(c, r, layer, [&] { attend_talker<T>(c, layer); });
 }
 
 // Codec head; leaves code 0 to be sampled, and the normed row in the residual.
 __device__ __forceinline__ void talker_head(Context& c, Residual<T>& r) {
   Gamma<T> gamma;
-  head_logits<T>(c, r, c.p.talker_norms + int64_t(T::kLayers) * 2 * T::kHidden, 0, gamma);
-  const float scale = rms_scale<T>(c, c.column());
-  c.squares ^= 1;
+  head_logits<T>(c, r, 0, gamma);
+  const float scale = rms_scale<T>(c, 1, c.column());
 #pragma unroll
   for (int j = 0; j < Residual<T>::kChunks; ++j)
 #pragma unroll

@@ -201,7 +201,8 @@ def _version(nvcc: Path) -> str:
 
 def _nvcc_flags(arch: str) -> list[str]:
     return [
-        "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC", "-Xptxas", "-v",
+        "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo",
+        "-Xcompiler", "-fPIC", "-Xptxas", "-v",
         f"-gencode=arch=compute_{arch},code=sm_{arch}",
     ]  # fmt: skip
 

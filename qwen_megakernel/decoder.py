@@ -31,6 +31,7 @@ from qwen_megakernel.config import (
     TransformerConfig,
 )
 from qwen_megakernel.model import Attend, Talker, causal_attention, mrope_tables, rope_tables
+from qwen_megakernel.prefix_cache import PrefixCache, SharedRows
 from qwen_megakernel.sampling import SamplingBatch, draw, gumbel_noise, process_logits, split_seed
 
 MAX_BATCH = 8
@@ -44,13 +45,16 @@ class DecoderBackend(Protocol):
     max_positions: int
     """Prompt rows plus frames that a slot can hold."""
 
-    def prefill(self, slot: int, rows: Tensor, params: GenerationParams) -> None:
+    def prefill(
+        self, slot: int, rows: Tensor, params: GenerationParams, shared: SharedRows | None = None
+    ) -> None:
         """Start a stream in a free slot.
 
         Args:
             slot: 0 .. num_slots - 1.
             rows: [p, hidden] prompt rows in the model's dtype, 1 <= p < max_positions.
             params: sampling of talker and predictor, seed, minimum length.
+            shared: the rows' beginning that other prompts share, at most p - 1 rows.
         """
 
     def decode(self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -163,6 +167,7 @@ class TorchBackend:
         weight = talker.codec_head.weight
         self._device, self._dtype = weight.device, weight.dtype
         self._k_cache, self._v_cache = self._caches(talker_config, num_slots, max_positions)
+        self._prefixes = PrefixCache(self._k_cache, self._v_cache)
         self._predictor_caches = self._caches(predictor_config, MAX_BATCH, NUM_CODEBOOKS)
         axes = torch.arange(max_positions, device=self._device).expand(3, -1)
         self._cos, self._sin = mrope_tables(talker_config, axes)
@@ -185,16 +190,27 @@ class TorchBackend:
         )
 
     @torch.inference_mode()
-    def prefill(self, slot: int, rows: Tensor, params: GenerationParams) -> None:
+    def prefill(
+        self, slot: int, rows: Tensor, params: GenerationParams, shared: SharedRows | None = None
+    ) -> None:
         """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
         check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size)
-        count = rows.shape[0]
         rows = rows.to(self._device, self._dtype)
-        if count > 1:
-            cos, sin = self._cos[None, : count - 1], self._sin[None, : count - 1]
-            self._talker(rows[None, :-1], cos, sin, self._attend_prompt(slot))
+        begin = shared.count if shared else 0
+        if shared and not self._prefixes.restore(slot, shared):
+            self._prefill_rows(slot, rows[:begin], 0)
+            self._prefixes.keep(slot, shared)
+        self._prefill_rows(slot, rows[begin:-1], begin)
         self._seen[slot] = False
-        self._streams[slot] = _Stream(params, position=count - 1, frame=0, next_row=rows[-1].clone())
+        self._streams[slot] = _Stream(params, position=len(rows) - 1, frame=0, next_row=rows[-1].clone())
+
+    def _prefill_rows(self, slot: int, rows: Tensor, begin: int) -> None:
+        """Rows [p, hidden] through the talker, the first at position `begin`."""
+        if not len(rows):
+            return
+        end = begin + len(rows)
+        cos, sin = self._cos[None, begin:end], self._sin[None, begin:end]
+        self._talker(rows[None], cos, sin, self._attend_prompt(slot, begin))
 
     def release(self, slot: int) -> None:
         """See `DecoderBackend.release`. Raises `ValueError` for a slot that is not live."""
@@ -244,14 +260,15 @@ class TorchBackend:
         self._advance(slots, streams, codes)
         return Frame(codes[:n], hidden[:n], talker_logits, predictor_logits)
 
-    def _attend_prompt(self, slot: int) -> Attend:
-        """Attention of a whole prompt, from position 0."""
+    def _attend_prompt(self, slot: int, begin: int) -> Attend:
+        """Attention of prompt rows from position `begin` on."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-            self._k_cache[layer, slot, :, : q.shape[1]] = k[0]
-            self._v_cache[layer, slot, :, : q.shape[1]] = v[0]
-            return causal_attention(q, k, v)
+            end = begin + q.shape[1]
+            self._k_cache[layer, slot, :, begin:end] = k[0].transpose(0, 1)
+            self._v_cache[layer, slot, :, begin:end] = v[0].transpose(0, 1)
+            cache = (slice(slot, slot + 1), slice(None), slice(end))
+            return causal_attention(q, self._k_cache[layer][cache], self._v_cache[layer][cache])
 
         return attend
 

@@ -381,7 +381,7 @@ class Engine:
         self._speaking.append(active)
         active.slot, active.max_frames = slot, min(active.request.params.max_frames, room)
         self._codec.reset(slot)
-        self._backend.prefill(slot, rows, active.request.params)
+        self._backend.prefill(slot, rows, active.request.params, active.prompt.shared)
         active.emit(Started())
         return True
 

@@ -21,6 +21,7 @@ from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, PredictorCon
 from qwen_megakernel.decoder import MAX_BATCH, check_decode, check_max_positions, check_prefill
 from qwen_megakernel.model import Talker, mrope_tables, rope_tables
 from qwen_megakernel.packing import pack_layers, pack_norms, pack_product, pack_qk_norms, pack_rope
+from qwen_megakernel.prefix_cache import PrefixCache, SharedRows
 from qwen_megakernel.sampling import split_seed
 
 MAX_POSITIONS = 8192
@@ -32,7 +33,8 @@ _PHASES = ("input", "attention", "combine", "O", "MLP", "logits", "code")
 
 _COLUMN = np.dtype(
     [
-        ("slot", "<i4"), ("position", "<i4"), ("first", "<i4"), ("frame", "<i4"), ("suppress_eos", "<i4"),
+        ("slot", "<i4"), ("position", "<i4"), ("first", "<i4"), ("frame", "<i4"),
+        ("suppress_eos", "<i4"),
         ("seed", "<u4", 2), ("talker_temperature", "<f4"), ("talker_tail_mass", "<f4"),
         ("talker_penalty", "<f4"), ("predictor_temperature", "<f4"), ("predictor_tail_mass", "<f4"),
         ("talker_top_k", "<i4"), ("predictor_top_k", "<i4"),
@@ -114,6 +116,7 @@ class MegakernelBackend:
             )
         self._grid = self._choose_grid(grid)
         self._tensors = self._pack(talker) | self._reserve()
+        self._prefixes = PrefixCache(self._tensors["k_cache"], self._tensors["v_cache"])
         kernel_class = getattr(torch.classes, library_name(library)).FrameKernel
         self._kernel = kernel_class(self._tensors, num_slots, max_positions, self._grid, max_spins)
         self._epoch, self._num_tags = 1, self._ops.num_tags()
@@ -189,19 +192,29 @@ class MegakernelBackend:
         }
 
     @torch.inference_mode()
-    def prefill(self, slot: int, rows: Tensor, params: GenerationParams) -> None:
+    def prefill(
+        self, slot: int, rows: Tensor, params: GenerationParams, shared: SharedRows | None = None
+    ) -> None:
         """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
         check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size)
         rows = rows.to(self._device, torch.float32)
-        stream = _Stream(params, position=0, frame=0, column=self._column(slot, params))
-        for part in rows[:-1].split(MAX_BATCH):
-            columns = np.repeat(stream.column, len(part))
-            columns["position"] = stream.position + np.arange(len(part))
-            self._launch(columns, part.contiguous(), prefill=True)
-            stream.position += len(part)
+        column = self._column(slot, params)
+        begin = shared.count if shared else 0
+        if shared and not self._prefixes.restore(slot, shared):
+            self._prefill_rows(column, rows[:begin], 0)
+            self._prefixes.keep(slot, shared)
+        self._prefill_rows(column, rows[begin:-1], begin)
         self._tensors["next_rows"][slot] = rows[-1]
         self._tensors["seen"][slot] = 0
-        self._streams[slot] = stream
+        self._streams[slot] = _Stream(params, position=len(rows) - 1, frame=0, column=column)
+
+    def _prefill_rows(self, column: np.ndarray, rows: Tensor, begin: int) -> None:
+        """Rows [p, hidden] through the talker's layers, eight a launch, the first at `begin`."""
+        for part in rows.split(MAX_BATCH):
+            columns = np.repeat(column, len(part))
+            columns["position"] = begin + np.arange(len(part))
+            self._launch(columns, part, prefill=True)
+            begin += len(part)
 
     def release(self, slot: int) -> None:
         """See `DecoderBackend.release`. Raises `ValueError` for a slot that is not live."""
@@ -221,7 +234,7 @@ class MegakernelBackend:
 
         Args:
             slots, text_rows, noise: see `DecoderBackend.decode`.
-            forced_codes: int64 [n, 16] to take instead of the drawn codes (tests).
+            forced_codes: int64 [n, 16] to go on with; what is drawn is still returned (tests).
             dumps: filled with what the frame computes (tests).
 
         Raises:

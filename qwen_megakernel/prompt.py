@@ -13,6 +13,7 @@ None where the next text row has not come yet. It never pads in place of late te
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from qwen_megakernel.config import ModelConfig
 from qwen_megakernel.model import Talker
+from qwen_megakernel.prefix_cache import SharedRows
 from qwen_megakernel.turn import RequestError
 from qwen_megakernel.voice import Voice
 
@@ -96,6 +98,8 @@ class _Prefix:
     """The part of a prompt that depends on voice and language alone."""
 
     voice: Voice
+    key: int
+    """One of its own."""
     rows: Tensor
     """[p, hidden]: template, language and speaker tags."""
     codec_rows: Tensor
@@ -164,6 +168,14 @@ class Prompt:
         text = text + [builder.pad_row] * (len(codec) - len(text))
         return torch.cat([prefix.rows, torch.stack(text) + codec])
 
+    @property
+    def shared(self) -> SharedRows:
+        """The beginning of `rows` that every text has with this voice and language."""
+        count = len(self._prefix.rows)
+        if self._streaming:  # the reference's text, but for the last row, which is decoded
+            count += min(len(self._prefix.ref_text_rows), len(self._prefix.codec_rows) - 1)
+        return SharedRows(self._prefix.key, count)
+
     def next_text_row(self) -> Tensor | None:
         """The text row [hidden] of the next frame; None when the text is late.
 
@@ -196,6 +208,7 @@ class PromptBuilder:
         self.codec_pad_row = self._codec_rows([config.talker.codec_pad_id])[0]
         self._newline = self.tokenizer.encode("\n")
         self._role_rows = self.text_rows([config.im_start_id, *self.tokenizer.encode("assistant\n")])
+        self._keys = itertools.count()
         self._prefixes: OrderedDict[tuple[int, str], _Prefix] = OrderedDict()
 
     @torch.inference_mode()
@@ -281,9 +294,8 @@ class PromptBuilder:
             ref_codes = voice.ref_codes.to(self._device)
             codec_rows = torch.cat([codec_rows, self._talker.code_rows(ref_codes)])
             ref_text_rows = self.text_rows(self.tokenizer.encode(voice.ref_text.strip()))
-        return _Prefix(
-            voice, torch.cat([self._role_rows, text_side + codec_side]), codec_rows, ref_text_rows
-        )
+        rows = torch.cat([self._role_rows, text_side + codec_side])
+        return _Prefix(voice, next(self._keys), rows, codec_rows, ref_text_rows)
 
     def _check_voice(self, voice: Voice) -> None:
         config = self._config
@@ -335,6 +347,5 @@ class PromptBuilder:
             )
         ids = self.tokenizer.encode(f"user\n{instruct}")
         rows = self.text_rows([config.im_start_id, *ids, config.im_end_id, *self._newline])
-        return _Prefix(
-            prefix.voice, torch.cat([rows, prefix.rows]), prefix.codec_rows, prefix.ref_text_rows
-        )
+        rows = torch.cat([rows, prefix.rows])
+        return _Prefix(prefix.voice, next(self._keys), rows, prefix.codec_rows, prefix.ref_text_rows)

@@ -1,0 +1,123 @@
+"""The frame kernel beside its twins: the same weights in PyTorch, in bf16 and in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from random_talker import random_talker, shape_config
+from torch import Tensor, nn
+
+from qwen_megakernel.build_tts import build, detect_arch, frame_library
+from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
+from qwen_megakernel.decoder import TorchBackend
+from qwen_megakernel.megakernel import MegakernelBackend
+from qwen_megakernel.model import Talker
+from qwen_megakernel.synth_config import Shape
+
+DEVICE = torch.device("cuda")
+PHASES = ("qkv", "heads", "o", "inner", "down")
+
+
+def make_kernel(shape: Shape, talker: Talker, **options: object) -> MegakernelBackend:
+    """A backend with the kernel for `shape`, built at first use."""
+    config, arch = shape_config(shape), detect_arch(DEVICE)
+    library = build(frame_library(config, arch), arch)
+    return MegakernelBackend(talker, config.talker, config.predictor, library=library, **options)
+
+
+@dataclass
+class Twins:
+    """One set of random weights in three decoders, whose slots are driven alike."""
+
+    shape: Shape
+    max_positions: int = 512
+    config: ModelConfig = field(init=False)
+    kernel: MegakernelBackend = field(init=False)
+    bf16: TorchBackend = field(init=False)
+    fp32: TorchBackend = field(init=False)
+    talkers: dict[str, Talker] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = shape_config(self.shape)
+        narrow, wide = (random_talker(self.config, "cuda") for _ in range(2))
+        for parameter in wide.parameters():
+            parameter.data = parameter.data.float()
+        self.talkers = {"bf16": narrow, "fp32": wide}
+        self.kernel = make_kernel(self.shape, narrow, max_positions=self.max_positions)
+        self.bf16, self.fp32 = (
+            TorchBackend(
+                talker, self.config.talker, self.config.predictor, max_positions=self.max_positions
+            )
+            for talker in (narrow, wide)
+        )
+
+    @property
+    def all(self) -> tuple[MegakernelBackend, TorchBackend, TorchBackend]:
+        return self.kernel, self.bf16, self.fp32
+
+    def rows(self, *shape: int, seed: int) -> Tensor:
+        """Random rows, bf16 values."""
+        generator = torch.Generator("cuda").manual_seed(seed)
+        rows = torch.randn(*shape, self.config.talker.hidden_size, device=DEVICE, generator=generator)
+        return rows.bfloat16()
+
+    def codes(self, n: int, seed: int) -> Tensor:
+        """Random codes to force, int64 [n, 16]."""
+        generator = torch.Generator("cuda").manual_seed(seed)
+        vocab = self.config.predictor.vocab_size
+        return torch.randint(0, vocab, (n, NUM_CODEBOOKS), device=DEVICE, generator=generator)
+
+    def prefill(self, lengths: Sequence[int], params: GenerationParams, seed: int = 1) -> None:
+        """Start slots 0, 1, ... with prompts of these lengths in all three."""
+        prompt = self.rows(max(lengths), seed=seed)
+        for slot, length in enumerate(lengths):
+            for backend in self.all:
+                backend.prefill(slot, prompt[:length], params)
+
+    def release(self, n: int) -> None:
+        for slot in range(n):
+            for backend in self.all:
+                backend.release(slot)
+
+
+@dataclass
+class Recorder:
+    """What passes through a talker's linear layers during a frame, in the kernel's terms."""
+
+    talker: Talker
+    taken: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in PHASES})
+
+    def __enter__(self) -> Recorder:
+        layers = [*self.talker.model.layers, *self.talker.code_predictor.model.layers]
+        self.handles = [h for layer in layers for h in self._hooks(layer)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _hooks(self, layer: nn.Module) -> list:
+        attention, mlp = layer.self_attn, layer.mlp
+        pieces: list[Tensor] = []
+
+        def piece(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            pieces.append(output.flatten(2))
+            if len(pieces) == 3:
+                self.taken["qkv"].append(torch.cat(pieces, -1))
+                pieces.clear()
+
+        def through(inward: str, outward: str):
+            def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+                self.taken[inward].append(inputs[0])
+                self.taken[outward].append(output)
+
+            return hook
+
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return [
+            *(p.register_forward_hook(piece) for p in projections),
+            attention.o_proj.register_forward_hook(through("heads", "o")),
+            mlp.down_proj.register_forward_hook(through("inner", "down")),
+        ]
