@@ -81,7 +81,14 @@ def check_max_positions(num_slots: int, max_positions: int, limit: int) -> None:
         raise ValueError(f"max_positions is {max_positions}, allowed: 2 to {limit}")
 
 
-def check_prefill(backend: DecoderBackend, slot: int, in_use: bool, rows: Tensor, hidden: int) -> None:
+def check_prefill(
+    backend: DecoderBackend,
+    slot: int,
+    in_use: bool,
+    rows: Tensor,
+    hidden: int,
+    shared: SharedRows | None,
+) -> None:
     """What `DecoderBackend.prefill` may be given. Raises `ValueError`."""
     if not 0 <= slot < backend.num_slots:
         raise ValueError(f"slot is {slot}, allowed: 0 to {backend.num_slots - 1}")
@@ -93,6 +100,8 @@ def check_prefill(backend: DecoderBackend, slot: int, in_use: bool, rows: Tensor
         raise ValueError(
             f"the prompt has {rows.shape[0]} rows, allowed: 1 to {backend.max_positions - 1}"
         )
+    if shared and not 0 <= shared.count < rows.shape[0]:
+        raise ValueError(f"{shared.count} rows are shared, allowed: 0 to {rows.shape[0] - 1}")
 
 
 def check_decode(
@@ -194,12 +203,11 @@ class TorchBackend:
         self, slot: int, rows: Tensor, params: GenerationParams, shared: SharedRows | None = None
     ) -> None:
         """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
-        check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size)
+        check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size, shared)
         rows = rows.to(self._device, self._dtype)
-        begin = shared.count if shared else 0
-        if shared and not self._prefixes.restore(slot, shared):
-            self._prefill_rows(slot, rows[:begin], 0)
-            self._prefixes.keep(slot, shared)
+        begin = self._prefixes.begin(
+            slot, shared, lambda count: self._prefill_rows(slot, rows[:count], 0)
+        )
         self._prefill_rows(slot, rows[begin:-1], begin)
         self._seen[slot] = False
         self._streams[slot] = _Stream(params, position=len(rows) - 1, frame=0, next_row=rows[-1].clone())

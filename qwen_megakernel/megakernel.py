@@ -121,7 +121,9 @@ class MegakernelBackend:
         self._kernel = kernel_class(self._tensors, num_slots, max_positions, self._grid, max_spins)
         self._epoch, self._num_tags = 1, self._ops.num_tags()
         self._codes_host = torch.zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int32, pin_memory=True)
-        self._zero_rows = torch.zeros(MAX_BATCH, talker_config.hidden_size, device=self._device)
+        # Half of L2, measured best on an H100 (csrc/EXPERIMENTS.md), for what every pass reads again.
+        l2_bytes = torch.cuda.get_device_properties(self._device).L2_cache_size
+        self._kernel.keep_in_l2(l2_bytes // 2 // predictor_config.num_layers)
 
     def _choose_grid(self, grid: int | None) -> int:
         sms = torch.cuda.get_device_properties(self._device).multi_processor_count
@@ -196,13 +198,12 @@ class MegakernelBackend:
         self, slot: int, rows: Tensor, params: GenerationParams, shared: SharedRows | None = None
     ) -> None:
         """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
-        check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size)
+        check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size, shared)
         rows = rows.to(self._device, torch.float32)
         column = self._column(slot, params)
-        begin = shared.count if shared else 0
-        if shared and not self._prefixes.restore(slot, shared):
-            self._prefill_rows(column, rows[:begin], 0)
-            self._prefixes.keep(slot, shared)
+        begin = self._prefixes.begin(
+            slot, shared, lambda count: self._prefill_rows(column, rows[:count], 0)
+        )
         self._prefill_rows(column, rows[begin:-1], begin)
         self._tensors["next_rows"][slot] = rows[-1]
         self._tensors["seen"][slot] = 0

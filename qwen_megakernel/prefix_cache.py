@@ -7,6 +7,7 @@ or not, so that a turn's codes do not depend on whether another came before it.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,6 +32,21 @@ class PrefixCache:
         """k_cache, v_cache: [layers, slots, kv_heads, positions, head_dim]."""
         self._caches = k_cache, v_cache
         self._kept: OrderedDict[SharedRows, tuple[Tensor, ...]] = OrderedDict()
+
+    def begin(self, slot: int, shared: SharedRows | None, compute: Callable[[int], None]) -> int:
+        """Have a slot's shared rows in its first positions; how many there are.
+
+        Args:
+            slot: of the caches.
+            shared: None where nothing is shared.
+            compute: prefills that many of the prompt's rows; called where they are not kept yet.
+        """
+        if shared is None:
+            return 0
+        if not self.restore(slot, shared):
+            compute(shared.count)
+            self.keep(slot, shared)
+        return shared.count
 
     def restore(self, slot: int, shared: SharedRows) -> bool:
         """Write the kept rows into a slot's first positions; False where none are kept."""

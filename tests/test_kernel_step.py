@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -300,3 +305,35 @@ def test_streams_sample_as_the_torch_backend_does(twins):
         t.kernel.release(slot)
     # Sums of probabilities in another order may put one code on the other side of top-p's edge.
     assert wrong <= 3
+
+
+HANG = """
+import sys
+import torch
+from kernel_twins import make_kernel
+from qwen_megakernel.config import GenerationParams
+from qwen_megakernel.megakernel import KernelError
+from random_talker import random_talker, shape_config
+
+kernel = make_kernel("tiny", random_talker(shape_config("tiny"), "cuda"), max_spins=100_000)
+rows = torch.zeros(1, 128)
+kernel.prefill(0, rows, GenerationParams())
+kernel._kernel.withhold(3)
+try:
+    kernel.decode([0], rows)
+except KernelError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_withheld_cta_is_an_error_that_names_frame_and_phase():
+    """In a process of its own: the CUDA context is lost."""
+    child = subprocess.run(
+        [sys.executable, "-c", HANG],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert child.returncode == 1
+    assert re.search(r"frame 0 hung: CTA \d+ waited for \w+ in exchange \d+ \(", child.stderr)

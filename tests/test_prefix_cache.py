@@ -42,6 +42,11 @@ def test_the_kept_rows_are_used_and_only_for_their_key(backend):
     assert not torch.equal(speak(backend, 1, others, SharedRows(key=2, count=9)), first)
 
 
+def test_the_row_that_is_decoded_cannot_be_shared(backend):
+    with pytest.raises(ValueError, match="12 rows are shared, allowed: 0 to 11"):
+        backend.prefill(0, torch.randn(12, 128), GenerationParams(), SharedRows(key=1, count=12))
+
+
 def test_the_least_recently_used_beginning_goes_first():
     cache = PrefixCache(*torch.randn(2, 1, 1, 1, 4, 2))
     for key in range(CAPACITY):
