@@ -29,7 +29,7 @@ from qwen_megakernel.codec_encoder import CodecEncoder
 from qwen_megakernel.config import NUM_CODEBOOKS, ModelConfig, VoiceMode
 from qwen_megakernel.model import Talker
 from qwen_megakernel.speaker import SpeakerEncoder
-from qwen_megakernel.synth_config import SHAPES, Shape, json_files
+from qwen_megakernel.synth_config import SHAPES, Shape, json_files, shape_config
 from qwen_megakernel.synth_tokenizer import write_tokenizer
 
 Progress = Callable[[int, int], None]
@@ -151,6 +151,34 @@ def tensor_specs(config: ModelConfig) -> tuple[Specs, Specs]:
     return specs(root), specs(speech)
 
 
+def random_talker(config: ModelConfig, device: torch.device | str, *, seed: int = 0) -> Talker:
+    """A talker with weights of these distributions, drawn on the device: no file, no waiting.
+
+    Args:
+        config: the shape.
+        device: where the weights are made, bf16. They depend on the kind of device, and are not
+            those of `write_checkpoint`.
+        seed: key of the weights.
+
+    Returns:
+        The talker; its text embedding, which a frame does not use, stays on the meta device.
+    """
+    with torch.device("meta"):
+        talker = Talker(config.talker, config.predictor)
+    specs, _ = tensor_specs(config)
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = {}
+    for name in talker.state_dict():
+        if "text_" in name:
+            continue
+        spec = specs[f"talker.{name}"]
+        make = torch.rand if spec.uniform else torch.randn
+        draw = make(spec.shape, generator=generator, device=device)
+        weights[name] = (draw * spec.scale + spec.offset).to(torch.bfloat16)
+    talker.load_state_dict(weights, strict=False, assign=True)
+    return talker
+
+
 # --- writing -----------------------------------------------------------------------------------
 
 
@@ -267,8 +295,7 @@ def write_checkpoint(
     speech.mkdir(parents=True, exist_ok=True)
     note = f"random weights, shape {shape}, seed {seed}: the audio is noise"
     files = json_files(shape, mode)
-    config = ModelConfig.from_dicts(files["config.json"], files["speech_tokenizer/config.json"])
-    root_specs, speech_specs = tensor_specs(config)
+    root_specs, speech_specs = tensor_specs(shape_config(shape, mode))
     # First, because its note is what allows a second try into this folder.
     _write_tensors(folder / "model.safetensors", root_specs, torch.bfloat16, seed, note, progress)
     _write_tensors(speech / "model.safetensors", speech_specs, torch.float32, seed, note, progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from qwen_megakernel.config import HOP, NUM_CODEBOOKS, SAMPLE_RATE, VoiceMode
+from qwen_megakernel.config import HOP, NUM_CODEBOOKS, SAMPLE_RATE, ModelConfig, VoiceMode
 from qwen_megakernel.synth_tokenizer import special_ids
 
 Shape = Literal["tiny", "tiny-1.7b", "0.6b", "1.7b"]
@@ -214,3 +214,9 @@ def json_files(shape: Shape, mode: VoiceMode) -> dict[str, dict[str, Any]]:
         "speech_tokenizer/config.json": speech_config(shape),
         "speech_tokenizer/preprocessor_config.json": _SPEECH_PREPROCESSOR_CONFIG,
     }
+
+
+def shape_config(shape: Shape, mode: VoiceMode = "base") -> ModelConfig:
+    """What a loader reads from these files."""
+    files = json_files(shape, mode)
+    return ModelConfig.from_dicts(files["config.json"], files["speech_tokenizer/config.json"])

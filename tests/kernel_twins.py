@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from random_talker import random_talker, shape_config
 from torch import Tensor, nn
 
 from qwen_megakernel.build_tts import build, detect_arch, frame_library
@@ -14,7 +13,8 @@ from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoder import TorchBackend
 from qwen_megakernel.megakernel import MegakernelBackend
 from qwen_megakernel.model import Talker
-from qwen_megakernel.synth_config import Shape
+from qwen_megakernel.synth_checkpoint import random_talker
+from qwen_megakernel.synth_config import Shape, shape_config
 
 DEVICE = torch.device("cuda")
 PHASES = ("qkv", "heads", "o", "inner", "down")

@@ -14,12 +14,13 @@ from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, SamplingPara
 from qwen_megakernel.decoder import MAX_BATCH
 from qwen_megakernel.megakernel import FrameDumps, MegakernelBackend
 from qwen_megakernel.sampling import SamplingBatch, draw, gumbel_noise, process_logits, split_seed
+from qwen_megakernel.synth_checkpoint import random_talker
+from qwen_megakernel.synth_config import shape_config
 
 pytestmark = pytest.mark.gpu
 
 if torch.cuda.is_available():
     from kernel_twins import PHASES, Recorder, Twins, make_kernel
-    from random_talker import random_talker, shape_config
 
 BUDGET = 1.25
 """Error against fp32, over that of PyTorch in bf16."""
@@ -313,7 +314,8 @@ import torch
 from kernel_twins import make_kernel
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.megakernel import KernelError
-from random_talker import random_talker, shape_config
+from qwen_megakernel.synth_checkpoint import random_talker
+from qwen_megakernel.synth_config import shape_config
 
 kernel = make_kernel("tiny", random_talker(shape_config("tiny"), "cuda"), max_spins=100_000)
 rows = torch.zeros(1, 128)

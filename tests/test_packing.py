@@ -62,7 +62,8 @@ def test_gate_and_up_meet_in_one_strip():
 
 
 def test_a_layer_is_its_products_in_order_of_use():
-    from random_talker import random_talker, shape_config
+    from qwen_megakernel.synth_checkpoint import random_talker
+    from qwen_megakernel.synth_config import shape_config
 
     config = shape_config("tiny")
     layer = random_talker(config, "cpu").model.layers[0]

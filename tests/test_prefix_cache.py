@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_talker import random_talker, shape_config
 
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.decoder import TorchBackend
 from qwen_megakernel.prefix_cache import CAPACITY, PrefixCache, SharedRows
+from qwen_megakernel.synth_checkpoint import random_talker
+from qwen_megakernel.synth_config import shape_config
 
 
 @pytest.fixture
