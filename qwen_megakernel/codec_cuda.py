@@ -12,6 +12,7 @@ from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import singledispatchmethod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from qwen_megakernel.codec_ops import AttentionOp, DepthwiseNormOp, EmbedOp, Gem
 from qwen_megakernel.codec_plan import CodecPlan
 from qwen_megakernel.codec_tiling import choose_tile, choose_unit_shape
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS
+from qwen_megakernel.frame_codec import LaunchedSound
 
 __all__ = ["BATCH_SIZES", "CudaCodecStream", "codec_library"]
 
@@ -205,6 +207,20 @@ class Launcher:
 # ---------------------------------------------------------------------------- the stream
 
 
+class _HostBuffers:
+    """Host memory of a launch, its own until the one after the next; pinned, so that no copy waits."""
+
+    def __init__(self, streams: int) -> None:
+        self.slots = torch.zeros(streams, dtype=torch.int32, pin_memory=True)
+        self.pcm = torch.zeros(streams, HOP, pin_memory=True)
+        self.copied = torch.cuda.Event()
+
+    def take(self, streams: int) -> np.ndarray:
+        """Wait, and copy the samples out."""
+        self.copied.synchronize()
+        return self.pcm[:streams].numpy().copy()
+
+
 class CudaCodecStream:
     """Decodes the codes of many slots as they come; each slot goes on where it stopped.
 
@@ -235,8 +251,11 @@ class CudaCodecStream:
         self._device = self._plan.state.device
         self._launcher = Launcher(self._plan, library)
         self._launcher.input[:, 0] = num_slots
+        self._slots: list[int] | None = None
+        """What the first column of the input says, where a launch has written it."""
         with torch.cuda.device(self._device):
             self._graphs = {size: self._capture(size) for size in self._sizes}
+            self._hosts = tuple(_HostBuffers(self._sizes[-1]) for _ in range(2))
 
     def reset(self, slot: int) -> None:
         """Make `slot` as new."""
@@ -289,11 +308,35 @@ class CudaCodecStream:
         """
         streams = len(inputs)
         size = next(n for n in self._sizes if n >= streams)
+        self._slots = None
         self._launcher.input[:streams].copy_(inputs, non_blocking=True)
         if streams < size:
             self._launcher.input[streams:size, 0] = self.num_slots
         self._graphs[size].replay()
         return self._plan.pcm[:streams]
+
+    @torch.no_grad()
+    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedSound:
+        """See `FrameCodec.launch`; codes on the device. Raises `ValueError` for bad slots."""
+        check_slots(slots, self.num_slots)
+        streams = len(slots)
+        size = next(n for n in self._sizes if n >= streams)
+        with torch.cuda.device(self._device):
+            self._hosts = self._hosts[::-1]
+            host = self._hosts[0]
+            self._write_slots([*slots, *[self.num_slots] * (size - streams)], host)
+            self._launcher.input[:streams, 1:].copy_(codes)
+            self._graphs[size].replay()
+            host.pcm[:streams].copy_(self._plan.pcm[:streams], non_blocking=True)
+            host.copied.record()
+        return LaunchedSound(host.copied.query, lambda: host.take(streams))
+
+    def _write_slots(self, slots: list[int], host: _HostBuffers) -> None:
+        if slots != self._slots:
+            host.slots[: len(slots)] = torch.tensor(slots)
+            column = self._launcher.input[: len(slots), 0]
+            column.copy_(host.slots[: len(slots)], non_blocking=True)
+            self._slots = slots
 
     def _launch_all(self, streams: int) -> None:
         for op in self._plan.ops:

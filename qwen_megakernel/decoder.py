@@ -4,18 +4,18 @@ All decode state of a stream lives in a numbered slot: KV cache, position, sampl
 key and the codes fed back. A backend knows nothing of text, voices, turns or audio:
 
     prefill(slot, rows, params)      the prompt goes in; the slot is live
-    decode(slots, text_rows)         one frame for each of them -> codes [n, 16]
+    launch(slots, text_rows)         begin one frame for each of them -> its codes, once they are there
     release(slot)                    the slot is free
 
-A row is fed before it is decoded: `prefill` runs all rows but the last, and every `decode`
+A row is fed before it is decoded: `prefill` runs all rows but the last, and every `launch`
 runs one row, which is the last prompt row at first and the sum of the 16 code embeddings of
 the previous frame after that, plus the text row that the caller passes. So a stream whose next
-text is late is simply left out of `decode`, and a frame is always talker, then predictor.
+text is late is simply left out of `launch`, and a frame is always talker, then predictor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,8 +38,22 @@ MAX_BATCH = 8
 """Streams a frame can decode at once, on every backend."""
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedFrame:
+    """A frame that the device may still be at."""
+
+    device_codes: Tensor
+    """Integers [n, 16] where the backend computes, for what is queued on the current stream behind
+    this frame and before the next."""
+    codes: Callable[[], Tensor]
+    """Waits for the frame: int64 [n, 16] on the CPU. To be called before the next launch."""
+
+
 class DecoderBackend(Protocol):
-    """What the engine drives; `TorchBackend` is the specification."""
+    """What the engine drives; `TorchBackend` is the specification.
+
+    Work is done in the order of the calls. On a GPU `prefill` and `launch` may return before it is.
+    """
 
     num_slots: int
     max_positions: int
@@ -57,20 +71,19 @@ class DecoderBackend(Protocol):
             shared: the rows' beginning that other prompts share, at most p - 1 rows.
         """
 
-    def decode(self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Decode one frame of each slot.
+    def launch(
+        self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None
+    ) -> LaunchedFrame:
+        """Begin one frame of each slot. Where its code 0 is EOS it is the end, not sound.
 
         Args:
             slots: 1 to 8 different live slots.
             text_rows: [n, hidden], added to the rows fed now; zeros for a slot's first frame.
             noise: fp32 [n, 16, talker vocabulary] to use instead of the slots' own draws (tests).
-
-        Returns:
-            int64 [n, 16] on the CPU. Where code 0 is EOS the frame is the end, not sound.
         """
 
     def release(self, slot: int) -> None:
-        """Free a slot; its next `prefill` sees nothing of this stream."""
+        """Free a slot; its next `prefill` sees nothing of this stream. A frame may still be running."""
 
 
 def check_max_positions(num_slots: int, max_positions: int, limit: int) -> None:
@@ -104,22 +117,29 @@ def check_prefill(
         raise ValueError(f"{shared.count} rows are shared, allowed: 0 to {rows.shape[0] - 1}")
 
 
+class HasPosition(Protocol):
+    """A live stream."""
+
+    position: int
+    """Rows in its KV cache."""
+
+
 def check_decode(
     backend: DecoderBackend,
     slots: Sequence[int],
-    positions: dict[int, int],
+    streams: Mapping[int, HasPosition],
     text_rows: Tensor,
     hidden: int,
 ) -> None:
-    """What `DecoderBackend.decode` may be given; `positions` of the live slots. Raises `ValueError`."""
+    """What `DecoderBackend.launch` may be given; `streams` by live slot. Raises `ValueError`."""
     if not 1 <= len(slots) <= MAX_BATCH:
         raise ValueError(f"{len(slots)} slots in a frame, allowed: 1 to {MAX_BATCH}")
     if len(set(slots)) != len(slots):
         raise ValueError(f"slots {list(slots)} repeat")
     for slot in slots:
-        if slot not in positions:
+        if slot not in streams:
             raise ValueError(f"slot {slot} is not in use")
-        if positions[slot] >= backend.max_positions:
+        if streams[slot].position >= backend.max_positions:
             raise ValueError(f"slot {slot} is full: {backend.max_positions} positions")
     expected = (len(slots), hidden)
     if tuple(text_rows.shape) != expected:
@@ -128,7 +148,7 @@ def check_decode(
 
 @dataclass(slots=True)
 class Frame:
-    """All a frame computes, for tests and comparisons; `decode` returns the codes alone."""
+    """All a frame computes, for tests and comparisons; `launch` gives the codes alone."""
 
     codes: Tensor
     """int64 [n, 16]."""
@@ -225,9 +245,16 @@ class TorchBackend:
         if self._streams.pop(slot, None) is None:
             raise ValueError(f"slot {slot} is not in use")
 
+    def launch(
+        self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None
+    ) -> LaunchedFrame:
+        """See `DecoderBackend.launch`."""
+        codes = self.decode_frame(slots, text_rows, noise).codes
+        return LaunchedFrame(codes, codes.cpu)
+
     def decode(self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None) -> Tensor:
-        """See `DecoderBackend.decode`."""
-        return self.decode_frame(slots, text_rows, noise).codes.cpu()
+        """`launch`, waited for: int64 [n, 16] on the CPU."""
+        return self.launch(slots, text_rows, noise).codes()
 
     @torch.inference_mode()
     def decode_frame(
@@ -240,19 +267,13 @@ class TorchBackend:
         """`decode` with everything it computes.
 
         Args:
-            slots, text_rows, noise: see `DecoderBackend.decode`.
+            slots, text_rows, noise: see `DecoderBackend.launch`.
             forced_codes: int64 [n, 16] to take instead of the drawn codes (teacher forcing).
 
         Raises:
             ValueError: slots not live, repeated, too many or full.
         """
-        check_decode(
-            self,
-            slots,
-            {s: x.position for s, x in self._streams.items()},
-            text_rows,
-            self._config.hidden_size,
-        )
+        check_decode(self, slots, self._streams, text_rows, self._config.hidden_size)
         streams = [self._streams[slot] for slot in slots]
         n = len(streams)
         num_rows = n if self._device.type == "cpu" else MAX_BATCH

@@ -1,206 +1,62 @@
 """The engine: one thread owns the device and decides what runs next.
 
 Each tick takes what callers said (new turns, text, cancels), prefills at most one waiting turn,
-decodes one frame for the up to eight turns whose playback runs out first, turns their codes to
-sound in one codec call, and hands the sound out. A turn whose next text row has not come, or
-that is further ahead of its playback than its lead, is left out. Nothing else decides order.
+launches one frame for the up to eight turns whose playback runs out first with the codec behind
+it, hands out the sound of the frame before, and waits for the new frame's codes. A turn whose
+next text row has not come, or that is further ahead of its playback than its lead, is left out.
+Nothing else decides order.
+
+    device    frame n   codec n   frame n+1   codec n+1
+    host           codes n^  launch n+1   sound n^    codes n+1^
+
+So what the host does, launching included, is done while the codec runs, EOS is known before the
+next frame is launched, and only a turn that ends by its sound or is cancelled has a frame in
+flight that nobody hears. Where the codec is done at once (on a CPU) its sound is handed out
+before the next frame begins.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from qwen_megakernel.codec import CodecStream
-from qwen_megakernel.config import FRAME_S, HOP, GenerationParams, Guards
-from qwen_megakernel.decoder import MAX_BATCH, DecoderBackend
-from qwen_megakernel.prompt import Prompt, PromptBuilder
-from qwen_megakernel.turn import (
-    Append,
-    Audio,
-    Finished,
-    FinishReason,
-    Flush,
-    RequestError,
-    Sink,
-    Started,
-    Turn,
-    TurnEvent,
-)
-from qwen_megakernel.voice import Voice
+from qwen_megakernel.active_turn import ActiveTurn, TurnRequest
+from qwen_megakernel.config import HOP
+from qwen_megakernel.decoder import MAX_BATCH, DecoderBackend, LaunchedFrame
+from qwen_megakernel.frame_codec import FrameCodec, LaunchedSound
+from qwen_megakernel.prompt import PromptBuilder
+from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
 
 log = logging.getLogger(__name__)
-
-CHUNK_RAMP = (1, 1, 2, 4)
-"""Frames of a turn's first chunks; the last repeats. Small first, so that sound starts at once;
-larger later, because each message costs the same whatever its length."""
 
 _DECODER_FAILED = "the decoder has failed; the process must be restarted"
 
 
-@dataclass(frozen=True, slots=True)
-class TurnRequest:
-    """What a turn is made of besides its text."""
-
-    voice: Voice
-    language: str = "auto"
-    instruct: str | None = None
-    streaming: bool | None = None
-    """Text layout; None is the checkpoint's own (see `PromptBuilder.open`)."""
-    params: GenerationParams = field(default_factory=GenerationParams)
-    chunk_frames: int | None = None
-    """Frames a chunk; None is `CHUNK_RAMP`."""
-    max_lead_s: float | None = None
-    """Seconds of audio the turn may be ahead of its playback; None is as fast as it goes."""
-
-
 @dataclass(slots=True)
-class _RunawayGuard:
-    """Counts what an utterance that will not end looks like (`Guards`)."""
+class _Fed:
+    """One turn's part of a launched frame."""
 
-    guards: Guards
-    last_code0: int = -1
-    repeats: int = 0
-    silent_frames: int = 0
-
-    def verdict(self, code0: int, samples: np.ndarray, *, text_exhausted: bool) -> FinishReason | None:
-        """Why the turn must stop after this frame, if it must."""
-        self.repeats = self.repeats + 1 if code0 == self.last_code0 else 1
-        self.last_code0 = code0
-        silent = float(np.sqrt(np.mean(np.square(samples)))) < self.guards.silence_rms
-        self.silent_frames = self.silent_frames + 1 if silent and text_exhausted else 0
-        if self.guards.repeat_frames and self.repeats >= self.guards.repeat_frames:
-            return "repeat"
-        if self.guards.silence_s and self.silent_frames * FRAME_S >= self.guards.silence_s:
-            return "silence"
-        return None
+    turn: ActiveTurn
+    text_exhausted: bool
+    """Whether its text, EOS included, was fed with this frame."""
+    ending: FinishReason | None
+    """What the turn ends with after this frame."""
 
 
-class _Active:
-    """A turn as the engine's thread sees it."""
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A launched frame, from its launch until its sound is handed out."""
 
-    def __init__(self, turn: Turn, request: TurnRequest, prompt: Prompt, sink: Sink) -> None:
-        self.turn, self.request, self.prompt, self._sink = turn, request, prompt, sink
-        self.guard = _RunawayGuard(request.params.guards)
-        self.opened_at = time.monotonic()
-        self.slot: int | None = None
-        self.max_frames = 0
-        self.num_frames = 0
-        self._pending: list[np.ndarray] = []
-        self._num_chunks = 0
-        self._num_samples = 0
-        self._first_audio_at: float | None = None
-        self._idle_since: float | None = None
-        self._idle_s = 0.0
-
-    @property
-    def started_at(self) -> float:
-        """When the turn's clocks began: its first text."""
-        return self.turn.first_text_at or self.opened_at
-
-    def take_text(self) -> None:
-        """Move what the caller said into the prompt."""
-        for command in self.turn.take_commands():
-            if isinstance(command, Append):
-                self.prompt.append(command.text)
-            elif isinstance(command, Flush):
-                self.prompt.flush()
-            else:
-                self.prompt.end()
-
-    def lead_s(self, now: float) -> float:
-        """Seconds of decoded audio not yet played; minus infinity before the first chunk."""
-        if self._first_audio_at is None:
-            return -math.inf
-        return self.num_frames * FRAME_S - (now - self._first_audio_at)
-
-    @property
-    def text_late(self) -> bool:
-        """Whether the turn can do nothing before more text comes."""
-        if self.slot is None:
-            return not self.prompt.ready
-        return bool(self.num_frames) and self.prompt.next_text_row() is None
-
-    def wait_s(self, now: float) -> float:
-        """Seconds until this turn may decode: 0 now, infinite when its text is late or it is held."""
-        if self.text_late or self.turn.held:
-            return math.inf
-        if self.request.max_lead_s is None:
-            return 0.0
-        return max(0.0, self.lead_s(now) - self.request.max_lead_s)
-
-    def mark_idle(self, idle: bool, now: float) -> None:
-        """Keep the time that is nobody's work out of `generation_s`."""
-        if idle and self._idle_since is None:
-            self._idle_since = now
-        elif not idle and self._idle_since is not None:
-            self._idle_s += now - self._idle_since
-            self._idle_since = None
-
-    def idle_for_s(self, now: float) -> float:
-        """Seconds since the turn last could run."""
-        return now - self._idle_since if self._idle_since is not None else 0.0
-
-    def add_frame(self, samples: np.ndarray) -> None:
-        """Take a decoded frame, float32 [1920]; hand out a chunk when one is full."""
-        self.num_frames += 1
-        self._pending.append(samples)
-        size = self.request.chunk_frames or CHUNK_RAMP[min(self._num_chunks, len(CHUNK_RAMP) - 1)]
-        if len(self._pending) >= size:
-            self.hand_out()
-
-    def hand_out(self) -> None:
-        """Give the sink all audio that is decoded and not yet given."""
-        if not self._pending:
-            return
-        samples = np.concatenate(self._pending)
-        self._pending.clear()
-        self._num_chunks += 1
-        self._num_samples += len(samples)
-        now = time.monotonic()
-        if self._first_audio_at is None:
-            self._first_audio_at = now
-        self.emit(Audio(samples, self._generation_s(now)))
-
-    def finish(self, reason: FinishReason, error: str | None = None) -> None:
-        """Give the sink the last event."""
-        if reason == "cancelled":
-            self._pending.clear()  # nothing is heard after a cancel
-        self.hand_out()
-        now = time.monotonic()
-        self.mark_idle(False, now)
-        started, first = self.started_at, self._first_audio_at
-        self.turn.mark_finished()
-        self.emit(
-            Finished(
-                reason,
-                num_frames=self.num_frames,
-                num_samples=self._num_samples,
-                ttfc_s=None if first is None else first - started,
-                generation_s=self._generation_s(now),
-                error=error,
-            )
-        )
-
-    def _generation_s(self, now: float) -> float:
-        idle_s = self._idle_s + self.idle_for_s(now)
-        return max(0.0, now - self.started_at - idle_s)
-
-    def emit(self, event: TurnEvent) -> None:
-        """Call the sink; one that raises loses its turn, never the engine."""
-        try:
-            self._sink(event)
-        except Exception:
-            log.exception("a turn's sink failed; the turn is cancelled")
-            self.turn.cancel()
+    fed: list[_Fed]
+    frame: LaunchedFrame
+    sound: LaunchedSound
 
 
 class Engine:
@@ -209,7 +65,7 @@ class Engine:
     def __init__(
         self,
         backend: DecoderBackend,
-        codec: CodecStream,
+        codec: FrameCodec,
         prompts: PromptBuilder,
         *,
         eos_id: int,
@@ -231,8 +87,10 @@ class Engine:
         self._zero_row = torch.zeros_like(prompts.pad_row)
         self._free_slots = list(range(backend.num_slots))
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
-        self._waiting: list[_Active] = []
-        self._speaking: list[_Active] = []
+        self._waiting: list[ActiveTurn] = []
+        self._speaking: list[ActiveTurn] = []
+        self._sounding: _Flight | None = None
+        """The frame whose codes are known and whose sound is not handed out."""
         self._wake = threading.Event()
         self._open_lock = threading.Lock()  # no turn slips in once the engine has failed or closed
         self._closing = False
@@ -323,9 +181,11 @@ class Engine:
             self._listen(active)
         prefilled = self._prefill_next()
         batch = self._choose()
-        if batch:
-            self._decode(batch)
-        return prefilled or bool(batch)
+        launched = self._launch(batch) if batch else None
+        heard = self._hand_out()
+        if launched is not None:
+            self._read_codes(launched)
+        return prefilled or heard or launched is not None
 
     def _take_opened(self) -> None:
         while self._opened:
@@ -342,9 +202,9 @@ class Engine:
                 turn.mark_finished()
                 sink(Finished("error", 0, 0, None, 0.0, "the prompt could not be made"))
                 continue
-            self._waiting.append(_Active(turn, request, prompt, sink))
+            self._waiting.append(ActiveTurn(turn, request, prompt, sink))
 
-    def _listen(self, active: _Active) -> None:
+    def _listen(self, active: ActiveTurn) -> None:
         """Take a turn's text and cancel; end it where that ends it."""
         now = time.monotonic()
         if active.turn.cancelled or self._cancel_all:
@@ -385,63 +245,68 @@ class Engine:
         active.emit(Started())
         return True
 
-    def _choose(self) -> list[_Active]:
+    def _choose(self) -> list[ActiveTurn]:
         """The turns to decode now: those whose playback runs out first."""
         now = time.monotonic()
         runnable = []
         for active in self._speaking:
+            if active.last_fed:
+                continue
             waits = active.wait_s(now) > 0
-            active.mark_idle(waits, now)
+            active.mark_idle(waits and not active.in_flight, now)
             if waits:
                 active.hand_out()  # what was held for a fuller chunk is not held while waiting
             else:
                 runnable.append(active)
         return sorted(runnable, key=lambda a: a.lead_s(now))[:MAX_BATCH]
 
-    def _decode(self, batch: list[_Active]) -> None:
-        """One frame for each turn of the batch, to sound and out."""
+    def _launch(self, batch: list[ActiveTurn]) -> _Flight:
+        """Begin one frame for each turn of the batch, and its sound behind it."""
         slots = [a.slot for a in batch]
-        codes = self._backend.decode(slots, torch.stack([self._text_row(a) for a in batch]))
-        ended = codes[:, 0] == self._eos_id
-        speaking = [i for i in range(len(batch)) if not ended[i]]
-        sound: dict[int, np.ndarray] = {}
-        if speaking:
-            pcm = self._codec.decode([slots[i] for i in speaking], codes[speaking, None])
-            sound = dict(zip(speaking, pcm.cpu().numpy(), strict=True))
-        for i, active in enumerate(batch):
-            self._after_frame(active, int(codes[i, 0]), sound.get(i))
+        rows = [a.feed() for a in batch]
+        rows = torch.stack([self._zero_row if row is None else row for row in rows])
+        frame = self._backend.launch(slots, rows)
+        sound = self._codec.launch(slots, frame.device_codes)
+        fed = [_Fed(a, a.prompt.text_exhausted, "length" if a.last_fed else None) for a in batch]
+        return _Flight(fed, frame, sound)
 
-    def _text_row(self, active: _Active) -> torch.Tensor:
-        """The text row of this frame; the first frame's came with the prompt."""
-        if not active.num_frames:
-            return self._zero_row
-        row = active.prompt.next_text_row()
-        active.prompt.advance()
-        return row
+    def _read_codes(self, flight: _Flight) -> None:
+        """Wait for a frame's codes: end what has said EOS, and know what must end after its sound."""
+        for fed, code0 in zip(flight.fed, flight.frame.codes()[:, 0].tolist(), strict=True):
+            active = fed.turn
+            if active.turn.finished:
+                continue
+            if code0 == self._eos_id:
+                self._finish(active, "cancelled" if active.turn.cancelled else "stop")
+            elif active.guard.repeats_after(code0):
+                fed.ending, active.last_fed = "repeat", True
+        self._sounding = flight
+        if flight.sound.ready():
+            self._hand_out()
 
-    def _after_frame(self, active: _Active, code0: int, samples: np.ndarray | None) -> None:
-        """Hand out a frame's sound and decide whether the turn goes on; no sound is EOS."""
+    def _hand_out(self) -> bool:
+        """Wait for the sound of the frame whose codes are known, and give it to its turns."""
+        flight, self._sounding = self._sounding, None
+        if flight is None:
+            return False
+        for fed, samples in zip(flight.fed, flight.sound.samples(), strict=True):
+            if not fed.turn.turn.finished:
+                self._hear(fed, samples[:HOP])
+        return True
+
+    def _hear(self, fed: _Fed, samples: np.ndarray) -> None:
+        """Take a frame's sound, float32 [1920], and end the turn where it ends."""
+        active = fed.turn
         if active.turn.cancelled:
             self._finish(active, "cancelled")
             return
-        if samples is None:
-            self._finish(active, "stop")
-            return
-        active.add_frame(samples[:HOP])
-        exhausted = active.prompt.text_exhausted
-        reason = active.guard.verdict(code0, samples, text_exhausted=exhausted)
-        if reason is None and active.num_frames >= self._frame_limit(active):
-            reason = "length"
-        if reason is not None:
-            self._finish(active, reason)
+        active.add_frame(samples)
+        silent = active.guard.silent_after(samples, text_exhausted=fed.text_exhausted)
+        ending = "silence" if silent and fed.ending != "repeat" else fed.ending
+        if ending is not None:
+            self._finish(active, ending)
 
-    def _frame_limit(self, active: _Active) -> int:
-        budget = active.request.params.guards.budget(active.prompt.num_text_tokens)
-        if budget is None or not active.prompt.ended:
-            return active.max_frames
-        return min(active.max_frames, budget)
-
-    def _finish(self, active: _Active, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(self, active: ActiveTurn, reason: FinishReason, error: str | None = None) -> None:
         if active.slot is None:
             self._waiting.remove(active)
         else:
@@ -460,6 +325,7 @@ class Engine:
 
     def _fail_all(self) -> None:
         """The device is lost: say so to every turn."""
+        self._sounding = None
         for _, _, sink in self._opened:
             sink(Finished("error", 0, 0, None, 0.0, _DECODER_FAILED))
         for active in [*self._waiting, *self._speaking]:

@@ -7,10 +7,10 @@ count and sampling parameters, and passes them with every launch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,13 @@ from torch import Tensor
 
 from qwen_megakernel.build_tts import library_name
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, PredictorConfig, TalkerConfig
-from qwen_megakernel.decoder import MAX_BATCH, check_decode, check_max_positions, check_prefill
+from qwen_megakernel.decoder import (
+    MAX_BATCH,
+    LaunchedFrame,
+    check_decode,
+    check_max_positions,
+    check_prefill,
+)
 from qwen_megakernel.model import Talker, mrope_tables, rope_tables
 from qwen_megakernel.packing import pack_layers, pack_norms, pack_product, pack_qk_norms, pack_rope
 from qwen_megakernel.prefix_cache import PrefixCache, SharedRows
@@ -121,6 +127,7 @@ class MegakernelBackend:
         self._kernel = kernel_class(self._tensors, num_slots, max_positions, self._grid, max_spins)
         self._epoch, self._num_tags = 1, self._ops.num_tags()
         self._codes_host = torch.zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int32, pin_memory=True)
+        self._copied = torch.cuda.Event()
         # Half of L2, measured best on an H100 (csrc/EXPERIMENTS.md), for what every pass reads again.
         l2_bytes = torch.cuda.get_device_properties(self._device).L2_cache_size
         self._kernel.keep_in_l2(l2_bytes // 2 // predictor_config.num_layers)
@@ -201,12 +208,13 @@ class MegakernelBackend:
         check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size, shared)
         rows = rows.to(self._device, torch.float32)
         column = self._column(slot, params)
-        begin = self._prefixes.begin(
-            slot, shared, lambda count: self._prefill_rows(column, rows[:count], 0)
-        )
-        self._prefill_rows(column, rows[begin:-1], begin)
-        self._tensors["next_rows"][slot] = rows[-1]
-        self._tensors["seen"][slot] = 0
+        with self._named(0):
+            begin = self._prefixes.begin(
+                slot, shared, lambda count: self._prefill_rows(column, rows[:count], 0)
+            )
+            self._prefill_rows(column, rows[begin:-1], begin)
+            self._tensors["next_rows"][slot] = rows[-1]
+            self._tensors["seen"][slot] = 0
         self._streams[slot] = _Stream(params, position=len(rows) - 1, frame=0, column=column)
 
     def _prefill_rows(self, column: np.ndarray, rows: Tensor, begin: int) -> None:
@@ -222,54 +230,63 @@ class MegakernelBackend:
         if self._streams.pop(slot, None) is None:
             raise ValueError(f"slot {slot} is not in use")
 
-    @torch.inference_mode()
     def decode(
+        self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None, **tests: object
+    ) -> Tensor:
+        """`launch`, waited for: int64 [n, 16] on the CPU."""
+        return self.launch(slots, text_rows, noise, **tests).codes()
+
+    @torch.inference_mode()
+    def launch(
         self,
         slots: Sequence[int],
         text_rows: Tensor,
         noise: Tensor | None = None,
         forced_codes: Tensor | None = None,
         dumps: FrameDumps | None = None,
-    ) -> Tensor:
-        """See `DecoderBackend.decode`.
+    ) -> LaunchedFrame:
+        """See `DecoderBackend.launch`.
 
         Args:
-            slots, text_rows, noise: see `DecoderBackend.decode`.
+            slots, text_rows, noise: see `DecoderBackend.launch`.
             forced_codes: int64 [n, 16] to go on with; what is drawn is still returned (tests).
             dumps: filled with what the frame computes (tests).
 
         Raises:
             ValueError: slots not live, repeated, too many or full.
-            KernelError: the frame was not finished.
+            KernelError: also from `LaunchedFrame.codes`: the frame was not finished.
         """
-        check_decode(
-            self,
-            slots,
-            {s: x.position for s, x in self._streams.items()},
-            text_rows,
-            self._config.hidden_size,
-        )
+        check_decode(self, slots, self._streams, text_rows, self._config.hidden_size)
         streams = [self._streams[slot] for slot in slots]
         columns = np.concatenate([s.column for s in streams])
         columns["position"] = [s.position for s in streams]
         columns["first"] = range(len(streams))
         columns["frame"] = [s.frame for s in streams]
         columns["suppress_eos"] = [s.frame < s.params.min_frames for s in streams]
-        self._launch(
-            columns,
-            text_rows.to(self._device, torch.float32),
-            noise=None if noise is None else noise.to(self._device, torch.float32).contiguous(),
-            forced_codes=None
-            if forced_codes is None
-            else forced_codes.to(self._device, torch.int32).contiguous(),
-            dumps=dumps,
-        )
+        codes, host = self._tensors["codes"][: len(slots)], self._codes_host[: len(slots)]
+        frame = streams[0].frame
+        with self._named(frame):
+            self._launch(
+                columns,
+                text_rows.to(self._device, torch.float32),
+                noise=None if noise is None else noise.to(self._device, torch.float32).contiguous(),
+                forced_codes=None
+                if forced_codes is None
+                else forced_codes.to(self._device, torch.int32).contiguous(),
+                dumps=dumps,
+            )
+            host.copy_(codes, non_blocking=True)
+            self._copied.record(torch.cuda.current_stream(self._device))
         for stream in streams:
             stream.position += 1
             stream.frame += 1
-        codes = self._codes_host[: len(slots)]
-        self._finish(lambda: codes.copy_(self._tensors["codes"][: len(slots)]), streams[0].frame - 1)
-        return codes.to(torch.int64)
+
+        def wait() -> Tensor:
+            with self._named(frame):
+                self._copied.synchronize()
+            return host.to(torch.int64)
+
+        return LaunchedFrame(codes, wait)
 
     def exchange_dump(self) -> Tensor:
         """A tensor for `FrameDumps.exchanges`, fp32 [exchanges, rows, 8]; not-a-number until written."""
@@ -315,10 +332,12 @@ class MegakernelBackend:
         )
         self._epoch += self._num_tags
 
-    def _finish(self, wait: Any, frame: int) -> None:
-        """Wait for the device; a hang becomes an error that names frame and phase."""
+    @contextmanager
+    def _named(self, frame: int) -> Iterator[None]:
+        """The device's errors become ones that name the frame and, of a hang, the phase."""
         try:
-            wait()
+            with torch.cuda.device(self._device):
+                yield
         except RuntimeError as error:
             state, cta, phase, exchange = self._tensors["watchdog"].tolist()
             if not state:

@@ -20,12 +20,13 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from qwen_megakernel.active_turn import TurnRequest
 from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, load_tokenizer, resolve
 from qwen_megakernel.codec import CodecDecoder, CodecStream
 from qwen_megakernel.codec_encoder import CodecEncoder
 from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
 from qwen_megakernel.decoder import MAX_BATCH, TorchBackend
-from qwen_megakernel.engine import Engine, TurnRequest
+from qwen_megakernel.engine import Engine
 from qwen_megakernel.model import Talker
 from qwen_megakernel.prompt import PromptBuilder
 from qwen_megakernel.speaker import SpeakerEncoder

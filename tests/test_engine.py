@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
+from qwen_megakernel.active_turn import CHUNK_RAMP, RunawayGuard
 from qwen_megakernel.config import HOP, Guards
-from qwen_megakernel.engine import CHUNK_RAMP, _RunawayGuard
 from qwen_megakernel.tts_model import SynthesisError
 from qwen_megakernel.turn import Append, Audio, End, Finished, RequestError, Started
 
@@ -219,13 +219,13 @@ def test_flush_speaks_the_word_that_may_still_grow(tts):
 def test_cancel_stops_within_a_frame_and_nothing_is_heard_after(tts):
     backend = tts._engine._backend
     frames: list[float] = []
-    original = backend.decode
+    original = backend.launch
 
     def counting(slots, text_rows, noise=None):
         frames.append(time.monotonic())
         return original(slots, text_rows, noise)
 
-    backend.decode = counting
+    backend.launch = counting
     try:
         for _ in range(5):
             frames.clear()
@@ -241,7 +241,7 @@ def test_cancel_stops_within_a_frame_and_nothing_is_heard_after(tts):
             assert isinstance(listener.events[-1], Finished)
             assert listener.times[-1] == finished_at
     finally:
-        backend.decode = original
+        backend.launch = original
     wait_idle(tts)
 
 
@@ -390,7 +390,7 @@ def test_a_dead_decoder_tells_every_turn_and_takes_no_more(tiny_base):
         def fail(*_):
             raise RuntimeError("device lost")
 
-        tts._engine._backend.decode = fail
+        tts._engine._backend.launch = fail
         for listener in listeners:
             finished = listener.wait()
             assert finished.reason == "error"
@@ -454,15 +454,15 @@ def test_length_budget_follows_the_text(tts):
 
 
 def test_silence_ends_only_after_the_text():
-    guard = _RunawayGuard(Guards(silence_s=0.4))
+    guard = RunawayGuard(Guards(silence_s=0.4))
     quiet, loud = np.full(HOP, 1e-4, np.float32), np.full(HOP, 0.1, np.float32)
-    for code in range(20):
-        assert guard.verdict(code, quiet, text_exhausted=False) is None
-    for code in range(4):
-        assert guard.verdict(code, quiet, text_exhausted=True) is None
-    assert guard.verdict(9, loud, text_exhausted=True) is None
-    verdicts = [guard.verdict(code, quiet, text_exhausted=True) for code in range(5)]
-    assert verdicts == [None, None, None, None, "silence"]
+    for _ in range(20):
+        assert not guard.silent_after(quiet, text_exhausted=False)
+    for _ in range(4):
+        assert not guard.silent_after(quiet, text_exhausted=True)
+    assert not guard.silent_after(loud, text_exhausted=True)
+    verdicts = [guard.silent_after(quiet, text_exhausted=True) for _ in range(5)]
+    assert verdicts == [False, False, False, False, True]
 
 
 def test_eos_ends_as_stop(tts):

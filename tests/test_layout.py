@@ -21,7 +21,7 @@ PACKAGE = "qwen_megakernel"
 
 LEVELS = (
     ("config",),
-    ("turn",),
+    ("turn", "frame_codec"),
     ("checkpoint", "build_tts", "prefix_cache"),
     ("sampling", "model", "codec", "codec_pack", "speaker", "ref_audio", "codec_encoder"),
     ("codec_ops", "codec_tiling", "packing"),
@@ -29,7 +29,7 @@ LEVELS = (
     ("codec_cuda",),
     ("voice",),
     ("prompt",),
-    ("decoder",),
+    ("decoder", "active_turn"),
     ("megakernel", "engine"),
     ("tts_model",),
 )
