@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
+    "build": ("build_kernels", "compile the CUDA kernels ahead of time"),
     "demo": ("demo", "speak once through a real server with tiny random weights"),
     "doctor": ("doctor", "check this machine, and say how to put right what is wrong"),
     "synth-checkpoint": ("synth_checkpoint", "write a checkpoint of random weights (noise for a voice)"),

@@ -1,9 +1,9 @@
 """Compile the CUDA kernels for one checkpoint shape and one GPU, and load them.
 
 The kernel's shapes are compile-time constants from `config.json`, so a build belongs to a
-geometry, an architecture, the sources, the compiler and torch: a hash of all of them names it
-in the cache, and a change of any is another build. A build is made aside and renamed in, under
-a lock that the operating system takes back when a process dies.
+geometry, an architecture, the sources, the compiler and torch: a hash of them and the compiler's
+version name it in the cache, and a change of any is another build. A build is made aside and
+renamed in, under a lock that the operating system takes back when a process dies.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def detect_arch(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if 10 * major + minor < MIN_ARCH:
         raise BuildError(
-            f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, the kernel needs sm_{MIN_ARCH} "
-            "or newer (Hopper, Blackwell, RTX 50): use --backend torch"
+            f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, the kernels need sm_{MIN_ARCH} "
+            "or newer (Hopper, Blackwell, RTX 50)"
         )
     return f"{major}{minor}a"
 
@@ -125,8 +125,7 @@ def find_nvcc() -> Path:
         if place.is_file():
             return place
     raise BuildError(
-        "nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda): install the CUDA toolkit 12.8 or newer, "
-        "or use --backend torch"
+        "nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda): install the CUDA toolkit 12.8 or newer"
     )
 
 
@@ -153,13 +152,19 @@ def build(library: Library, arch: str, progress: Progress | None = None) -> Path
         BuildError: no compiler, or what the compiler said.
     """
     report = progress or (lambda line: None)
-    nvcc = find_nvcc()
-    folder = cache_folder() / f"{library.name}-sm_{arch}-{_digest(library, arch, nvcc)}"
+    stem = f"{library.name}-sm_{arch}-{_digest(library, arch)}"
+    try:
+        nvcc = find_nvcc()
+    except BuildError:
+        if kept := sorted(cache_folder().glob(f"{stem}-nvcc*/{library.name}.so")):
+            return kept[-1]  # a compiler is needed only to make one
+        raise
+    folder = cache_folder() / f"{stem}-nvcc{_version(nvcc)}"
     product = folder / f"{library.name}.so"
     if product.exists():
         return product
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock"), report):
+    with _locked(folder.parent / f"{folder.name}.lock", report):
         if product.exists():  # another process was faster
             return product
         report(f"compiling the {library.name} kernel for sm_{arch} (once, about a minute)")
@@ -180,23 +185,33 @@ def _identifier(name: str) -> str:
     return re.sub(r"\W", "_", name)
 
 
-def _digest(library: Library, arch: str, nvcc: Path) -> str:
-    parts = [
-        library.header,
-        arch,
-        " ".join(_nvcc_flags(arch)),
-        _version(nvcc),
-        torch.__version__,
-        sys.version,
-    ]
-    for path in sorted(SOURCES.glob("*")):
-        if path.suffix in (".cu", ".cuh", ".cpp", ".h"):
-            parts += [path.name, path.read_text()]
+def _digest(library: Library, arch: str) -> str:
+    parts = [library.header, " ".join(_nvcc_flags(arch)), torch.__version__, sys.version]
+    for path in _sources(library):
+        parts += [path.name, path.read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def _sources(library: Library) -> list[Path]:
+    """The library's files and all of ours that they include, in a fixed order."""
+    found: dict[str, Path] = {}
+    waiting = [*library.cuda_sources, *library.cpp_sources]
+    while waiting:
+        name = waiting.pop()
+        path = SOURCES / name
+        if name not in found and path.is_file():  # geometry.h is the library's header
+            found[name] = path
+            waiting += re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+    return [found[name] for name in sorted(found)]
+
+
 def _version(nvcc: Path) -> str:
-    return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    """The compiler's release, such as 13.0.88. Raises `BuildError` where it does not run."""
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        return re.search(r"\bV([\d.]+)", said)[1]
+    except (OSError, subprocess.CalledProcessError, TypeError):
+        raise BuildError(f"{nvcc} does not run: reinstall the CUDA toolkit, or set CUDA_HOME") from None
 
 
 def _nvcc_flags(arch: str) -> list[str]:

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 
 from qwen_megakernel.active_turn import TurnRequest
+from qwen_megakernel.backends import BACKENDS, Backends, memory_refusal
 from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, load_tokenizer, resolve
-from qwen_megakernel.codec import CodecDecoder, CodecStream
+from qwen_megakernel.codec import CodecDecoder
 from qwen_megakernel.codec_encoder import CodecEncoder
 from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
-from qwen_megakernel.decoder import MAX_BATCH, TorchBackend
+from qwen_megakernel.decoder import MAX_BATCH
 from qwen_megakernel.engine import Engine
 from qwen_megakernel.model import Talker
 from qwen_megakernel.prompt import PromptBuilder
@@ -42,21 +43,6 @@ _WARM_UP_FRAMES = 4
 
 class SynthesisError(RuntimeError):
     """A turn that ended as an error; the message says why."""
-
-
-def choose_backend(name: str, device: torch.device) -> str:
-    """The backend to run.
-
-    Raises:
-        CheckpointError: a backend that this version lacks, or a name that is none.
-    """
-    if name == "megakernel":
-        raise CheckpointError(
-            "backend megakernel is not in this version yet: use --backend auto or --backend torch"
-        )
-    if name not in ("auto", "torch"):
-        raise CheckpointError(f"backend is {name!r}, allowed: auto, torch, megakernel")
-    return "torch"
 
 
 def choose_device(name: str) -> torch.device:
@@ -110,9 +96,10 @@ class TTSDecoder:
         self.default_voice: str | None = None
         """The voice of a request that names none; None is the model's own choice."""
 
+        checkpoint.verify()
+        backends = Backends(backend, config, device, dtype, progress)
         with torch.device("meta"):
             talker, codec = Talker(config.talker, config.predictor), CodecDecoder(config.codec)
-        checkpoint.verify()
         progress("loading the talker and the code predictor")
         checkpoint.load("talker.", talker, dtype=dtype, device=device)
         progress("loading the codec")
@@ -126,23 +113,21 @@ class TTSDecoder:
             talker, config, load_tokenizer(checkpoint.folder).backend_tokenizer
         )
         self._engine = Engine(
-            TorchBackend(
+            backends.make_decoder(
                 talker,
-                config.talker,
-                config.predictor,
                 num_slots=num_slots,
                 max_positions=min(max_positions, config.talker.max_positions),
             ),
-            CodecStream(codec, num_slots),
+            backends.make_codec(codec, num_slots),
             self._prompts,
             eos_id=config.talker.codec_eos_id,
         )
         self.description = {
             "model": name,
             "mode": config.mode,
-            "backend": backend,
             "device": _device_name(device),
             "dtype": next(k for k, v in DTYPES.items() if v == dtype),
+            **backends.description,
         }
         """What runs where, for banners and reports."""
 
@@ -177,23 +162,28 @@ class TTSDecoder:
             CheckpointError: one line that names what is missing or wrong.
         """
         report = progress or (lambda line: None)
+        if backend not in BACKENDS:
+            raise CheckpointError(f"backend is {backend!r}, allowed: {', '.join(BACKENDS)}")
         chosen = choose_device(device)
-        running = choose_backend(backend, chosen)
         precision = choose_dtype(dtype, chosen)
         if num_slots < 1:
             raise CheckpointError(f"num_slots is {num_slots}, allowed: at least 1")
         report(f"opening {model}")
         checkpoint = Checkpoint(resolve(model, revision=revision, offline=offline))
-        return cls(
-            checkpoint,
-            backend=running,
-            device=chosen,
-            dtype=precision,
-            num_slots=num_slots,
-            max_positions=max_positions,
-            name=str(model),
-            progress=report,
-        )
+        try:
+            return cls(
+                checkpoint,
+                backend=backend,
+                device=chosen,
+                dtype=precision,
+                num_slots=num_slots,
+                max_positions=max_positions,
+                name=str(model),
+                progress=report,
+            )
+        except torch.OutOfMemoryError as error:
+            refusal = memory_refusal(chosen, checkpoint.config, num_slots, max_positions)
+            raise CheckpointError(refusal) from error
 
     # -- voices -----------------------------------------------------------------------------
 
@@ -329,7 +319,10 @@ class TTSDecoder:
         for name in self.voices or {"": None}:
             if progress:
                 progress(f"warming up{f': voice {name}' if name else ''}")
-            self.synthesize(_WARM_UP_TEXT, name or None, params=params)
+            try:
+                self.synthesize(_WARM_UP_TEXT, name or None, params=params)
+            except SynthesisError as error:
+                raise SynthesisError(f"the first turn failed: {self.error or error}") from error
 
     # -- life -------------------------------------------------------------------------------
 

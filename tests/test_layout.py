@@ -31,12 +31,14 @@ LEVELS = (
     ("prompt",),
     ("decoder", "active_turn"),
     ("megakernel", "engine"),
+    ("backends",),
     ("tts_model",),
 )
 """A module imports only modules of earlier levels."""
 BESIDE = {
     "__init__": {"config", "tts_model", "voice"},
-    "__main__": {"demo", "doctor", "synth_checkpoint"},
+    "__main__": {"demo", "build_kernels", "doctor", "synth_checkpoint"},
+    "build_kernels": {"build_tts", "checkpoint", "codec_cuda", "config", "synth_config"},
     "demo": set(),
     "doctor": {"config", "checkpoint", "machine"},
     "machine": {"checkpoint"},
@@ -463,7 +465,7 @@ def test_setup_shows_the_true_banner():
     from server import banner
 
     decoder = SimpleNamespace(
-        description=dict.fromkeys(("model", "mode", "backend", "device", "dtype"), "-"),
+        description=dict.fromkeys(("model", "mode", "device", "dtype", "backend", "codec"), "-"),
         voices={"default": None},
     )
     true = banner(decoder, "127.0.0.1", 8765, has_token=False).splitlines()
