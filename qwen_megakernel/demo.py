@@ -20,7 +20,7 @@ import urllib.error
 import urllib.request
 import wave
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,14 +78,22 @@ def run_step(*arguments: str | Path, limit_s: float) -> None:
         raise DemoError(f"exit status {status}: {shown[2:]}")
 
 
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
 @contextmanager
-def running_server(*arguments: str | Path) -> Iterator[int]:
+def running_server(*arguments: str | Path, show: Callable[[str], None] = _print) -> Iterator[int]:
     """A server on a free port, ready; gives the port. Stopped at the end, whatever happens.
+
+    Args:
+        arguments: of `server.py`.
+        show: takes the command line and the lines of the server's log, from any thread.
 
     Raises:
         DemoError: it did not get ready, or did not stop cleanly.
     """
-    print("$ python server.py --port 0", *(shlex.quote(_short(a)) for a in arguments), flush=True)
+    show(" ".join(["$ python server.py --port 0", *(shlex.quote(_short(a)) for a in arguments)]))
     process = subprocess.Popen(
         [sys.executable, str(SERVER), "--port", "0", *map(str, arguments)],
         cwd=ROOT,
@@ -96,7 +104,7 @@ def running_server(*arguments: str | Path) -> Iterator[int]:
         errors="replace",
     )
     ports: queue.SimpleQueue[int] = queue.SimpleQueue()
-    reader = threading.Thread(target=_show_log, args=(process, ports), daemon=True)
+    reader = threading.Thread(target=_show_log, args=(process, ports, show), daemon=True)
     reader.start()
     try:
         yield _wait_until_ready(process, ports)
@@ -113,10 +121,12 @@ def running_server(*arguments: str | Path) -> Iterator[int]:
         raise DemoError(f"the server ended with exit status {status}")
 
 
-def _show_log(process: subprocess.Popen[str], ports: queue.SimpleQueue[int]) -> None:
+def _show_log(
+    process: subprocess.Popen[str], ports: queue.SimpleQueue[int], show: Callable[[str], None]
+) -> None:
     """Pass the server's log on, and the port that it names."""
     for line in process.stderr or ():
-        print(f"  {line}", end="", flush=True)
+        show(f"  {line.rstrip()}")
         if match := _LISTENING.search(line):
             ports.put(int(match[1]))
 
@@ -131,7 +141,7 @@ def _wait_until_ready(process: subprocess.Popen[str], ports: queue.SimpleQueue[i
             port = ports.get()
         if port is not None and _is_ready(port):
             return port
-        time.sleep(0.1)
+        time.sleep(0.05)
     raise DemoError(f"the server was not ready after {READY_S:.0f} s")
 
 

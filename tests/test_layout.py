@@ -37,7 +37,19 @@ LEVELS = (
 """A module imports only modules of earlier levels."""
 BESIDE = {
     "__init__": {"config", "tts_model", "voice"},
-    "__main__": {"demo", "build_kernels", "doctor", "synth_checkpoint"},
+    "__main__": {"bench_tts", "build_kernels", "demo", "doctor", "synth_checkpoint"},
+    "bench_tts": {
+        "bench_kernel", "bench_parts", "bench_server", "checkpoint", "config", "machine", "model",
+        "synth_checkpoint", "synth_config", "tts_model",
+    },
+    "bench_kernel": {
+        "bench_torch", "build_tts", "config", "decoder", "megakernel", "model", "prefix_cache",
+    },
+    "bench_torch": {"config", "model", "sampling"},
+    "bench_parts": {
+        "backends", "checkpoint", "codec", "config", "decoder", "frame_codec", "model",
+    },
+    "bench_server": {"config", "demo", "serving.messages"},
     "build_kernels": {"build_tts", "checkpoint", "codec_cuda", "config", "synth_config"},
     "demo": set(),
     "doctor": {"config", "checkpoint", "machine"},

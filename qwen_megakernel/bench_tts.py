@@ -1,0 +1,324 @@
+"""`python -m qwen_megakernel bench`: how fast it is on this machine, as tables and as JSON.
+
+Three parts: the frame kernel beside what bounds it (`bench_kernel`), decode and codec alone
+(`bench_parts`), and turns through a real server and socket (`bench_server`). Weights are random
+unless a checkpoint is named: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen_megakernel import bench_kernel, bench_parts, bench_server
+from qwen_megakernel.bench_kernel import PARTS, POSITIONS, REPEATS, STREAMS
+from qwen_megakernel.checkpoint import Checkpoint
+from qwen_megakernel.config import FRAME_S
+from qwen_megakernel.machine import usable_cores
+from qwen_megakernel.model import Talker
+from qwen_megakernel.synth_checkpoint import random_talker, write_checkpoint
+from qwen_megakernel.synth_config import SHAPES, shape_config
+from qwen_megakernel.tts_model import choose_device
+
+WHAT = ("kernel", "parts", "server")
+SLOW_TURNS = 5
+"""Of mixed length for the torch backend on a GPU, whose frames take tens of milliseconds."""
+ORIGINAL = {"ttfc": "50", "rtf": "0.15-0.25", "step": "55"}
+"""What the original says of itself on an RTX 5090, with its own definitions: request received to
+first chunk sent; time of generation over audio; one frame through talker and code predictor."""
+
+
+def tell(line: str) -> None:
+    """Progress goes to stderr: stdout is the tables."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# --- running -----------------------------------------------------------------------------------
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures belong to."""
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cores": usable_cores(),
+        "gpu": None,
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": gpu.name, "sms": gpu.multi_processor_count, "cuda": torch.version.cuda}
+    return facts
+
+
+def run_kernel(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The kernel's part, or why it does not run here."""
+    if device.type != "cuda":
+        return {"skipped": "the frame kernel needs a CUDA GPU"}
+    torch.set_grad_enabled(False)
+    if args.model is None:
+        config = shape_config(args.shape)
+        talker = random_talker(config, device)
+    else:
+        checkpoint = Checkpoint(args.model)
+        config = checkpoint.config
+        with torch.device("meta"):
+            talker = Talker(config.talker, config.predictor)
+        checkpoint.load("talker.", talker, dtype=torch.bfloat16, device=device)
+    return bench_kernel.run(
+        config, talker, streams=args.streams, positions=args.positions, repeats=args.repeats,
+        chain=args.chain, report=tell,
+    )  # fmt: skip
+
+
+@contextmanager
+def checkpoint_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """The checkpoint that was named, or a random one that is there for as long as the context."""
+    if args.model is not None:
+        yield args.model
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as folder:
+        tell(f"writing a random checkpoint of the {args.shape} shape")
+        write_checkpoint(Path(folder), shape=args.shape, mode="base")
+        yield Path(folder)
+
+
+def run_turns(
+    args: argparse.Namespace, device: torch.device, folder: Path, backend: str
+) -> dict[str, Any]:
+    """The server's part for one backend."""
+    slow = backend == "torch" and device.type == "cuda"
+    turns = min(args.turns, SLOW_TURNS) if slow else args.turns
+    tell(f"{backend}: a server, {turns} turns")
+    return bench_server.run(
+        folder, backend, device=str(device), turns=turns, fixed_turns=max(turns // 4, 1), report=tell
+    )
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The bench's JSON."""
+    found: dict[str, Any] = {
+        "schema": 1,
+        "machine": machine(device),
+        "weights": "random" if args.model is None else str(args.model),
+        "shape": args.shape if args.model is None else None,
+    }
+    if "kernel" in args.parts:
+        found["kernel"] = run_kernel(args, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if {"parts", "server"} & set(args.parts):
+        with checkpoint_folder(args) as folder:
+            if "server" in args.parts:
+                found["server"] = [run_turns(args, device, folder, name) for name in args.backends]
+            if "parts" in args.parts:
+                found["parts"] = [
+                    bench_parts.run(
+                        Checkpoint(folder), name, device, streams=args.streams,
+                        frames=max(args.repeats // 10, 5), report=tell,
+                    )
+                    for name in args.backends
+                ]  # fmt: skip
+    return found
+
+
+# --- showing -----------------------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def kernel_table(kernel: dict[str, Any]) -> str:
+    """A frame by streams and positions."""
+    if "skipped" in kernel:
+        return f"Frame kernel: not measured, {kernel['skipped']}."
+    header = ["streams", "position", "frame, us (p95)", *PARTS, "GB/s", "over read", "over chain",
+              "`decode()`, us", "PyTorch graph, us", "PyTorch eager, us"]  # fmt: skip
+    rows = [
+        [
+            str(f["streams"]),
+            str(f["position"]),
+            f"{number(f['median_us'])} ({number(f['p95_us'])})",
+            *(number(f["parts_us"][part]) for part in PARTS),
+            number(f["gb_s"]),
+            number(f["over_floor"], 2),
+            number(f["over_chain"], 2),
+            number(f["decode_us"]),
+            number(f["graph_us"]),
+            number(f["eager_us"]),
+        ]
+        for f in kernel["frames"]
+    ]
+    return table(header, rows)
+
+
+def parts_table(parts: Sequence[dict[str, Any]]) -> str:
+    """Decode and codec by backend and streams, prefill by rows."""
+    rows = [
+        [part["backend"], streams, number(ms["decode_ms"], 2), number(ms["codec_ms"], 2),
+         " / ".join(number(ms, 2) for ms in part["prefill_ms"].values())]
+        for part in parts
+        for streams, ms in part["streams"].items()
+    ]  # fmt: skip
+    prefill = " / ".join(map(str, bench_parts.PREFILL_ROWS))
+    return table(
+        ["backend", "streams", "decode, ms", "codec, ms", f"prefill of {prefill} rows, ms"], rows
+    )
+
+
+def spread(values: dict[str, float] | None, digits: int = 1) -> str:
+    """p50 / p95 / p99."""
+    return (
+        "-" if values is None else " / ".join(number(values[p], digits) for p in ("p50", "p95", "p99"))
+    )
+
+
+def server_table(servers: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> str:
+    """Turns by backend, then the original's three figures as it defines them."""
+    steps = {part["backend"]: next(iter(part["streams"].values()))["decode_ms"] for part in parts}
+    rows = [
+        [
+            f"{server['backend']}, {len(bench_server.SENTENCE)} characters" if kind == "sentence"
+            else f"{server['backend']}, mixed",
+            str(server[kind]["ttfc_ms"]["count"]),
+            spread(server[kind]["ttfc_ms"]),
+            spread(server[kind]["ttfa_ms"]),
+            spread(server[kind]["rtf"], 3),
+            str(server[kind]["underruns"]),
+            number(steps.get(server["backend"]), 2),
+            number(server["ready_s"], 1),
+        ]
+        for server in servers
+        for kind in ("sentence", "mixed")
+    ]  # fmt: skip
+    rows.append(
+        ["the original on an RTX 5090, its word", "-", ORIGINAL["ttfc"], "-", ORIGINAL["rtf"], "-",
+         ORIGINAL["step"], "-"]
+    )  # fmt: skip
+    header = ["", "turns", "TTFC, ms", "TTFA, ms", "RTF", "underruns", "step, ms", "start to ready, s"]
+    return table(header, rows)
+
+
+def tables(found: dict[str, Any]) -> str:
+    """All parts that were measured, as Markdown."""
+    facts = found["machine"]
+    where = facts["gpu"] or f"{facts['cores']:g} CPU cores"
+    weights = f"random weights, shape {found['shape']}" if found["shape"] else found["weights"]
+    blocks = [
+        f"{where}, torch {facts['torch']}, {weights}; a frame is {1000 * FRAME_S:.0f} ms of sound."
+    ]
+    if "kernel" in found:
+        blocks.append(kernel_table(found["kernel"]))
+    if "parts" in found:
+        blocks.append(parts_table(found["parts"]))
+    if "server" in found:
+        blocks.append(server_table(found["server"], found.get("parts", [])))
+    return "\n\n".join(blocks)
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    values = tuple(int(part) for part in text.split(",") if part.strip().isdecimal())
+    if not values or len(values) != len(text.split(",")) or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from 1 up, such as 1,8")
+    return values
+
+
+def _streams(text: str) -> tuple[int, ...]:
+    values = _numbers(text)
+    if max(values) > max(STREAMS):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 to {max(STREAMS)} streams")
+    return values
+
+
+def _count(text: str) -> int:
+    return _numbers(text)[0]
+
+
+def _names(*allowed: str) -> Any:
+    def convert(text: str) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in text.split(","))
+        if unknown := [name for name in names if name not in allowed]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {', '.join(allowed)}")
+        return names
+
+    return convert
+
+
+def _existing(text: str) -> Path:
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text}: is not there")
+    return Path(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m qwen_megakernel bench`."""
+    parser.add_argument("--model", type=_existing, metavar="DIR", help="a checkpoint; default: random")
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="of random weights; default: 0.6b, tiny on a CPU"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--parts", type=_names(*WHAT), default=WHAT, metavar="LIST", help=f"of {','.join(WHAT)}"
+    )
+    parser.add_argument(
+        "--backends",
+        type=_names("auto", "torch", "megakernel"),
+        metavar="LIST",
+        help="for parts and server; default: auto,torch, on a CPU torch",
+    )
+    parser.add_argument(
+        "--streams", type=_streams, default=STREAMS, metavar="LIST", help="default: 1,2,4,8"
+    )
+    parser.add_argument(
+        "--positions",
+        type=_numbers,
+        default=POSITIONS,
+        metavar="LIST",
+        help="default: 100,500,1000,2000",
+    )
+    parser.add_argument(
+        "--repeats", type=_count, default=REPEATS, metavar="N", help=f"timed frames, default {REPEATS}"
+    )
+    parser.add_argument(
+        "--turns", type=_count, default=200, metavar="N", help="of mixed length, default 200"
+    )
+    parser.add_argument(
+        "--chain", type=_existing, metavar="FILE", help="source of the packet chain to time"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; returns the exit status."""
+    try:
+        device = choose_device(args.device)
+        on_cpu = device.type == "cpu"
+        args.shape = args.shape or ("tiny" if on_cpu else "0.6b")
+        args.backends = args.backends or (("torch",) if on_cpu else ("auto", "torch"))
+        found = measure(args, device)
+        if args.json is not None:
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
+    except (RuntimeError, ValueError, OSError) as error:  # all that a user can cause is one of these
+        tell(f"error: {' '.join(str(error).split())}")
+        return 1
+    print(tables(found))
+    return 0
