@@ -1,0 +1,88 @@
+"""A sink that keeps what a turn said, turns spoken to their end, a model that says one code only."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from qwen_megakernel import GenerationParams, TTSDecoder
+from qwen_megakernel.turn import Audio, Finished
+
+TEXT = "Hello there, how are you doing today? It is fine weather."
+PARAMS = GenerationParams(seed=11, max_frames=30)
+
+
+class Listener:
+    """A sink that keeps all events and when they came."""
+
+    def __init__(self) -> None:
+        self.events: list = []
+        self.times: list[float] = []
+        self._done = threading.Event()
+
+    def __call__(self, event) -> None:
+        self.events.append(event)
+        self.times.append(time.monotonic())
+        if isinstance(event, Finished):
+            self._done.set()
+
+    def wait(self, limit_s: float = 60.0) -> Finished:
+        assert self._done.wait(limit_s), "the turn did not finish"
+        return self.events[-1]
+
+    def wait_for_audio(self, limit_s: float = 30.0) -> None:
+        deadline = time.monotonic() + limit_s
+        while not any(isinstance(e, Audio) for e in self.events):
+            assert time.monotonic() < deadline, "no audio came"
+            time.sleep(0.002)
+
+    def wait_until_still(self, still_s: float = 1.0) -> int:
+        """Samples there are once none has come for so long."""
+        count, since = len(self.samples), time.monotonic()
+        while time.monotonic() < since + still_s:
+            time.sleep(0.02)
+            if len(self.samples) != count:
+                count, since = len(self.samples), time.monotonic()
+        return count
+
+    @property
+    def samples(self) -> np.ndarray:
+        chunks = [e.samples for e in self.events if isinstance(e, Audio)]
+        return np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
+
+
+def speak(tts: TTSDecoder, text=TEXT, **options) -> Listener:
+    listener = Listener()
+    options.setdefault("params", PARAMS)
+    tts.open_turn(text, sink=listener, ended=True, **options)
+    listener.wait()
+    return listener
+
+
+def wait_idle(tts: TTSDecoder) -> None:
+    deadline = time.monotonic() + 10
+    while (tts.num_active or tts.num_waiting) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert tts.num_active == tts.num_waiting == 0
+
+
+@contextmanager
+def always_says(tts: TTSDecoder, code: int) -> Iterator[None]:
+    """Random weights hardly ever say one code for long, so the head is tilted towards it."""
+    weight = tts._engine._backend._talker.codec_head.weight
+    original = weight.detach().clone()
+    with torch.no_grad():
+        # As large as the others together can be: no hidden row of its sign favours another code.
+        weight.zero_()
+        weight[code] = original[code] * 20
+        weight[7] = -weight[code]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(original)
