@@ -122,6 +122,8 @@ extern "C" int frame_residual_floats() { return kStashFloats; }
 
 extern "C" int frame_dump_rows() { return PacketLayout::kDumpRows; }
 
+extern "C" int frame_shared_bytes() { return sizeof(Shared); }
+
 // Exchanges of a frame: what the host adds to the epoch after a launch.
 extern "C" int frame_num_tags() {
   return 5 * (T::kLayers + kNumCodebooks * P::kLayers) + 2 * kNumCodebooks + (kProjects ? 1 : 0);

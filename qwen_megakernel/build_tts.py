@@ -26,6 +26,7 @@ import torch
 from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig, TransformerConfig
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 MIN_ARCH = 90
 """Bulk copies to shared memory with mbarriers, and 64-bit tagged exchanges at their speed."""
 KNOWN_ARCHES = ("90a", "120a")
@@ -120,8 +121,7 @@ def find_nvcc() -> Path:
     places = [Path(home) / "bin" / "nvcc"] if home else []
     if on_path := shutil.which("nvcc"):
         places.append(Path(on_path))
-    places.append(Path("/usr/local/cuda/bin/nvcc"))
-    for place in places:
+    for place in [*places, USUAL_NVCC]:
         if place.is_file():
             return place
     raise BuildError(
@@ -168,7 +168,10 @@ def build(library: Library, arch: str, progress: Progress | None = None) -> Path
         if product.exists():  # another process was faster
             return product
         report(f"compiling the {library.name} kernel for sm_{arch} (once, about a minute)")
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as aside:
+        prefix = f"building-{folder.name}-"
+        for left in folder.parent.glob(f"{prefix}*"):  # by a build that was killed: we have its lock
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as aside:
             _compile(library, arch, nvcc, Path(aside), folder.name)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(aside, folder)

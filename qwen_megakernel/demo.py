@@ -156,7 +156,11 @@ def _is_ready(port: int) -> bool:
 
 def _environment() -> dict[str, str]:
     """Ours, less what would configure the server behind the demo's back, and proxies."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("QWEN_MEGAKERNEL_")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("QWEN_MEGAKERNEL_") or k == "QWEN_MEGAKERNEL_CACHE"
+    }
     return {**kept, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 

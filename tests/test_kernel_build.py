@@ -1,0 +1,160 @@
+"""Kernels compiled without a GPU: their registers and shared memory, and a cache that is shared."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qwen_megakernel import build_tts
+from qwen_megakernel.build_tts import (
+    KNOWN_ARCHES,
+    BuildError,
+    Library,
+    build,
+    find_nvcc,
+    frame_library,
+    resources,
+)
+from qwen_megakernel.synth_config import shape_config
+
+SM_120_BYTES = 99 * 1024
+"""Shared memory that a CTA may have on an RTX 50."""
+SOURCE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= %s; }\n'
+
+try:
+    find_nvcc()
+except BuildError:
+    pytestmark = pytest.mark.skip(reason="no nvcc")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(folder))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", KNOWN_ARCHES)
+@pytest.mark.parametrize("shape", ["0.6b", "1.7b"])
+def test_the_frame_kernel_fits_the_gpu(shape, arch, cache, report):
+    started = time.monotonic()
+    product = build(frame_library(shape_config(shape), arch), arch)
+    lasted = time.monotonic() - started
+    (kernel,) = resources(product)
+    shared = ctypes.CDLL(str(product)).frame_shared_bytes()
+    report(
+        f"{shape}, sm_{arch}: {kernel.registers} registers, {kernel.spill_bytes} bytes of spills, "
+        f"{shared} bytes of shared memory, compiled in {lasted:.0f} s"
+    )
+    assert shared <= (SM_120_BYTES if arch == "120a" else 227 * 1024)
+    assert kernel.spill_bytes == 0
+
+
+# ---------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch) -> Library:
+    """One that compiles in a second or two."""
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "twice.cu").write_text(SOURCE % "2.f")
+    monkeypatch.setattr(build_tts, "SOURCES", sources)
+    return Library("twice", ("twice.cu",), (), header="")
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from qwen_megakernel import build_tts
+build_tts.SOURCES = Path(sys.argv[1])
+library = build_tts.Library("twice", ("twice.cu",), (), header="")
+print(build_tts.build(library, "90a", lambda line: print(line, flush=True)), flush=True)
+"""
+
+
+def start_build() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(build_tts.SOURCES)],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_what_was_built_is_found_again_at_once(library, cache):
+    lines = []
+    product = build(library, "90a", lines.append)
+    started = time.monotonic()
+    assert build(library, "90a", lines.append) == product
+    assert time.monotonic() - started < 1
+    assert lines == ["compiling the twice kernel for sm_90a (once, about a minute)"]
+    assert [kernel.kernel for kernel in resources(product)] == ["twice"]
+
+
+def test_other_sources_and_other_gpus_are_other_builds(library, cache):
+    products = {build(library, "90a"), build(library, "120a")}
+    (build_tts.SOURCES / "twice.cu").write_text(SOURCE % "3.f")
+    products.add(build(library, "90a"))
+    (build_tts.SOURCES / "other.cuh").write_text("// nothing that it includes\n")
+    products.add(build(library, "90a"))
+    assert len(products) == 3
+    assert all(product.is_file() for product in products)
+
+
+def test_a_build_that_was_killed_is_made_anew(library, cache):
+    child = start_build()
+    assert child.stdout.readline().startswith("compiling")
+    os.kill(child.pid, signal.SIGKILL)  # its compiler lives on, as after an out-of-memory kill
+    child.wait(10)
+    assert not list(cache.glob("twice-*/twice.so"))
+    started = time.monotonic()
+    assert build(library, "90a").is_file()
+    assert time.monotonic() - started < 60
+    assert [path.name for path in cache.iterdir() if path.name.startswith("building-")] == []
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def test_two_that_build_at_a_time_compile_once(library, cache):
+    children = [start_build() for _ in range(3)]
+    outputs = [child.communicate(timeout=120)[0].splitlines() for child in children]
+    assert all(child.returncode == 0 for child in children)
+    assert len({lines[-1] for lines in outputs}) == 1
+    assert sum(line.startswith("compiling") for lines in outputs for line in lines) == 1
+    assert [path.name for path in cache.iterdir() if path.name.startswith("building-")] == []
+
+
+def test_what_the_compiler_says_is_told_in_a_line(library, cache):
+    (build_tts.SOURCES / "twice.cu").write_text(SOURCE % "nothing")
+    with pytest.raises(BuildError, match=r'does not compile: twice.cu: .*"nothing" is undefined'):
+        build(library, "90a")
+    assert not list(cache.glob("twice-*/twice.so"))
+
+
+def test_a_compiler_that_is_missing_is_named(library, cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(build_tts, "find_nvcc", lambda: tmp_path / "nvcc")
+    with pytest.raises(BuildError, match=r"nvcc does not run: reinstall the CUDA toolkit"):
+        build(library, "90a")
+
+
+def test_what_was_built_needs_no_compiler(library, cache, monkeypatch):
+    product = build(library, "90a")
+
+    def nothing() -> Path:
+        raise BuildError("nvcc is not found")
+
+    monkeypatch.setattr(build_tts, "find_nvcc", nothing)
+    assert build(library, "90a") == product
+    with pytest.raises(BuildError, match="nvcc is not found"):
+        build(library, "120a")
