@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from qwen_megakernel import GenerationParams, TTSDecoder
+from qwen_megakernel.config import Guards
 from qwen_megakernel.turn import Audio, Finished
 
 TEXT = "Hello there, how are you doing today? It is fine weather."
 PARAMS = GenerationParams(seed=11, max_frames=30)
+LONG = GenerationParams(seed=3, max_frames=2000, guards=Guards(frames_per_token=0))
 
 
 class Listener:

@@ -7,15 +7,13 @@ import time
 
 import numpy as np
 import pytest
-from listener import PARAMS, TEXT, Listener, always_says, speak, wait_idle
+from listener import LONG, PARAMS, TEXT, Listener, always_says, speak, wait_idle
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
 from qwen_megakernel.active_turn import CHUNK_RAMP, RunawayGuard
 from qwen_megakernel.config import HOP, Guards
 from qwen_megakernel.tts_model import SynthesisError
 from qwen_megakernel.turn import Append, Audio, End, Finished, RequestError, Started
-
-LONG = GenerationParams(seed=3, max_frames=2000, guards=Guards(frames_per_token=0))
 
 
 @pytest.fixture(scope="module")

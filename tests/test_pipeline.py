@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from listener import PARAMS, TEXT, Listener, always_says, speak, wait_idle
+from listener import LONG, PARAMS, TEXT, Listener, always_says, speak, wait_idle
 from torch import Tensor
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
@@ -21,7 +21,6 @@ from qwen_megakernel.decoder import MAX_BATCH, LaunchedFrame
 from qwen_megakernel.frame_codec import LaunchedSound
 from qwen_megakernel.turn import Audio, Finished
 
-LONG = GenerationParams(seed=3, max_frames=2000, guards=Guards(frames_per_token=0))
 NONSENSE = 999_999
 
 

@@ -1,0 +1,218 @@
+"""Which backend runs, and what is said where the kernels cannot: no GPU needed, compilers are played."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_megakernel import build_tts
+from qwen_megakernel.__main__ import main
+from qwen_megakernel.backends import Backends, memory_refusal
+from qwen_megakernel.build_tts import BuildError, build, frame_library
+from qwen_megakernel.checkpoint import CheckpointError
+from qwen_megakernel.codec import CodecDecoder, CodecStream
+from qwen_megakernel.config import ModelConfig
+from qwen_megakernel.decoder import TorchBackend
+from qwen_megakernel.model import Talker
+from qwen_megakernel.synth_checkpoint import random_talker
+from qwen_megakernel.synth_config import shape_config
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+BF16 = torch.bfloat16
+NVCC = """#!/bin/sh
+case "$*" in *--version*) echo 'release 13.0, V13.0.88'; exit;; esac
+{body}
+"""
+PTXAS = """ptxas info : Compiling entry function '_Z1fv' for 'sm_90a'
+0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+Used 96 registers"""
+MAKES_JUNK = 'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo junk > "$2"; fi; shift; done'
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    return shape_config("tiny")
+
+
+@pytest.fixture(scope="module")
+def talker(config) -> Talker:
+    return random_talker(config, "cpu")
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """An H100 as torch would describe it, an empty cache, no compiler."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(build_tts, "USUAL_NVCC", tmp_path / "nowhere")
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(build_tts.shutil, "which", lambda name: None)
+
+
+@pytest.fixture
+def nvcc(hopper, tmp_path):
+    """A compiler that does what is asked: `nvcc(body of a shell script)`."""
+
+    def make(body: str) -> Path:
+        path = tmp_path / "bin" / "nvcc"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(NVCC.format(body=body))
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+def make_both(name: str, config: ModelConfig, talker: Talker, dtype=BF16, device=GPU):
+    """Decoder, codec, description and progress of a backend choice; the weights are on the CPU."""
+    lines: list[str] = []
+    backends = Backends(name, config, device, dtype, lines.append)
+    decoder = backends.make_decoder(talker, num_slots=2, max_positions=64)
+    codec = backends.make_codec(CodecDecoder(config.codec), 2)
+    return decoder, codec, backends.description, lines
+
+
+def assert_falls_back(config, talker, reason, dtype=BF16, device=GPU):
+    decoder, codec, description, lines = make_both("auto", config, talker, dtype, device)
+    assert isinstance(decoder, TorchBackend)
+    assert isinstance(codec, CodecStream)
+    assert (description["backend"], description["codec"]) == ("torch", "torch")
+    assert reason in description["note"]
+    assert any(reason in line for line in lines)
+    assert "\n" not in description["note"]
+    with pytest.raises(CheckpointError, match="backend megakernel cannot run: ") as caught:
+        make_both("megakernel", config, talker, dtype, device)
+    assert reason in str(caught.value)
+
+
+def test_without_a_gpu(config, talker):
+    assert_falls_back(config, talker, "the kernels need a CUDA GPU", device=CPU)
+
+
+def test_in_another_dtype(config, talker, hopper):
+    assert_falls_back(config, talker, "in bf16, not in float32", dtype=torch.float32)
+
+
+def test_on_an_older_gpu(config, talker, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    assert_falls_back(config, talker, "NVIDIA L4 is sm_89, the kernels need sm_90 or newer")
+
+
+def test_without_a_compiler(config, talker, hopper):
+    assert_falls_back(config, talker, "nvcc is not found")
+
+
+def test_with_a_compiler_that_does_not_run(config, talker, nvcc):
+    nvcc("exit 1").write_text("#!/bin/sh\nexit 1\n")
+    assert_falls_back(config, talker, "nvcc does not run: reinstall the CUDA toolkit")
+
+
+def test_when_a_source_does_not_compile(config, talker, nvcc):
+    nvcc("echo 'csrc/layer.cuh(12): error: no such thing' >&2; exit 2")
+    assert_falls_back(config, talker, "csrc/layer.cuh(12): error: no such thing")
+
+
+def test_when_the_library_cannot_be_loaded(config, talker, nvcc):
+    nvcc(MAKES_JUNK)
+    assert_falls_back(config, talker, "frame.so")
+
+
+def test_a_shape_the_kernel_does_not_know(config, talker, nvcc):
+    nvcc(MAKES_JUNK)
+    odd = replace(config, predictor=replace(config.predictor, vocab_size=2047))
+    lines: list[str] = []
+    backends = Backends("auto", odd, GPU, BF16, lines.append)
+    backends._config = config  # the weights' own, for PyTorch
+    assert isinstance(backends.make_decoder(talker, num_slots=2, max_positions=64), TorchBackend)
+    assert "vocab_size is 2047, the kernel needs a multiple of 32" in backends.description["note"]
+
+
+def test_torch_is_asked_for_and_needs_no_excuse(config, talker, hopper):
+    decoder, _, description, lines = make_both("torch", config, talker)
+    assert isinstance(decoder, TorchBackend)
+    assert description == {"backend": "torch", "codec": "torch"}
+    assert lines == []
+
+
+def test_no_such_backend(config):
+    with pytest.raises(CheckpointError, match="'jax', allowed: auto, torch, megakernel"):
+        Backends("jax", config, CPU, BF16, print)
+
+
+def test_memory_is_named_in_gigabytes(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200_000_000, 8_000_000_000))
+    said = memory_refusal(GPU, shape_config("0.6b"), num_slots=16, max_positions=3072)
+    assert "0.2 of 8.0 GB are left, and 16 slots take 5.6 GB" in said
+    assert "--num-slots" in said
+
+
+# ---------------------------------------------------------------------------- builds
+
+
+def test_a_kept_build_needs_no_compiler(config, nvcc):
+    library, path = frame_library(config, "90a"), nvcc(MAKES_JUNK)
+    product = build(library, "90a")
+    assert product.name == "frame.so"
+    path.unlink()
+    assert build(library, "90a") == product
+    with pytest.raises(BuildError, match="nvcc is not found"):
+        build(frame_library(config, "120a"), "120a")
+
+
+def test_a_build_belongs_to_its_own_sources(config, nvcc, tmp_path, monkeypatch):
+    """An edit of what a library includes is another build; an edit beside it is not."""
+    nvcc(MAKES_JUNK)
+    for path in build_tts.SOURCES.glob("*.*"):
+        (tmp_path / "csrc").mkdir(exist_ok=True)
+        (tmp_path / "csrc" / path.name).write_text(path.read_text())
+    monkeypatch.setattr(build_tts, "SOURCES", tmp_path / "csrc")
+    library = frame_library(config, "90a")
+    first = build(library, "90a")
+    for name, same in (("codec_unit.cuh", True), ("params.h", False)):
+        with (tmp_path / "csrc" / name).open("a") as file:
+            file.write("\n// another line\n")
+        assert (build(library, "90a") == first) is same
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--arch", "sm_86"], "expected sm_90a or newer"),
+        (["--arch", "90a", "--model", "/nowhere"], "error: /nowhere"),
+        ([], "name one, --arch 90a 120a"),
+    ],
+)
+def test_build_command_refuses(arguments, said, hopper, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        status = main(["build", *arguments])
+    except SystemExit as ended:
+        status = ended.code
+    assert status
+    assert said in capsys.readouterr().err
+
+
+def test_build_command_builds_both_for_each(nvcc, capsys):
+    nvcc(f'{MAKES_JUNK}\necho "{PTXAS}"')
+    assert main(["build", "--model", "tiny", "--arch", "sm_90a", "120a"]) == 0
+    said = capsys.readouterr().out
+    for name in ("frame sm_90a", "codec sm_90a", "frame sm_120a", "codec sm_120a"):
+        assert name in said
+    assert said.count("1 kernels, at most 96 registers, 12 bytes of spills") == 4
+
+
+def test_build_command_fails_when_a_compiler_does(nvcc, capsys):
+    nvcc("echo 'kernel_tts.cu(1): error: bad' >&2; exit 2")
+    assert main(["build", "--model", "tiny", "--arch", "90a"]) == 1
+    captured = capsys.readouterr()
+    assert (
+        "failed: the kernel does not compile: kernel_tts.cu: kernel_tts.cu(1): error: bad"
+        in captured.out
+    )
+    assert "2 of 2 could not be built" in captured.err
