@@ -13,7 +13,6 @@ import shlex
 import shutil
 import socket
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -44,7 +43,7 @@ INSTALL = "pip install -r requirements.txt"
 
 DRIVERS = {(12, 0): 525, (12, 4): 550, (12, 6): 560, (12, 8): 570, (12, 9): 575, (13, 0): 580}
 """CUDA version -> the first driver branch that runs it in full."""
-BLACKWELL = (12, 0)
+HOPPER, BLACKWELL = (9, 0), (12, 0)
 KERNEL_CACHE_GB = 0.5
 
 
@@ -228,10 +227,7 @@ def check_nvcc(found: Gpus, torch: Torch) -> Check:
     """A CUDA compiler of torch's major version that knows the GPU."""
     path = find_nvcc()
     if path is None:
-        fix = (
-            "install the CUDA toolkit of torch's version; not needed before the megakernel backend is in"
-        )
-        return _absent("nvcc", found, fix)
+        return _absent("nvcc", found, "install the CUDA toolkit of torch's version, 12.8 or newer")
     out, error = run_tool(path, "--version")
     match = re.search(r"release (\d+\.\d+)", out)
     if error or match is None:
@@ -266,15 +262,38 @@ def check_compiler(found: Gpus) -> Check:
     return Check("compiler", "ok", out.splitlines()[0].strip())
 
 
-def check_ninja(found: Gpus) -> Check:
-    """The build tool, from PATH or from the virtual environment."""
-    path = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
-    if path is None:
-        return _absent("ninja", found, INSTALL)
-    out, error = run_tool(path, "--version")
-    if error:
-        return Check("ninja", "warn", f"{path}: {error}", "pip install --force-reinstall ninja")
-    return Check("ninja", "ok", out.strip())
+def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None) -> Check:
+    """Whether `--backend auto` takes the CUDA kernels, and what is missing if not.
+
+    Args:
+        found: the GPUs.
+        tools: what was found of the build tools.
+        cache: where builds are kept.
+    """
+    if not found.gpus:
+        return Check("kernels", "skipped", "no GPU: PyTorch decodes")
+    capability = found.gpus[0].capability
+    arch = f"sm_{''.join(map(str, capability))}"
+    if capability < HOPPER:
+        detail = f"{arch}: the kernels need sm_90 or newer (Hopper, Blackwell, RTX 50); PyTorch decodes"
+        return Check("kernels", "warn", detail, "another GPU; this one works, more slowly")
+    folder = cache or kernel_cache()
+    kept = {name for name in ("frame", "codec") if any(folder.glob(f"{name}-{arch}a-*/{name}.so"))}
+    missing = [tool.name for tool in tools if tool.status == "warn"]
+    if kept == {"frame", "codec"}:
+        return Check("kernels", "ok", f"{arch}: some are built in {folder}")
+    if missing:
+        detail = f"{arch}: none are built, and {' and '.join(missing)} will not do; PyTorch decodes"
+        return Check("kernels", "warn", detail, "see above; PyTorch works, more slowly")
+    detail = f"{arch}: compiled at the first start, about a minute"
+    return Check("kernels", "ok", f"{detail}, or before: python -m qwen_megakernel build")
+
+
+def kernel_cache() -> Path:
+    """Where builds are kept (`build_tts.cache_folder`, without torch)."""
+    if named := os.environ.get("QWEN_MEGAKERNEL_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_megakernel"
 
 
 def _absent(name: str, found: Gpus, fix: str) -> Check:
@@ -330,10 +349,8 @@ def check_model_disk(model: Model, size: Size) -> Check:
 
 def check_kernel_disk(cache: Path | None = None) -> Check:
     """Space for built kernels."""
-    named = os.environ.get("QWEN_MEGAKERNEL_CACHE")
-    cache = cache or (Path(named) if named else Path.home() / ".cache" / "qwen_megakernel")
     fix = "export QWEN_MEGAKERNEL_CACHE=/a/larger/disk, or make room"
-    return _check_space("kernel-disk", cache, KERNEL_CACHE_GB, fix)
+    return _check_space("kernel-disk", cache or kernel_cache(), KERNEL_CACHE_GB, fix)
 
 
 def _check_space(name: str, folder: Path, need_gb: float, fix: str) -> Check:
@@ -376,6 +393,7 @@ def examine(name: str, port: int) -> list[Check]:
     """Run every check."""
     gpus, torch = ask_nvidia_smi(), ask_torch()
     size = next((size for part, size in SIZES.items() if part in name), SIZES["0.6B"])
+    tools = [check_nvcc(gpus, torch), check_compiler(gpus)]
     checks = [
         check_python(),
         check_packages(read_requirements()),
@@ -383,9 +401,8 @@ def examine(name: str, port: int) -> list[Check]:
         check_driver(gpus, torch),
         check_gpu(gpus, size),
         check_torch(gpus, torch),
-        check_nvcc(gpus, torch),
-        check_compiler(gpus),
-        check_ninja(gpus),
+        *tools,
+        check_kernels(gpus, tools),
     ]
     try:
         model = ask_model(name)

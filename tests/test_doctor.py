@@ -23,9 +23,9 @@ from qwen_megakernel.doctor import (
     check_driver,
     check_gpu,
     check_kernel_disk,
+    check_kernels,
     check_model,
     check_model_disk,
-    check_ninja,
     check_nvcc,
     check_packages,
     check_port,
@@ -233,17 +233,31 @@ def test_nvcc_matches_torch_and_gpu(tools, gpus, tmp_path, monkeypatch):
     assert (missing.status, missing.detail) == ("warn", "not found: needed to build the megakernel")
 
 
-def test_compiler_and_ninja(tools, gpus, monkeypatch):
+def test_compiler(tools, gpus):
     found = gpus(RTX_5090)
-    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nothing")
     assert check_compiler(found).fix == "sudo apt install build-essential"
-    assert check_ninja(found).status == "warn"
     tools("g++", "echo 'g++ 13.3.0'; echo more")
-    tools("ninja", "echo 1.13.0")
     assert check_compiler(found) == Check("compiler", "ok", "g++ 13.3.0")
-    assert check_ninja(found) == Check("ninja", "ok", "1.13.0")
     tools("c++", "exit 1")
     assert check_compiler(found).status == "warn"
+
+
+def test_whether_the_kernels_run(gpus, tmp_path):
+    good, bad = Check("nvcc", "ok", "13.0"), Check("compiler", "warn", "not found")
+    assert check_kernels(Gpus(installed=False), [good, good]).status == "skipped"
+    old = check_kernels(gpus("NVIDIA L4, 580.95.05, 8.9, 22000, 23034"), [good, good])
+    assert (old.status, old.detail.partition(":")[0]) == ("warn", "sm_89")
+    found = gpus(RTX_5090)
+    assert "python -m qwen_megakernel build" in check_kernels(found, [good, good], tmp_path).detail
+    missing = check_kernels(found, [good, bad], tmp_path)
+    assert missing.status == "warn"
+    assert "compiler will not do; PyTorch decodes" in missing.detail
+    for name in ("frame", "codec"):
+        folder = tmp_path / f"{name}-sm_120a-0123456789abcdef-nvcc13.0.88"
+        folder.mkdir()
+        (folder / f"{name}.so").touch()
+    assert check_kernels(found, [bad, bad], tmp_path).status == "ok"
+    assert check_kernels(gpus(H200), [bad, bad], tmp_path).status == "warn"
 
 
 def test_gpu_memory(gpus):
@@ -392,7 +406,7 @@ def test_whole_command(tools, tiny_base):
     assert healthy.stderr == ""
     by_name = {check["name"]: check for check in found["checks"]}
     assert list(by_name) == [
-        "python", "packages", "cpu", "driver", "gpu", "torch", "nvcc", "compiler", "ninja",
+        "python", "packages", "cpu", "driver", "gpu", "torch", "nvcc", "compiler", "kernels",
         "model", "model-disk", "kernel-disk", "port",
     ]  # fmt: skip
     assert all(set(check) == {"name", "status", "detail", "fix"} for check in found["checks"])

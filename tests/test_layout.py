@@ -74,7 +74,6 @@ LONGER = {
 CATCH_ALLS = {"utils", "util", "common", "helpers", "misc"}
 
 NEVER_IMPORTED = {
-    "ninja": "a program that torch's extension builder runs",
     "websockets": "the protocol engine that uvicorn loads; the clients import it",
 }
 

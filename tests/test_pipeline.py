@@ -167,7 +167,8 @@ def test_turns_that_join_and_leave_sound_as_alone(late, serial):
 def test_live_text_waits_and_goes_on_the_same(late, serial):
     whole, listener = speak(serial), Listener()
     turn = late.open_turn(TEXT[:30], sink=listener, params=PARAMS)
-    assert 0 < listener.wait_until_still(0.5) < len(whole.samples)
+    listener.wait_for_audio()
+    assert listener.wait_until_still() < len(whole.samples)
     assert all(not active.in_flight for active in late._engine._speaking), "sound was left in flight"
     turn.append(TEXT[30:])
     turn.end()
