@@ -459,7 +459,7 @@ def test_dead_engine_is_unhealthy_and_takes_no_turns():
     """The one state that a real engine does not reach when asked to."""
     app = App(ServerSettings())
     dead = {
-        "error": RuntimeError("x"),
+        "error": RuntimeError("frame 3 hung"),
         "description": {},
         "voices": {},
         "num_active": 0,
@@ -476,11 +476,13 @@ def test_dead_engine_is_unhealthy_and_takes_no_turns():
         scope = {"type": kind, "method": "GET", "path": path, "query_string": b"", "root_path": ""}
         scope |= {"headers": [(b"host", b"localhost")], "extensions": {"websocket.http.response": {}}}
         await app.asgi(scope, None, send)
-        return sent[0]["status"]
+        return sent[0]["status"], sent[1]["body"]
 
-    assert asyncio.run(status("/health")) == 503
-    assert asyncio.run(status("/ready")) == 503
-    assert asyncio.run(status("/", "websocket")) == 503
+    assert asyncio.run(status("/health"))[0] == 503
+    code, body = asyncio.run(status("/ready"))
+    assert code == 503
+    assert b'"phase":"failed","detail":"RuntimeError: frame 3 hung"' in body
+    assert asyncio.run(status("/", "websocket"))[0] == 503
 
 
 def test_metrics_count_turns(live_server):

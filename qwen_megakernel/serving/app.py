@@ -133,6 +133,8 @@ class App:
         body: dict[str, Any] = {"phase": phase, "detail": self.detail}
         if self._speech is not None:
             decoder = self._speech.decoder
+            if decoder.error is not None:
+                body["detail"] = f"{type(decoder.error).__name__}: {decoder.error}"
             body |= {
                 **decoder.description,
                 "voices": sorted(decoder.voices),
