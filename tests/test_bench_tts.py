@@ -1,0 +1,250 @@
+"""The bench: its arithmetic, what it reads of others, and the whole of it on a CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from live_server import ROOT
+
+from qwen_megakernel import bench_tts
+from qwen_megakernel.__main__ import main
+from qwen_megakernel.bench_kernel import (
+    PARTS,
+    BenchError,
+    FrameFigures,
+    exchange_parts,
+    frame_bytes,
+    parse_chain,
+    parts_of,
+    run_chain,
+)
+from qwen_megakernel.bench_server import CHARS, SENTENCE, Player, Spread, mixed_texts
+from qwen_megakernel.bench_torch import TorchFrame
+from qwen_megakernel.build_tts import BuildError, find_nvcc
+from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, SamplingParams
+from qwen_megakernel.decoder import TorchBackend
+from qwen_megakernel.model import Talker
+from qwen_megakernel.sampling import SamplingBatch
+from qwen_megakernel.synth_checkpoint import random_talker
+from qwen_megakernel.synth_config import shape_config
+
+CHAIN = """\
+talker x28, 1 stream, ring 3x3KB/warp (144KB/SM)              378.1 us  13.50 us/layer   2330 GB/s
+talker, 4 streams                                             400.0 us  14.29 us/layer   2202 GB/s
+talker, 8 streams                                             418.0 us  14.93 us/layer   2107 GB/s
+talker, 1 stream, ring 1x3KB (48KB/SM)                        450.0 us  16.07 us/layer   1957 GB/s
+talker, no weights: the dependency chain alone                180.0 us   6.43 us/layer
+same, 8 streams                                               230.0 us   8.21 us/layer
+predictor 5x15, 1 stream                                      997.2 us  13.30 us/layer   2366 GB/s
+predictor 5x15, 8 streams                                    1092.0 us  14.56 us/layer   2160 GB/s
+predictor, no weights                                         480.0 us   6.40 us/layer
+"""
+"""As `chain_packets.cu` prints; figures of an H100."""
+
+
+# ---------------------------------------------------------------------------- arithmetic
+
+
+def test_percentiles_lie_between_the_values():
+    spread = Spread.of([float(n) for n in range(100, -1, -1)])
+    assert (spread.p50, spread.p95, spread.p99, spread.count) == (50, 95, 99, 101)
+    assert Spread.of([1.0, 2.0]).p50 == 1.5
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 1)
+
+
+def test_a_player_hears_the_first_loud_window_and_counts_when_it_is_dry():
+    player = Player()
+    silence, loud = np.zeros(1920, np.int16), np.full(1920, 3000, np.int16)
+    player.add(silence, now=10.0)  # plays until 10.08
+    assert (player.first_at, player.audible_at, player.underruns) == (10.0, None, 0)
+    late = loud.copy()
+    late[:480] = 0
+    player.add(late, now=10.05)  # plays from 10.08 on, and is silent for 20 ms
+    assert player.audible_at == pytest.approx(10.10)
+    player.add(loud, now=10.2)  # all was played at 10.16
+    assert player.underruns == 1
+    player.add(loud, now=10.27)
+    assert player.underruns == 1
+    assert player.num_samples == 4 * 1920
+
+
+def test_texts_are_the_same_for_every_backend_and_of_many_lengths():
+    assert len(SENTENCE) == 60
+    texts = mixed_texts(200)
+    assert texts == mixed_texts(200)
+    lengths = [len(text) for text in texts]
+    assert min(lengths) >= CHARS[0] - 8
+    assert max(lengths) <= CHARS[1]
+    assert max(lengths) - min(lengths) > 100
+
+
+@pytest.mark.parametrize(("shape", "streams"), [("0.6b", 1), ("0.6b", 8), ("tiny-1.7b", 4), ("1.7b", 5)])
+def test_every_exchange_has_a_part(shape, streams):
+    config = shape_config(shape)
+    parts = exchange_parts(config, streams)
+    layers, passes = config.predictor.num_layers, 15 + (streams > 4)
+    projects = shape.endswith("1.7b")
+    assert len(parts) == 5 * (config.talker.num_layers + passes * layers) + 32 + projects
+    assert parts.count("sampling") == NUM_CODEBOOKS
+    assert parts[5 * config.talker.num_layers] == "talker"  # its head
+    assert parts[-1] == "sampling"
+
+
+def test_parts_are_medians_of_sums():
+    parts = ["talker", "talker", "sampling", "predictor", "sampling"]
+    stamps = np.array([[100, 1100, 1200, 4200, 4300], [5000, 7000, 7300, 9300, 9400]])
+    stamps = np.concatenate([stamps, np.zeros((2, 3), int)], axis=1)  # room for more exchanges
+    assert parts_of(stamps, parts) == pytest.approx({"talker": 1.5, "predictor": 2.5, "sampling": 0.3})
+    with pytest.raises(BenchError, match="stamps"):
+        parts_of(stamps, [*parts, "sampling"])
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-1.7b", "0.6b"])
+def test_bytes_are_those_of_the_weights_and_the_cache(shape):
+    config = shape_config(shape)
+    with torch.device("meta"):
+        talker = Talker(config.talker, config.predictor)
+
+    def matrices(module: torch.nn.Module) -> int:
+        return sum(w.numel() for name, w in module.named_parameters() if "proj" in name and w.ndim == 2)
+
+    predictor = talker.code_predictor
+    once = matrices(talker.model.layers) + talker.codec_head.weight.numel()
+    once += matrices(predictor.small_to_mtp_projection)
+    if shape == "tiny-1.7b":
+        once += predictor.small_to_mtp_projection.weight.numel()
+    once += sum(head.weight.numel() for head in predictor.lm_head)
+    total = 2 * (once + 15 * matrices(predictor.model.layers))
+    assert frame_bytes(config, 3, 0) == total
+    t = config.talker
+    row = 2 * t.num_layers * t.num_kv_heads * t.head_dim * 2
+    assert frame_bytes(config, 3, 100) == total + 300 * row
+
+
+def test_ratios():
+    figures = FrameFigures(
+        streams=1, position=200, median_us=1500.0, p95_us=1600.0, decode_us=1700.0,
+        parts_us=dict.fromkeys(PARTS, 1.0), bytes=3_000_000_000, gb_s=2000.0, floor_us=1000.0,
+        eager_us=60_000.0, graph_us=15_000.0, chain_us=None,
+    )  # fmt: skip
+    assert figures.ratios() == {
+        "over_floor": 1.5, "over_chain": None, "eager_over_this": 40.0, "graph_over_this": 10.0,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- others
+
+
+def test_the_chain_s_figures_are_those_of_the_full_ring():
+    assert parse_chain(CHAIN) == pytest.approx({1: 1375.3, 8: 1510.0})
+    with pytest.raises(BenchError, match="no talker and predictor"):
+        parse_chain("ERR cudaMalloc line 71: out of memory\n")
+
+
+def test_a_chain_that_does_not_compile_is_told_in_a_line(tmp_path):
+    try:
+        find_nvcc()
+    except BuildError:
+        pytest.skip("no nvcc")
+    source = tmp_path / "chain.cu"
+    source.write_text("int main() { return nothing; }\n")
+    with pytest.raises(BenchError, match=r"chain\.cu: .*error"):
+        run_chain(source, "90a", lambda line: None)
+    source.write_text('#include <cstdio>\nint main() { puts("no GPU"); return 3; }\n')
+    with pytest.raises(BenchError, match="no GPU"):
+        run_chain(source, "90a", lambda line: None)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-1.7b"])
+@torch.inference_mode()
+def test_the_pytorch_rival_decodes_a_true_frame(shape):
+    """Greedy, from the same keys and values: the torch backend's codes and its next row."""
+    config, rows = shape_config(shape), 12
+    talker = random_talker(config, "cpu").float()
+    greedy = SamplingParams(0.0, 0, 1.0)
+    backend = TorchBackend(talker, config.talker, config.predictor, num_slots=1, max_positions=32)
+    prompt = torch.randn(rows, config.talker.hidden_size, generator=torch.Generator().manual_seed(2))
+    backend.prefill(0, prompt, GenerationParams(talker=greedy, predictor=greedy))
+    frame = TorchFrame(talker, config, 1, position=rows - 1)
+    frame._sampling = SamplingBatch.gather([greedy], config.talker.vocab_size, torch.device("cpu"))
+    frame.rows[0] = prompt[-1]
+    for ours, theirs in zip(frame._caches, (backend._k_cache, backend._v_cache), strict=True):
+        ours[:, :, :, :-1] = theirs[:, :, :, : rows - 1]
+    frame()
+    assert torch.equal(frame.codes, backend.decode([0], torch.zeros(1, config.talker.hidden_size)))
+    torch.testing.assert_close(frame.rows[0], talker.code_rows(frame.codes)[0])
+
+
+# ---------------------------------------------------------------------------- the whole
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "qwen_megakernel", "bench", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_everything_on_a_cpu(tiny_base, tmp_path):
+    out = tmp_path / "bench.json"
+    done = bench(
+        "--device", "cpu", "--model", str(tiny_base), "--turns", "1", "--repeats", "20",
+        "--streams", "1,2", "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found.keys() == {"schema", "machine", "weights", "shape", "kernel", "parts", "server"}
+    assert found["machine"]["gpu"] is None
+    assert "needs a CUDA GPU" in found["kernel"]["skipped"]
+    (part,) = found["parts"]
+    assert part["runs"]["backend"] == "torch"
+    assert part["streams"].keys() == {"1", "2"}
+    assert all(ms > 0 for times in part["streams"].values() for ms in times.values())
+    assert part["prefill_ms"]["32"] > 0
+    (server,) = found["server"]
+    assert server["backend"] == "torch"
+    assert server["ready_s"] > 0.5
+    for kind, count in (("sentence", 1), ("mixed", 1)):
+        turns = server[kind]
+        assert turns["ttfc_ms"]["count"] == turns["rtf"]["count"] == count
+        assert 0 < turns["ttfc_ms"]["p50"] < turns["ttfb_ms"]["p50"] <= turns["ttfa_ms"]["p50"]
+        assert 0 < turns["ttfc_ms"]["p50"] <= turns["ttfc_ms"]["p95"] <= turns["ttfc_ms"]["p99"]
+        assert turns["rtf"]["p50"] > 0
+        assert set(turns["finish_reasons"]) <= {"cancelled", "stop", "length"}
+    assert len(SENTENCE) / 15 - 0.1 < server["sentence"]["audio_s"] < 2 * len(SENTENCE) / 15
+    assert done.stdout.rstrip("\n") == bench_tts.tables(found)
+    assert "| torch, 60 characters | 1 |" in done.stdout
+    assert "Frame kernel: not measured" in done.stdout
+    assert "listening on" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--streams", "1,9"), "'1,9': expected 1 to 8 streams"),
+        (("--positions", "100,x"), "'100,x': expected whole numbers"),
+        (("--parts", "kernel,soup"), "'soup': expected some of kernel, parts, server"),
+        (("--model", "/no/such/folder"), "/no/such/folder: is not there"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["bench", *arguments])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_checkpoint_is_an_error_of_one_line(tmp_path, capsys):
+    assert main(["bench", "--device", "cpu", "--model", str(tmp_path), "--parts", "parts"]) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
