@@ -9,7 +9,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -27,9 +26,7 @@ from qwen_megakernel.build_tts import (
 from qwen_megakernel.checkpoint import CheckpointError, resolve
 from qwen_megakernel.codec_cuda import LIBRARY as CODEC_LIBRARY
 from qwen_megakernel.config import ConfigError, ModelConfig
-from qwen_megakernel.synth_config import Shape, json_files
-
-SHAPES = get_args(Shape)
+from qwen_megakernel.synth_config import SHAPES, shape_config
 
 
 def find_config(model: str) -> ModelConfig:
@@ -39,8 +36,7 @@ def find_config(model: str) -> ModelConfig:
         CheckpointError, ConfigError: there is none.
     """
     if model in SHAPES and not Path(model).exists():
-        files = json_files(model, "base")
-        return ModelConfig.from_dicts(files["config.json"], files["speech_tokenizer/config.json"])
+        return shape_config(model)
     return ModelConfig.from_folder(resolve(model, offline=True))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from qwen_megakernel import build_tts
+from qwen_megakernel.bench_kernel import READ_LIBRARY
 from qwen_megakernel.build_tts import (
     KNOWN_ARCHES,
     BuildError,
@@ -59,6 +60,14 @@ def test_the_frame_kernel_fits_the_gpu(shape, arch, cache, report):
     assert kernel.spill_bytes == 0
 
 
+@pytest.mark.parametrize("arch", KNOWN_ARCHES)
+def test_the_bench_s_read_compiles_without_spills(arch, cache):
+    product = build(READ_LIBRARY, arch)
+    (kernel,) = resources(product)
+    assert kernel.spill_bytes == 0
+    assert ctypes.CDLL(str(product)).read_floor
+
+
 # ---------------------------------------------------------------------------- the cache
 
 
@@ -76,6 +85,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from qwen_megakernel import build_tts
+from qwen_megakernel.bench_kernel import READ_LIBRARY
 build_tts.SOURCES = Path(sys.argv[1])
 library = build_tts.Library("twice", ("twice.cu",), (), header="")
 print(build_tts.build(library, "90a", lambda line: print(line, flush=True)), flush=True)
