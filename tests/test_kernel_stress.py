@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_megakernel.build_tts import build, detect_arch, frame_library
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.decoder import MAX_BATCH
 from qwen_megakernel.megakernel import MegakernelBackend
@@ -173,6 +174,8 @@ def test_the_sanitizer_finds_nothing(tool):
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).is_file():
         pytest.skip("no compute-sanitizer")
+    arch = detect_arch(torch.device("cuda"))
+    build(frame_library(shape_config("tiny"), arch), arch)  # not under the tool
     only = ["--kernel-regex", "kns=frame_kernel", "--report-api-errors", "no"]
     child = subprocess.run(
         [program, "--tool", tool, *only, sys.executable, "-c", SANITIZED],
