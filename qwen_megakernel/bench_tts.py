@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -107,6 +108,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The bench's JSON."""
     found: dict[str, Any] = {
         "schema": 1,
+        "command": f"python -m qwen_megakernel {shlex.join(sys.argv[1:])}",
         "machine": machine(device),
         "weights": "random" if args.model is None else str(args.model),
         "shape": args.shape if args.model is None else None,

@@ -201,7 +201,9 @@ def test_everything_on_a_cpu(tiny_base, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    assert found.keys() == {"schema", "machine", "weights", "shape", "kernel", "parts", "server"}
+    assert found.keys() == {
+        "schema", "command", "machine", "weights", "shape", "kernel", "parts", "server",
+    }  # fmt: skip
     assert found["machine"]["gpu"] is None
     assert "needs a CUDA GPU" in found["kernel"]["skipped"]
     (part,) = found["parts"]
@@ -221,6 +223,7 @@ def test_everything_on_a_cpu(tiny_base, tmp_path):
         assert set(turns["finish_reasons"]) <= {"cancelled", "stop", "length"}
     assert len(SENTENCE) / 15 - 0.1 < server["sentence"]["audio_s"] < 2 * len(SENTENCE) / 15
     assert done.stdout.rstrip("\n") == bench_tts.tables(found)
+    assert found["command"].startswith("python -m qwen_megakernel bench --device cpu --model ")
     assert "| torch, 60 characters | 1 |" in done.stdout
     assert "Frame kernel: not measured" in done.stdout
     assert "listening on" in done.stderr
