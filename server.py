@@ -7,19 +7,21 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_megakernel.serving.access import is_loopback
-from qwen_megakernel.serving.app import ServerSettings
+from qwen_megakernel.serving.app import Phase, ServerSettings
 from qwen_megakernel.serving.observe import configure_logging, log
 from qwen_megakernel.serving.process import Report, bind, run
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
 
+_STARTED = time.monotonic()
 PREFIX = "QWEN_MEGAKERNEL_"
 OTHER_VARIABLES = {f"{PREFIX}CACHE"}
 """Read elsewhere in the project."""
@@ -243,11 +245,17 @@ def warn_unknown_variables(environ: Mapping[str, str]) -> None:
 
 def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
     """Load model and voices and warm up; runs in the loader's thread."""
-    report("loading", options.model)
-    from qwen_megakernel.tts_model import TTSDecoder  # torch: seconds, while the port already answers
+    steps = [("starting", _STARTED)]
+
+    def tell(phase: Phase, text: str) -> None:
+        steps.append((text, time.monotonic()))
+        report(phase, text)
 
     def progress(text: str) -> None:
-        report("loading", text)
+        tell("loading", text)
+
+    progress("importing torch")
+    from qwen_megakernel.tts_model import TTSDecoder  # seconds, while the port already answers
 
     decoder = TTSDecoder.load(
         options.model,
@@ -259,14 +267,25 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
         offline=options.offline,
         progress=progress,
     )
+    if options.voices is not None or options.speaker_ref is not None:
+        progress("loading voices")
     if options.voices is not None:
         decoder.load_voices(options.voices)
     if options.speaker_ref is not None:
         voice = decoder.clone_voice(options.speaker_ref.read_bytes(), options.speaker_ref_text)
         decoder.add_voice("default", voice)
         decoder.default_voice = "default"
-    decoder.warm_up(lambda text: report("warming_up", text))
+    decoder.warm_up(lambda text: tell("warming_up", text))
+    log.info("%s", time_spent(steps, time.monotonic()))
     return decoder
+
+
+def time_spent(steps: Sequence[tuple[str, float]], now: float) -> str:
+    """Where the time went, from what began when; what took less than 0.1 s is left out."""
+    ends = [*(start for _, start in steps[1:]), now]
+    spent = [(text, end - start) for (text, start), end in zip(steps, ends, strict=True)]
+    parts = "; ".join(f"{text} {seconds:.1f} s" for text, seconds in spent if seconds >= 0.1)
+    return f"{now - steps[0][1]:.1f} s since the start: {parts}"
 
 
 def banner(decoder: TTSDecoder, host: str, port: int, has_token: bool) -> str:

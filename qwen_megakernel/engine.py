@@ -1,6 +1,6 @@
 """The engine: one thread owns the device and decides what runs next.
 
-Each tick takes what callers said (new turns, text, cancels), prefills at most one waiting turn,
+Each tick takes what callers said (new turns, text, cancels), prefills turns that wait for a slot,
 launches one frame for the up to eight turns whose playback runs out first with the codec behind
 it, hands out the sound of the frame before, and waits for the new frame's codes. A turn whose
 next text row has not come, or that is further ahead of its playback than its lead, is left out.
@@ -36,6 +36,8 @@ from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Sta
 
 log = logging.getLogger(__name__)
 
+_PREFILL_LEAD_S = 0.05
+"""Audio ahead of its playback that a turn has to have while several others are prefilled."""
 _DECODER_FAILED = "the decoder has failed; the process must be restarted"
 
 
@@ -179,7 +181,7 @@ class Engine:
         self._take_opened()
         for active in [*self._waiting, *self._speaking]:
             self._listen(active)
-        prefilled = self._prefill_next()
+        prefilled = self._prefill_waiting()
         batch = self._choose()
         launched = self._launch(batch) if batch else None
         heard = self._hand_out()
@@ -223,6 +225,17 @@ class Engine:
             active.mark_idle(active.text_late, now)
         if active.text_late and active.idle_for_s(now) > self._max_text_wait_s:
             self._finish(active, "error", f"no text for {self._max_text_wait_s:g} s")
+
+    def _prefill_waiting(self) -> bool:
+        """Give waiting turns a slot: those that the next frame has room for, so that turns opened
+        together are heard together; only one where somebody's playback would run out meanwhile."""
+        if not self._prefill_next():
+            return False
+        now = time.monotonic()
+        if all(a.lead_s(now) > _PREFILL_LEAD_S for a in self._speaking if a.num_fed):
+            while sum(not a.num_fed for a in self._speaking) < MAX_BATCH and self._prefill_next():
+                pass
+        return True
 
     def _prefill_next(self) -> bool:
         """Give the first waiting turn that has its text a slot."""

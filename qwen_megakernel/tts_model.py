@@ -98,6 +98,7 @@ class TTSDecoder:
 
         checkpoint.verify()
         backends = Backends(backend, config, device, dtype, progress)
+        progress("laying out the modules")
         with torch.device("meta"):
             talker, codec = Talker(config.talker, config.predictor), CodecDecoder(config.codec)
         progress("loading the talker and the code predictor")
@@ -109,6 +110,7 @@ class TTSDecoder:
         for speaker in config.talker.speaker_ids:
             self.add_voice(speaker, Voice.preset(speaker))
         self._designed = Voice.designed()
+        progress("loading the tokenizer")
         self._prompts = PromptBuilder(
             talker, config, load_tokenizer(checkpoint.folder).backend_tokenizer
         )

@@ -485,6 +485,10 @@ def test_dead_engine_is_unhealthy_and_takes_no_turns():
     assert asyncio.run(status("/", "websocket"))[0] == 503
 
 
+def test_the_log_says_where_loading_time_went(live_server):
+    assert live_server.wait_for_line(r"\d+\.\d s since the start: (?:.+ s; )*importing torch \d")
+
+
 def test_metrics_count_turns(live_server):
     def figure(name):
         match = re.search(rf"^{re.escape(name)} (\S+)$", live_server.get("/metrics")[1], re.M)
