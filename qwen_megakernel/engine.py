@@ -238,7 +238,7 @@ class Engine:
         return True
 
     def _prefill_next(self) -> bool:
-        """Give the first waiting turn that has its text a slot."""
+        """Give the first waiting turn that has its text a slot; whether one could be served."""
         if not self._free_slots:
             return False
         active = next((a for a in self._waiting if a.prompt.ready), None)
@@ -248,7 +248,7 @@ class Engine:
         room = self._backend.max_positions - len(rows)
         if room < 1:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
-            return False
+            return True
         slot = self._free_slots.pop(0)
         self._waiting.remove(active)
         self._speaking.append(active)

@@ -214,12 +214,18 @@ class PromptBuilder:
     @torch.inference_mode()
     def text_rows(self, token_ids: list[int]) -> Tensor:
         """Rows [t, hidden] of text tokens."""
-        return self._talker.text_rows(torch.tensor(token_ids, dtype=torch.int64, device=self._device))
+        return self._talker.text_rows(self._on_device(token_ids))
 
     @torch.inference_mode()
     def _codec_rows(self, codec_ids: list[int]) -> Tensor:
-        ids = torch.tensor(codec_ids, dtype=torch.int64, device=self._device)
-        return self._talker.model.codec_embedding(ids)
+        return self._talker.model.codec_embedding(self._on_device(codec_ids))
+
+    def _on_device(self, ids: list[int]) -> Tensor:
+        ids_on_host = torch.tensor(ids, dtype=torch.int64)
+        if self._device.type != "cuda":
+            return ids_on_host.to(self._device)
+        # From memory that is not pinned the copy would wait for the frame that runs.
+        return ids_on_host.pin_memory().to(self._device, non_blocking=True)
 
     def check(self, voice: Voice, language: str = "auto", *, instruct: str | None = None) -> None:
         """Whether `open` would take this; touches no tensors, so any thread may ask.
