@@ -13,10 +13,10 @@ import asyncio
 import json
 import os
 import queue
+import struct
 import sys
 import threading
 import time
-import wave
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +28,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
 SAMPLE_RATE = 24_000
+SYNTHETIC = "Synthetic speech, made by a text-to-speech model"
+"""What the metadata of a written file says."""
 AUDIBLE_DBFS = -50.0
 _WINDOW = SAMPLE_RATE // 100  # loudness is judged over 10 ms
 
@@ -303,16 +305,23 @@ def summarise(done: dict[str, Any], playhead: Playhead, out: Path | None) -> Sum
 
 
 def write_wav(path: Path, samples: np.ndarray) -> None:
-    """float32 [n] in [-1, 1] to a 16-bit mono WAV file."""
+    """float32 [n] in [-1, 1] to a 16-bit mono WAV file whose metadata says what it is."""
     pcm = np.round(np.clip(samples, -1.0, 1.0) * 32_767).astype("<i2")
+    comment = SYNTHETIC.encode("ascii") + b"\0"
+    comment += b"\0" * (len(comment) % 2)
+    chunks = [
+        _chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16)),
+        _chunk(b"data", pcm.tobytes()),
+        _chunk(b"LIST", b"INFO" + _chunk(b"ICMT", comment)),
+    ]
     try:
-        with path.open("wb") as raw, wave.open(raw, "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(SAMPLE_RATE)
-            file.writeframes(pcm.tobytes())
+        path.write_bytes(_chunk(b"RIFF", b"WAVE" + b"".join(chunks)))
     except OSError as error:
         raise ClientError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return name + struct.pack("<I", len(content)) + content
 
 
 def explain(error: Exception, url: str) -> str:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -73,6 +74,26 @@ def test_figures_and_wav(live_server, tmp_path):
     assert figures["rtf"] > 0
     assert figures["chunks"] > 0
     assert figures["duration_s"] == pytest.approx(figures["samples"] / 24_000, abs=1e-3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 1920])
+def test_written_file_says_that_its_speech_is_synthetic(client_module, tmp_path, count):
+    path = tmp_path / "x.wav"
+    client_module.write_wav(path, np.linspace(-1.5, 1.5, count, dtype=np.float32))
+    with wave.open(str(path)) as file:
+        assert (file.getnframes(), file.getframerate()) == (count, 24_000)
+        pcm = np.frombuffer(file.readframes(count), "<i2")
+    assert not count or (pcm[0], pcm[-1]) == (-32_767, 32_767 if count > 1 else -32_767)
+    content = path.read_bytes()
+    assert struct.unpack("<I", content[4:8])[0] == len(content) - 8
+    name, size = struct.unpack("<4sI", content[44 + 2 * count :][:8])
+    info = content[44 + 2 * count + 8 :]
+    assert (name, len(info)) == (b"LIST", size)
+    assert info[:8] == b"INFOICMT"
+    length = struct.unpack("<I", info[8:12])[0]
+    assert info[12:].rstrip(b"\0").decode() == client_module.SYNTHETIC
+    assert len(info[12:]) == length
+    assert length % 2 == 0
 
 
 def test_words_for_people(live_server):
