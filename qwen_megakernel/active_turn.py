@@ -64,7 +64,7 @@ class RunawayGuard:
 
     def silent_after(self, samples: np.ndarray, *, text_exhausted: bool) -> bool:
         """Whether the turn must stop for a frame's sound; to be asked once a frame."""
-        silent = float(np.sqrt(np.mean(np.square(samples)))) < self.guards.silence_rms
+        silent = float(samples @ samples) < self.guards.silence_rms**2 * len(samples)
         self.silent_frames = self.silent_frames + 1 if silent and text_exhausted else 0
         return bool(self.guards.silence_s) and self.silent_frames * FRAME_S >= self.guards.silence_s
 
