@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -277,6 +278,9 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
         decoder.default_voice = "default"
     decoder.warm_up(lambda text: tell("warming_up", text))
     log.info("%s", time_spent(steps, time.monotonic()))
+    # What is loaded stays: the garbage collector, which stops all turns, need not look at it again.
+    gc.collect()
+    gc.freeze()
     return decoder
 
 

@@ -276,9 +276,8 @@ class Engine:
     def _launch(self, batch: list[ActiveTurn]) -> _Flight:
         """Begin one frame for each turn of the batch, and its sound behind it."""
         slots = [a.slot for a in batch]
-        rows = [a.feed() for a in batch]
-        rows = torch.stack([self._zero_row if row is None else row for row in rows])
-        frame = self._backend.launch(slots, rows)
+        rows = [self._zero_row if row is None else row for row in (a.feed() for a in batch)]
+        frame = self._backend.launch(slots, torch.stack(rows) if len(rows) > 1 else rows[0][None])
         sound = self._codec.launch(slots, frame.device_codes)
         fed = [_Fed(a, a.prompt.text_exhausted, "length" if a.last_fed else None) for a in batch]
         return _Flight(fed, frame, sound)

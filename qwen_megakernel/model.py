@@ -212,6 +212,8 @@ class Talker(nn.Module):
         self.text_projection = TextProjection(config)
         self.codec_head = StreamLinear(config.hidden_size, config.vocab_size, bias=False)
         self.code_predictor = CodePredictor(predictor, config.hidden_size)
+        self.text_table: Tensor | None = None
+        """Once made by `tabulate_text`."""
 
     def forward(self, rows: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Input rows [n, t, hidden] -> normed hidden states [n, t, hidden]."""
@@ -222,7 +224,24 @@ class Talker(nn.Module):
 
     def text_rows(self, token_ids: Tensor) -> Tensor:
         """Text tokens int64 [t] -> rows [t, hidden]."""
+        if self.text_table is not None:
+            return self.text_table[token_ids]
         return self.text_projection(self.model.text_embedding(token_ids))
+
+    @torch.inference_mode()
+    def tabulate_text(self) -> Tensor:
+        """Every text token's row, [text vocabulary, hidden], instead of the weights that make them.
+
+        Half as large as those, and a row no longer depends on how many are computed at a time.
+        """
+        if self.text_table is None:
+            tokens = torch.arange(
+                len(self.model.text_embedding.weight), device=self.codec_head.weight.device
+            )
+            parts = [self.text_rows(part) for part in tokens.split(16_384)]
+            self.text_table = torch.cat(parts)
+            del self.model.text_embedding, self.text_projection
+        return self.text_table
 
     def code_rows(self, codes: Tensor) -> Tensor:
         """Frames of codes int64 [n, 16] -> the sum of their embeddings [n, hidden]."""

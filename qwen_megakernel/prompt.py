@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +138,7 @@ class Prompt:
     def _extend(self, token_ids: list[int]) -> None:
         if token_ids:
             self.num_text_tokens += len(token_ids)
-            self._text_rows.extend(self._builder.text_rows(token_ids))
+            self._text_rows.extend(self._builder.each_text_row(token_ids))
 
     @property
     def ended(self) -> bool:
@@ -203,6 +204,8 @@ class PromptBuilder:
         self.tokenizer = TextTokenizer(tokenizer)
         weight = talker.codec_head.weight
         self._device, self._dtype = weight.device, weight.dtype
+        # On a CPU the table takes longer to make than a thousand turns to speak.
+        self._text_table = talker.tabulate_text() if self._device.type == "cuda" else None
         special = self.text_rows([config.tts_bos_id, config.tts_eos_id, config.tts_pad_id])
         self._bos_row, self.eos_row, self.pad_row = special
         self.codec_pad_row = self._codec_rows([config.talker.codec_pad_id])[0]
@@ -215,6 +218,13 @@ class PromptBuilder:
     def text_rows(self, token_ids: list[int]) -> Tensor:
         """Rows [t, hidden] of text tokens."""
         return self._talker.text_rows(self._on_device(token_ids))
+
+    @torch.inference_mode()
+    def each_text_row(self, token_ids: list[int]) -> Sequence[Tensor]:
+        """The rows [hidden] of text tokens, one by one; of a table, they are only looked at."""
+        if self._text_table is None:
+            return self.text_rows(token_ids).unbind()
+        return [self._text_table[token] for token in token_ids]
 
     @torch.inference_mode()
     def _codec_rows(self, codec_ids: list[int]) -> Tensor:

@@ -129,6 +129,19 @@ def test_streaming_starts_at_the_first_token_and_waits_for_late_text(builder):
     assert prompt.text_exhausted
 
 
+def test_rows_of_a_table_are_the_rows(checkpoint, tiny_base, builder, monkeypatch):
+    with torch.device("meta"):
+        talker = Talker(checkpoint.config.talker, checkpoint.config.predictor)
+    checkpoint.load("talker.", talker, dtype=torch.float32)
+    table = talker.tabulate_text()
+    assert table is talker.tabulate_text()
+    ids = builder.tokenizer.encode("Hello there, how are you?")
+    expected = builder.text_rows(ids)
+    torch.testing.assert_close(talker.text_rows(torch.tensor(ids)), expected)
+    monkeypatch.setattr(builder, "_text_table", table)
+    torch.testing.assert_close(torch.stack([*builder.each_text_row(ids)]), expected)
+
+
 def test_text_exhausted_only_after_eos_was_fed(builder):
     prompt = builder.open(x_vector(builder), "auto")
     prompt.append("Hi")
