@@ -60,8 +60,6 @@ class _Stream:
     params: GenerationParams
     position: int
     frame: int
-    column: np.ndarray
-    """[1] of `_COLUMN`, all but position, first, frame and suppress_eos filled in."""
 
 
 @dataclass(slots=True)
@@ -114,6 +112,8 @@ class MegakernelBackend:
         self._config, self._predictor_config = talker_config, predictor_config
         self._device = talker.codec_head.weight.device
         self._streams: dict[int, _Stream] = {}
+        self._columns = np.zeros(num_slots, dtype=_COLUMN)
+        """By slot; position, first, frame and suppress_eos are filled in for each launch."""
         torch.ops.load_library(str(library))
         self._ops = getattr(torch.ops, library_name(library))
         if self._ops.column_bytes() != _COLUMN.itemsize:
@@ -207,20 +207,20 @@ class MegakernelBackend:
         """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
         check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size, shared)
         rows = rows.to(self._device, torch.float32)
-        column = self._column(slot, params)
+        self._columns[slot] = self._column(slot, params)
         with self._named(0):
             begin = self._prefixes.begin(
-                slot, shared, lambda count: self._prefill_rows(column, rows[:count], 0)
+                slot, shared, lambda count: self._prefill_rows(slot, rows[:count], 0)
             )
-            self._prefill_rows(column, rows[begin:-1], begin)
+            self._prefill_rows(slot, rows[begin:-1], begin)
             self._tensors["next_rows"][slot] = rows[-1]
             self._tensors["seen"][slot] = 0
-        self._streams[slot] = _Stream(params, position=len(rows) - 1, frame=0, column=column)
+        self._streams[slot] = _Stream(params, position=len(rows) - 1, frame=0)
 
-    def _prefill_rows(self, column: np.ndarray, rows: Tensor, begin: int) -> None:
+    def _prefill_rows(self, slot: int, rows: Tensor, begin: int) -> None:
         """Rows [p, hidden] through the talker's layers, eight a launch, the first at `begin`."""
         for part in rows.split(MAX_BATCH):
-            columns = np.repeat(column, len(part))
+            columns = self._columns[[slot] * len(part)]
             columns["position"] = begin + np.arange(len(part))
             self._launch(columns, part, prefill=True)
             begin += len(part)
@@ -258,9 +258,9 @@ class MegakernelBackend:
         """
         check_decode(self, slots, self._streams, text_rows, self._config.hidden_size)
         streams = [self._streams[slot] for slot in slots]
-        columns = np.concatenate([s.column for s in streams])
+        columns = self._columns[list(slots)]
         columns["position"] = [s.position for s in streams]
-        columns["first"] = range(len(streams))
+        columns["first"] = np.arange(len(streams))
         columns["frame"] = [s.frame for s in streams]
         columns["suppress_eos"] = [s.frame < s.params.min_frames for s in streams]
         codes, host = self._tensors["codes"][: len(slots)], self._codes_host[: len(slots)]
@@ -295,7 +295,7 @@ class MegakernelBackend:
 
     def _column(self, slot: int, params: GenerationParams) -> np.ndarray:
         """A column with all that does not change from frame to frame."""
-        column = np.zeros(1, dtype=_COLUMN)
+        column = np.zeros((), dtype=_COLUMN)
         column["slot"], column["seed"] = slot, split_seed(params.seed)
         vocab = {"talker": self._config.vocab_size, "predictor": self._predictor_config.vocab_size}
         for name, sampling in (("talker", params.talker), ("predictor", params.predictor)):
