@@ -73,6 +73,15 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, :, None].to(x.dtype) + rotated * sin[:, :, None].to(x.dtype)
 
 
+class Embedding(nn.Embedding):
+    """As torch's, but quick to lay out without memory: to draw there imports a compiler, for 2 s."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights, unless they are on the meta device."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class StreamLinear(nn.Linear):
     """A linear layer whose result for a stream does not depend on how many streams there are.
 
@@ -150,8 +159,8 @@ class TalkerModel(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.codec_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.text_embedding = nn.Embedding(config.text_vocab_size, config.text_hidden_size)
+        self.codec_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.text_embedding = Embedding(config.text_vocab_size, config.text_hidden_size)
 
 
 class TextProjection(nn.Module):
@@ -175,7 +184,7 @@ class PredictorModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.codec_embedding = nn.ModuleList(
-            nn.Embedding(config.vocab_size, talker_hidden) for _ in range(NUM_CODEBOOKS - 1)
+            Embedding(config.vocab_size, talker_hidden) for _ in range(NUM_CODEBOOKS - 1)
         )
 
 

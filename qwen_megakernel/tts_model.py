@@ -14,6 +14,7 @@ from __future__ import annotations
 import queue
 import secrets
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -97,6 +98,9 @@ class TTSDecoder:
         """The voice of a request that names none; None is the model's own choice."""
 
         checkpoint.verify()
+        thread = ThreadPoolExecutor(1, "tokenizer")  # seconds of imports, while weights are read
+        tokenizer = thread.submit(load_tokenizer, checkpoint.folder)
+        thread.shutdown(wait=False)
         backends = Backends(backend, config, device, dtype, progress)
         progress("laying out the modules")
         with torch.device("meta"):
@@ -111,9 +115,7 @@ class TTSDecoder:
             self.add_voice(speaker, Voice.preset(speaker))
         self._designed = Voice.designed()
         progress("loading the tokenizer")
-        self._prompts = PromptBuilder(
-            talker, config, load_tokenizer(checkpoint.folder).backend_tokenizer
-        )
+        self._prompts = PromptBuilder(talker, config, tokenizer.result().backend_tokenizer)
         self._engine = Engine(
             backends.make_decoder(
                 talker,
