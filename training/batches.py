@@ -104,6 +104,14 @@ def make_batch(
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def plain_batch(material: Material) -> Batch:
+    """The first utterances that fit the smallest shape, laid out for streaming; always the same."""
+    rows, most = SHAPES[0]
+    fits = [u for u in material.readings[0] if material.layout.count(u, streaming=True) <= rows]
+    group = [(utterance, True) for utterance in (fits * most)[:most]]
+    return make_batch(material, group, SHAPES[0], np.random.default_rng(0))
+
+
 def _corrupt(codes: np.ndarray, rng: np.random.Generator) -> None:
     """Replace some codes by those of other frames, in place: single ones, and whole frames."""
     real = np.flatnonzero(codes[:, :, 0].ravel() != NONE)

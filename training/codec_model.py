@@ -6,6 +6,8 @@ the trainer's: they make the codes that the talker learns, and only the codebook
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -160,21 +162,22 @@ class FreshStates:
         return F.pad(new, (0, 0, past, 0) if layer.time_dim == 1 else (past, 0))
 
 
-def decode_latents(decoder: CodecDecoder, x: Tensor, window: Tensor | None = None) -> Tensor:
+def decode_latents(
+    decoder: CodecDecoder, x: Tensor, window: Tensor | None = None, context: int = 0
+) -> Tensor:
     """`CodecDecoder.forward` from the quantiser's output on, differentiable, not clamped.
 
     Args:
         decoder: its weights may require gradients.
         x: [n, frames, codebook_dim].
-        window: int64 [w], consecutive frames to make samples of, as if the stream's convolutions
-            above frame rate began there; all where None. Samples are what costs.
+        window: int64 [context + w], consecutive frames for the layers above frame rate, as if their
+            stream began there; all where None. Samples are what costs.
+        context: of the window's frames, how many are context only: the slow layers, which look far
+            back and cost little, see them; samples are not made of them.
 
     Returns:
-        float32 [n, frames or w * 1920].
+        float32 [n, (frames or w) * 1920].
     """
-    for module in decoder.modules():
-        if isinstance(module, SnakeBeta):
-            module.prepare()
     states = FreshStates(len(x), x.device)
     x = decoder.pre_conv(x.transpose(1, 2), states)
     x = decoder.pre_transformer(x.transpose(1, 2), states).transpose(1, 2)
@@ -185,9 +188,55 @@ def decode_latents(decoder: CodecDecoder, x: Tensor, window: Tensor | None = Non
     if window is not None:
         steps = window[:, None] * factor + torch.arange(factor, device=x.device)
         x = x.index_select(2, steps.flatten())
-    for module in decoder.decoder:
-        x = module(x) if isinstance(module, SnakeBeta) else module(x, states)
-    return x.squeeze(1).float()
+    # After the first block one frame of context will do, after the second none.
+    drops = [max(context - 1, 0), min(context, 1)]
+    wide = _fast_layers_on_gpu if x.is_cuda else _fast_layers
+    return wide(decoder, x, drops, states)
+
+
+def _fast_layers(decoder: CodecDecoder, x: Tensor, drops: list[int], states: FreshStates) -> Tensor:
+    """The layers above frame rate; `drops`: frames of context that end with each block."""
+    for module in decoder.modules():
+        if isinstance(module, SnakeBeta):
+            module.prepare()
+    first, *blocks, act, last = decoder.decoder
+    x = first(x, states)
+    rate = prod(decoder.config.upsampling_ratios)
+    for index, block in enumerate(blocks):
+        x = block(x, states)
+        rate *= decoder.config.upsample_rates[index]
+        if index < len(drops):
+            x = x[:, :, drops[index] * rate :]
+    return last(act(x), states).squeeze(1).float()
+
+
+def _fast_layers_on_gpu(
+    decoder: CodecDecoder, x: Tensor, drops: list[int], states: FreshStates
+) -> Tensor:
+    """The same by `training.fused`; streams begin, so there are no states to look at."""
+    from training import fused  # Triton comes with a GPU's PyTorch only
+
+    first, *blocks, act, last = decoder.decoder
+    x = x.transpose(1, 2).to(torch.bfloat16).contiguous()
+    x = fused.convolve(x, first.conv.weight, first.conv.bias)
+    rate = prod(decoder.config.upsampling_ratios)
+    for index, block in enumerate(blocks):
+        act_in, up, *units = block.block
+        x = fused.snake(x, act_in.alpha, act_in.beta)
+        x = fused.upsample(x, up.conv.weight, up.conv.bias, up.factor)
+        for unit in units:
+            y = fused.snake(x, unit.act1.alpha, unit.act1.beta)
+            conv = unit.conv1.conv
+            y = fused.convolve(y, conv.weight, conv.bias, conv.dilation[0])
+            y = fused.snake(y, unit.act2.alpha, unit.act2.beta)
+            x = fused.convolve(y, unit.conv2.conv.weight, unit.conv2.conv.bias, residual=x)
+        rate *= decoder.config.upsample_rates[index]
+        if index < len(drops) and drops[index]:
+            x = x[:, drops[index] * rate :].contiguous()
+    x = fused.snake(x, act.alpha, act.beta)
+    weight = F.pad(last.conv.weight, (0, 0, 0, 0, 0, 15))  # a tile is sixteen wide
+    bias = F.pad(last.conv.bias, (0, 15))
+    return fused.convolve(x, weight, bias, dtype=torch.float32)[:, :, 0]
 
 
 class TrainedCodec(nn.Module):

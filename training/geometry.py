@@ -7,8 +7,8 @@ from typing import Any
 from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig
 from qwen_megakernel.synth_config import json_files
 
-CODEBOOK_SIZE = 256
-"""Eight bits a code: four synthetic voices need no more, and embeddings and heads stay small."""
+CODEBOOK_SIZE = 128
+"""Seven bits a code: four synthetic voices need no more, and embeddings and heads stay small."""
 HIDDEN = 256
 _OFFICIAL_CODEBOOK_SIZE = 2048
 
@@ -30,7 +30,7 @@ def files() -> dict[str, dict[str, Any]]:
     }  # fmt: skip
     speech = contents["speech_tokenizer/config.json"]
     speech["decoder_config"].update(
-        codebook_size=CODEBOOK_SIZE, codebook_dim=128, decoder_dim=224, head_dim=64, hidden_size=192,
+        codebook_size=CODEBOOK_SIZE, codebook_dim=128, decoder_dim=256, head_dim=64, hidden_size=192,
         intermediate_size=384, latent_dim=192, num_attention_heads=3, num_hidden_layers=2,
         num_key_value_heads=3, sliding_window=16,
     )  # fmt: skip
@@ -53,9 +53,9 @@ def _shrink_talker(talker: dict[str, Any]) -> None:
     )
     talker["code_predictor_config"].update(
         _STACK,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        layer_types=["full_attention"] * 2,
+        intermediate_size=1024,
+        num_hidden_layers=1,  # it runs fifteen times a frame: the depth of it is what a CPU feels
+        layer_types=["full_attention"],
         vocab_size=CODEBOOK_SIZE,
     )
 

@@ -4,8 +4,9 @@
     python -m training.train_codec build/training --seconds 180 --resume build/training --frozen
 
 Reads `sentences.txt` of the folder and what is in its `speech/` (the teacher reads out the rest
-meanwhile); writes `codec-decoder.safetensors`, `codec-encoder.safetensors` and `codes.npz`. The
-second form trains the decoder alone, so that codes keep their meaning, and writes no codes.
+meanwhile); writes `codec-decoder.safetensors`, `codec-encoder.safetensors`,
+`codec-critics.safetensors` and `codes-*.npz`. The second form trains the decoder alone, so that codes
+keep their meaning, and writes no codes.
 Time-bounded: schedules follow the clock, not a number of steps.
 """
 
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_megakernel.config import HOP
-from training import corpus, geometry, teacher
+from training import corpus, geometry, precompile, teacher
 from training.codec_model import ENCODER_MARGIN, TrainedCodec, decode_latents
 from training.critics import Critics, critic_loss, generator_losses
 from training.graphs import Batch, Steps, clock
@@ -36,13 +37,21 @@ SEGMENT = 24
 """Frames a sample; more than the decoder's attention window."""
 JUDGED = 8
 """Frames of it that become samples."""
-TRAINING_FRAMES = 200_000
-"""Of speech: four and a half hours are enough for four voices."""
+CONTEXT = 4
+"""Frames before those that the slow layers see; their convolutions look back almost as far."""
+FRESH = 0.1
+"""Share of the steps whose samples are a stream's first."""
+SPECTRAL_WEIGHT = 20
+TRAINING_FRAMES = 400_000
+"""Of speech: nine hours are enough for four voices."""
 FIRST_SPEECH_S = 60
 """How long the teacher may take for its first sentences."""
+COMPILERS = 12
+"""Processes that compile the GPU's kernels."""
 FIRST_CHUNKS = 8
 """Of speech, for training to begin."""
 _DECODER, _ENCODER = "codec-decoder.safetensors", "codec-encoder.safetensors"
+_CRITICS = "codec-critics.safetensors"
 
 
 @dataclass(frozen=True)
@@ -112,22 +121,24 @@ class Trainer:
         self.generator = torch.optim.AdamW(self.params, self.rate, **options)
         self.judge = torch.optim.AdamW(self.critics.parameters(), 2e-4, **options)
 
-    def step(self, batch: Batch, *, quantised: bool, judged: bool) -> Tensor:
+    def step(self, batch: Batch, *, quantised: bool, judged: bool, context: int) -> Tensor:
         """One update; spectral distance, commitment loss, and how badly the critics are fooled.
 
-        `batch`: audio [n, samples] with margins, window [JUDGED] frames to make, and a scalar
-        weight of the critics.
+        `batch`: audio [n, samples] with margins, window [context + JUDGED] frames of which the
+        last are made, and a scalar weight of the critics.
         """
         audio, window = batch["audio"], batch["window"]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             x, commitment = self._codes(audio, quantised)
-            made = decode_latents(self.codec.decoder, x, window)
-        frames = audio.unflatten(1, (-1, HOP)).index_select(1, window + ENCODER_MARGIN)
+            made = decode_latents(self.codec.decoder, x, window, context)
+        made_of = window[context:] + ENCODER_MARGIN
+        frames = audio.unflatten(1, (-1, HOP)).index_select(1, made_of)
         true = frames.flatten(1)
         spectral = spectral_distance(made, true)
-        loss, fooled = 15 * spectral + commitment, spectral.new_zeros(())
+        loss, fooled = SPECTRAL_WEIGHT * spectral + commitment, spectral.new_zeros(())
         if judged:
-            adversarial, fooled = self._judge(made, true)
+            heard = (len(made) + 1) // 2  # of the batch: critics cost twice what the codec does
+            adversarial, fooled = self._judge(made[:heard], true[:heard])
             loss = loss + batch["weight"] * adversarial
         self.generator.zero_grad(set_to_none=True)
         loss.backward()
@@ -183,16 +194,15 @@ def train(trainer: Trainer, store: SpeechStore, plan: Plan) -> None:
             store.take(TRAINING_FRAMES)
             store.settle()
         quantised, judged = share >= plan.quantised_from, share >= plan.critics_from
-        first = int(torch.randint(SEGMENT - JUDGED + 1, ()))
+        context = 0 if torch.rand(()) < FRESH else CONTEXT
+        first = int(torch.randint(SEGMENT - JUDGED - CONTEXT + 1, ())) if context else 0
         batch = {
             "audio": store.sample(plan.batch),
-            "window": torch.arange(first, first + JUDGED, device=device),
+            "window": torch.arange(first, first + context + JUDGED, device=device),
             "weight": torch.tensor(min(1.0, max(0.0, share - plan.critics_from) * 20), device=device),
         }
-        kind = (quantised, judged)
-        found = steps.run(
-            kind, lambda b, q=quantised, j=judged: trainer.step(b, quantised=q, judged=j), batch
-        )
+        kind = {"quantised": quantised, "judged": judged, "context": context}
+        found = steps.run(tuple(kind.values()), lambda b, k=kind: trainer.step(b, **k), batch)
         if share >= shown:
             shown += 0.05
             spectral, commitment, fooled = found.tolist()
@@ -208,12 +218,13 @@ def encode_all(codec: TrainedCodec, store: SpeechStore, batch: int = 64) -> Iter
     """(sentence, codes uint8 [frames, 16]) of every utterance."""
     device = next(codec.parameters()).device
     margin = ENCODER_MARGIN
+    torch.backends.cudnn.benchmark = False  # lengths vary: it would try all algorithms for each
     for first, frames, audio in store.chunks:
         pieces = audio.split([n * HOP for n in frames])
         order = sorted(range(len(pieces)), key=lambda i: frames[i])
         for start in range(0, len(order), batch):
             group = order[start : start + batch]
-            longest = max(frames[i] for i in group) + margin
+            longest = -(-max(frames[i] for i in group) // 8) * 8 + margin
             padded = torch.stack(
                 [F.pad(pieces[i], (margin * HOP, longest * HOP - len(pieces[i]))) for i in group]
             )
@@ -244,13 +255,16 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=180, help="of training")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=8e-4, help="peak learning rate")
     parser.add_argument("--critics-from", type=float, default=0.5, help="share of the time")
     parser.add_argument("--resume", type=Path, default=None, help="folder of a codec to go on from")
     parser.add_argument("--frozen", action="store_true", help="train the decoder alone")
     parser.add_argument("--speech", type=Path, default=None, help="default: speech/ of the folder")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument(
+        "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2),
+        help="processes of the teacher; 0 where training.teacher runs beside",
+    )  # fmt: skip
     parser.add_argument("--sentences", type=int, default=None, help="read only so many")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="default: the folder")
@@ -260,7 +274,9 @@ def read_arguments() -> argparse.Namespace:
 def _wait_for_speech(store: SpeechStore, readers: list[Process]) -> None:
     """Until the readers, who have only begun, have something; raises `TimeoutError`."""
     deadline = time.monotonic() + FIRST_SPEECH_S
-    while len(store.chunks) < FIRST_CHUNKS and any(reader.is_alive() for reader in readers):
+    while len(store.chunks) < FIRST_CHUNKS and (
+        not readers or any(reader.is_alive() for reader in readers)
+    ):
         if time.monotonic() > deadline:
             break
         time.sleep(0.2)
@@ -287,18 +303,26 @@ def main() -> None:
     out, device = args.out or args.folder, torch.device(args.device)
     speech = args.speech or args.folder / "speech"
     sentences = (args.folder / "sentences.txt").read_text(encoding="utf-8").splitlines()
-    readers = teacher.start(sentences[: args.sentences], speech, args.workers)
+    sentences = sentences[: args.sentences]
+    readers = teacher.start(sentences, speech, args.workers) if args.workers else []
+    if device.type == "cuda":
+        precompile.compile_all(geometry.config().codec, COMPILERS)
     torch.backends.cudnn.benchmark = True
     codec = _codec_to_train(args.resume, device, frozen=args.frozen)
     store = SpeechStore(speech, device)
     _wait_for_speech(store, readers)
     from_quantised = 0.0 if args.resume else 0.08
     plan = Plan(args.seconds, args.batch, args.rate, from_quantised, args.critics_from)
-    train(Trainer(codec, device, frozen=args.frozen), store, plan)
+    trainer = Trainer(codec, device, frozen=args.frozen)
+    if args.resume and (args.resume / _CRITICS).is_file():
+        trainer.critics.load_state_dict(load_file(args.resume / _CRITICS))
+    train(trainer, store, plan)
     save_codec(codec.eval(), out)
+    critics = trainer.critics.state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in critics.items()}, out / _CRITICS)
     if not args.frozen:
         store.take()
-        corpus.write_codes(out / "codes.npz", dict(encode_all(codec, store)))
+        corpus.write_codes(out, dict(encode_all(codec, store)))
         print(f"codes of {store.num_frames * HOP / 24_000 / 3600:.1f} hours")
     for reader in readers:
         reader.terminate()

@@ -2,7 +2,7 @@
 
     python -m training.train_talker build/training --seconds 200
 
-Reads `tokens.npz`, `codes.npz` and `speakers.safetensors` of the folder, writes
+Reads `tokens.npz`, `codes-*.npz` and `speakers.safetensors` of the folder, writes
 `talker.safetensors` (averaged weights). Time-bounded: schedules follow the clock.
 On CUDA each batch shape is one graph, since the layers are too small to keep the GPU busy otherwise.
 """
@@ -22,12 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qwen_megakernel.config import NUM_CODEBOOKS, ModelConfig
-from qwen_megakernel.model import Talker, rope_tables
+from qwen_megakernel.model import DecoderLayer, Talker, rope_tables
 from training import batches, corpus, geometry, teacher
 from training.batches import Material
 from training.graphs import Batch, Steps, clock
 from training.rows import NONE, Layout, Utterance
 
+UNSEEN = 100
+"""One sentence in so many only shows whether what is learnt holds for others."""
 _CODE_WEIGHTS = tuple(1 / math.sqrt(k) for k in range(1, NUM_CODEBOOKS))
 """Of the fifteen predicted codes in the loss: the first are heard most."""
 
@@ -91,6 +93,18 @@ def _predictor_losses(talker: Talker, config: ModelConfig, hidden: Tensor, batch
     return loss.view(NUM_CODEBOOKS - 1, -1).mean(1)
 
 
+def compile_layers(talker: Talker) -> None:
+    """Fuse what lies between the products of every layer, in place: half of a step's time."""
+    torch._dynamo.config.cache_size_limit = 64
+    compiled = torch.compile(DecoderLayer.forward, dynamic=False)
+    for layer in (*talker.model.layers, *talker.code_predictor.model.layers):
+
+        def forward(x, cos, sin, _index, attend, layer=layer):  # noqa: ANN001, ANN202
+            return compiled(layer, x, cos, sin, 0, attend)  # another index would be compiled again
+
+        layer.forward = forward
+
+
 @dataclass
 class Trainer:
     """Model, optimiser and averaged weights, and one step of them."""
@@ -114,10 +128,8 @@ class Trainer:
 
     def step(self, batch: Batch) -> Tensor:
         """One update; the losses [code 0, codes 1..15]."""
-        clip = torch.randint(self.clips.shape[1], batch["voice"].shape, device=self.device)
-        speakers = self.clips[batch["voice"], clip]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            first, others = losses(self.talker, self.config, batch, speakers)
+        found = self._forward(batch)
+        first, others = found[0], found[1:]
         loss = first + 2 * (others * self.weights).sum() / self.weights.sum()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -127,12 +139,27 @@ class Trainer:
             difference = torch._foreach_sub(self.params, self.average)
             torch._foreach_mul_(difference, 1 - self.keep)
             torch._foreach_add_(self.average, difference)
-        return torch.cat((first.detach()[None], others.detach()))
+        return found.detach()
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The losses [code 0, codes 1..15] of the weights as they are."""
+        # With gradients, though unused: without them the compiled layers would be compiled again.
+        return self._forward(batch).detach()
+
+    def _forward(self, batch: Batch) -> Tensor:
+        clip = torch.randint(self.clips.shape[1], batch["voice"].shape, device=self.device)
+        speakers = self.clips[batch["voice"], clip]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            first, others = losses(self.talker, self.config, batch, speakers)
+        return torch.cat((first[None], others))
 
 
-def train(trainer: Trainer, stream: Iterator[Batch], seconds: float, peak_rate: float) -> None:
-    """Train for so long."""
+def train(
+    trainer: Trainer, stream: Iterator[Batch], unseen: Batch, seconds: float, peak_rate: float
+) -> None:
+    """Train for so long; now and then show the losses, and those of a batch that is not learnt."""
     steps, shown = Steps(trainer.device), 0.0
+    unseen = {name: tensor.to(trainer.device) for name, tensor in unseen.items()}
     recent = torch.zeros(NUM_CODEBOOKS, device=trainer.device)
     for step, share in clock(seconds):
         batch = next(stream)
@@ -143,22 +170,30 @@ def train(trainer: Trainer, stream: Iterator[Batch], seconds: float, peak_rate: 
         recent += (found - recent) * 0.02 if step > 50 else (found - recent)
         if share >= shown:
             shown += 0.04
-            values = [recent[0], recent[1:4].mean(), recent[4:].mean()]
-            text = " ".join(f"{float(value):.3f}" for value in values)
+            text = ", unseen ".join(_shown(found) for found in (recent, trainer.losses(unseen)))
             print(f"talker {share:5.1%} step {step} code 0, 1-3, 4-15: {text}", flush=True)
 
 
-def read_material(folder: Path, sentences: int | None = None) -> Material:
-    """Everything `BatchStream` needs."""
+def _shown(losses: Tensor) -> str:
+    values = [losses[0], losses[1:4].mean(), losses[4:].mean()]
+    return " ".join(f"{float(value):.3f}" for value in values)
+
+
+def read_material(folder: Path, sentences: int | None = None) -> tuple[Material, Material]:
+    """What to learn from, and a hundredth that is not learnt."""
     config = geometry.config()
-    codes = corpus.read_codes(folder / "codes.npz")
+    codes = corpus.read_codes(folder)
     chosen = sorted(codes)[:sentences]
-    readings = []
+    readings: list[list[Utterance]] = []
+    unseen: list[Utterance] = []
     for name in ("plain", "dropped"):
         tokens = corpus.read_tokens(folder / "tokens.npz", name)
-        readings.append([Utterance(tokens[i], codes[i], teacher.voice_of(i)) for i in chosen])
+        all_of_them = [Utterance(tokens[i], codes[i], teacher.voice_of(i)) for i in chosen]
+        unseen = unseen or all_of_them[::UNSEEN]
+        readings.append([one for i, one in enumerate(all_of_them) if i % UNSEEN])
     role = [config.im_start_id, *corpus.read_tokens(folder / "tokens.npz", "role")[0].tolist()]
-    return Material(Layout(config, role), readings, config.talker.codec_eos_id)
+    layout, eos = Layout(config, role), config.talker.codec_eos_id
+    return Material(layout, readings, eos), Material(layout, [unseen], eos)
 
 
 def new_talker(config: ModelConfig) -> Talker:
@@ -199,14 +234,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="default: the folder")
     args = parser.parse_args()
     device, config = torch.device(args.device), geometry.config()
-    stream = batches.loader(read_material(args.folder, args.sentences), args.workers, seed=0)
+    material, unseen = read_material(args.folder, args.sentences)
+    stream = batches.loader(material, args.workers, seed=0)
     talker = new_talker(config)
     if args.resume:
         weights = load_file(args.resume / "talker.safetensors")
         talker.load_state_dict({k.removeprefix("talker."): v for k, v in weights.items()})
     clips = load_file(args.folder / "speakers.safetensors")["clips"].to(device)
     trainer = Trainer(talker.to(device), config, clips, device)
-    train(trainer, stream, args.seconds, args.rate)
+    if device.type == "cuda":
+        compile_layers(talker)
+    train(trainer, stream, batches.plain_batch(unseen), args.seconds, args.rate)
     save(trainer, args.out or args.folder)
 
 

@@ -1,0 +1,198 @@
+"""Measure a checkpoint on the sentences that were kept out of its training.
+
+    python -m training.evaluate demo_voice --report build/training/report.json
+
+Every sentence is spoken with default sampling and a fixed seed, in each voice of the checkpoint's
+`voices/`, and once more in the non-streaming layout in the first; `training.listening` writes
+down what it hears. Then each voice is cloned from three seconds of the teacher, and live text is
+compared with whole text. The teacher is heard too, where flite is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
+from qwen_megakernel.tts_model import TTSDecoder
+from qwen_megakernel.turn import Audio, Finished, TurnEvent
+from qwen_megakernel.voice import Voice
+from training.listening import Listener, word_errors
+from training.sentences import heldout
+from training.teacher import VOICES, Teacher
+
+CLIP_S = 3
+"""Of the teacher's speech, to clone from."""
+LIVE = 6
+"""Sentences that are also fed word by word."""
+
+
+@dataclass
+class Score:
+    """What was heard of some sentences."""
+
+    errors: int = 0
+    words: int = 0
+    worst: float = 0.0
+    seconds: float = 0.0
+    """Of audio."""
+    spent: float = 0.0
+    """Seconds that making it took."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    misheard: list[str] = field(default_factory=list)
+
+    def add(self, said: str, heard: str) -> None:
+        """One more sentence."""
+        errors, count = word_errors(said, heard)
+        self.errors, self.words = self.errors + errors, self.words + count
+        self.worst = max(self.worst, errors / count)
+        if errors:
+            self.misheard.append(f"{errors}/{count} {said} | {heard}")
+
+    def summary(self) -> dict[str, object]:
+        """Rates, for the report."""
+        found: dict[str, object] = {
+            "wer": round(self.errors / max(self.words, 1), 4), "worst": round(self.worst, 3),
+        }  # fmt: skip
+        if self.reasons:
+            found |= {"ends": dict(self.reasons), "rtf": round(self.spent / self.seconds, 3)}
+        return found
+
+
+def speak(
+    tts: TTSDecoder,
+    pieces: Iterable[str],
+    voice: str | Voice,
+    seed: int,
+    *,
+    streaming: bool = True,
+) -> tuple[np.ndarray, Finished]:
+    """Samples float32 [n] at 24 kHz of a text given in pieces, and how the turn ended."""
+    events: queue.SimpleQueue[TurnEvent] = queue.SimpleQueue()
+    turn = tts.open_turn(
+        sink=events.put, voice=voice, streaming=streaming, params=GenerationParams(seed=seed)
+    )
+    for piece in pieces:
+        turn.append(piece)
+    turn.end()
+    chunks = [np.zeros(0, np.float32)]
+    while not isinstance(event := events.get(), Finished):
+        if isinstance(event, Audio):
+            chunks.append(event.samples)
+    return np.concatenate(chunks), event
+
+
+def score_synthesis(
+    tts: TTSDecoder, listener: Listener, sentences: list[str], voice: str, *, streaming: bool
+) -> Score:
+    """Speak all sentences and listen; sentence k has seed k."""
+    score = Score()
+    for seed, text in enumerate(sentences):
+        began = time.monotonic()
+        audio, end = speak(tts, [text], voice, seed, streaming=streaming)
+        score.spent += time.monotonic() - began
+        score.seconds += len(audio) / SAMPLE_RATE
+        score.reasons[end.reason] += 1
+        score.add(text, listener.write_down(audio))
+    return score
+
+
+def score_teacher(teacher: Teacher, listener: Listener, sentences: list[str], voice: str) -> Score:
+    """The same of the teacher itself."""
+    score = Score()
+    for text in sentences:
+        score.add(text, listener.write_down(teacher.say(text, voice)))
+    return score
+
+
+def likeness(tts: TTSDecoder, teacher: Teacher, sentences: list[str]) -> dict[str, dict[str, float]]:
+    """Of each voice, cloned from a clip: cosines of what it then says to a clip of every voice."""
+    encoder = tts._voice_cloner().speaker_encoder
+
+    def embedded(audio: np.ndarray) -> torch.Tensor:
+        return encoder.embed(torch.from_numpy(audio))
+
+    clips = {}
+    for voice in VOICES:
+        audio = np.concatenate([teacher.say(text, voice) for text in sentences[:3]])
+        clips[voice] = embedded(audio[: CLIP_S * SAMPLE_RATE])
+    table = {}
+    for voice, clip in clips.items():
+        cloned = Voice.x_vector(clip)
+        said = [speak(tts, [text], cloned, seed)[0] for seed, text in enumerate(sentences[-3:])]
+        spoken = embedded(np.concatenate(said))
+        table[voice] = {
+            other: round(float(F.cosine_similarity(spoken, clips[other], dim=0)), 3) for other in VOICES
+        }
+    return table
+
+
+def live_is_whole(tts: TTSDecoder, sentences: list[str], voice: str) -> bool:
+    """Whether sentences fed word by word sound, to the last bit, as when they are given whole."""
+    for seed, text in enumerate(sentences):
+        whole, _ = speak(tts, [text], voice, seed)
+        first, *rest = text.split(" ")
+        live, _ = speak(tts, [first, *(f" {word}" for word in rest)], voice, seed)
+        if not np.array_equal(whole, live):
+            return False
+    return True
+
+
+def evaluate(folder: Path, show: Callable[[str], None]) -> dict[str, object]:
+    """All measurements, as a report; `show` is told of each as it is done."""
+    sentences, listener = heldout(), Listener()
+    report: dict[str, object] = {"sentences": len(sentences)}
+
+    def note(name: str, score: Score) -> None:
+        report[name] = score.summary() | {"misheard": score.misheard}
+        show(f"{name}: {json.dumps(score.summary())}")
+
+    began = time.monotonic()
+    with TTSDecoder.load(folder, num_slots=1) as tts:
+        report["load_s"] = round(time.monotonic() - began, 2)
+        tts.load_voices(folder / "voices")
+        tts.warm_up()
+        for voice in VOICES:
+            note(voice, score_synthesis(tts, listener, sentences, voice, streaming=True))
+        first = VOICES[0]
+        note(
+            f"{first}, non-streaming",
+            score_synthesis(tts, listener, sentences, first, streaming=False),
+        )
+        report["live text is whole text"] = live_is_whole(tts, sentences[-LIVE:], first)
+        try:
+            teacher = Teacher()
+        except OSError as error:
+            show(f"the teacher is not heard: {error}")
+            return report
+        report["cosines"] = likeness(tts, teacher, sentences)
+        for voice in VOICES:
+            note(f"teacher, {voice}", score_teacher(teacher, listener, sentences, voice))
+    return report
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of the checkpoint")
+    parser.add_argument("--report", type=Path, default=None, help="where to write all as JSON")
+    args = parser.parse_args()
+    report = evaluate(args.folder, lambda line: print(line, flush=True))
+    shown = {key: value for key, value in report.items() if not isinstance(value, dict)}
+    print(json.dumps(shown | {"cosines": report.get("cosines")}, indent=2))
+    if args.report:
+        args.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
