@@ -29,7 +29,7 @@ LEVELS = (
     ("codec_cuda",),
     ("voice",),
     ("prompt",),
-    ("decoder", "active_turn"),
+    ("decoder", "active_turn", "talker_prefill"),
     ("megakernel", "engine"),
     ("backends",),
     ("tts_model",),
