@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +26,20 @@ BACKENDS = ("auto", "torch", "megakernel")
 Progress = Callable[[str], None]
 _Made = TypeVar("_Made")
 _KERNELS = {"backend": "the megakernel", "codec": "the codec's kernels"}
+
+
+def in_daemon_thread(function: Callable[..., _Made], *args: Any) -> Future[_Made]:
+    """Run a function aside. Unlike an executor's, the thread keeps no process from ending."""
+    future: Future[_Made] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=work, name=function.__name__, daemon=True).start()
+    return future
 
 
 def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -82,10 +97,8 @@ class Backends:
         def build_frame() -> Path:
             return build(frame_library(config, arch), arch, progress)
 
-        threads = ThreadPoolExecutor(2, "build")
-        self._builds["backend"] = threads.submit(build_frame)
-        self._builds["codec"] = threads.submit(build, CODEC_LIBRARY, arch, progress)
-        threads.shutdown(wait=False)
+        self._builds["backend"] = in_daemon_thread(build_frame)
+        self._builds["codec"] = in_daemon_thread(build, CODEC_LIBRARY, arch, progress)
 
     def make_decoder(self, talker: Talker, *, num_slots: int, max_positions: int) -> DecoderBackend:
         """The decoder of frames; where it is the kernel, `talker` keeps only what prompts need.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import queue
 import secrets
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 
 from qwen_megakernel.active_turn import TurnRequest
-from qwen_megakernel.backends import BACKENDS, Backends, memory_refusal
+from qwen_megakernel.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
 from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, load_tokenizer, resolve
 from qwen_megakernel.codec import CodecDecoder
 from qwen_megakernel.codec_encoder import CodecEncoder
@@ -98,9 +97,8 @@ class TTSDecoder:
         """The voice of a request that names none; None is the model's own choice."""
 
         checkpoint.verify()
-        thread = ThreadPoolExecutor(1, "tokenizer")  # seconds of imports, while weights are read
-        tokenizer = thread.submit(load_tokenizer, checkpoint.folder)
-        thread.shutdown(wait=False)
+        # Seconds of imports, while weights are read.
+        tokenizer = in_daemon_thread(load_tokenizer, checkpoint.folder)
         backends = Backends(backend, config, device, dtype, progress)
         progress("laying out the modules")
         with torch.device("meta"):
