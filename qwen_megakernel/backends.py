@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from qwen_megakernel.model import Talker
 BACKENDS = ("auto", "torch", "megakernel")
 Progress = Callable[[str], None]
 _Made = TypeVar("_Made")
+_TELL_EVERY_S = 10.0
 _KERNELS = {"backend": "the megakernel", "codec": "the codec's kernels"}
 
 
@@ -136,7 +138,7 @@ class Backends:
     ) -> _Made:
         if part in self._builds:
             try:
-                made = kernel(self._builds[part].result())
+                made = kernel(self._built(part))
             except torch.OutOfMemoryError:
                 raise  # PyTorch needs as much
             except (BuildError, RuntimeError, OSError, ValueError) as error:
@@ -146,6 +148,13 @@ class Backends:
                 return made
         self._runs[part] = "torch"
         return plain()
+
+    def _built(self, part: str) -> Path:
+        """Wait for a build. Raises what it raised."""
+        build, started = self._builds[part], time.monotonic()
+        while not wait([build], timeout=_TELL_EVERY_S).done:
+            self._progress(f"compiling {_KERNELS[part]}, {time.monotonic() - started:.0f} s more")
+        return build.result()
 
     def _refuse(self, what: str, reason: str) -> None:
         """Say why not the kernels; the end, where they are asked for by name."""

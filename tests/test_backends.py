@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen_megakernel import backends as backends_module
 from qwen_megakernel import build_tts
 from qwen_megakernel.__main__ import main
 from qwen_megakernel.backends import Backends, memory_refusal
@@ -121,6 +122,13 @@ def test_when_a_source_does_not_compile(config, talker, nvcc):
 def test_when_the_library_cannot_be_loaded(config, talker, nvcc):
     nvcc(MAKES_JUNK)
     assert_falls_back(config, talker, "frame.so")
+
+
+def test_a_long_compilation_shows_that_it_goes_on(config, talker, nvcc, monkeypatch):
+    monkeypatch.setattr(backends_module, "_TELL_EVERY_S", 0.1)
+    nvcc("sleep 0.5; exit 1")
+    *_, lines = make_both("auto", config, talker)
+    assert sum(line.startswith("compiling the megakernel, 0 s more") for line in lines) >= 2
 
 
 def test_a_shape_the_kernel_does_not_know(config, talker, nvcc):
