@@ -58,6 +58,13 @@ struct AttentionItem {
   }
 };
 
+// Where an item's keys and values begin in their caches.
+template <class D>
+__device__ __forceinline__ int64_t cache_at(const FrameParams& p, const AttentionItem& item, int layer) {
+  const int64_t slot = p.columns[item.column].slot;
+  return ((layer * int64_t(p.num_slots) + slot) * D::kKvHeads + item.kv_head) * p.max_positions * D::kHeadDim;
+}
+
 // One warp's sixteen positions. Lane (g, t) = (lane / 4, lane % 4) holds of the keys rows g and g + 8,
 // of each block of 32 dims the t-th eight; of the values rows 2t, 2t + 1, 2t + 8, 2t + 9, of each
 // half of 64 dims the g-th eight.
@@ -198,19 +205,25 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
   const bool whole = p.columns[item.column].position < kSplitPositions;
   uint64_t* part = p.packets + PacketLayout::kPartials +
                    (int64_t(item.column * D::kKvHeads + item.kv_head) * kMaxSplits + item.split) * PacketLayout::kPartial;
-  for (int i = thread_index(); i < S::kGroupSize * S::kDim / 2; i += kThreads) {
-    const int g = i / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2));
+  constexpr int kParts = 4, kPerPart = kWarps / kParts;  // neighbouring lanes share out the warps' results
+  for (int i = thread_index() / kParts; i < S::kGroupSize * S::kDim / 2; i += kThreads / kParts) {
+    const int g = i / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2)), first = thread_index() % kParts * kPerPart;
     float maximum = -INFINITY, total = 0.f, low = 0.f, high = 0.f;
-#pragma unroll 4
-    for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, sh.maximum[g][w]);
-#pragma unroll 4
-    for (int w = 0; w < kWarps; ++w) {
-      const float weight = sh.total[g][w] > 0.f ? expf(sh.maximum[g][w] - maximum) : 0.f;
+#pragma unroll
+    for (int w = first; w < first + kPerPart; ++w) maximum = fmaxf(maximum, sh.maximum[g][w]);
+    maximum = max_of_four(maximum);
+#pragma unroll
+    for (int w = first; w < first + kPerPart; ++w) {
+      const float weight = expf(sh.maximum[g][w] - maximum);  // 0 for a warp without positions
       const float2 out = *reinterpret_cast<const float2*>(&sh.out[w][g][dim]);
       total += weight * sh.total[g][w];
       low += weight * out.x;
       high += weight * out.y;
     }
+    total = sum_of_four(total);
+    low = sum_of_four(low);
+    high = sum_of_four(high);
+    if (first != 0) continue;
     if (whole) {
       const int row = (item.kv_head * S::kGroupSize + g) * S::kDim + dim;
       publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, item.column, low / total, high / total, c.tag,
@@ -242,16 +255,14 @@ __device__ __forceinline__ void soften(AttentionShared<D>& sh, int first, int en
       if (first + row < end) s[i] = sh.score[warp][g][row] * scale;
     }
   float maximum = fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3]));
-  maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 1));
-  maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 2));
+  maximum = max_of_four(maximum);
 #pragma unroll
   for (int i = 0; i < 4; ++i) s[i] = s[i] == -INFINITY ? 0.f : expf(s[i] - maximum);
   p_low = pack_bf16(s[0], s[1]);
   p_high = pack_bf16(s[2], s[3]);
   const float2 low = unpack_bf16(p_low), high = unpack_bf16(p_high);  // the sum of what is weighed with
   float total = low.x + low.y + high.x + high.y;
-  total += __shfl_xor_sync(~0u, total, 1);
-  total += __shfl_xor_sync(~0u, total, 2);
+  total = sum_of_four(total);
   if (g < S::kGroupSize && t == 0) {
     sh.maximum[g][warp] = maximum;
     sh.total[g][warp] = total;
@@ -264,8 +275,7 @@ __device__ __forceinline__ void attend_item(Context& c, const AttentionItem& ite
   const FrameParams& p = c.p;
   auto& sh = *reinterpret_cast<AttentionShared<D>*>(c.scratch.partial[c.buffer]);
   const Column& own = p.columns[item.column];
-  const int64_t at =
-      ((int64_t(layer) * p.num_slots + own.slot) * D::kKvHeads + item.kv_head) * p.max_positions * S::kDim;
+  const int64_t at = cache_at<D>(p, item, layer);
   const int end = min((item.split + 1) * kSplitPositions, own.position + 1);
   const int first = item.split * kSplitPositions + warp_index() * kTilePositions;
   Tile<D> tile;
@@ -311,7 +321,7 @@ __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_he
         for (int j = 0; j < 4; ++j)
           ok = ok && values[j].y == c.tag && values[j].w == c.tag && sums[j].y == c.tag &&
                sums[j].w == c.tag;
-        if (ok) break;
+        if (__all_sync(~0u, ok)) break;
         c.dog.after(spin, Phase::kCombine, c.tag);
       }
 #pragma unroll
@@ -328,6 +338,22 @@ __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_he
     const int row = (kv_head * S::kGroupSize + g) * S::kDim + dim;
     publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, column, low / total, high / total, c.tag, row);
   }
+}
+
+// Ask for the rows of this CTA's first item long before they are needed: their way from memory is the
+// longest of a layer.
+template <class D>
+__device__ __forceinline__ void prefetch_cache(const FrameParams& p, int layer) {
+  AttentionItem item;
+  if (!AttentionItem::find(p, D::kKvHeads, blockIdx.x, item)) return;
+  constexpr int kLines = D::kHeadDim * 2 / 128;  // of a row
+  const int64_t at = cache_at<D>(p, item, layer);
+  const int end = min((item.split + 1) * kSplitPositions, p.columns[p.columns[item.column].first].position);
+  const int position = item.split * kSplitPositions + warp_index() * kTilePositions + lane_index() / kLines;
+  if (lane_index() >= kTilePositions * kLines || position >= end) return;
+  const int64_t line = at + position * D::kHeadDim + lane_index() % kLines * 64;
+  prefetch_to_l2(p.k_cache + line);
+  prefetch_to_l2(p.v_cache + line);
 }
 
 // One layer's attention, this CTA's part; reads c.tag - 1, publishes c.tag.

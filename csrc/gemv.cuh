@@ -39,44 +39,48 @@ struct Product {
   static constexpr int64_t kItemBytes = int64_t(kWarps) * kChunks * kChunkBytes;
   static constexpr int64_t kBytes = kItems * kItemBytes;
   static_assert(kRows % 16 == 0, "rows come in strips of 16");
+  static_assert(kRealChunks % kChunks == 0, "padding is whole warps");
+  // Whether a warp's chunks are not padding.
+  static __device__ __forceinline__ bool real(int warp) {
+    return kRealChunks == kWarps * kChunks || warp * kChunks < kRealChunks;
+  }
   static_assert((kK / kSplit) % kChunk == 0, "k comes in chunks of 16");
 };
 
 constexpr int kGroup = 3;            // tiles whose partial sums meet at one barrier
 constexpr int kTileFloats = 16 * 8;  // of one warp's 16 x 8 result
 
-struct Scratch {
+struct alignas(16) Scratch {  // of float4s
   float partial[2][kGroup][kWarps][kTileFloats];
   float sum_of_squares[2][kWarps][kMaxColumns];
 };
 
 // The two rows of a finished tile that one thread holds: rows 2 * pair and 2 * pair + 1 of the
-// strip, of one column. Lanes l and l + 16 of a warp hold pairs p and p + 4.
+// strip, of one column. Four warps finish a tile. Of a warp, lanes 0..7 hold a pair p for each column
+// and lanes 16..23 the pair p + 4; the lanes beside them sum the odd rows, and hold nothing.
 struct Cell {
   int entry, column, pair;  // entry: which tile of the group
+  bool leads;               // whether this lane holds rows
 };
 
 __device__ __forceinline__ Cell epilogue_cell() {
   const int lane = lane_index(), warp = warp_index();
-  const int quarter = lane >> 3;
   Cell cell;
-  cell.entry = warp >> 1;
+  cell.entry = warp >> 2;
   cell.column = lane & 7;
-  cell.pair = (quarter & 1) + 2 * (warp & 1) + 4 * (quarter >> 1);
+  cell.pair = (warp & 3) + 4 * (lane >> 4);
+  cell.leads = (lane & 8) == 0;
   return cell;
 }
 
+// Each lane sums one row; no two of a warp's lanes read the same bank.
 __device__ __forceinline__ float2 sum_rows(const float (&partial)[kWarps][kTileFloats], const Cell& cell) {
-  const int row = 2 * cell.pair;
-  const int element = (row >= 8 ? 2 : 0) + (cell.column & 1);
-  const int lane0 = (row & 7) * 4 + (cell.column >> 1), lane1 = lane0 + 4;
-  float first = 0.f, second = 0.f;
-#pragma unroll 8
-  for (int w = 0; w < kWarps; ++w) {
-    first += partial[w][lane0 * 4 + element];
-    second += partial[w][lane1 * 4 + element];
-  }
-  return make_float2(first, second);
+  const int row = 2 * cell.pair + (cell.leads ? 0 : 1);
+  const int at = ((row & 7) * 4 + (cell.column >> 1)) * 4 + (row >= 8 ? 2 : 0) + (cell.column & 1);
+  float sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += partial[w][at];
+  return make_float2(sum, __shfl_down_sync(~0u, sum, 8));
 }
 
 // Run all items of product P that fall to this CTA.

@@ -14,6 +14,16 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// Of four neighbouring lanes, the same in each.
+__device__ __forceinline__ float sum_of_four(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ __forceinline__ float max_of_four(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
 // What norms and rotates a row: fetched before the row is waited for.
 template <int kDim>
 struct NormRope {
@@ -103,10 +113,9 @@ __device__ __forceinline__ void wait_rows(HeadRow<kDim> (&rows)[kCount], const u
       }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) ok = ok && v[i][0].y == tag && v[i][1].y == tag;
-    if (ok) break;
+    if (__all_sync(~0u, ok)) break;
     dog.after(spin, Phase::kAttention, tag);
   }
-  __syncwarp();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) rows[i].set(owns ? v[i][0].x : 0u, owns ? v[i][1].x : 0u);
 }

@@ -73,7 +73,7 @@ __device__ __forceinline__ void fetch_weights(const FrameParams& p, FrameRing& r
 
 __device__ __forceinline__ void compute_frame(Shared& sh) {
   const FrameParams& p = sh.params;
-  Context c{p, sh.scratch, {sh.ring}, Watchdog{p}, p.epoch, (1u << p.num_columns) - 1};
+  Context c{p, sh.scratch, {sh.ring}, Watchdog{p}, p.epoch, columns_of(p)};
   Residual<P> row;
   {
     Residual<T> hidden;
@@ -119,6 +119,8 @@ extern "C" int frame_max_grid() {
 extern "C" int64_t frame_num_packets() { return PacketLayout::kTotal; }
 
 extern "C" int frame_residual_floats() { return kStashFloats; }
+
+extern "C" int frame_noise_floats() { return 4 * Sampler::kNoise; }
 
 extern "C" int frame_dump_rows() { return PacketLayout::kDumpRows; }
 

@@ -57,6 +57,9 @@ using FrameRing = RingShared<kRingBytes, kMinPieceBytes>;
 // Floats of a CTA's residual, all its threads' registers.
 constexpr int kStashFloats = max_of(TalkerProducts::Qkv::kChunks, PredictorProducts::Qkv::kChunks) * 4 * kThreads;
 
+// A bit for each column that holds a row of a stream.
+__device__ __forceinline__ uint32_t columns_of(const FrameParams& p) { return (1u << p.num_columns) - 1; }
+
 // What a computing warp carries through the frame.
 struct Context {
   const FrameParams& p;
@@ -68,7 +71,11 @@ struct Context {
   int buffer = 0;    // of the partial sums
 
   static __device__ __forceinline__ int column() { return lane_index() >> 2; }  // this lane's
+  // The lane whose values this one takes from the exchanges: its own, or one of column 0 where its column is
+  // not in use. Products keep columns apart, so what an unused one holds does not matter.
+  __device__ __forceinline__ int polled_lane() const { return uses(column()) ? lane_index() : lane_index() & 3; }
   __device__ __forceinline__ bool uses(int column) const { return columns >> column & 1; }
+  __device__ __forceinline__ bool finishes(const Cell& cell) const { return cell.leads && uses(cell.column); }
 
   // This CTA has done its part of an exchange.
   __device__ __forceinline__ void advance() {
@@ -85,9 +92,7 @@ struct Residual {
   static constexpr int kChunks = Products<D>::Qkv::kChunks;
   float x[kChunks][4];
 
-  static __device__ __forceinline__ bool real() {  // not padding
-    return warp_index() * kChunks < Products<D>::Qkv::kRealChunks;
-  }
+  static __device__ __forceinline__ bool real() { return Products<D>::Qkv::real(warp_index()); }
   static __device__ __forceinline__ int first_k(int c) {
     return (warp_index() * kChunks + c) * kChunk + 2 * (thread_index() & 3);
   }
@@ -124,9 +129,10 @@ struct Residual {
   }
   __device__ __forceinline__ void stash(const Context& c) const {
     float4* to = stash_at(c);
-    if (!c.uses(c.column())) return;
+    const bool used = c.uses(c.column());
 #pragma unroll
-    for (int j = 0; j < kChunks; ++j) __stcg(to + j * kThreads, make_float4(x[j][0], x[j][1], x[j][2], x[j][3]));
+    for (int j = 0; j < kChunks; ++j)
+      if (used) __stcg(to + j * kThreads, make_float4(x[j][0], x[j][1], x[j][2], x[j][3]));
   }
   __device__ __forceinline__ void recall(const Context& c) {
     const float4* from = stash_at(c);
@@ -143,9 +149,9 @@ struct Residual {
   // Add what a product published, in its kSplit parts of k, all polled at once.
   template <int kSplit>
   __device__ __forceinline__ void add_deltas(const Context& c, const uint64_t* vectors, uint32_t tag) {
-    if (!c.uses(c.column()) || !real()) return;
+    if (!real()) return;
     uint4 v[kSplit][kChunks];
-    wait_pairs(vectors + (warp_index() * kChunks * 32 + lane_index()) * 2, vector_packets(PacketLayout::kHidden), tag, v,
+    wait_pairs(vectors + (warp_index() * kChunks * 32 + c.polled_lane()) * 2, vector_packets(PacketLayout::kHidden), tag, v,
                c.dog, Phase::kInput);
 #pragma unroll
     for (int s = 0; s < kSplit; ++s)
@@ -200,11 +206,16 @@ __device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& 
     c.scratch.sum_of_squares[squares_at][warp_index()][lane_index() >> 2] = squares;
 }
 
+// 1 / rms of the column that a lane finishes rows of (Cell), for whole warps: the four lanes of a
+// column share out its sum.
 template <class D>
-__device__ __forceinline__ float rms_scale(const Context& c, int squares_at, int column) {
+__device__ __forceinline__ float rms_scale(const Context& c, int squares_at) {
   float sum = 0.f;
-#pragma unroll 8
-  for (int w = 0; w < kWarps; ++w) sum += c.scratch.sum_of_squares[squares_at][w][column];
+#pragma unroll
+  for (int i = 0; i < kWarps / 4; ++i)
+    sum += c.scratch.sum_of_squares[squares_at][(lane_index() >> 3) * (kWarps / 4) + i][lane_index() & 7];
+  sum += __shfl_xor_sync(~0u, sum, 8);
+  sum += __shfl_xor_sync(~0u, sum, 16);
   return rsqrtf(sum / D::kHidden + D::kEps);
 }
 
@@ -212,18 +223,16 @@ __device__ __forceinline__ float rms_scale(const Context& c, int squares_at, int
 template <class P>
 __device__ __forceinline__ void wait_fragments(const Context& c, const uint64_t* vector, int split, int first,
                                                uint32_t tag, Phase phase, uint2 (&f)[P::kHeld]) {
-  const int warp = warp_index(), lane = lane_index();
-  static_assert(P::kRealChunks % P::kChunks == 0, "padding is whole warps");
+  if (!P::real(warp_index())) {
 #pragma unroll
-  for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(0, 0);
-  if (c.uses(c.column()) && warp * P::kChunks < P::kRealChunks) {
-    uint4 v[1][P::kHeld];
-    const int chunk = split * P::kRealChunks + warp * P::kChunks + first;
-    wait_pairs(vector + (chunk * 32 + lane) * 2, 0, tag, v, c.dog, phase);
-#pragma unroll
-    for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(v[0][j].x, v[0][j].z);
+    for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(0, 0);
+    return;
   }
-  __syncwarp();
+  uint4 v[1][P::kHeld];
+  const int chunk = split * P::kRealChunks + warp_index() * P::kChunks + first;
+  wait_pairs(vector + (chunk * 32 + c.polled_lane()) * 2, 0, tag, v, c.dog, phase);
+#pragma unroll
+  for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(v[0][j].x, v[0][j].z);
 }
 
 // Weight of a norm over hidden: two a layer, then the final one.
@@ -233,18 +242,20 @@ __device__ __forceinline__ const __nv_bfloat16* norm_weight(const FrameParams& p
 }
 
 // One layer. The residual comes without the deltas of the down projection before it (published
-// under tag - 1; layer 0 has none), and leaves without this layer's.
-template <class D, class Attend>
-__device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int layer, Attend&& attend) {
+// under tag - 1; layer 0 has none), and leaves without this layer's. `prepare` is called first, before
+// anything is waited for.
+template <class D, class Prepare, class Attend>
+__device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int layer, Prepare&& prepare,
+                                              Attend&& attend) {
   using P = Products<D>;
   using L = PacketLayout;
   const FrameParams& p = c.p;
   Gamma<D> gamma;
 
   // QKV
+  prepare();
   gamma.load(norm_weight<D>(p, 2 * layer));
   if (layer > 0) r.template add_deltas<P::Down::kSplit>(c, p.packets + L::kDeltaDown, c.tag - 1);
-  __syncwarp();
   gemv<typename P::Qkv>(
       c.ring, c.scratch, c.buffer,
       [&](int, int, uint2(&f)[P::Qkv::kHeld]) {
@@ -252,8 +263,8 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int la
         r.stash(c);
       },
       [&](int strip, int, const Cell& cell, float2 rows) {
-        if (!c.uses(cell.column)) return;
-        const float scale = rms_scale<D>(c, 0, cell.column);
+        const float scale = rms_scale<D>(c, 0);
+        if (!c.finishes(cell)) return;
         const int row = strip * 16 + 2 * cell.pair;
         publish_pair(p, p.packets + L::kQkv, row, cell.column, rows.x * scale, rows.y * scale, c.tag, row);
       });
@@ -269,7 +280,7 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int la
         wait_fragments<typename P::Out>(c, p.packets + L::kHeadsOut, split, first, c.tag - 1, Phase::kOut, f);
       },
       [&](int strip, int split, const Cell& cell, float2 rows) {
-        if (!c.uses(cell.column)) return;
+        if (!c.finishes(cell)) return;
         const int row = strip * 16 + 2 * cell.pair;
         publish_pair(p, p.packets + L::kDeltaO + split * vector_packets(L::kHidden), row, cell.column, rows.x, rows.y,
                      c.tag, split * D::kHidden + row);
@@ -280,15 +291,14 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int la
   gamma.load(norm_weight<D>(p, 2 * layer + 1));
   r.recall(c);
   r.template add_deltas<P::Out::kSplit>(c, p.packets + L::kDeltaO, c.tag - 1);
-  __syncwarp();
   gemv<typename P::GateUp>(
       c.ring, c.scratch, c.buffer,
       [&](int, int, uint2(&f)[P::GateUp::kHeld]) { normed_fragments<D>(c, r, gamma, 1, f); },
       [&](int strip, int, const Cell& cell, float2 rows) {
         // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight.
         const float up_low = __shfl_down_sync(~0u, rows.x, 16), up_high = __shfl_down_sync(~0u, rows.y, 16);
-        if (cell.pair >= 4 || !c.uses(cell.column)) return;
-        const float scale = rms_scale<D>(c, 1, cell.column);
+        const float scale = rms_scale<D>(c, 1);
+        if (cell.pair >= 4 || !c.finishes(cell)) return;
         const float low = rows.x * scale, high = rows.y * scale;
         const int row = strip * 8 + 2 * cell.pair;
         publish_pair(p, p.packets + L::kMlpInner, row, cell.column, low / (1.0f + expf(-low)) * (up_low * scale),
@@ -303,7 +313,7 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int la
         wait_fragments<typename P::Down>(c, p.packets + L::kMlpInner, split, first, c.tag - 1, Phase::kMlp, f);
       },
       [&](int strip, int split, const Cell& cell, float2 rows) {
-        if (!c.uses(cell.column)) return;
+        if (!c.finishes(cell)) return;
         const int row = strip * 16 + 2 * cell.pair;
         publish_pair(p, p.packets + L::kDeltaDown + split * vector_packets(L::kHidden), row, cell.column, rows.x,
                      rows.y, c.tag, split * D::kHidden + row);

@@ -61,6 +61,10 @@ struct Watchdog {
   }
 };
 
+// All waits are for whole warps, which leave them together: a warp whose lanes leave one by one runs what
+// follows several times over, once for each group of lanes. A lane with nothing to wait for waits for what
+// another does.
+
 // Poll kCount chunks (64 packets each, of which a lane has two) of each of kVectors vectors, until all
 // carry `tag`. What has come is not asked for again: polls and weights share the way.
 template <int kVectors, int kCount>
@@ -80,7 +84,7 @@ __device__ __forceinline__ void wait_pairs(const uint64_t* p, int vector_stride,
           ok = false;
           v[s][j] = load_two_packets(p + s * vector_stride + j * 64);
         }
-    if (ok) return;
+    if (__all_sync(~0u, ok)) return;
     dog.after(spin, phase, tag);
   }
 }
@@ -89,7 +93,7 @@ __device__ __forceinline__ uint32_t wait_packet(const uint64_t* p, uint32_t tag,
                                                 Phase phase) {
   for (unsigned spin = 0;; ++spin) {
     const uint2 v = load_packet(p);
-    if (v.y == tag) return v.x;
+    if (__all_sync(~0u, v.y == tag)) return v.x;
     dog.after(spin, phase, tag);
   }
 }

@@ -30,14 +30,13 @@ __device__ __forceinline__ void project_hidden(Context& c, const Residual<T>& hi
             f[j] = make_uint2(pack_bf16(hidden.x[j][0], hidden.x[j][1]), pack_bf16(hidden.x[j][2], hidden.x[j][3]));
         },
         [&](int strip, int, const Cell& cell, float2 rows) {
-          if (!c.uses(cell.column)) return;
+          if (!c.finishes(cell)) return;
           const float2 b = unpack_bf16(reinterpret_cast<const uint32_t*>(p.projection_bias)[strip * 8 + cell.pair]);
           const int at = strip * 16 + 2 * cell.pair;
           publish_pair(p, projected, at, cell.column, rows.x + b.x, rows.y + b.y, c.tag, at);
         });
     row.clear();
     row.template add_deltas<1>(c, projected, c.tag);
-    __syncwarp();
     c.advance();
   }
 }
@@ -91,17 +90,20 @@ __device__ __forceinline__ void predict(Context& c, SamplerShared& sampler, Resi
   for (int pass = paired ? 1 : 0;; ++pass) {
     const NewRows rows{pass, paired && pass == 1 ? kPaired : 0};
     if (pass > 0) {
-      const int mine = c.column() % (rows.first > 0 ? kPaired : kMaxColumns);  // this lane's stream
+      // This lane's stream, or where its column has none, one that is there.
+      const int mine = min(c.column() % (rows.first > 0 ? kPaired : kMaxColumns), p.num_columns - 1);
       const int code = sample(c, sampler, pass - 1, mine);
       if (pass == kNumCodebooks) break;
-      if (mine < p.num_columns && c.column() == rows.first + mine) feed_code(p, pass - 1, code, row);
+      if (c.column() >= rows.first) feed_code(p, pass - 1, code, row);
     }
     c.columns = streams | streams << rows.first;
 #pragma unroll 1
     for (int layer = 0; layer < P::kLayers; ++layer)
-      decoder_layer<P>(c, row, layer, [&] { attend_predictor<P>(c, layer, rows); });
+      decoder_layer<P>(
+          c, row, layer, [] {}, [&] { attend_predictor<P>(c, layer, rows); });
     if (pass > 0) {
       Gamma<P> gamma;
+      lay_noise(p, pass);
       head_logits<P>(c, row, rows.first, gamma);
     }
     c.columns = streams;

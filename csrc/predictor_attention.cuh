@@ -80,19 +80,32 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int layer, int
   }
   sync_compute();
   constexpr int kPairs = S::kGroupSize * S::kDim / 2;
-  for (int i = thread_index(); i < (rows.first > 0 ? 2 : 1) * kPairs; i += kThreads) {
+  constexpr int kParts = 4, kPerPart = kNumCodebooks / kParts;  // neighbouring lanes share out the positions
+  for (int i = thread_index() / kParts; i < (rows.first > 0 ? 2 : 1) * kPairs; i += kThreads / kParts) {
     // The row before the last attends to itself alone, being the first: with one position to see
     // the weight is one, whatever the score.
     const int position = rows.last - i / kPairs, g = i % kPairs / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2));
-    float maximum = -INFINITY, total = 0.f, low = 0.f, high = 0.f;
-    for (int w = 0; w <= position; ++w) maximum = fmaxf(maximum, sh.score[g][w]);
-    for (int w = 0; w <= position; ++w) {
-      const float weight = expf(sh.score[g][w] - maximum);
-      const float2 value = *reinterpret_cast<const float2*>(&sh.v[w][dim]);
+    const int first = thread_index() % kParts * kPerPart;
+    float score[kPerPart], maximum = -INFINITY, total = 0.f, low = 0.f, high = 0.f;
+#pragma unroll
+    for (int j = 0; j < kPerPart; ++j) {
+      score[j] = first + j <= position ? sh.score[g][first + j] : -INFINITY;
+      maximum = fmaxf(maximum, score[j]);
+    }
+    maximum = max_of_four(maximum);
+#pragma unroll
+    for (int j = 0; j < kPerPart; ++j) {
+      if (first + j > position) continue;
+      const float weight = expf(score[j] - maximum);
+      const float2 value = *reinterpret_cast<const float2*>(&sh.v[first + j][dim]);
       total += weight;
       low += weight * value.x;
       high += weight * value.y;
     }
+    total = sum_of_four(total);
+    low = sum_of_four(low);
+    high = sum_of_four(high);
+    if (first != 0) continue;
     const int row = (kv_head * S::kGroupSize + g) * S::kDim + dim;
     publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, rows.column(stream, position), low / total, high / total,
                  c.tag, row);

@@ -42,6 +42,11 @@ struct RingReader {
   int tail = 0;
   uint32_t pieces = 0;
 
+  // Whether the next piece has arrived.
+  __device__ __forceinline__ bool ready(int warp) {
+    return mbarrier_done(&sh.full[warp][pieces % Shared::kBarriers], pieces / Shared::kBarriers & 1);
+  }
+
   // Address of this lane's first operand in the next piece; one follows every 512 bytes.
   template <int kPieceBytes>
   __device__ __forceinline__ uint32_t wait(int warp, int lane) {
@@ -69,9 +74,10 @@ struct RingWriter {
   uint32_t issued = 0, reclaimed = 0;  // pieces
 
   __device__ __forceinline__ void push(const char* from, int bytes, uint64_t policy) {
-    const int passed_over = head + bytes > Shared::kBytes ? Shared::kBytes - head : 0;
+    const bool wraps = head + bytes > Shared::kBytes;
+    const int passed_over = wraps ? Shared::kBytes - head : 0;
     reclaim(passed_over + bytes);
-    if (passed_over > 0) head = 0;
+    if (wraps) head = 0;
     sh.taken[warp][issued % Shared::kBarriers] = uint16_t(passed_over + bytes);
     bulk_copy(sh.data[warp] + head, from, bytes, &sh.full[warp][issued % Shared::kBarriers], policy);
     head += bytes;

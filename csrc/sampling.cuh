@@ -57,6 +57,7 @@ struct Draw {
 // would be cold every frame.
 struct Sampler {
   static constexpr int kQuads = ceil_div(PacketLayout::kVocab / 4, kThreads);  // of a thread
+  static constexpr int kNoise = kQuads * kThreads;                             // quads of a column's noise
 
   SamplerShared& sh;
   int vocab;
@@ -69,16 +70,23 @@ struct Sampler {
   __device__ __forceinline__ bool any_owns(int i) const { return i * kThreads < vocab / 4; }
   __device__ __forceinline__ bool owns(int i) const { return quad(i) < vocab / 4; }
 
-  // Before the logits are there: it does not depend on them.
-  __device__ __forceinline__ void draw_noise(const Draw& d, const float* injected) {
+  // Drawn while the logits are still being made, for they do not need them, and laid aside until then: each
+  // thread reads what it wrote.
+  static __device__ __forceinline__ void lay_noise(const Draw& d, int vocab, float4* aside) {
+#pragma unroll 1
+    for (int i = 0; i * kThreads < vocab / 4; ++i) {
+      const uint4 words = philox(make_uint4(quad(i), d.codebook, d.frame, 0), d.key);
+      __stcg(aside + quad(i), make_float4(gumbel(words.x), gumbel(words.y), gumbel(words.z), gumbel(words.w)));
+    }
+  }
+  __device__ __forceinline__ void read_noise(const float4* from) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-      if (!any_owns(i)) break;
-      const uint4 words = philox(make_uint4(quad(i), d.codebook, d.frame, 0), d.key);
-      const uint32_t lanes[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        noise[i][j] = injected == nullptr ? gumbel(lanes[j]) : owns(i) ? injected[quad(i) * 4 + j] : 0.f;
+      const float4 x = owns(i) ? __ldcg(from + quad(i)) : make_float4(0.f, 0.f, 0.f, 0.f);
+      noise[i][0] = x.x;
+      noise[i][1] = x.y;
+      noise[i][2] = x.z;
+      noise[i][3] = x.w;
     }
   }
 
@@ -93,18 +101,13 @@ struct Sampler {
                                               float* dump) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-      if (!owns(i)) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) score[i][j] = -INFINITY;
-        continue;
-      }
       uint4 v[2][1];
-      wait_pairs(packets + quad(i) * 4, 2, tag, v, dog, Phase::kLogits);
-      score[i][0] = __uint_as_float(v[0][0].x);
-      score[i][1] = __uint_as_float(v[0][0].z);
-      score[i][2] = __uint_as_float(v[1][0].x);
-      score[i][3] = __uint_as_float(v[1][0].z);
-      if (dump != nullptr)
+      wait_pairs(packets + min(quad(i), vocab / 4 - 1) * 4, 2, tag, v, dog, Phase::kLogits);
+      score[i][0] = owns(i) ? __uint_as_float(v[0][0].x) : -INFINITY;
+      score[i][1] = owns(i) ? __uint_as_float(v[0][0].z) : -INFINITY;
+      score[i][2] = owns(i) ? __uint_as_float(v[1][0].x) : -INFINITY;
+      score[i][3] = owns(i) ? __uint_as_float(v[1][0].z) : -INFINITY;
+      if (dump != nullptr && owns(i))
 #pragma unroll
         for (int j = 0; j < 4; ++j) dump[quad(i) * 4 + j] = score[i][j];
     }

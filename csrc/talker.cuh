@@ -24,6 +24,14 @@ __device__ __forceinline__ Draw draw_of(const Column& s, int codebook) {
   return d;
 }
 
+// The noise of codebook's draws, before their logits are waited for.
+__device__ __forceinline__ void lay_noise(const FrameParams& p, int codebook) {
+  if (p.noise != nullptr) return;
+  for (int column = blockIdx.x; column < p.num_columns; column += gridDim.x)
+    Sampler::lay_noise(draw_of(p.columns[column], codebook), codebook == 0 ? T::kVocab : P::kVocab,
+                       reinterpret_cast<float4*>(p.noise_aside) + column * Sampler::kNoise);
+}
+
 // Sample codebook's code of every stream, one CTA a stream, from the logits; every lane
 // of every CTA leaves with the code of stream `mine`.
 __device__ __forceinline__ int sample(Context& c, SamplerShared& sh, int codebook, int mine) {
@@ -34,7 +42,8 @@ __device__ __forceinline__ int sample(Context& c, SamplerShared& sh, int codeboo
     const uint32_t logits_tag = codebook == 0 ? p.epoch + 5 * T::kLayers : c.tag - 1;  // more may follow the talker's
     uint32_t* seen = codebook == 0 ? p.seen + int64_t(p.columns[column].slot) * (T::kVocab / 32) : nullptr;
     Sampler sampler{sh, codebook == 0 ? T::kVocab : P::kVocab};
-    sampler.draw_noise(d, p.noise == nullptr ? nullptr : p.noise + at * T::kVocab);
+    sampler.read_noise(reinterpret_cast<const float4*>(p.noise == nullptr ? p.noise_aside + column * 4 * Sampler::kNoise
+                                                                          : p.noise + at * T::kVocab));
     sampler.read_seen(seen);
     sampler.read_logits(p.packets + PacketLayout::kLogits + int64_t(column) * PacketLayout::kVocab, logits_tag, c.dog,
                         p.dump_logits == nullptr ? nullptr : p.dump_logits + at * T::kVocab);
@@ -48,10 +57,7 @@ __device__ __forceinline__ int sample(Context& c, SamplerShared& sh, int codeboo
     }
     sync_compute();  // before the sampler's memory is used again
   }
-  int code = 0;
-  if (mine < p.num_columns)
-    code = wait_packet(p.packets + PacketLayout::kCodes + codebook * kMaxColumns + mine, c.tag, c.dog, Phase::kCode);
-  __syncwarp();
+  const int code = wait_packet(p.packets + PacketLayout::kCodes + codebook * kMaxColumns + mine, c.tag, c.dog, Phase::kCode);
   c.advance();
   return code;
 }
@@ -63,13 +69,12 @@ __device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, int firs
   using Head = typename Products<D>::Head;
   gamma.load(norm_weight<D>(c.p, 2 * D::kLayers));
   r.template add_deltas<Products<D>::Down::kSplit>(c, c.p.packets + PacketLayout::kDeltaDown, c.tag - 1);
-  __syncwarp();
   gemv<Head>(
       c.ring, c.scratch, c.buffer, [&](int, int, uint2(&f)[Head::kHeld]) { normed_fragments<D>(c, r, gamma, 1, f); },
       [&](int strip, int, const Cell& cell, float2 rows) {
         const int stream = cell.column - first;
-        if (stream < 0 || !c.uses(cell.column)) return;
-        const float scale = rms_scale<D>(c, 1, cell.column);
+        const float scale = rms_scale<D>(c, 1);
+        if (stream < 0 || !c.finishes(cell)) return;
         uint64_t* to =
             c.p.packets + PacketLayout::kLogits + int64_t(stream) * PacketLayout::kVocab + strip * 16 + 2 * cell.pair;
         store_packet(to, __float_as_uint(rows.x * scale), c.tag);
@@ -88,14 +93,16 @@ __device__ __forceinline__ void talker_layers(Context& c, Residual<T>& r) {
   }
 #pragma unroll 1
   for (int layer = 0; layer < T::kLayers; ++layer)
-    decoder_layer<T>(c, r, layer, [&] { attend_talker<T>(c, layer); });
+    decoder_layer<T>(
+        c, r, layer, [&] { prefetch_cache<T>(p, layer); }, [&] { attend_talker<T>(c, layer); });
 }
 
 // Codec head; leaves code 0 to be sampled, and the normed row in the residual.
 __device__ __forceinline__ void talker_head(Context& c, Residual<T>& r) {
   Gamma<T> gamma;
+  lay_noise(c.p, 0);
   head_logits<T>(c, r, 0, gamma);
-  const float scale = rms_scale<T>(c, 1, c.column());
+  const float scale = __shfl_sync(~0u, rms_scale<T>(c, 1), c.column());
 #pragma unroll
   for (int j = 0; j < Residual<T>::kChunks; ++j)
 #pragma unroll

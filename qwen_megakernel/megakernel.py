@@ -201,6 +201,7 @@ class MegakernelBackend:
             "seen": zeros(self.num_slots, c.vocab_size // 32, dtype=torch.int32),
             "codes": zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int32),
             "residuals": zeros(self._grid, self._ops.residual_floats(), dtype=torch.float32),
+            "noise_aside": zeros(MAX_BATCH, self._ops.noise_floats(), dtype=torch.float32),
             "packets": zeros(self._ops.num_packets(), dtype=torch.int64),
             "watchdog": torch.zeros(4, dtype=torch.int32, pin_memory=True),
         }
@@ -228,11 +229,11 @@ class MegakernelBackend:
             self._long_prompts.run(slot, rows[:ROWS], begin)
             begin += len(rows[:ROWS])
             rows = rows[ROWS:]
-        for part in rows.split(MAX_BATCH):
+        for first in range(0, len(rows), MAX_BATCH):
+            part = rows[first : first + MAX_BATCH]
             columns = self._columns[[slot] * len(part)]
-            columns["position"] = begin + np.arange(len(part))
+            columns["position"] = begin + first + np.arange(len(part))
             self._launch(columns, part, prefill=True)
-            begin += len(part)
 
     def release(self, slot: int) -> None:
         """See `DecoderBackend.release`. Raises `ValueError` for a slot that is not live."""

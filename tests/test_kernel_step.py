@@ -166,7 +166,9 @@ def test_with_injected_noise_codes_differ_only_where_rounding_decides(twins, sha
         # What the kernel drew is seen from its own logits, given the forced history.
         logits = torch.zeros(n, NUM_CODEBOOKS, vocab[0], device="cuda")
         seen = t.fp32._seen[:n].clone()
-        drawn = t.kernel.decode(range(n), text, noise, forced, FrameDumps(logits=logits))
+        drawn = t.kernel.decode(
+            range(n), text, noise, forced_codes=forced, dumps=FrameDumps(logits=logits)
+        )
         truth = t.fp32.decode_frame(range(n), text, forced_codes=forced)
         rounded = t.bf16.decode_frame(range(n), text, forced_codes=forced)
         for codebook in range(NUM_CODEBOOKS):
