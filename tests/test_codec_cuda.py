@@ -13,6 +13,7 @@ import pytest
 import torch
 from codec_interpreter import Interpreter
 from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
+from test_kernel_build import system_calls
 from torch import Tensor
 
 from qwen_megakernel import codec_cuda
@@ -54,6 +55,7 @@ def test_kernels_compile_without_spills(arch, tmp_path, monkeypatch):
     product = build(codec_cuda.LIBRARY, arch)
     assert [kernel for kernel in resources(product) if kernel.spill_bytes] == []
     assert len(resources(product)) == 17
+    assert system_calls(product, arch) == []
     assert codec_cuda._load(product), "the structures are of the same size there"
 
 
