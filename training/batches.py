@@ -48,9 +48,7 @@ class BatchStream(IterableDataset):
         while True:
             for index in rng.permutation(len(first)):
                 # The plain reading more often: it is what speech is made from.
-                reading = self._material.readings[
-                    int(rng.random() < 0.25) % len(self._material.readings)
-                ]
+                reading = self._material.readings[int(rng.random() < 0.4) % len(self._material.readings)]
                 utterance = reading[index]
                 streaming = rng.random() >= NON_STREAMING
                 shape = self._shape_for(utterance, streaming)

@@ -33,6 +33,8 @@ BOOKS = (
     "john",
     "acts",
 )
+MORE = 60_000
+"""Sentences beyond the first draw; with half as many, the talker learnt sentences by heart."""
 MAX_CHARS = 130
 """About ten seconds of speech."""
 SEED = 6
@@ -107,6 +109,21 @@ def collect(rng: random.Random) -> list[str]:
     return _with_pairs(chosen, rng)
 
 
+def more(rng: random.Random, known: list[str]) -> list[str]:
+    """Further sentences, each once, none of them among `known`: what `collect` left out."""
+    definitions = [text for kind, text in wordnet() if kind == "definition"]
+    lines = [text for text in verses() if 12 <= len(text.strip()) <= 90]
+    taken = {key(text) for text in (*known, *heldout())}
+    kept: dict[str, str] = {}
+    for raw in (*definitions, *lines, *dialogue.sentences(30_000, rng)):
+        text = _tidy(raw)
+        if text and len(text) <= 70 and key(text) not in taken:
+            kept.setdefault(key(text), text)
+    chosen = list(kept.values())
+    rng.shuffle(chosen)
+    return chosen[:MORE]
+
+
 def _with_pairs(chosen: list[str], rng: random.Random) -> list[str]:
     """Some neighbours joined, so that longer texts are known too; the rest as it was."""
     joined: list[str] = []
@@ -125,6 +142,7 @@ def main() -> None:
     out = parser.parse_args().out
     out.parent.mkdir(parents=True, exist_ok=True)
     chosen = collect(random.Random(SEED))
+    chosen += more(random.Random(SEED + 1), chosen)
     out.write_text("\n".join(chosen) + "\n", encoding="utf-8")
     print(f"{out}: {len(chosen)} sentences, {sum(map(len, chosen)) / len(chosen):.0f} characters each")
 

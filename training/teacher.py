@@ -96,8 +96,8 @@ def voice_of(index: int) -> int:
     return random.Random(index).choices(range(len(VOICES)), SHARES)[0]
 
 
-def _write_chunks(sentences: list[str], folder: Path, worker: int, workers: int) -> None:
-    starts = range(worker * CHUNK, len(sentences), workers * CHUNK)
+def _write_chunks(sentences: list[str], folder: Path, first: int, worker: int, workers: int) -> None:
+    starts = range((first // CHUNK + worker) * CHUNK, len(sentences), workers * CHUNK)
     missing = [start for start in starts if not (folder / f"{start:06d}.npz").exists()]
     if not missing:
         return
@@ -113,8 +113,8 @@ def _write_chunks(sentences: list[str], folder: Path, worker: int, workers: int)
         partial.rename(partial.with_suffix(".npz"))
 
 
-def start(sentences: list[str], folder: Path, workers: int) -> list[Process]:
-    """Start reading the sentences out, in their order; the processes end by themselves.
+def start(sentences: list[str], folder: Path, workers: int, first: int = 0) -> list[Process]:
+    """Start reading the sentences out, from number `first` on; the processes end by themselves.
 
     Raises:
         ValueError: no workers.
@@ -123,7 +123,7 @@ def start(sentences: list[str], folder: Path, workers: int) -> list[Process]:
         raise ValueError(f"workers is {workers}, allowed: at least 1")
     folder.mkdir(parents=True, exist_ok=True)
     processes = [
-        Process(target=_write_chunks, args=(sentences, folder, worker, workers), daemon=True)
+        Process(target=_write_chunks, args=(sentences, folder, first, worker, workers), daemon=True)
         for worker in range(workers)
     ]
     for process in processes:
@@ -143,9 +143,10 @@ def main() -> None:
     parser.add_argument("sentences", type=Path)
     parser.add_argument("out", type=Path, help="folder for the chunks")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--first", type=int, default=0, help="sentence to begin with")
     args = parser.parse_args()
     lines = args.sentences.read_text(encoding="utf-8").splitlines()
-    for process in start(lines, args.out, args.workers):
+    for process in start(lines, args.out, args.workers, args.first):
         process.join()
 
 

@@ -20,6 +20,8 @@ from training.corpus import write_tokens
 
 DROPOUT = 0.1
 """Share of merges left out in the second reading, so that the model learns what tokens are made of."""
+LEARNT = 64_860
+"""Sentences that the tokenizer is made of: the first draw, before there were more."""
 _ROLES = "assistant\nuser\nsystem\n" * 20_000
 """Often enough for the template's words to become tokens."""
 
@@ -37,7 +39,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     sentences = (folder / "sentences.txt").read_text(encoding="utf-8").splitlines()
     (folder / "tokenizer").mkdir(exist_ok=True)
-    write_tokenizer(folder / "tokenizer", tiny=True, text=[*sentences, _ROLES])
+    write_tokenizer(folder / "tokenizer", tiny=True, text=[*sentences[:LEARNT], _ROLES])
     tokenizer = load_tokenizer(folder / "tokenizer").backend_tokenizer
     plain = encode_all(tokenizer, sentences)
     role = encode_all(tokenizer, ["assistant\n"])

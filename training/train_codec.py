@@ -1,12 +1,11 @@
-"""Train the codec while the teacher still reads, then turn all that was read into codes.
+"""Train the codec while the teacher still reads.
 
-    python -m training.train_codec build/training --seconds 180
-    python -m training.train_codec build/training --seconds 180 --resume build/training --frozen
+    python -m training.train_codec build/training --seconds 300
+    python -m training.train_codec build/training --seconds 300 --resume build/training --frozen
 
 Reads `sentences.txt` of the folder and what is in its `speech/` (the teacher reads out the rest
-meanwhile); writes `codec-decoder.safetensors`, `codec-encoder.safetensors`,
-`codec-critics.safetensors` and `codes-*.npz`. The second form trains the decoder alone, so that codes
-keep their meaning, and writes no codes.
+meanwhile); writes `codec-decoder.safetensors`, `codec-encoder.safetensors` and
+`codec-critics.safetensors`. The second form trains the decoder alone, so that codes keep their meaning.
 Time-bounded: schedules follow the clock, not a number of steps.
 """
 
@@ -16,18 +15,16 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import Process
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_megakernel.config import HOP
-from training import corpus, geometry, precompile, teacher
+from training import geometry, precompile, teacher
 from training.codec_model import ENCODER_MARGIN, TrainedCodec, decode_latents
 from training.critics import Critics, critic_loss, generator_losses
 from training.graphs import Batch, Steps, clock
@@ -39,8 +36,8 @@ JUDGED = 8
 """Frames of it that become samples."""
 CONTEXT = 4
 """Frames before those that the slow layers see; their convolutions look back almost as far."""
-FRESH = 0.1
-"""Share of the steps whose samples are a stream's first."""
+FRESH = 0.25
+"""Share of the steps whose samples are an utterance's first: what every first word is made by."""
 SPECTRAL_WEIGHT = 20
 TRAINING_FRAMES = 400_000
 """Of speech: nine hours are enough for four voices."""
@@ -74,6 +71,7 @@ class SpeechStore:
         self.chunks: list[tuple[int, list[int], Tensor]] = []
         """Index of the first sentence, frames of each, samples int16."""
         self.flat = torch.zeros(0, dtype=torch.int16, device=device)
+        self._beginnings = torch.zeros(0, dtype=torch.int64, device=device)
 
     def take(self, most_frames: float = math.inf) -> None:
         """Add what is new in the folder, up to so many frames in all."""
@@ -95,17 +93,23 @@ class SpeechStore:
         if self.num_frames * HOP < 1.5 * len(self.flat):
             return
         gap = torch.zeros(ENCODER_MARGIN * HOP, dtype=torch.int16)
-        parts = [gap]
+        parts, beginnings, length = [gap], [], 0
         for _, frames, audio in self.chunks:
             for one in audio.split([n * HOP for n in frames]):
                 parts += [one, gap]
+                beginnings.append(length)
+                length += len(one) // HOP + ENCODER_MARGIN
         self.flat = torch.cat(parts).to(self._device)
+        self._beginnings = torch.tensor(beginnings, device=self._device)
 
-    def sample(self, batch: int) -> Tensor:
-        """Random stretches, float32 [batch, (SEGMENT + 2 margins) * 1920]."""
+    def sample(self, batch: int, *, beginnings: bool = False) -> Tensor:
+        """Stretches, random or of beginnings, float32 [batch, (SEGMENT + 2 margins) * 1920]."""
         length = (SEGMENT + 2 * ENCODER_MARGIN) * HOP
         last = len(self.flat) // HOP - SEGMENT - 2 * ENCODER_MARGIN
-        starts = torch.randint(last + 1, (batch, 1), device=self._device) * HOP
+        starts = torch.randint(last + 1, (batch, 1), device=self._device)
+        if beginnings:
+            starts = self._beginnings[starts % len(self._beginnings)].clamp(max=last)
+        starts = starts * HOP
         return self.flat[starts + torch.arange(length, device=self._device)].float() / 32768
 
 
@@ -197,7 +201,7 @@ def train(trainer: Trainer, store: SpeechStore, plan: Plan) -> None:
         context = 0 if torch.rand(()) < FRESH else CONTEXT
         first = int(torch.randint(SEGMENT - JUDGED - CONTEXT + 1, ())) if context else 0
         batch = {
-            "audio": store.sample(plan.batch),
+            "audio": store.sample(plan.batch, beginnings=not context),
             "window": torch.arange(first, first + context + JUDGED, device=device),
             "weight": torch.tensor(min(1.0, max(0.0, share - plan.critics_from) * 20), device=device),
         }
@@ -211,26 +215,6 @@ def train(trainer: Trainer, store: SpeechStore, plan: Plan) -> None:
                 f"fooled {fooled:.2f} hours {store.num_frames * HOP / 24_000 / 3600:.2f}",
                 flush=True,
             )
-
-
-@torch.no_grad()
-def encode_all(codec: TrainedCodec, store: SpeechStore, batch: int = 64) -> Iterator[tuple[int, Tensor]]:
-    """(sentence, codes uint8 [frames, 16]) of every utterance."""
-    device = next(codec.parameters()).device
-    margin = ENCODER_MARGIN
-    torch.backends.cudnn.benchmark = False  # lengths vary: it would try all algorithms for each
-    for first, frames, audio in store.chunks:
-        pieces = audio.split([n * HOP for n in frames])
-        order = sorted(range(len(pieces)), key=lambda i: frames[i])
-        for start in range(0, len(order), batch):
-            group = order[start : start + batch]
-            longest = -(-max(frames[i] for i in group) // 8) * 8 + margin
-            padded = torch.stack(
-                [F.pad(pieces[i], (margin * HOP, longest * HOP - len(pieces[i]))) for i in group]
-            )
-            codes = codec.encode(padded.to(device).float() / 32768)[:, margin:]
-            for i, row in zip(group, codes.to(torch.uint8).cpu(), strict=True):
-                yield first + i, row[: frames[i]].clone()
 
 
 def load_codec(folder: Path) -> TrainedCodec:
@@ -320,10 +304,6 @@ def main() -> None:
     save_codec(codec.eval(), out)
     critics = trainer.critics.state_dict()
     save_file({name: tensor.contiguous() for name, tensor in critics.items()}, out / _CRITICS)
-    if not args.frozen:
-        store.take()
-        corpus.write_codes(out, dict(encode_all(codec, store)))
-        print(f"codes of {store.num_frames * HOP / 24_000 / 3600:.1f} hours")
     for reader in readers:
         reader.terminate()
 

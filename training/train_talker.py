@@ -22,12 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qwen_megakernel.config import NUM_CODEBOOKS, ModelConfig
-from qwen_megakernel.model import DecoderLayer, Talker, rope_tables
+from qwen_megakernel.model import Attend, DecoderLayer, Talker, rope_tables
 from training import batches, corpus, geometry, teacher
 from training.batches import Material
 from training.graphs import Batch, Steps, clock
 from training.rows import NONE, Layout, Utterance
 
+DROPOUT = 0.1
+"""Share of what a layer adds that is left out at random: without it, codes are learnt by heart."""
 UNSEEN = 100
 """One sentence in so many only shows whether what is learnt holds for others."""
 _CODE_WEIGHTS = tuple(1 / math.sqrt(k) for k in range(1, NUM_CODEBOOKS))
@@ -73,7 +75,7 @@ def losses(talker: Talker, config: ModelConfig, batch: Batch, speakers: Tensor) 
     positions = torch.arange(x.shape[1], device=x.device)
     # The three axes of the talker's RoPE are equal in speech, so plain RoPE it is.
     cos, sin = (table[None] for table in rope_tables(config.talker, positions))
-    hidden = talker(x, cos, sin, attend).flatten(0, 1)
+    hidden = talker(F.dropout(x, DROPOUT, talker.training), cos, sin, attend).flatten(0, 1)
     logits = talker.codec_head(hidden).float()
     first = F.cross_entropy(logits, batch["target"].flatten(), ignore_index=NONE)
     return first, _predictor_losses(talker, config, hidden, batch)
@@ -93,16 +95,24 @@ def _predictor_losses(talker: Talker, config: ModelConfig, hidden: Tensor, batch
     return loss.view(NUM_CODEBOOKS - 1, -1).mean(1)
 
 
-def compile_layers(talker: Talker) -> None:
-    """Fuse what lies between the products of every layer, in place: half of a step's time."""
-    torch._dynamo.config.cache_size_limit = 64
-    compiled = torch.compile(DecoderLayer.forward, dynamic=False)
-    for layer in (*talker.model.layers, *talker.code_predictor.model.layers):
+def _layer(
+    layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, dropout: float
+) -> Tensor:
+    """`DecoderLayer.forward` with some of what it adds left out."""
+    x = x + F.dropout(layer.self_attn(layer.input_layernorm(x), cos, sin, 0, attend), dropout)
+    return x + F.dropout(layer.mlp(layer.post_attention_layernorm(x)), dropout)
 
-        def forward(x, cos, sin, _index, attend, layer=layer):  # noqa: ANN001, ANN202
-            return compiled(layer, x, cos, sin, 0, attend)  # another index would be compiled again
 
-        layer.forward = forward
+def prepare_layers(talker: Talker, *, compiled: bool) -> None:
+    """Give every layer its dropout, in place, and fuse what lies between its products."""
+    call = torch.compile(_layer, dynamic=False) if compiled else _layer
+    for stack, dropout in ((talker.model, DROPOUT), (talker.code_predictor.model, DROPOUT / 2)):
+        for layer in stack.layers:
+
+            def forward(x, cos, sin, _index, attend, layer=layer, dropout=dropout):  # noqa: ANN001, ANN202
+                return call(layer, x, cos, sin, attend, dropout)
+
+            layer.forward = forward
 
 
 @dataclass
@@ -155,7 +165,11 @@ class Trainer:
 
 
 def train(
-    trainer: Trainer, stream: Iterator[Batch], unseen: Batch, seconds: float, peak_rate: float
+    trainer: Trainer,
+    stream: Iterator[Batch],
+    unseen: Batch,
+    seconds: float,
+    rates: tuple[float, float],
 ) -> None:
     """Train for so long; now and then show the losses, and those of a batch that is not learnt."""
     steps, shown = Steps(trainer.device), 0.0
@@ -164,7 +178,9 @@ def train(
     for step, share in clock(seconds):
         batch = next(stream)
         warm = min(1.0, (step + 1) / 300)
-        trainer.rate.fill_(peak_rate * warm * max(0.02, 0.5 * (1 + math.cos(math.pi * share))))
+        peak, last = rates
+        rate = last + (peak - last) * 0.5 * (1 + math.cos(math.pi * share))
+        trainer.rate.fill_(warm * rate)
         trainer.keep.fill_(min(0.998, step / (step + 10)))
         found = steps.run(batch["text"].shape, trainer.step, batch)
         recent += (found - recent) * 0.02 if step > 50 else (found - recent)
@@ -226,7 +242,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=200, help="of training")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--last-rate", type=float, default=3e-5, help="learning rate at the end")
     parser.add_argument("--resume", type=Path, default=None, help="folder of weights to go on from")
     parser.add_argument("--sentences", type=int, default=None, help="use only so many")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 2) - 2))
@@ -242,9 +259,9 @@ def main() -> None:
         talker.load_state_dict({k.removeprefix("talker."): v for k, v in weights.items()})
     clips = load_file(args.folder / "speakers.safetensors")["clips"].to(device)
     trainer = Trainer(talker.to(device), config, clips, device)
-    if device.type == "cuda":
-        compile_layers(talker)
-    train(trainer, stream, batches.plain_batch(unseen), args.seconds, args.rate)
+    prepare_layers(talker, compiled=device.type == "cuda")
+    rates = args.rate, args.last_rate
+    train(trainer, stream, batches.plain_batch(unseen), args.seconds, rates)
     save(trainer, args.out or args.folder)
 
 
