@@ -226,7 +226,7 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
     if (first != 0) continue;
     if (whole) {
       const int row = (item.kv_head * S::kGroupSize + g) * S::kDim + dim;
-      publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, item.column, low / total, high / total, c.tag,
+      publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, item.column, divide(low, total), divide(high, total), c.tag,
                    row);
     } else {
       uint64_t* to = part + g * (S::kDim + 2);
@@ -336,7 +336,7 @@ __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_he
       }
     }
     const int row = (kv_head * S::kGroupSize + g) * S::kDim + dim;
-    publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, column, low / total, high / total, c.tag, row);
+    publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, column, divide(low, total), divide(high, total), c.tag, row);
   }
 }
 

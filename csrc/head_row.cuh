@@ -79,7 +79,7 @@ struct HeadRow {
   __device__ __forceinline__ void norm_rope(const NormRope<kDim>& by, float eps) {
     const float2 wa = unpack_bf16(by.weight[0]), wb = unpack_bf16(by.weight[1]);
     const float squares = x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
-    const float scale = rsqrtf(warp_sum(squares) / kDim + eps);
+    const float scale = rsqrtf(warp_sum(squares) * (1.f / kDim) + eps);
     const float a = x[0] * scale * wa.x, b = x[1] * scale * wa.y;
     const float c = x[2] * scale * wb.x, d = x[3] * scale * wb.y;
     x[0] = a * by.angle.x - c * by.angle.y;

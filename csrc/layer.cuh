@@ -216,8 +216,11 @@ __device__ __forceinline__ float rms_scale(const Context& c, int squares_at) {
     sum += c.scratch.sum_of_squares[squares_at][(lane_index() >> 3) * (kWarps / 4) + i][lane_index() & 7];
   sum += __shfl_xor_sync(~0u, sum, 8);
   sum += __shfl_xor_sync(~0u, sum, 16);
-  return rsqrtf(sum / D::kHidden + D::kEps);
+  return rsqrtf(sum * (1.f / D::kHidden) + D::kEps);
 }
+
+// x / (1 + exp(-x)). Where the exponential is cut off the result has long been nothing in bf16.
+__device__ __forceinline__ float silu(float x) { return divide(x, 1.f + expf(fminf(-x, 80.f))); }
 
 // The B operand of a product whose input is a published vector, from chunk `first` of this warp's.
 template <class P>
@@ -301,8 +304,8 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int la
         if (cell.pair >= 4 || !c.finishes(cell)) return;
         const float low = rows.x * scale, high = rows.y * scale;
         const int row = strip * 8 + 2 * cell.pair;
-        publish_pair(p, p.packets + L::kMlpInner, row, cell.column, low / (1.0f + expf(-low)) * (up_low * scale),
-                     high / (1.0f + expf(-high)) * (up_high * scale), c.tag, row);
+        publish_pair(p, p.packets + L::kMlpInner, row, cell.column, silu(low) * (up_low * scale),
+                     silu(high) * (up_high * scale), c.tag, row);
       });
   c.advance();
 

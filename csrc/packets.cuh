@@ -44,12 +44,8 @@ __device__ __forceinline__ void store_packet(uint64_t* p, uint32_t payload, uint
 // Turns a wait that will never end into an error that names where it stood. Waits are counted in polls,
 // about half a microsecond each: a clock would cost registers in every loop.
 __device__ __noinline__ void bark(const FrameParams& p, Phase phase, uint32_t tag) {
-  if (atomicExch(p.watchdog, 1) == 0) {
-    p.watchdog[1] = blockIdx.x;
-    p.watchdog[2] = int(phase);
-    p.watchdog[3] = int(tag - p.epoch);
-    __threadfence_system();
-  }
+  store_whole(p.watchdog, make_uint4(1, blockIdx.x, unsigned(phase), tag - p.epoch));
+  __threadfence_system();
   __trap();
 }
 

@@ -55,6 +55,11 @@ __device__ __forceinline__ void store_word(uint64_t* p, uint64_t x) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
 
+// Sixteen bytes at once, to where the host sees them.
+__device__ __forceinline__ void store_whole(void* p, const uint4& x) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
 // A barrier of `count` threads, a multiple of 32, under a number other than __syncthreads' 0.
 template <int kNumber, int kCount>
 __device__ __forceinline__ void sync_some() {
@@ -88,7 +93,7 @@ __device__ __forceinline__ bool mbarrier_done(uint64_t* barrier, int parity) {
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes) : "memory");
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+      "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
       ::"r"(smem_address(to)), "l"(from), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
       : "memory");
 }
@@ -110,6 +115,17 @@ __device__ __forceinline__ void mma(float (&acc)[4], const uint4& a, const uint2
       "{%0,%1,%2,%3};"
       : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+}
+
+// a / b, correctly rounded, for b and the quotient in the normal range. `/` is the same and calls a
+// subroutine for what is outside it; a call keeps ptxas from handing registers over (take_registers).
+__device__ __forceinline__ float divide(float a, float b) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  r = fmaf(fmaf(-b, r, 1.f), r, r);
+  float q = a * r;
+  q = fmaf(fmaf(-b, q, a), r, q);
+  return fmaf(fmaf(-b, q, a), r, q);
 }
 
 // Registers a thread of this group of four warps has from here on.

@@ -122,10 +122,10 @@ struct Sampler {
         if (!owns(i)) continue;
         float x = score[i][j];
         if (seen[i] >> j & 1)
-          x = x < 0.f ? x * d.penalty : x / d.penalty;
+          x = x < 0.f ? x * d.penalty : divide(x, d.penalty);
         if (d.control_suppressed && v >= vocab - kNumControlCodes && v != kEosCode) x = -INFINITY;
         if (d.eos_suppressed && v == kEosCode) x = -INFINITY;
-        score[i][j] = d.temperature > 0.f ? x / d.temperature : x;
+        score[i][j] = d.temperature > 0.f && x > -INFINITY ? divide(x, d.temperature) : x;
       }
   }
 
