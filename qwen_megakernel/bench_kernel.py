@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -334,8 +334,8 @@ def run(
     repeats: int = REPEATS,
     chain: Path | None = None,
     report: Report,
-) -> dict[str, Any]:
-    """The kernel part of the bench's JSON.
+) -> Iterator[dict[str, Any]]:
+    """The kernel part of the bench's JSON, again after every row, each time with one row more.
 
     Args:
         config, talker: what is decoded; bf16, on the GPU.
@@ -346,16 +346,16 @@ def run(
     """
     bench = KernelBench(config, talker, positions, repeats, report)
     chains = run_chain(chain, bench.arch, report) if chain else {}
-    frames = []
+    frames: list[dict[str, Any]] = []
     for n in streams:
         for position in positions:
             row = bench.measure(n, position, chains.get(n))
             report(f"{n} streams, position {position}: {row.median_us:.0f} us")
             frames.append({**asdict(row), **row.ratios()})
-    return {
-        "arch": bench.arch,
-        "build": [asdict(kernel) for kernel in resources(bench.library)],
-        "chain_us": {str(n): us for n, us in chains.items()},
-        "repeats": repeats,
-        "frames": frames,
-    }
+            yield {
+                "arch": bench.arch,
+                "build": [asdict(kernel) for kernel in resources(bench.library)],
+                "chain_us": {str(number): us for number, us in chains.items()},
+                "repeats": repeats,
+                "frames": list(frames),
+            }

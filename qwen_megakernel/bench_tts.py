@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -60,10 +61,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def run_kernel(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The kernel's part, or why it does not run here."""
+def run_kernel(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The kernel's part row by row, or why it does not run here."""
     if device.type != "cuda":
-        return {"skipped": "the frame kernel needs a CUDA GPU"}
+        yield {"skipped": "the frame kernel needs a CUDA GPU"}
+        return
     torch.set_grad_enabled(False)
     if args.model is None:
         config = shape_config(args.shape)
@@ -74,7 +76,7 @@ def run_kernel(args: argparse.Namespace, device: torch.device) -> dict[str, Any]
         with torch.device("meta"):
             talker = Talker(config.talker, config.predictor)
         checkpoint.load("talker.", talker, dtype=torch.bfloat16, device=device)
-    return bench_kernel.run(
+    yield from bench_kernel.run(
         config, talker, streams=args.streams, positions=args.positions, repeats=args.repeats,
         chain=args.chain, report=tell,
     )  # fmt: skip
@@ -92,6 +94,17 @@ def checkpoint_folder(args: argparse.Namespace) -> Iterator[Path]:
         yield Path(folder)
 
 
+def run_parts(
+    args: argparse.Namespace, device: torch.device, folder: Path, backend: str
+) -> dict[str, Any]:
+    """Decode and codec alone for one backend."""
+    tell(f"{backend}: decode and codec")
+    frames = max(args.repeats // 10, 5)
+    return bench_parts.run(
+        Checkpoint(folder), backend, device, streams=args.streams, frames=frames, report=tell
+    )
+
+
 def run_turns(
     args: argparse.Namespace, device: torch.device, folder: Path, backend: str
 ) -> dict[str, Any]:
@@ -104,8 +117,8 @@ def run_turns(
     )
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The bench's JSON."""
+def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The bench's JSON, again whenever there is more of it."""
     found: dict[str, Any] = {
         "schema": 1,
         "command": f"python -m qwen_megakernel {shlex.join(sys.argv[1:])}",
@@ -114,22 +127,23 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "shape": args.shape if args.model is None else None,
     }
     if "kernel" in args.parts:
-        found["kernel"] = run_kernel(args, device)
+        for found["kernel"] in run_kernel(args, device):
+            yield found
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if {"parts", "server"} & set(args.parts):
-        with checkpoint_folder(args) as folder:
-            if "server" in args.parts:
-                found["server"] = [run_turns(args, device, folder, name) for name in args.backends]
-            if "parts" in args.parts:
-                found["parts"] = [
-                    bench_parts.run(
-                        Checkpoint(folder), name, device, streams=args.streams,
-                        frames=max(args.repeats // 10, 5), report=tell,
-                    )
-                    for name in args.backends
-                ]  # fmt: skip
-    return found
+    if not {"parts", "server"} & set(args.parts):
+        return
+    with checkpoint_folder(args) as folder:
+        if "parts" in args.parts:
+            found["parts"] = []
+            for name in args.backends:
+                found["parts"].append(run_parts(args, device, folder, name))
+                yield found
+        if "server" in args.parts:
+            found["server"] = []
+            for name in args.backends:
+                found["server"].append(run_turns(args, device, folder, name))
+                yield found
 
 
 # --- showing -----------------------------------------------------------------------------------
@@ -227,9 +241,9 @@ def tables(found: dict[str, Any]) -> str:
     ]
     if "kernel" in found:
         blocks.append(kernel_table(found["kernel"]))
-    if "parts" in found:
+    if found.get("parts"):
         blocks.append(parts_table(found["parts"]))
-    if "server" in found:
+    if found.get("server"):
         blocks.append(server_table(found["server"], found.get("parts", [])))
     return "\n\n".join(blocks)
 
@@ -310,17 +324,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; returns the exit status."""
+    """Measure and print; returns the exit status. What is cut short leaves what it has."""
+    # By default SIGTERM would end us without the cleaning up, and leave a server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    found: dict[str, Any] | None = None
     try:
         device = choose_device(args.device)
         on_cpu = device.type == "cpu"
         args.shape = args.shape or ("tiny" if on_cpu else "0.6b")
         args.backends = args.backends or (("torch",) if on_cpu else ("auto", "torch"))
-        found = measure(args, device)
-        if args.json is not None:
-            args.json.write_text(json.dumps(found, indent=2) + "\n")
+        for found in measure(args, device):
+            if args.json is not None:
+                args.json.write_text(json.dumps(found, indent=2) + "\n")
     except (RuntimeError, ValueError, OSError) as error:  # all that a user can cause is one of these
         tell(f"error: {' '.join(str(error).split())}")
         return 1
-    print(tables(found))
+    finally:
+        if found is not None:
+            print(tables(found))
     return 0
