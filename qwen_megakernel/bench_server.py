@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 from websockets.sync.client import ClientConnection, connect
 
 from qwen_megakernel.config import SAMPLE_RATE
-from qwen_megakernel.demo import running_server, write_reference
+from qwen_megakernel.demo import running_server
 from qwen_megakernel.serving.messages import (
     AudioChunk,
     Cancel,
@@ -172,6 +173,13 @@ def _figures(text: str, done: Done, player: Player, start: float) -> TurnFigures
     )
 
 
+def write_voice(path: Path, seconds: float = 3.0) -> None:
+    """A recording to clone: a buzz whose loudness comes and goes like syllables."""
+    t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    buzz = sum(np.sin(2 * np.pi * 120 * k * t) / k for k in range(1, 13))
+    soundfile.write(path, 0.18 * buzz * (0.6 + 0.4 * np.sin(2 * np.pi * 3 * t)), SAMPLE_RATE)
+
+
 def mixed_texts(count: int, seed: int = 0) -> list[str]:
     """Texts of `CHARS` characters, the same for every backend."""
     choose = random.Random(seed)
@@ -215,7 +223,7 @@ def run(
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         voice = Path(folder) / "voice.wav"
-        write_reference(voice)
+        write_voice(voice)
         options = ("--model", checkpoint, "--speaker-ref", voice, "--backend", backend)
         ready = threading.Event()
         start = time.perf_counter()
