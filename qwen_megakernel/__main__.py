@@ -15,7 +15,7 @@ from importlib import import_module
 COMMANDS = {
     "build": ("build_kernels", "compile the CUDA kernels ahead of time"),
     "bench": ("bench_tts", "measure kernel, parts and whole turns on this machine"),
-    "demo": ("demo", "speak once through a real server with tiny random weights"),
+    "demo": ("demo", "speak once through a real server with the demonstration voice"),
     "doctor": ("doctor", "check this machine, and say how to put right what is wrong"),
     "synth-checkpoint": ("synth_checkpoint", "write a checkpoint of random weights (noise for a voice)"),
 }

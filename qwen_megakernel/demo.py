@@ -1,12 +1,11 @@
-"""The whole way once, on any machine: a tiny random checkpoint, a real server, the real client.
+"""The whole way once, on any machine: the demonstration voice, a real server, the real client.
 
-For checkouts only: `server.py` and the client are not part of the package.
+For checkouts only: `server.py`, the client and the voice are not part of the package.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import queue
 import re
@@ -18,8 +17,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import wave
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,18 +25,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SERVER = ROOT / "server.py"
 CLIENT = ROOT / "pipecat_client" / "test_client.py"
 
-TEXT = "Hello there."
+CHECKPOINT = ROOT / "demo_voice"
+"""The tiny checkpoint that the repository carries; see its README.md."""
+VOICE = "rms"
+
+TEXT = "Hello, and thank you for trying this. How can I help you today?"
 READY_S = 180.0
 """The first import of torch from a cold disk can take a minute."""
 CLIENT_S = 300.0
 STOP_S = 30.0
 
-_SAMPLE_RATE = 24_000
 _LISTENING = re.compile(r"listening on \S+ port (\d+)")
 
 CLOSING = """\
-{out} was spoken by random weights, so what you hear is noise. For speech, with a recording of
-the voice to clone (3 to 30 s of one speaker; downloads 2.5 GB once):
+{out} was spoken by the demonstration voice, a tiny model that knows four synthetic voices and
+plain English ({card}). The real model sounds like a person. With a recording of the voice to
+clone (3 to 30 s of one speaker; downloads 2.5 GB once):
 
   {python} server.py --model Qwen/Qwen3-TTS-12Hz-0.6B-Base --speaker-ref voice.wav
 """
@@ -47,20 +48,6 @@ the voice to clone (3 to 30 s of one speaker; downloads 2.5 GB once):
 
 class DemoError(RuntimeError):
     """A step that failed; one line."""
-
-
-def write_reference(path: Path, seconds: float = 3.0) -> None:
-    """A recording to clone: a buzz whose loudness comes and goes like syllables."""
-    samples = array("h")
-    for i in range(int(seconds * _SAMPLE_RATE)):
-        t = i / _SAMPLE_RATE
-        buzz = sum(math.sin(2 * math.pi * 120 * k * t) / k for k in range(1, 13))
-        samples.append(int(6000 * buzz * (0.6 + 0.4 * math.sin(2 * math.pi * 3 * t))))
-    if sys.byteorder == "big":
-        samples.byteswap()
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, _SAMPLE_RATE, 0, "NONE", ""))
-        file.writeframes(samples.tobytes())
 
 
 def run_step(*arguments: str | Path, limit_s: float) -> None:
@@ -179,34 +166,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=ROOT / "build",
         metavar="DIR",
-        help="where demo.wav and the checkpoint go (default: build)",
+        help="where demo.wav goes (default: build)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checkpoint, server, client; the exit status."""
+    """Server, client; the exit status."""
     # By default SIGTERM would end us without the cleaning up, and leave a server behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = args.folder.absolute()
-    checkpoint, reference, out = (
-        folder / "demo-checkpoint",
-        folder / "demo-voice.wav",
-        folder / "demo.wav",
-    )
+    out = folder / "demo.wav"
     try:
-        if not SERVER.is_file():
-            raise DemoError(f"{SERVER} is missing; the demo needs a checkout of the repository")
+        for needed in (SERVER, CHECKPOINT):
+            if not needed.exists():
+                raise DemoError(f"{needed} is missing; the demo needs a checkout of the repository")
         folder.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
-        run_step(
-            "-m", "qwen_megakernel", "synth-checkpoint", checkpoint, "--shape", "tiny", limit_s=CLIENT_S
-        )
-        write_reference(reference)
-        with running_server("--model", checkpoint, "--speaker-ref", reference) as port:
+        with running_server("--model", CHECKPOINT, "--voices", CHECKPOINT / "voices") as port:
             url = f"ws://127.0.0.1:{port}"
-            run_step(CLIENT, "--url", url, "--text", args.text, "--out", out, limit_s=CLIENT_S)
+            options = ("--url", url, "--voice", VOICE, "--text", args.text, "--out", out)
+            run_step(CLIENT, *options, limit_s=CLIENT_S)
     except (DemoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print("\n" + CLOSING.format(out=_short(out), python=_short(Path(sys.executable))), end="")
+    card, python = _short(CHECKPOINT / "README.md"), _short(Path(sys.executable))
+    print("\n" + CLOSING.format(out=_short(out), card=card, python=python), end="")
     return 0

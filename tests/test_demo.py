@@ -8,10 +8,12 @@ import subprocess
 import sys
 import wave
 
+import numpy as np
 import pytest
 from live_server import ROOT
 
-from qwen_megakernel.demo import DemoError, run_step, running_server
+from qwen_megakernel.demo import TEXT, DemoError, run_step, running_server
+from training.listening import word_errors
 
 
 def start(folder, *arguments):
@@ -32,15 +34,19 @@ def server_is_gone(output):
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_speaks_and_says_that_it_is_noise(tmp_path):
-    process = start(tmp_path, "--text", "Hi.")
+def test_speaks_so_that_it_is_understood(tmp_path, listener):
+    process = start(tmp_path)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, out + err
     assert err == ""
     with wave.open(str(tmp_path / "demo.wav")) as file:
         assert file.getframerate() == 24_000
-        assert file.getnframes() > 0
-    assert "so what you hear is noise" in out
+        pcm = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+    heard = listener.write_down(pcm.astype(np.float32) / 32768)
+    errors, words = word_errors(TEXT, heard)
+    assert errors <= words // 3, heard
+    assert "finished: stop" in out
+    assert "spoken by the demonstration voice" in out
     assert "server.py --model Qwen/Qwen3-TTS-12Hz-0.6B-Base --speaker-ref voice.wav" in out
     assert server_is_gone(out)
 

@@ -253,7 +253,7 @@ def imports_are_required(root: Path) -> Iterator[str]:
 
 
 def pages(root: Path) -> list[Path]:
-    folders = ("docs", *SOURCES)
+    folders = ("docs", "demo_voice", *SOURCES)
     return [
         *sorted(root.glob("*.md")),
         *(page for name in folders for page in sorted((root / name).rglob("*.md"))),

@@ -23,7 +23,7 @@ from qwen_megakernel.config import HOP, SAMPLE_RATE
 
 VOICES = ("slt", "rms", "awb", "kal16")
 SHARES = (0.40, 0.25, 0.20, 0.15)
-"""How much of the speech is of each voice; the first is the one that the demo speaks with."""
+"""How much of the speech is of each voice; chosen before any was heard."""
 _GAINS = {"slt": 0.56, "rms": 1.08, "awb": 0.95, "kal16": 2.40}
 """Brings all voices to a root mean square of about 0.1."""
 LEAD_S, TRAIL_S = 0.08, 0.12

@@ -10,6 +10,7 @@ import urllib.request
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 
 pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client/requirements.txt")
@@ -18,6 +19,7 @@ from live_server import ROOT, LiveServer
 from rtvi_client import VOICE_RATE, RtviClient, voice
 
 from pipecat_client.scripted import REPLIES
+from training.listening import word_errors
 
 DEMO = "pipecat_client/pipeline_demo.py"
 
@@ -39,12 +41,12 @@ def run_demo(*arguments):
 
 
 @contextmanager
-def scripted_demo(tts_url):
+def scripted_demo(tts_url, *options):
     """The port of its page."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, DEMO, "--scripted", "--tts-url", tts_url, "--port", str(port)]
+    command = [sys.executable, DEMO, "--scripted", "--tts-url", tts_url, "--port", str(port), *options]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
@@ -89,6 +91,26 @@ def test_greeting_and_answer(demo_port):
     assert answer == "You said: Good morning to you."
     assert 0 < heard < heard_in_all
     assert any(message["type"] == "metrics" for message in messages)
+
+
+def test_greeting_is_understood(listener):
+    checkpoint = ROOT / "demo_voice"
+    server = LiveServer("--model", str(checkpoint), "--voices", str(checkpoint / "voices"))
+
+    async def scenario(port):
+        async with RtviClient(port) as client:
+            await client.wait(lambda: client.words().endswith(REPLIES[0][-4:]), limit_s=90)
+            await client.wait(lambda: client.messages[-1]["type"] == "bot-stopped-speaking")
+            return bytes(client.audio)
+
+    try:
+        with scripted_demo(server.wait_until_ready().url, "--voice", "rms") as port:
+            pcm = asyncio.run(scenario(port))
+    finally:
+        server.kill()
+    heard = listener.write_down(np.frombuffer(pcm, "<i2").astype(np.float32) / 32768)
+    errors, words = word_errors(REPLIES[0], heard)
+    assert errors <= words // 2, heard
 
 
 @pytest.fixture(scope="module")
