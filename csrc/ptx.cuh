@@ -117,8 +117,8 @@ __device__ __forceinline__ void mma(float (&acc)[4], const uint4& a, const uint2
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
 }
 
-// a / b, correctly rounded, for b and the quotient in the normal range. `/` is the same and calls a
-// subroutine for what is outside it; a call keeps ptxas from handing registers over (take_registers).
+// a / b, correctly rounded, for b and the quotient in the normal range. `/` is the same and, wherever it
+// stands, a branch to a subroutine for what is outside it.
 __device__ __forceinline__ float divide(float a, float b) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));

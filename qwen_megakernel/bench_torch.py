@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_megakernel.config import NUM_CODEBOOKS, ModelConfig, SamplingParams, TransformerConfig
+from qwen_megakernel.cuda_graphs import capture
 from qwen_megakernel.model import Attend, Talker, causal_attention, mrope_tables, rope_tables
 from qwen_megakernel.sampling import SamplingBatch, draw, process_logits
 
@@ -62,15 +63,7 @@ class TorchFrame:
 
     def capture(self) -> torch.cuda.CUDAGraph:
         """A graph of one call, on a GPU; it works on this object's tensors and must not outlive it."""
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):  # what is made at a first use cannot be captured
-            for _ in range(2):
-                self()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self()
-        return graph
+        return capture(self, self._device)
 
     def _draw(self, logits: Tensor) -> Tensor:
         """Codes int64 [streams] from logits [streams, vocabulary], within the predictor's tables."""

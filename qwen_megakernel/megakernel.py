@@ -34,7 +34,8 @@ from qwen_megakernel.talker_prefill import ROWS, TalkerPrefill
 MAX_POSITIONS = 8192
 """Positions that the kernel's attention can split (kMaxSplits in csrc/params.h)."""
 _LONG_PROMPT = 33
-"""Rows from which PyTorch, in one go, is faster than the kernel, eight a launch (H100, 0.6B shape)."""
+"""Rows from which a prompt goes through PyTorch in one go. The kernel takes 0.53 ms for each eight
+(H100, 0.6B shape); that the graph takes about 2 ms is an estimate (csrc/EXPERIMENTS.md)."""
 _MAX_SPINS = 4_000_000
 """Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
 _PHASES = ("input", "attention", "combine", "O", "MLP", "logits", "code")

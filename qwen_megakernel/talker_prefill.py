@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_megakernel.config import TalkerConfig
+from qwen_megakernel.cuda_graphs import capture
 from qwen_megakernel.model import DecoderLayer, Talker, mrope_tables
 
 ROWS = 128
@@ -83,7 +84,7 @@ class TalkerPrefill:
         self._axes = axes
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            self._graph = self._capture(device)
+            self._graph = capture(self._forward, device)
 
     def fits(self, begin: int) -> bool:
         """Whether rows from position `begin` on can be run."""
@@ -110,18 +111,6 @@ class TalkerPrefill:
             self._graph.replay()
         for mine, cache in zip(own, self._caches, strict=True):
             cache[:, slot, :, begin:end] = mine[:, :, begin:end]
-
-    def _capture(self, device: torch.device) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._forward()  # libraries make their handles and choose, which a capture must not
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use CUDA meanwhile.
-        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._forward()
-        return graph
 
     def _forward(self) -> None:
         """`_rows` at `_begin` and after, through all layers; rows beyond those given do no harm."""

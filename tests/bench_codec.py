@@ -26,6 +26,9 @@ from torch import Tensor  # noqa: E402
 from qwen_megakernel.codec import CodecDecoder, CodecStream  # noqa: E402
 from qwen_megakernel.codec_cuda import BATCH_SIZES, CudaCodecStream, codec_library  # noqa: E402
 from qwen_megakernel.codec_ops import GemmOp  # noqa: E402
+from qwen_megakernel.cuda_graphs import capture  # noqa: E402
+
+GPU = torch.device("cuda", 0)
 
 REPEATS = 200
 
@@ -41,17 +44,6 @@ def timed(run: Callable[[], object], repeats: int = REPEATS) -> float:
         end.record()
     torch.cuda.synchronize()
     return 1000 * median(start.elapsed_time(end) for start, end in events)
-
-
-def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 def fill(stream: CudaCodecStream) -> None:
@@ -84,7 +76,7 @@ def frame_times(exact: CodecDecoder, library: Path) -> list[str]:
                 torch_stream._step(slots, codes)
 
         eager = timed(step, 20)
-        theirs = timed(graph_of(step).replay, 50)
+        theirs = timed(capture(step, GPU).replay, 50)
         lines.append(
             f"{size:7d} | {ours:9.0f} | {1e6 * median(laps):9.0f} | {theirs:9.0f} | {eager:9.0f}"
         )
@@ -112,7 +104,7 @@ def launch_times(exact: CodecDecoder, library: Path, streams: int) -> list[str]:
 
         if 8 <= count <= 37 and count % 5:  # the layers are alike
             continue
-        now = timed(graph_of(run).replay, 40)
+        now = timed(capture(run, GPU).replay, 40)
         lines.append(f"{count - 1:3d} {now:8.1f} {now - before:7.1f}  {describe(ops[count - 1])}")
         before = now
     return lines

@@ -21,7 +21,7 @@ PACKAGE = "qwen_megakernel"
 
 LEVELS = (
     ("config",),
-    ("turn", "frame_codec"),
+    ("turn", "frame_codec", "cuda_graphs"),
     ("checkpoint", "build_tts", "prefix_cache"),
     ("sampling", "model", "codec", "codec_pack", "speaker", "ref_audio", "codec_encoder"),
     ("codec_ops", "codec_tiling", "packing"),
@@ -45,7 +45,7 @@ BESIDE = {
     "bench_kernel": {
         "bench_torch", "build_tts", "config", "decoder", "megakernel", "model", "prefix_cache",
     },
-    "bench_torch": {"config", "model", "sampling"},
+    "bench_torch": {"config", "cuda_graphs", "model", "sampling"},
     "bench_parts": {
         "backends", "checkpoint", "codec", "config", "decoder", "frame_codec", "model",
     },
