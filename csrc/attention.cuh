@@ -28,41 +28,99 @@ struct HeadShape {
 };
 
 constexpr int kTilePositions = 16;  // of one warp
+constexpr int kAtOnce = 2;          // splits that a lane polls together
 static_assert(kSplitPositions == kWarps * kTilePositions, "an item is a tile a warp");
+static_assert(kWarps == 16, "a lane's share of a merge is one warp of sixteen");
 
 template <class D>
 struct AttentionShared {
   using S = HeadShape<D>;
-  __nv_bfloat16 q[S::kGroupSize][S::kDim];
-  __nv_bfloat16 k[kMaxColumns][S::kDim], v[kMaxColumns][S::kDim];  // this launch's rows
   float score[kWarps][S::kGroupSize][kTilePositions];
   float maximum[S::kGroupSize][kWarps], total[S::kGroupSize][kWarps];
   float out[kWarps][S::kGroupSize][S::kDim];
 };
-static_assert(sizeof(AttentionShared<TalkerDims>) <= sizeof(Scratch::partial) / 2, "attention borrows a partial buffer");
+
+// Queries of a head group, and the keys and values of this launch's rows of a stream: for all splits of a head
+// that a CTA has.
+template <class D>
+struct NewRowsShared {
+  using S = HeadShape<D>;
+  __nv_bfloat16 q[S::kGroupSize][S::kDim];
+  __nv_bfloat16 k[kMaxColumns][S::kDim], v[kMaxColumns][S::kDim];
+};
+static_assert(sizeof(AttentionShared<TalkerDims>) + sizeof(NewRowsShared<TalkerDims>) <= sizeof(Scratch::partial) / 2,
+              "attention borrows the partial buffers");
+static_assert(sizeof(AttentionShared<TalkerDims>) % 16 == 0, "rows are read 16 bytes at once");
 
 struct AttentionItem {
-  int column, kv_head, split;
+  static constexpr uint32_t kNone = ~0u;
+  uint32_t bits;  // one register over all waits: column, key-value head, split, place in the CTA's list
 
-  // The item-th of all; false beyond the last.
-  static __device__ __forceinline__ bool find(const FrameParams& p, int kv_heads, int item, AttentionItem& found) {
+  __device__ __forceinline__ int column() const { return bits & 0xff; }
+  __device__ __forceinline__ int kv_head() const { return bits >> 8 & 0xff; }
+  __device__ __forceinline__ int split() const { return bits >> 16 & 0xff; }
+  __device__ __forceinline__ int place() const { return bits >> 24; }
+
+  // Of this warp: its first position, and the one after the item's last. Computed where they are needed,
+  // and not kept.
+  __device__ __forceinline__ int first_position() const {
+    return split() * kSplitPositions + warp_index() * kTilePositions;
+  }
+  __device__ __forceinline__ int end_position(const FrameParams& p) const {
+    return min((split() + 1) * kSplitPositions, p.columns[column()].position + 1);
+  }
+  // The position of the launch's first row of the item's stream: from there on, rows come from the exchange.
+  __device__ __forceinline__ int first_new(const FrameParams& p) const {
+    return p.columns[p.columns[column()].first].position;
+  }
+
+  // Whether it has the same queries, and the same keys and values of this launch.
+  __device__ __forceinline__ bool same_rows(const AttentionItem& other) const {
+    return ((bits ^ other.bits) & 0xffff) == 0;
+  }
+
+  // Whether this CTA has a split of the same head from here on, in its list.
+  __device__ __forceinline__ bool leads_to(const uint32_t* items, int other_split) const {
+    if (other_split < split()) return false;
+    const AttentionItem other{items[min(place() + other_split - split(), kMaxItems - 1)]};
+    return other.bits != kNone && same_rows(other);
+  }
+
+  // The one at a place in this CTA's list, or kNone. Each CTA has a run of them, the splits of one head first:
+  // their queries are read once.
+  static __device__ __forceinline__ uint32_t find(const FrameParams& p, int kv_heads, int place) {
+    int total = 0;
+    for (int column = 0; column < p.num_columns; ++column) total += kv_heads * splits(p, column);
+    const int run = (total + gridDim.x - 1) / gridDim.x;
+    if (place >= run) return kNone;
+    int item = block_index() * run + place;
     for (int column = 0; column < p.num_columns; ++column) {
-      const int count = kv_heads * (p.columns[column].position / kSplitPositions + 1);
-      if (item < count) {
-        found = {column, item % kv_heads, item / kv_heads};
-        return true;
-      }
-      item -= count;
+      const int count = splits(p, column);
+      if (item < kv_heads * count) return column | item / count << 8 | item % count << 16 | place << 24;
+      item -= kv_heads * count;
     }
-    return false;
+    return kNone;
+  }
+  static __device__ __forceinline__ int splits(const FrameParams& p, int column) {
+    return p.columns[column].position / kSplitPositions + 1;
   }
 };
+static_assert(kMaxSplits <= 256 && kMaxColumns <= 256 && kMaxItems <= 257, "an item's numbers have eight bits");
+
+// The items of this CTA, which are the same in all layers of a frame. By all computing threads, once.
+template <class D>
+__device__ __forceinline__ void list_items(Context& c) {
+  for (int place = thread_index(); place < kMaxItems; place += kThreads)
+    c.scratch.items[place] = AttentionItem::find(c.p, D::kKvHeads, place);
+  sync_compute();
+}
 
 // Where an item's keys and values begin in their caches.
 template <class D>
-__device__ __forceinline__ int64_t cache_at(const FrameParams& p, const AttentionItem& item, int layer) {
-  const int64_t slot = p.columns[item.column].slot;
-  return ((layer * int64_t(p.num_slots) + slot) * D::kKvHeads + item.kv_head) * p.max_positions * D::kHeadDim;
+__device__ __forceinline__ int64_t cache_at(const Context& c, const AttentionItem& item) {
+  const FrameParams& p = c.p;
+  const int64_t slot = p.columns[item.column()].slot;
+  return ((c.talker_layer() * int64_t(p.num_slots) + slot) * D::kKvHeads + item.kv_head()) * p.max_positions * D::kHeadDim;
 }
 
 // One warp's sixteen positions. Lane (g, t) = (lane / 4, lane % 4) holds of the keys rows g and g + 8,
@@ -97,11 +155,13 @@ struct Tile {
   }
 
   // The rows at positions from `begin` on, below `end`, from this launch's (whose first is at `begin`).
-  __device__ __forceinline__ void take_new_keys(const AttentionShared<D>& sh, int first, int begin, int end) {
+  __device__ __forceinline__ void take_new_keys(const NewRowsShared<D>& sh, int first, int begin, int end) {
+    if (first + kTilePositions <= begin) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) take_new<4>(k[r], sh.k, first + key_row(r), lane_index() & 3, begin, end);
   }
-  __device__ __forceinline__ void take_new_values(const AttentionShared<D>& sh, int first, int begin, int end) {
+  __device__ __forceinline__ void take_new_values(const NewRowsShared<D>& sh, int first, int begin, int end) {
+    if (first + kTilePositions <= begin) return;
 #pragma unroll
     for (int r = 0; r < 4; ++r) take_new<8>(v[r], sh.v, first + value_row(r), lane_index() >> 2, begin, end);
   }
@@ -115,7 +175,7 @@ struct Tile {
   }
 
   // Dot products with the queries, through shared memory: [group][position], not yet scaled.
-  __device__ __forceinline__ void scores(const AttentionShared<D>& sh, float (*to)[kTilePositions]) const {
+  __device__ __forceinline__ void scores(const NewRowsShared<D>& sh, float (*to)[kTilePositions]) const {
     const int g = lane_index() >> 2, t = lane_index() & 3;
     float s[4] = {};
 #pragma unroll
@@ -157,41 +217,43 @@ struct Tile {
           at[0] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
           at[1] = make_float4(out[n][4], out[n][5], out[n][6], out[n][7]);
         }
+      __syncwarp();  // the halves one after the other: there are no registers for both at once
     }
   }
 };
 
 // The query rows and this launch's keys and values of the item's stream, normed, rotated and
-// rounded as the cache rounds, into shared memory; the item's own row into the cache too.
+// rounded as the cache rounds, into shared memory; the item's own row into the cache too, by the CTA that has
+// its split.
 template <class D>
-__device__ __forceinline__ void read_new_rows(Context& c, AttentionShared<D>& sh, const AttentionItem& item, int layer,
-                                              __nv_bfloat16* k_rows, __nv_bfloat16* v_rows) {
+__device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, const AttentionItem& item) {
   using S = HeadShape<D>;
   const FrameParams& p = c.p;
   const int warp = warp_index();
-  const Column& own = p.columns[item.column];
-  const __nv_bfloat16* qk_norm = p.talker_qk_norms + layer * 2 * S::kDim;
+  const Column& own = p.columns[item.column()];
+  const __nv_bfloat16* qk_norm = p.talker_qk_norms + c.talker_layer() * 2 * S::kDim;
   const uint64_t* vector = p.packets + PacketLayout::kQkv;
   if (warp < S::kGroupSize) {
     HeadRow<S::kDim> q[1];
     const NormRope<S::kDim> by(qk_norm, p.talker_rope + int64_t(own.position) * S::kDim);
-    wait_rows(q, vector, {(item.kv_head * S::kGroupSize + warp) * S::kDim}, 1, 0, item.column, c.tag - 1, c.dog);
+    wait_rows(q, vector, {(item.kv_head() * S::kGroupSize + warp) * S::kDim}, 1, 0, item.column(), c.tag - 1, c.dog);
     q[0].norm_rope(by, D::kEps);
     q[0].store(sh.q[warp]);
   }
   const int column = own.first + (kWarps - 1 - warp);
-  if (column <= item.column) {
+  if (column <= item.column()) {
     HeadRow<S::kDim> kv[2];
     const int position = p.columns[column].position;
     const NormRope<S::kDim> by(qk_norm + S::kDim, p.talker_rope + int64_t(position) * S::kDim);
-    wait_rows(kv, vector, {S::kQRows + item.kv_head * S::kDim, S::kQRows + S::kKRows + item.kv_head * S::kDim}, 2, 0,
+    wait_rows(kv, vector, {S::kQRows + item.kv_head() * S::kDim, S::kQRows + S::kKRows + item.kv_head() * S::kDim}, 2, 0,
               column, c.tag - 1, c.dog);
     kv[0].norm_rope(by, D::kEps);
     kv[0].store(sh.k[column - own.first]);
     kv[1].store(sh.v[column - own.first]);
-    if (column == item.column && position / kSplitPositions == item.split) {
-      kv[0].store(k_rows + int64_t(position) * S::kDim);
-      kv[1].store(v_rows + int64_t(position) * S::kDim);
+    if (column == item.column() && item.leads_to(c.scratch.items, position / kSplitPositions)) {
+      const int64_t at = cache_at<D>(c, item) + int64_t(position) * S::kDim;
+      kv[0].store(p.k_cache + at);
+      kv[1].store(p.v_cache + at);
     }
   }
 }
@@ -202,40 +264,29 @@ template <class D>
 __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>& sh, const AttentionItem& item) {
   using S = HeadShape<D>;
   const FrameParams& p = c.p;
-  const bool whole = p.columns[item.column].position < kSplitPositions;
+  const bool whole = p.columns[item.column()].position < kSplitPositions;
   uint64_t* part = p.packets + PacketLayout::kPartials +
-                   (int64_t(item.column * D::kKvHeads + item.kv_head) * kMaxSplits + item.split) * PacketLayout::kPartial;
-  constexpr int kParts = 4, kPerPart = kWarps / kParts;  // neighbouring lanes share out the warps' results
-  for (int i = thread_index() / kParts; i < S::kGroupSize * S::kDim / 2; i += kThreads / kParts) {
-    const int g = i / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2)), first = thread_index() % kParts * kPerPart;
-    float maximum = -INFINITY, total = 0.f, low = 0.f, high = 0.f;
-#pragma unroll
-    for (int w = first; w < first + kPerPart; ++w) maximum = fmaxf(maximum, sh.maximum[g][w]);
-    maximum = max_of_four(maximum);
-#pragma unroll
-    for (int w = first; w < first + kPerPart; ++w) {
-      const float weight = expf(sh.maximum[g][w] - maximum);  // 0 for a warp without positions
-      const float2 out = *reinterpret_cast<const float2*>(&sh.out[w][g][dim]);
-      total += weight * sh.total[g][w];
-      low += weight * out.x;
-      high += weight * out.y;
-    }
-    total = sum_of_four(total);
-    low = sum_of_four(low);
-    high = sum_of_four(high);
-    if (first != 0) continue;
-    if (whole) {
-      const int row = (item.kv_head * S::kGroupSize + g) * S::kDim + dim;
-      publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, item.column, divide(low, total), divide(high, total), c.tag,
-                   row);
-    } else {
-      uint64_t* to = part + g * (S::kDim + 2);
-      store_packet(to + dim, __float_as_uint(low), c.tag);
-      store_packet(to + dim + 1, __float_as_uint(high), c.tag);
-      if (dim == 0) {
-        store_packet(to + S::kDim, __float_as_uint(maximum), c.tag);
-        store_packet(to + S::kDim + 1, __float_as_uint(total), c.tag);
-      }
+                   (int64_t(item.column() * D::kKvHeads + item.kv_head()) * kMaxSplits + item.split()) * PacketLayout::kPartial;
+  // A few warps, each item others: the rest go on to the next.
+  constexpr int kPairs = S::kGroupSize * S::kDim / 2;
+  const int i = (thread_index() + item.place() * (kThreads - kPairs)) % kThreads;
+  if (i >= kPairs) return;
+  const int g = i / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2)), w = lane_index() % kWarps;
+  const float maximum = max_of_sixteen(sh.maximum[g][w]);
+  const float weight = expf(sh.maximum[g][w] - maximum);  // 0 for a warp without positions
+  const float total = sum_of_sixteen(weight * sh.total[g][w]);
+  const float2 out = weighted_rows<S::kGroupSize * S::kDim>(weight, &sh.out[0][g][dim]);
+  if (whole) {
+    const int row = (item.kv_head() * S::kGroupSize + g) * S::kDim + dim;
+    publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, item.column(), divide(out.x, total), divide(out.y, total),
+                 c.tag, row);
+  } else {
+    uint64_t* to = part + g * (S::kDim + 2);
+    store_packet(to + dim, __float_as_uint(out.x), c.tag);
+    store_packet(to + dim + 1, __float_as_uint(out.y), c.tag);
+    if (dim == 0) {
+      store_packet(to + S::kDim, __float_as_uint(maximum), c.tag);
+      store_packet(to + S::kDim + 1, __float_as_uint(total), c.tag);
     }
   }
 }
@@ -269,101 +320,128 @@ __device__ __forceinline__ void soften(AttentionShared<D>& sh, int first, int en
   }
 }
 
+// Items take the two partial buffers in turns; the new rows stay behind the first item's.
 template <class D>
-__device__ __forceinline__ void attend_item(Context& c, const AttentionItem& item, int layer) {
+__device__ __forceinline__ NewRowsShared<D>& new_rows(const Context& c, const AttentionItem& item) {
+  char* half = reinterpret_cast<char*>(c.scratch.partial[c.buffer ^ (item.place() & 1)]);
+  return *reinterpret_cast<NewRowsShared<D>*>(half + sizeof(AttentionShared<D>));
+}
+
+// Ask for an item's keys; of none, for no rows, so that the registers hold nothing that must be kept.
+template <class D>
+__device__ __forceinline__ void fetch_item_keys(const Context& c, Tile<D>& tile, AttentionItem item) {
+  const bool none = item.bits == AttentionItem::kNone;
+  if (none) item.bits = 0;
+  tile.fetch_keys(c.p.k_cache + cache_at<D>(c, item), item.first_position(),
+                  none ? 0 : min(item.end_position(c.p), item.first_new(c.p)));
+}
+
+// One item, whose keys are on their way and whose new rows are there; the keys of the next are asked for as
+// soon as there is room for them.
+template <class D>
+__device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, AttentionItem item) {
   using S = HeadShape<D>;
   const FrameParams& p = c.p;
+  const NewRowsShared<D>& fresh = new_rows<D>(c, item);
   auto& sh = *reinterpret_cast<AttentionShared<D>*>(c.scratch.partial[c.buffer]);
-  const Column& own = p.columns[item.column];
-  const int64_t at = cache_at<D>(p, item, layer);
-  const int end = min((item.split + 1) * kSplitPositions, own.position + 1);
-  const int first = item.split * kSplitPositions + warp_index() * kTilePositions;
-  Tile<D> tile;
-  tile.fetch_keys(p.k_cache + at, first, min(end, p.columns[own.first].position));
-  read_new_rows<D>(c, sh, item, layer, p.k_cache + at, p.v_cache + at);
-  sync_compute();
-  tile.take_new_keys(sh, first, p.columns[own.first].position, end);
+  tile.take_new_keys(fresh, item.first_position(), item.first_new(p), item.end_position(p));
   // Values only now: with them in registers during the wait, some would be spilled as they come.
-  tile.fetch_values(p.v_cache + at, first, min(end, p.columns[own.first].position));
-  tile.scores(sh, sh.score[warp_index()]);
+  tile.fetch_values(p.v_cache + cache_at<D>(c, item), item.first_position(),
+                    min(item.end_position(p), item.first_new(p)));
+  tile.scores(fresh, sh.score[warp_index()]);
+  opaque(item.bits);
   uint32_t p_low, p_high;
-  soften<D>(sh, first, end, p_low, p_high);
-  tile.take_new_values(sh, first, p.columns[own.first].position, end);
+  soften<D>(sh, item.first_position(), item.end_position(p), p_low, p_high);
+  tile.take_new_values(fresh, item.first_position(), item.first_new(p), item.end_position(p));
   tile.weigh(p_low, p_high, sh.out[warp_index()]);
+  opaque(item.bits);
+  fetch_item_keys<D>(c, tile, AttentionItem{c.scratch.items[item.place() + 1]});
   sync_compute();
+  opaque(item.bits);
   finish_item<D>(c, sh, item);
   c.buffer ^= 1;
 }
 
-// Merge the splits of one column's head group, in their order, and publish.
+// Merge the splits of one column's head group and publish: four neighbouring lanes take every fourth split of
+// two dims, each in order.
 template <class D>
 __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_head) {
   using S = HeadShape<D>;
   const FrameParams& p = c.p;
-  const int splits = p.columns[column].position / kSplitPositions + 1;
+  const int splits = AttentionItem::splits(p, column), part = lane_index() % 4;
   const uint64_t* parts = p.packets + PacketLayout::kPartials +
                           int64_t(column * D::kKvHeads + kv_head) * kMaxSplits * PacketLayout::kPartial;
-  for (int i = thread_index(); i < S::kGroupSize * S::kDim / 2; i += kThreads) {
+  for (int i = thread_index() / 4; i < S::kGroupSize * S::kDim / 2; i += kThreads / 4) {
     const int g = i / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2));
     float maximum = -INFINITY, total = 0.f, low = 0.f, high = 0.f;
-    for (int s = 0; s < splits; s += 4) {
-      const uint64_t* from = parts + int64_t(s) * PacketLayout::kPartial + g * (S::kDim + 2);
-      uint4 values[4], sums[4];
+    for (int first = 0; first < splits; first += 4 * kAtOnce) {
+      const uint64_t* from = parts + int64_t(first) * PacketLayout::kPartial + g * (S::kDim + 2);
+      TwoPackets values[kAtOnce], sums[kAtOnce];
+      auto there = [&](int j) { return first + part + 4 * j < splits; };
       for (unsigned spin = 0;; ++spin) {
-        bool ok = true;
+        uint32_t lack = 0;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint64_t* part = from + int64_t(s + j < splits ? j : 0) * PacketLayout::kPartial;
-          values[j] = load_two_packets(part + dim);
-          sums[j] = load_two_packets(part + S::kDim);
+        for (int j = 0; j < kAtOnce; ++j) {
+          const uint64_t* at = from + int64_t(there(j) ? part + 4 * j : 0) * PacketLayout::kPartial;
+          values[j].load(at + dim);
+          sums[j].load(at + S::kDim);
         }
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          ok = ok && values[j].y == c.tag && values[j].w == c.tag && sums[j].y == c.tag &&
-               sums[j].w == c.tag;
-        if (__all_sync(~0u, ok)) break;
+        for (int j = 0; j < kAtOnce; ++j) lack |= values[j].lacks(c.tag) | sums[j].lacks(c.tag);
+        if (__all_sync(~0u, lack == 0)) break;
         c.dog.after(spin, Phase::kCombine, c.tag);
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (s + j >= splits) continue;
-        const float new_maximum = fmaxf(maximum, __uint_as_float(sums[j].x));
-        const float fade = expf(maximum - new_maximum), weight = expf(__uint_as_float(sums[j].x) - new_maximum);
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (!there(j)) continue;
+        const float new_maximum = fmaxf(maximum, __uint_as_float(sums[j].first()));
+        const float fade = expf(maximum - new_maximum), weight = expf(__uint_as_float(sums[j].first()) - new_maximum);
         maximum = new_maximum;
-        total = total * fade + weight * __uint_as_float(sums[j].z);
-        low = low * fade + weight * __uint_as_float(values[j].x);
-        high = high * fade + weight * __uint_as_float(values[j].z);
+        total = total * fade + weight * __uint_as_float(sums[j].second());
+        low = low * fade + weight * __uint_as_float(values[j].first());
+        high = high * fade + weight * __uint_as_float(values[j].second());
       }
     }
+    const float weight = expf(maximum - max_of_four(maximum));  // 0 for a lane without a split
+    total = sum_of_four(total * weight);
+    low = sum_of_four(low * weight);
+    high = sum_of_four(high * weight);
     const int row = (kv_head * S::kGroupSize + g) * S::kDim + dim;
-    publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, column, divide(low, total), divide(high, total), c.tag, row);
+    if (part == 0)
+      publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, column, divide(low, total), divide(high, total), c.tag, row);
   }
 }
 
 // Ask for the rows of this CTA's first item long before they are needed: their way from memory is the
 // longest of a layer.
 template <class D>
-__device__ __forceinline__ void prefetch_cache(const FrameParams& p, int layer) {
-  AttentionItem item;
-  if (!AttentionItem::find(p, D::kKvHeads, blockIdx.x, item)) return;
+__device__ __forceinline__ void prefetch_first(const Context& c) {
+  const AttentionItem item{c.scratch.items[0]};
+  if (item.bits == AttentionItem::kNone) return;
   constexpr int kLines = D::kHeadDim * 2 / 128;  // of a row
-  const int64_t at = cache_at<D>(p, item, layer);
-  const int end = min((item.split + 1) * kSplitPositions, p.columns[p.columns[item.column].first].position);
-  const int position = item.split * kSplitPositions + warp_index() * kTilePositions + lane_index() / kLines;
-  if (lane_index() >= kTilePositions * kLines || position >= end) return;
-  const int64_t line = at + position * D::kHeadDim + lane_index() % kLines * 64;
-  prefetch_to_l2(p.k_cache + line);
-  prefetch_to_l2(p.v_cache + line);
+  const int position = item.first_position() + lane_index() / kLines;
+  if (lane_index() >= kTilePositions * kLines || position >= min(item.end_position(c.p), item.first_new(c.p))) return;
+  const int64_t line = cache_at<D>(c, item) + position * D::kHeadDim + lane_index() % kLines * 64;
+  prefetch_to_l2(c.p.k_cache + line);
+  prefetch_to_l2(c.p.v_cache + line);
 }
 
 // One layer's attention, this CTA's part; reads c.tag - 1, publishes c.tag.
 template <class D>
-__device__ __forceinline__ void attend_talker(Context& c, int layer) {
-  AttentionItem item;
+__device__ __forceinline__ void attend_talker(Context& c) {
+  Tile<D> tile;
+  fetch_item_keys<D>(c, tile, AttentionItem{c.scratch.items[0]});
 #pragma unroll 1
-  for (int i = blockIdx.x; AttentionItem::find(c.p, D::kKvHeads, i, item); i += gridDim.x) attend_item<D>(c, item, layer);
+  for (AttentionItem item{c.scratch.items[0]}; item.bits != AttentionItem::kNone;
+       item.bits = c.scratch.items[item.place() + 1]) {
+    if (item.place() == 0 || !item.same_rows(AttentionItem{c.scratch.items[item.place() - 1]})) {
+      read_new_rows<D>(c, new_rows<D>(c, item), item);
+      sync_compute();
+    }
+    attend_item<D>(c, tile, item);
+  }
   // From the last CTA on, which has the fewest items.
-  for (int i = gridDim.x - 1 - blockIdx.x; i < c.p.num_columns * D::kKvHeads; i += gridDim.x)
+  for (int i = gridDim.x - 1 - block_index(); i < c.p.num_columns * D::kKvHeads; i += gridDim.x)
     if (c.p.columns[i / D::kKvHeads].position >= kSplitPositions) combine_splits<D>(c, i / D::kKvHeads, i % D::kKvHeads);
 }
 

@@ -50,9 +50,14 @@ struct Product {
 constexpr int kGroup = 3;            // tiles whose partial sums meet at one barrier
 constexpr int kTileFloats = 16 * 8;  // of one warp's 16 x 8 result
 
+// Of a CTA, where all streams are as long as can be and the grid is as small as can be; and an end.
+constexpr int kMaxItems = kMaxSplits * TalkerDims::kKvHeads + 1;
+
 struct alignas(16) Scratch {  // of float4s
   float partial[2][kGroup][kWarps][kTileFloats];
   float sum_of_squares[2][kWarps][kMaxColumns];
+  int codes[kWarps][kMaxColumns];  // the last ones of the streams; each warp's own copy
+  uint32_t items[kMaxItems];       // this CTA's of the talker's attention, see AttentionItem
 };
 
 // The two rows of a finished tile that one thread holds: rows 2 * pair and 2 * pair + 1 of the
@@ -87,17 +92,16 @@ __device__ __forceinline__ float2 sum_rows(const float (&partial)[kWarps][kTileF
 //   fragments(split, first, f): fills f[P::kHeld] with the B operand of this warp's part of k, from
 //     chunk `first` of it
 //   finish(strip, split, cell, rows): takes two finished rows (whole warps together)
-// `buffer` says which half of the partial sums is free; it is used, synced once, read, and toggled.
-template <class P, class Reader, class Fragments, class Finish>
-__device__ __forceinline__ void gemv(Reader& ring, Scratch& scratch, int& buffer, Fragments&& fragments,
-                                     Finish&& finish) {
+// c.buffer says which half of the partial sums is free; it is used, synced once, read, and toggled.
+template <class P, class Context, class Fragments, class Finish>
+__device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&& finish) {
   const int warp = warp_index(), lane = lane_index();
   constexpr bool kHoldsAll = P::kHeld == P::kChunks;
   constexpr bool kOneFill = kHoldsAll && P::kSplit == 1;  // one B operand serves all items
   uint2 f[P::kHeld];
   if constexpr (kOneFill) fragments(0, 0, f);
   int have = -1;
-  for (int first = blockIdx.x; first < P::kItems; first += kGroup * gridDim.x) {
+  for (int first = block_index(); first < P::kItems; first += kGroup * gridDim.x) {
 #pragma unroll 1
     for (int n = 0; n < kGroup; ++n) {
       const int item = first + n * gridDim.x;
@@ -110,24 +114,24 @@ __device__ __forceinline__ void gemv(Reader& ring, Scratch& scratch, int& buffer
         have = split;
 #pragma unroll
         for (int piece = 0; piece < P::kHeld; piece += P::kPieceChunks) {
-          const uint32_t weights = ring.template wait<P::kPieceBytes>(warp, lane);
+          const uint32_t weights = c.ring.template wait<P::kPieceBytes>(warp, lane);
           uint4 a[P::kPieceChunks];
 #pragma unroll
           for (int j = 0; j < P::kPieceChunks; ++j) a[j] = load_shared(weights + j * kChunkBytes);
 #pragma unroll
           for (int j = 0; j < P::kPieceChunks; ++j) mma(acc[j % 2], a[j], f[piece + j]);
-          ring.template release<P::kPieceBytes>(warp, lane);
+          c.ring.template release<P::kPieceBytes>(warp, lane);
         }
       }
-      reinterpret_cast<float4*>(scratch.partial[buffer][n][warp])[lane] =
+      reinterpret_cast<float4*>(c.scratch.partial[c.buffer][n][warp])[lane] =
           make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
     }
     sync_compute();
     const Cell cell = epilogue_cell();
     const int item = first + cell.entry * gridDim.x;
     if (cell.entry < kGroup && item < P::kItems)
-      finish(item % P::kStrips, item / P::kStrips, cell, sum_rows(scratch.partial[buffer][cell.entry], cell));
-    buffer ^= 1;
+      finish(item % P::kStrips, item / P::kStrips, cell, sum_rows(c.scratch.partial[c.buffer][cell.entry], cell));
+    c.buffer ^= 1;
   }
 }
 

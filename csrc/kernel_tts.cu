@@ -31,15 +31,14 @@ struct Fetcher {
   template <class Product>
   __device__ __forceinline__ void items(const char* from, int64_t kept_bytes = 0) {
     from += lane_index() * (Product::kItemBytes / kWarps);
-    for (int item = blockIdx.x; item < Product::kItems; item += gridDim.x)
+    for (int item = block_index(); item < Product::kItems; item += gridDim.x)
 #pragma unroll 1
       for (int piece = 0; piece < Product::kPieces; ++piece)
         ring.push(from + item * Product::kItemBytes + piece * Product::kPieceBytes, Product::kPieceBytes,
                   item * Product::kItemBytes < kept_bytes ? kept : once);
   }
   template <class Products>
-  __device__ __forceinline__ void layer(const char* from, int64_t kept_bytes = 0) {
-    items<typename Products::Qkv>(from, kept_bytes);
+  __device__ __forceinline__ void after_qkv(const char* from, int64_t kept_bytes = 0) {
     constexpr int64_t kOut = Products::Qkv::kBytes, kGateUp = kOut + Products::Out::kBytes;
     constexpr int64_t kDown = kGateUp + Products::GateUp::kBytes;
     items<typename Products::Out>(from + kOut, kept_bytes - kOut);
@@ -48,7 +47,11 @@ struct Fetcher {
   }
   __device__ __forceinline__ void frame(const FrameParams& p) {
 #pragma unroll 1
-    for (int i = 0; i < T::kLayers; ++i) layer<TalkerProducts>(p.talker_layers + i * TalkerProducts::kLayerBytes);
+    for (int i = 0; i < T::kLayers; ++i) {
+      const char* from = p.talker_layers + i * TalkerProducts::kLayerBytes;
+      items<TalkerProducts::Qkv>(from);
+      after_qkv<TalkerProducts>(from);
+    }
     if (p.prefill) return;
     items<TalkerProducts::Head>(p.talker_head);
     if constexpr (kProjects) items<Projection>(p.talker_head + TalkerProducts::Head::kBytes);
@@ -56,8 +59,12 @@ struct Fetcher {
 #pragma unroll 1
     for (int pass = -extra; pass < kNumCodebooks - 1; ++pass) {
 #pragma unroll 1
-      for (int i = 0; i < P::kLayers; ++i)
-        layer<PredictorProducts>(p.predictor_layers + i * PredictorProducts::kLayerBytes, p.predictor_kept_bytes);
+      for (int i = 0; i < P::kLayers; ++i) {
+        const char* from = p.predictor_layers + i * PredictorProducts::kLayerBytes;
+        // What stays in L2 begins with QKV, but for the first layer's, which a frame reads once or twice.
+        if (!qkv_known(pass + 1, i)) items<PredictorProducts::Qkv>(from, i > 0 ? p.predictor_kept_bytes : 0);
+        after_qkv<PredictorProducts>(from, p.predictor_kept_bytes + (i > 0 ? 0 : PredictorProducts::Qkv::kBytes));
+      }
       if (pass < 0) continue;
       items<PredictorProducts::Head>(p.predictor_heads + pass * PredictorProducts::Head::kBytes);
     }
@@ -88,20 +95,25 @@ __device__ __forceinline__ void compute_frame(Shared& sh) {
 // Four warps beside those that compute, though one fetches: registers are given to warps by fours,
 // and four can hand theirs over.
 constexpr int kAllThreads = kThreads + 128;
+#ifdef QWEN_TTS_EVEN_REGISTERS  // for the sanitizer's racecheck, whose own code needs more than 32
+constexpr bool kMovesRegisters = false;
+#else
+constexpr bool kMovesRegisters = true;
+#endif
 
 __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_constant__ FrameParams p) {
   Shared& sh = *reinterpret_cast<Shared*>(shared_memory());
-  if (int(blockIdx.x) == p.withheld_cta) return;
+  if (int(block_index()) == p.withheld_cta) return;
   sh.ring.init();
   static_assert(sizeof(FrameParams) % 4 == 0 && sizeof(FrameParams) / 4 <= kThreads, "a word a thread");
   if (threadIdx.x < sizeof(FrameParams) / 4)
     reinterpret_cast<uint32_t*>(&sh.params)[threadIdx.x] = reinterpret_cast<const uint32_t*>(&p)[threadIdx.x];
   __syncthreads();
   if (threadIdx.x < kThreads) {
-    take_registers<112>();
+    if (kMovesRegisters) take_registers<112>();
     compute_frame(sh);
   } else {
-    give_registers<32>();
+    if (kMovesRegisters) give_registers<32>();
     if (threadIdx.x < kThreads + kWarps) fetch_weights(p, sh.ring);
   }
 }
@@ -126,7 +138,7 @@ extern "C" int frame_dump_rows() { return PacketLayout::kDumpRows; }
 
 extern "C" int frame_shared_bytes() { return sizeof(Shared); }
 
-// Exchanges of a frame: what the host adds to the epoch after a launch.
+// At most so many exchanges has a frame: what the host adds to the epoch after a launch.
 extern "C" int frame_num_tags() {
   return 5 * (T::kLayers + kNumCodebooks * P::kLayers) + 2 * kNumCodebooks + (kProjects ? 1 : 0);
 }

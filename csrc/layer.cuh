@@ -77,11 +77,15 @@ struct Context {
   __device__ __forceinline__ bool uses(int column) const { return columns >> column & 1; }
   __device__ __forceinline__ bool finishes(const Cell& cell) const { return cell.leads && uses(cell.column); }
 
+  // Where the talker is, by its exchanges, of which a layer has five: a counter would be a register more.
+  __device__ __forceinline__ int talker_layer() const { return int(tag - p.epoch) / 5; }
+
   // This CTA has done its part of an exchange.
   __device__ __forceinline__ void advance() {
-    if (p.stamps != nullptr && blockIdx.x == 0 && thread_index() == 0)
+    if (p.stamps != nullptr && block_index() == 0 && thread_index() == 0)
       p.stamps[tag - p.epoch] = nanoseconds();
     ++tag;
+    opaque(tag);
   }
 };
 
@@ -93,8 +97,9 @@ struct Residual {
   float x[kChunks][4];
 
   static __device__ __forceinline__ bool real() { return Products<D>::Qkv::real(warp_index()); }
-  static __device__ __forceinline__ int first_k(int c) {
-    return (warp_index() * kChunks + c) * kChunk + 2 * (thread_index() & 3);
+  // Where in a row this lane's first pair stands; the others at fixed distances from it.
+  static __device__ __forceinline__ int first_k() {
+    return warp_index() * kChunks * kChunk + 2 * (thread_index() & 3);
   }
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -103,29 +108,31 @@ struct Residual {
       for (int i = 0; i < 4; ++i) x[c][i] = 0.f;
   }
   __device__ __forceinline__ void add_bf16(const __nv_bfloat16* row) {
+    row += first_k();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(row + first_k(c) + 8 * half));
+        const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(row + kChunk * c + 8 * half));
         const float2 pair = unpack_bf16(bits);
         x[c][2 * half] += pair.x;
         x[c][2 * half + 1] += pair.y;
       }
   }
   __device__ __forceinline__ void add_fp32(const float* row) {
+    row += first_k();
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 pair = __ldcg(reinterpret_cast<const float2*>(row + first_k(c) + 8 * half));
+        const float2 pair = __ldcg(reinterpret_cast<const float2*>(row + kChunk * c + 8 * half));
         x[c][2 * half] += pair.x;
         x[c][2 * half + 1] += pair.y;
       }
   }
   // Out of registers, which attention needs, and back; only this thread touches it.
   __device__ __forceinline__ float4* stash_at(const Context& c) const {
-    return reinterpret_cast<float4*>(c.p.residuals) + blockIdx.x * (kStashFloats / 4) + thread_index();
+    return reinterpret_cast<float4*>(c.p.residuals) + block_index() * (kStashFloats / 4) + thread_index();
   }
   __device__ __forceinline__ void stash(const Context& c) const {
     float4* to = stash_at(c);
@@ -150,14 +157,14 @@ struct Residual {
   template <int kSplit>
   __device__ __forceinline__ void add_deltas(const Context& c, const uint64_t* vectors, uint32_t tag) {
     if (!real()) return;
-    uint4 v[kSplit][kChunks];
+    TwoPackets v[kSplit][kChunks];
     wait_pairs(vectors + (warp_index() * kChunks * 32 + c.polled_lane()) * 2, vector_packets(PacketLayout::kHidden), tag, v,
                c.dog, Phase::kInput);
 #pragma unroll
     for (int s = 0; s < kSplit; ++s)
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        const float2 low = unpack_bf16(v[s][j].x), high = unpack_bf16(v[s][j].z);
+        const float2 low = unpack_bf16(v[s][j].first()), high = unpack_bf16(v[s][j].second());
         x[j][0] += low.x;
         x[j][1] += low.y;
         x[j][2] += high.x;
@@ -166,21 +173,32 @@ struct Residual {
   }
 };
 
-// gamma of a norm, in the residual's order; fetched before the deltas are waited for.
+// gamma of a norm, in the residual's order; fetched before the deltas are waited for, or, as far as there
+// are no registers for it then, brought near.
 template <class D>
 struct Gamma {
   static constexpr int kChunks = Residual<D>::kChunks;
+  static constexpr int kEarly = kChunks <= 4 ? kChunks : kChunks / 2;
   uint32_t bits[kChunks][2];
 
   __device__ __forceinline__ void load(const __nv_bfloat16* weight) {
+    load_chunks<0, kEarly>(weight);
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c)
+    for (int c = kEarly; c < kChunks; ++c)
+      if (Residual<D>::real()) prefetch_to_l1(weight + Residual<D>::first_k() + kChunk * c);
+  }
+  __device__ __forceinline__ void load_rest(const __nv_bfloat16* weight) { load_chunks<kEarly, kChunks>(weight); }
+
+ private:
+  template <int kFrom, int kTo>
+  __device__ __forceinline__ void load_chunks(const __nv_bfloat16* weight) {
+    weight += Residual<D>::first_k();
+#pragma unroll
+    for (int c = kFrom; c < kTo; ++c)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         bits[c][half] =
-            Residual<D>::real()
-                ? __ldg(reinterpret_cast<const uint32_t*>(weight + Residual<D>::first_k(c) + 8 * half))
-                : 0u;
+            Residual<D>::real() ? __ldg(reinterpret_cast<const uint32_t*>(weight + kChunk * c + 8 * half)) : 0u;
   }
 };
 
@@ -231,11 +249,11 @@ __device__ __forceinline__ void wait_fragments(const Context& c, const uint64_t*
     for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(0, 0);
     return;
   }
-  uint4 v[1][P::kHeld];
+  TwoPackets v[1][P::kHeld];
   const int chunk = split * P::kRealChunks + warp_index() * P::kChunks + first;
   wait_pairs(vector + (chunk * 32 + c.polled_lane()) * 2, 0, tag, v, c.dog, phase);
 #pragma unroll
-  for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(v[0][j].x, v[0][j].z);
+  for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(v[0][j].first(), v[0][j].second());
 }
 
 // Weight of a norm over hidden: two a layer, then the final one.
@@ -246,10 +264,10 @@ __device__ __forceinline__ const __nv_bfloat16* norm_weight(const FrameParams& p
 
 // One layer. The residual comes without the deltas of the down projection before it (published
 // under tag - 1; layer 0 has none), and leaves without this layer's. `prepare` is called first, before
-// anything is waited for.
-template <class D, class Prepare, class Attend>
-__device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int layer, Prepare&& prepare,
-                                              Attend&& attend) {
+// anything is waited for. Where queries, keys and values are known already, there is no QKV exchange.
+template <class D, class Layer, class Prepare, class Attend>
+__device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, Layer&& layer, bool qkv_known,
+                                              Prepare&& prepare, Attend&& attend) {
   using P = Products<D>;
   using L = PacketLayout;
   const FrameParams& p = c.p;
@@ -257,28 +275,33 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int la
 
   // QKV
   prepare();
-  gamma.load(norm_weight<D>(p, 2 * layer));
-  if (layer > 0) r.template add_deltas<P::Down::kSplit>(c, p.packets + L::kDeltaDown, c.tag - 1);
-  gemv<typename P::Qkv>(
-      c.ring, c.scratch, c.buffer,
-      [&](int, int, uint2(&f)[P::Qkv::kHeld]) {
-        normed_fragments<D>(c, r, gamma, 0, f);
-        r.stash(c);
-      },
-      [&](int strip, int, const Cell& cell, float2 rows) {
-        const float scale = rms_scale<D>(c, 0);
-        if (!c.finishes(cell)) return;
-        const int row = strip * 16 + 2 * cell.pair;
-        publish_pair(p, p.packets + L::kQkv, row, cell.column, rows.x * scale, rows.y * scale, c.tag, row);
-      });
+  if (qkv_known) {
+    r.stash(c);
+  } else {
+    gamma.load(norm_weight<D>(p, 2 * layer()));
+    if (layer() > 0) r.template add_deltas<P::Down::kSplit>(c, p.packets + L::kDeltaDown, c.tag - 1);
+    gamma.load_rest(norm_weight<D>(p, 2 * layer()));
+    gemv<typename P::Qkv>(
+        c,
+        [&](int, int, uint2(&f)[P::Qkv::kHeld]) {
+          normed_fragments<D>(c, r, gamma, 0, f);
+          r.stash(c);
+        },
+        [&](int strip, int, const Cell& cell, float2 rows) {
+          const float scale = rms_scale<D>(c, 0);
+          if (!c.finishes(cell)) return;
+          const int row = strip * 16 + 2 * cell.pair;
+          publish_pair(p, p.packets + L::kQkv, row, cell.column, rows.x * scale, rows.y * scale, c.tag, row);
+        });
+    c.advance();
+  }
 
-  c.advance();
   attend();  // reads tag - 1, publishes tag
   c.advance();
 
   // O: reads tag - 1
   gemv<typename P::Out>(
-      c.ring, c.scratch, c.buffer,
+      c,
       [&](int split, int first, uint2(&f)[P::Out::kHeld]) {
         wait_fragments<typename P::Out>(c, p.packets + L::kHeadsOut, split, first, c.tag - 1, Phase::kOut, f);
       },
@@ -291,11 +314,12 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int la
   c.advance();
 
   // gate-up
-  gamma.load(norm_weight<D>(p, 2 * layer + 1));
+  gamma.load(norm_weight<D>(p, 2 * layer() + 1));
   r.recall(c);
   r.template add_deltas<P::Out::kSplit>(c, p.packets + L::kDeltaO, c.tag - 1);
+  gamma.load_rest(norm_weight<D>(p, 2 * layer() + 1));
   gemv<typename P::GateUp>(
-      c.ring, c.scratch, c.buffer,
+      c,
       [&](int, int, uint2(&f)[P::GateUp::kHeld]) { normed_fragments<D>(c, r, gamma, 1, f); },
       [&](int strip, int, const Cell& cell, float2 rows) {
         // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight.
@@ -311,7 +335,7 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, int la
 
   // down: reads tag - 1
   gemv<typename P::Down>(
-      c.ring, c.scratch, c.buffer,
+      c,
       [&](int split, int first, uint2(&f)[P::Down::kHeld]) {
         wait_fragments<typename P::Down>(c, p.packets + L::kMlpInner, split, first, c.tag - 1, Phase::kMlp, f);
       },

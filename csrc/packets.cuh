@@ -10,7 +10,8 @@
 // overwritten one layer later. Why that is safe: whoever writes layer l + 1 has (through the
 // chain of exchanges) waited for all QKV and all gate-up rows of the layer before, and a CTA
 // publishes its rows of those only after it has read what came earlier. So every CTA must own rows
-// of both: the grid is limited (frame_max_grid).
+// of both: the grid is limited (frame_max_grid). Where the predictor's first layer has no QKV exchange, the
+// code stands for it: it is known only when all gate-up rows of the pass before have been used.
 //
 // The alternative that lost: grid barriers, 2.3 us each while weights stream (EXPERIMENTS.md).
 #pragma once
@@ -26,11 +27,17 @@ __device__ __forceinline__ int warp_index() { return thread_index() >> 5; }
 // Where a wait stands, for the watchdog; megakernel.py has the names.
 enum class Phase : int { kInput, kAttention, kCombine, kOut, kMlp, kLogits, kCode };
 
-__device__ __forceinline__ uint4 load_two_packets(const uint64_t* p) {
+// Two neighbouring packets, read at once.
+struct TwoPackets {
   uint64_t a, b;
-  load_two_words(p, a, b);
-  return make_uint4(uint32_t(a), uint32_t(a >> 32), uint32_t(b), uint32_t(b >> 32));
-}
+
+  __device__ __forceinline__ void load(const uint64_t* p) { load_two_words(p, a, b); }
+  // 0 if both carry `tag`.
+  __device__ __forceinline__ uint32_t lacks(uint32_t tag) const { return (high_half(a) ^ tag) | (high_half(b) ^ tag); }
+  __device__ __forceinline__ void load_unless(uint32_t tag, const uint64_t* p) { load_two_words_if(lacks(tag), p, a, b); }
+  __device__ __forceinline__ uint32_t first() const { return uint32_t(a); }
+  __device__ __forceinline__ uint32_t second() const { return uint32_t(b); }
+};
 
 __device__ __forceinline__ uint2 load_packet(const uint64_t* p) {
   const uint64_t a = load_word(p);
@@ -44,7 +51,7 @@ __device__ __forceinline__ void store_packet(uint64_t* p, uint32_t payload, uint
 // Turns a wait that will never end into an error that names where it stood. Waits are counted in polls,
 // about half a microsecond each: a clock would cost registers in every loop.
 __device__ __noinline__ void bark(const FrameParams& p, Phase phase, uint32_t tag) {
-  store_whole(p.watchdog, make_uint4(1, blockIdx.x, unsigned(phase), tag - p.epoch));
+  store_whole(p.watchdog, make_uint4(1, block_index(), unsigned(phase), tag - p.epoch));
   __threadfence_system();
   __trap();
 }
@@ -65,22 +72,18 @@ struct Watchdog {
 // carry `tag`. What has come is not asked for again: polls and weights share the way.
 template <int kVectors, int kCount>
 __device__ __forceinline__ void wait_pairs(const uint64_t* p, int vector_stride, uint32_t tag,
-                                           uint4 (&v)[kVectors][kCount], const Watchdog& dog, Phase phase) {
-#pragma unroll
-  for (int s = 0; s < kVectors; ++s)
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) v[s][j] = load_two_packets(p + s * vector_stride + j * 64);
+                                           TwoPackets (&v)[kVectors][kCount], const Watchdog& dog, Phase phase) {
   for (unsigned spin = 0;; ++spin) {
-    bool ok = true;
+    uint32_t lack = 0;
 #pragma unroll
     for (int s = 0; s < kVectors; ++s)
 #pragma unroll
-      for (int j = 0; j < kCount; ++j)
-        if (v[s][j].y != tag || v[s][j].w != tag) {
-          ok = false;
-          v[s][j] = load_two_packets(p + s * vector_stride + j * 64);
-        }
-    if (__all_sync(~0u, ok)) return;
+      for (int j = 0; j < kCount; ++j) v[s][j].load(p + s * vector_stride + j * 64);
+#pragma unroll
+    for (int s = 0; s < kVectors; ++s)
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) lack |= v[s][j].lacks(tag);
+    if (__all_sync(~0u, lack == 0)) return;
     dog.after(spin, phase, tag);
   }
 }

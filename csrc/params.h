@@ -55,6 +55,9 @@ struct FrameParams {
   const float* predictor_rope;  // [16][head_dim / 2][2]
   const __nv_bfloat16* codec_embedding;       // [talker vocab][talker hidden]
   const __nv_bfloat16* predictor_embeddings;  // [15][predictor vocab][talker hidden]
+  // Queries, keys and values of the predictor's first layer for the rows of codes 1..14, as its product would
+  // publish them: [14][predictor vocab][rows of QKV].
+  const __nv_bfloat16* predictor_first_qkv;
   // Where the predictor is narrower than the talker:
   const __nv_bfloat16* projected_embeddings;  // [15][predictor vocab][predictor hidden], of codes 0..14
   const __nv_bfloat16* projection_bias;       // [predictor hidden]

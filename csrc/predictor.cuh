@@ -23,7 +23,7 @@ __device__ __forceinline__ void project_hidden(Context& c, const Residual<T>& hi
     const FrameParams& p = c.p;
     uint64_t* projected = p.packets + PacketLayout::kProjected;
     gemv<Projection>(
-        c.ring, c.scratch, c.buffer,
+      c,
         [&](int, int, uint2(&f)[Projection::kHeld]) {
 #pragma unroll
           for (int j = 0; j < Projection::kHeld; ++j)
@@ -59,54 +59,60 @@ __device__ __forceinline__ void feed_code(const FrameParams& p, int codebook, in
 // The sum of a frame's embeddings, in the order of the codebooks, for the next frame; by one CTA a
 // stream, which has seen all its codes.
 __device__ __forceinline__ void sum_embeddings(const FrameParams& p) {
-  for (int stream = blockIdx.x; stream < p.num_columns; stream += gridDim.x) {
-    float* next = p.next_rows + int64_t(p.columns[stream].slot) * T::kHidden;
-    for (int k = 2 * thread_index(); k < T::kHidden; k += 2 * kThreads) {
-      uint32_t bits[kNumCodebooks];
+  const int stream = own_stream();
+  if (stream >= p.num_columns) return;
+  float* next = p.next_rows + int64_t(p.columns[stream].slot) * T::kHidden;
+  for (int k = 2 * thread_index(); k < T::kHidden; k += 2 * kThreads) {
+    uint32_t bits[kNumCodebooks];
 #pragma unroll
-      for (int codebook = 0; codebook < kNumCodebooks; ++codebook) {
-        const int code = load_packet(p.packets + PacketLayout::kCodes + codebook * kMaxColumns + stream).x;
-        bits[codebook] = __ldg(reinterpret_cast<const uint32_t*>(embedding_row(p, codebook, code) + k));
-      }
-      float2 sum = make_float2(0.f, 0.f);
-#pragma unroll
-      for (int codebook = 0; codebook < kNumCodebooks; ++codebook) {
-        const float2 pair = unpack_bf16(bits[codebook]);
-        sum.x += pair.x;
-        sum.y += pair.y;
-      }
-      *reinterpret_cast<float2*>(next + k) = sum;
+    for (int codebook = 0; codebook < kNumCodebooks; ++codebook) {
+      const int code = load_packet(p.packets + PacketLayout::kCodes + codebook * kMaxColumns + stream).x;
+      bits[codebook] = __ldg(reinterpret_cast<const uint32_t*>(embedding_row(p, codebook, code) + k));
     }
+    float2 sum = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int codebook = 0; codebook < kNumCodebooks; ++codebook) {
+      const float2 pair = unpack_bf16(bits[codebook]);
+      sum.x += pair.x;
+      sum.y += pair.y;
+    }
+    *reinterpret_cast<float2*>(next + k) = sum;
   }
+}
+
+// The rows that a pass adds.
+__device__ __forceinline__ NewRows new_rows(const FrameParams& p, int pass) {
+  return {pass, pass == 1 && p.num_columns <= kPaired ? kPaired : 0};
 }
 
 // Codes 0..15 from the talker's logits and normed row; c.columns are the streams. A pass is named by
 // the position of its last row; from its logits comes the code of that number.
 __device__ __forceinline__ void predict(Context& c, SamplerShared& sampler, Residual<P>& row) {
   const FrameParams& p = c.p;
-  const bool paired = p.num_columns <= kPaired;
-  const uint32_t streams = c.columns;
 #pragma unroll 1
-  for (int pass = paired ? 1 : 0;; ++pass) {
-    const NewRows rows{pass, paired && pass == 1 ? kPaired : 0};
+  for (int pass = p.num_columns <= kPaired ? 1 : 0;; ++pass) {
+    opaque(pass);
     if (pass > 0) {
+      sample(c, sampler, pass - 1);
       // This lane's stream, or where its column has none, one that is there.
-      const int mine = min(c.column() % (rows.first > 0 ? kPaired : kMaxColumns), p.num_columns - 1);
-      const int code = sample(c, sampler, pass - 1, mine);
+      const int mine = min(c.column() % (new_rows(p, pass).first > 0 ? kPaired : kMaxColumns), p.num_columns - 1);
+      const int code = sampled_code(c, pass - 1, mine);
       if (pass == kNumCodebooks) break;
-      if (c.column() >= rows.first) feed_code(p, pass - 1, code, row);
+      if (lane_index() % 4 == 0) c.scratch.codes[warp_index()][c.column()] = code;
+      __syncwarp();
+      if (c.column() >= new_rows(p, pass).first) feed_code(p, pass - 1, code, row);
     }
-    c.columns = streams | streams << rows.first;
+    c.columns = columns_of(p) | columns_of(p) << new_rows(p, pass).first;
 #pragma unroll 1
     for (int layer = 0; layer < P::kLayers; ++layer)
       decoder_layer<P>(
-          c, row, layer, [] {}, [&] { attend_predictor<P>(c, layer, rows); });
+          c, row, [&] { return layer; }, qkv_known(pass, layer), [] {},
+          [&] { attend_predictor<P>(c, layer, new_rows(p, pass)); });
     if (pass > 0) {
-      Gamma<P> gamma;
       lay_noise(p, pass);
-      head_logits<P>(c, row, rows.first, gamma);
+      head_logits<P>(c, row, new_rows(p, pass).first);
     }
-    c.columns = streams;
+    c.columns = columns_of(p);
   }
   sync_compute();
   sum_embeddings(p);

@@ -27,6 +27,17 @@ struct NewRows {
   __device__ __forceinline__ bool holds(int position) const { return position >= last - (first > 0 ? 1 : 0); }
 };
 
+// Whether a layer's queries, keys and values are in the table: the first layer's input is a code's embedding,
+// from position 2 on in all columns.
+__device__ __forceinline__ bool qkv_known(int pass, int layer) { return layer == 0 && pass > 1; }
+
+// The table's row for the code that a stream feeds at this position.
+template <class D>
+__device__ __forceinline__ const __nv_bfloat16* known_qkv(const Context& c, int stream, int position) {
+  const int64_t at = (position - 2) * D::kVocab + c.scratch.codes[warp_index()][stream];
+  return c.p.predictor_first_qkv + at * Products<D>::Qkv::kRows;
+}
+
 template <class D>
 __device__ __forceinline__ void attend_predictor_item(Context& c, int layer, int stream, int kv_head,
                                                       const NewRows& rows) {
@@ -58,8 +69,15 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int layer, int
       old_k.load(k_rows + warp * S::kDim);
       old_v.load(v_rows + warp * S::kDim);
     }
-    wait_rows(r, vector, first_row, is_new ? S::kGroupSize + 2 : S::kGroupSize, rows.column(stream, rows.last),
-              rows.column(stream, warp), c.tag - 1, c.dog);
+    const int count = is_new ? S::kGroupSize + 2 : S::kGroupSize;
+    if (qkv_known(rows.last, layer)) {
+      const __nv_bfloat16* known = known_qkv<D>(c, stream, rows.last);
+#pragma unroll
+      for (int i = 0; i < S::kGroupSize + 2; ++i)
+        if (i < count) r[i].load(known + first_row[i]);
+    } else {
+      wait_rows(r, vector, first_row, count, rows.column(stream, rows.last), rows.column(stream, warp), c.tag - 1, c.dog);
+    }
     if (is_new) {
       k.norm_rope(by_k, D::kEps);
       k.round();
@@ -116,7 +134,7 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int layer, int
 // All items of one layer that fall to this CTA; reads c.tag - 1, publishes c.tag.
 template <class D>
 __device__ __forceinline__ void attend_predictor(Context& c, int layer, const NewRows& rows) {
-  for (int item = blockIdx.x; item < c.p.num_columns * D::kKvHeads; item += gridDim.x)
+  for (int item = block_index(); item < c.p.num_columns * D::kKvHeads; item += gridDim.x)
     attend_predictor_item<D>(c, layer, item / D::kKvHeads, item % D::kKvHeads, rows);
 }
 

@@ -15,6 +15,16 @@ __device__ __forceinline__ int thread_index() {
   return x;
 }
 
+__device__ __forceinline__ int block_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  return x;
+}
+
+// What is computed from x is computed anew after this: not kept in registers instead.
+__device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 extern __shared__ char dynamic_shared_memory[];
 __device__ __forceinline__ char* shared_memory() { return dynamic_shared_memory; }
 
@@ -50,6 +60,21 @@ __device__ __forceinline__ uint64_t load_word(const uint64_t* p) {
 }
 __device__ __forceinline__ void load_two_words(const uint64_t* p, uint64_t& a, uint64_t& b) {
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(a), "=l"(b) : "l"(p) : "memory");
+}
+// The same, in place, where `wanted` is not 0; what is there stays otherwise.
+__device__ __forceinline__ void load_two_words_if(uint32_t wanted, const uint64_t* p, uint64_t& a, uint64_t& b) {
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %3, 0;\n"
+      "@wanted ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];\n}"
+      : "+l"(a), "+l"(b)
+      : "l"(p), "r"(wanted)
+      : "memory");
+}
+// The upper half, in a way that the compiler does not turn into arithmetic on 64 bits.
+__device__ __forceinline__ uint32_t high_half(uint64_t x) {
+  uint32_t high;
+  asm("{\n.reg .b32 low;\nmov.b64 {low, %0}, %1;\n}" : "=r"(high) : "l"(x));
+  return high;
 }
 __device__ __forceinline__ void store_word(uint64_t* p, uint64_t x) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
@@ -136,6 +161,10 @@ __device__ __forceinline__ void take_registers() {
 template <int kCount>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+__device__ __forceinline__ void prefetch_to_l1(const void* p) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
 }
 
 __device__ __forceinline__ void prefetch_to_l2(const void* p) {

@@ -101,12 +101,12 @@ struct Sampler {
                                               float* dump) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-      uint4 v[2][1];
+      TwoPackets v[2][1];
       wait_pairs(packets + min(quad(i), vocab / 4 - 1) * 4, 2, tag, v, dog, Phase::kLogits);
-      score[i][0] = owns(i) ? __uint_as_float(v[0][0].x) : -INFINITY;
-      score[i][1] = owns(i) ? __uint_as_float(v[0][0].z) : -INFINITY;
-      score[i][2] = owns(i) ? __uint_as_float(v[1][0].x) : -INFINITY;
-      score[i][3] = owns(i) ? __uint_as_float(v[1][0].z) : -INFINITY;
+      score[i][0] = owns(i) ? __uint_as_float(v[0][0].first()) : -INFINITY;
+      score[i][1] = owns(i) ? __uint_as_float(v[0][0].second()) : -INFINITY;
+      score[i][2] = owns(i) ? __uint_as_float(v[1][0].first()) : -INFINITY;
+      score[i][3] = owns(i) ? __uint_as_float(v[1][0].second()) : -INFINITY;
       if (dump != nullptr && owns(i))
 #pragma unroll
         for (int j = 0; j < 4; ++j) dump[quad(i) * 4 + j] = score[i][j];
@@ -251,10 +251,14 @@ struct Sampler {
           score[i][j] = -INFINITY;
   }
 
-  // The code; the same in every thread.
-  __device__ __forceinline__ int pick(const Draw& d) {
+  // The code; the same in every thread. Noise is read again after a truncation, which needs its registers.
+  template <class ReadNoise>
+  __device__ __forceinline__ int pick(const Draw& d, ReadNoise&& read_noise) {
     const bool noisy = d.temperature > 0.f;
-    if (noisy && d.tail_mass > 0.f) truncate(d);
+    if (noisy && d.tail_mass > 0.f) {
+      truncate(d);
+      read_noise();
+    }
     uint32_t floor = 0;
     for (;;) {
       uint32_t score_key;

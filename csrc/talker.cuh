@@ -24,53 +24,64 @@ __device__ __forceinline__ Draw draw_of(const Column& s, int codebook) {
   return d;
 }
 
+// The stream whose codes this CTA draws, and whose sum it makes; a grid has at least as many CTAs as there
+// are columns. Computed anew wherever it is needed.
+__device__ __forceinline__ int own_stream() { return block_index(); }
+
 // The noise of codebook's draws, before their logits are waited for.
 __device__ __forceinline__ void lay_noise(const FrameParams& p, int codebook) {
-  if (p.noise != nullptr) return;
-  for (int column = blockIdx.x; column < p.num_columns; column += gridDim.x)
-    Sampler::lay_noise(draw_of(p.columns[column], codebook), codebook == 0 ? T::kVocab : P::kVocab,
-                       reinterpret_cast<float4*>(p.noise_aside) + column * Sampler::kNoise);
+  if (p.noise != nullptr || own_stream() >= p.num_columns) return;
+  Sampler::lay_noise(draw_of(p.columns[own_stream()], codebook), codebook == 0 ? T::kVocab : P::kVocab,
+                     reinterpret_cast<float4*>(p.noise_aside) + own_stream() * Sampler::kNoise);
 }
 
-// Sample codebook's code of every stream, one CTA a stream, from the logits; every lane
-// of every CTA leaves with the code of stream `mine`.
-__device__ __forceinline__ int sample(Context& c, SamplerShared& sh, int codebook, int mine) {
+// Sample codebook's code of every stream, one CTA a stream, from the logits.
+__device__ __forceinline__ void sample(Context& c, SamplerShared& sh, int codebook) {
   const FrameParams& p = c.p;
-  for (int column = blockIdx.x; column < p.num_columns; column += gridDim.x) {
-    const Draw d = draw_of(p.columns[column], codebook);
-    const int64_t at = int64_t(column) * kNumCodebooks + codebook;
-    const uint32_t logits_tag = codebook == 0 ? p.epoch + 5 * T::kLayers : c.tag - 1;  // more may follow the talker's
-    uint32_t* seen = codebook == 0 ? p.seen + int64_t(p.columns[column].slot) * (T::kVocab / 32) : nullptr;
-    Sampler sampler{sh, codebook == 0 ? T::kVocab : P::kVocab};
-    sampler.read_noise(reinterpret_cast<const float4*>(p.noise == nullptr ? p.noise_aside + column * 4 * Sampler::kNoise
-                                                                          : p.noise + at * T::kVocab));
-    sampler.read_seen(seen);
-    sampler.read_logits(p.packets + PacketLayout::kLogits + int64_t(column) * PacketLayout::kVocab, logits_tag, c.dog,
-                        p.dump_logits == nullptr ? nullptr : p.dump_logits + at * T::kVocab);
-    sampler.process(d);
-    int code = sampler.pick(d);
-    if (thread_index() == 0) {
-      p.codes[at] = code;
-      if (p.forced_codes != nullptr) code = p.forced_codes[at];
-      store_packet(p.packets + PacketLayout::kCodes + codebook * kMaxColumns + column, code, c.tag);
-      if (seen != nullptr) seen[code / 32] |= 1u << (code % 32);
-    }
-    sync_compute();  // before the sampler's memory is used again
+  if (own_stream() >= p.num_columns) return;
+  auto at = [&] { return own_stream() * kNumCodebooks + codebook; };
+  const uint32_t logits_tag = codebook == 0 ? p.epoch + 5 * T::kLayers : c.tag - 1;  // more may follow the talker's
+  auto seen = [&] { return p.seen + p.columns[own_stream()].slot * (T::kVocab / 32); };
+  Sampler sampler{sh, codebook == 0 ? T::kVocab : P::kVocab};
+  auto read_noise = [&] {
+    sampler.read_noise(reinterpret_cast<const float4*>(
+        p.noise == nullptr ? p.noise_aside + own_stream() * 4 * Sampler::kNoise : p.noise + at() * T::kVocab));
+  };
+  read_noise();
+  sampler.read_seen(codebook == 0 ? seen() : nullptr);
+  sampler.read_logits(p.packets + PacketLayout::kLogits + own_stream() * PacketLayout::kVocab, logits_tag, c.dog,
+                      p.dump_logits == nullptr ? nullptr : p.dump_logits + at() * T::kVocab);
+  const Draw d = draw_of(p.columns[own_stream()], codebook);
+  sampler.process(d);
+  int code = sampler.pick(d, read_noise);
+  if (thread_index() == 0) {
+    p.codes[at()] = code;
+    if (p.forced_codes != nullptr) code = p.forced_codes[at()];
+    store_packet(p.packets + PacketLayout::kCodes + codebook * kMaxColumns + own_stream(), code, c.tag);
+    if (codebook == 0) seen()[code / 32] |= 1u << (code % 32);
   }
-  const int code = wait_packet(p.packets + PacketLayout::kCodes + codebook * kMaxColumns + mine, c.tag, c.dog, Phase::kCode);
+  sync_compute();  // before the sampler's memory is used again
+}
+
+// The sampled code of a lane's `stream`.
+__device__ __forceinline__ int sampled_code(Context& c, int codebook, int stream) {
+  const uint64_t* codes = c.p.packets + PacketLayout::kCodes + codebook * kMaxColumns;
+  const int code = wait_packet(codes + stream, c.tag, c.dog, Phase::kCode);
   c.advance();
   return code;
 }
 
 // Final norm and a head over the residual; logits go out under c.tag, which moves on. Stream s is
-// column first + s. gamma is left for a caller who wants the normed row itself.
+// column first + s.
 template <class D>
-__device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, int first, Gamma<D>& gamma) {
+__device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, int first) {
   using Head = typename Products<D>::Head;
+  Gamma<D> gamma;
   gamma.load(norm_weight<D>(c.p, 2 * D::kLayers));
   r.template add_deltas<Products<D>::Down::kSplit>(c, c.p.packets + PacketLayout::kDeltaDown, c.tag - 1);
+  gamma.load_rest(norm_weight<D>(c.p, 2 * D::kLayers));
   gemv<Head>(
-      c.ring, c.scratch, c.buffer, [&](int, int, uint2(&f)[Head::kHeld]) { normed_fragments<D>(c, r, gamma, 1, f); },
+      c, [&](int, int, uint2(&f)[Head::kHeld]) { normed_fragments<D>(c, r, gamma, 1, f); },
       [&](int strip, int, const Cell& cell, float2 rows) {
         const int stream = cell.column - first;
         const float scale = rms_scale<D>(c, 1);
@@ -91,17 +102,20 @@ __device__ __forceinline__ void talker_layers(Context& c, Residual<T>& r) {
     if (!p.prefill) r.add_fp32(p.next_rows + int64_t(p.columns[c.column()].slot) * T::kHidden);
     r.add_fp32(p.text_rows + int64_t(c.column()) * T::kHidden);
   }
+  list_items<T>(c);
 #pragma unroll 1
-  for (int layer = 0; layer < T::kLayers; ++layer)
+  while (c.talker_layer() < T::kLayers)
     decoder_layer<T>(
-        c, r, layer, [&] { prefetch_cache<T>(p, layer); }, [&] { attend_talker<T>(c, layer); });
+        c, r, [&] { return c.talker_layer(); }, false, [&] { prefetch_first<T>(c); }, [&] { attend_talker<T>(c); });
 }
 
 // Codec head; leaves code 0 to be sampled, and the normed row in the residual.
 __device__ __forceinline__ void talker_head(Context& c, Residual<T>& r) {
-  Gamma<T> gamma;
   lay_noise(c.p, 0);
-  head_logits<T>(c, r, 0, gamma);
+  head_logits<T>(c, r, 0);
+  Gamma<T> gamma;
+  gamma.load(norm_weight<T>(c.p, 2 * T::kLayers));
+  gamma.load_rest(norm_weight<T>(c.p, 2 * T::kLayers));
   const float scale = __shfl_sync(~0u, rms_scale<T>(c, 1), c.column());
 #pragma unroll
   for (int j = 0; j < Residual<T>::kChunks; ++j)

@@ -27,7 +27,8 @@ class FrameKernel : public torch::CustomClassHolder {
     int ctas = 0;
     check(frame_co_resident(&ctas), "the kernel cannot be prepared");
     TORCH_CHECK(ctas >= 1, "an SM cannot hold one CTA of the kernel");
-    TORCH_CHECK(grid >= 1 && grid <= frame_max_grid(), "grid is ", grid, ", allowed: 1 to ", frame_max_grid());
+    TORCH_CHECK(grid >= kMaxColumns && grid <= frame_max_grid(), "grid is ", grid, ", allowed: ", kMaxColumns, " to ",
+                frame_max_grid());
     using bf16 = __nv_bfloat16;
     p_.talker_layers = take<char>("talker_layers");
     p_.talker_head = take<char>("talker_head");
@@ -41,6 +42,7 @@ class FrameKernel : public torch::CustomClassHolder {
     p_.predictor_rope = take<float>("predictor_rope");
     p_.codec_embedding = take<bf16>("codec_embedding");
     p_.predictor_embeddings = take<bf16>("predictor_embeddings");
+    p_.predictor_first_qkv = take<bf16>("predictor_first_qkv");
     p_.projected_embeddings = take<bf16>("projected_embeddings");
     p_.projection_bias = take<bf16>("projection_bias");
     p_.k_cache = take<bf16>("k_cache");

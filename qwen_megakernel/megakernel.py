@@ -26,16 +26,23 @@ from qwen_megakernel.decoder import (
     check_prefill,
 )
 from qwen_megakernel.model import Talker, mrope_tables, rope_tables
-from qwen_megakernel.packing import pack_layers, pack_norms, pack_product, pack_qk_norms, pack_rope
+from qwen_megakernel.packing import (
+    known_qkv,
+    pack_layers,
+    pack_norms,
+    pack_product,
+    pack_qk_norms,
+    pack_rope,
+)
 from qwen_megakernel.prefix_cache import PrefixCache, SharedRows
 from qwen_megakernel.sampling import split_seed
 from qwen_megakernel.talker_prefill import ROWS, TalkerPrefill
 
 MAX_POSITIONS = 8192
 """Positions that the kernel's attention can split (kMaxSplits in csrc/params.h)."""
-_LONG_PROMPT = 33
-"""Rows from which a prompt goes through PyTorch in one go. The kernel takes 0.53 ms for each eight
-(H100, 0.6B shape); that the graph takes about 2 ms is an estimate (csrc/EXPERIMENTS.md)."""
+_LONG_PROMPT = 49
+"""Rows from which a prompt goes through PyTorch in one go: 3.4 ms whatever their number up to 128, where
+the kernel takes 0.5 ms for each eight (H200, 0.6B shape; csrc/EXPERIMENTS.md)."""
 _MAX_SPINS = 4_000_000
 """Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
 _PHASES = ("input", "attention", "combine", "O", "MLP", "logits", "code")
@@ -143,8 +150,8 @@ class MegakernelBackend:
         most = min(sms, self._ops.max_grid())
         if grid is None:
             return most
-        if not 1 <= grid <= most:
-            raise ValueError(f"grid is {grid}, allowed: 1 to {most}")
+        if not MAX_BATCH <= grid <= most:  # each stream has a CTA that draws for it
+            raise ValueError(f"grid is {grid}, allowed: {MAX_BATCH} to {most}")
         return grid
 
     @torch.no_grad()
@@ -162,6 +169,8 @@ class MegakernelBackend:
             first = talker.model.codec_embedding.weight[: self._predictor_config.vocab_size]
             rows = torch.cat([first[None], tables[:-1]]).float()
             projected = (rows @ projection.weight.float().T + projection.bias.float()).to(torch.bfloat16)
+        fed = projected[1:] if len(projected) else tables[:-1]  # of codes 1 to 14
+        first_layer = predictor.model.layers[0]
         axes = torch.arange(self.max_positions, device=self._device).expand(3, -1)
         positions = torch.arange(NUM_CODEBOOKS, device=self._device)
         packed = {
@@ -171,6 +180,8 @@ class MegakernelBackend:
             "predictor_heads": torch.cat([pack_product(head.weight) for head in predictor.lm_head]),
             "talker_norms": pack_norms(talker.model.layers, talker.model.norm.weight),
             "talker_qk_norms": pack_qk_norms(talker.model.layers),
+            # Codebook by codebook: in fp32 they take eight times the space of one.
+            "predictor_first_qkv": torch.stack([known_qkv(first_layer, rows) for rows in fed]),
             "predictor_norms": pack_norms(predictor.model.layers, predictor.model.norm.weight),
             "predictor_qk_norms": pack_qk_norms(predictor.model.layers),
             "codec_embedding": talker.model.codec_embedding.weight.detach(),

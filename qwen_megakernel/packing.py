@@ -102,6 +102,25 @@ def pack_qk_norms(layers: Iterable[DecoderLayer]) -> Tensor:
     )
 
 
+def known_qkv(layer: DecoderLayer, rows: Tensor) -> Tensor:
+    """Queries, keys and values that a layer makes of rows known beforehand, rounded as the kernel does.
+
+    Args:
+        layer: bf16.
+        rows: bf16 [..., hidden], before the layer's norm.
+
+    Returns:
+        bf16 [..., rows of QKV], before the norms of q and k.
+    """
+    attention, norm = layer.self_attn, layer.input_layernorm
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    weight = torch.cat([projection.weight for projection in projections]).float()
+    wide = rows.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    scaled = (wide * norm.weight.float()).to(torch.bfloat16).float()
+    return (scaled @ weight.T * scale).to(torch.bfloat16)
+
+
 def pack_rope(cos: Tensor, sin: Tensor) -> Tensor:
     """Tables of `rope_tables`, [positions, head_dim], as fp32 [positions, head_dim / 2, 2]."""
     half = cos.shape[-1] // 2

@@ -30,13 +30,6 @@ from qwen_megakernel.synth_config import shape_config
 
 SM_120_BYTES = 99 * 1024
 """Shared memory that a CTA may have on an RTX 50."""
-SPILLS = {
-    ("0.6b", "90a"): 32,
-    ("0.6b", "120a"): 428,
-    ("1.7b", "90a"): 364,
-    ("1.7b", "120a"): 132,
-}
-"""Bytes that the frame kernel spills today, with nvcc 13.0. None is the aim: they may only go down."""
 SOURCE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= %s; }\n'
 
 try:
@@ -75,7 +68,7 @@ def test_the_frame_kernel_fits_the_gpu(shape, arch, cache, report):
         f"{shared} bytes of shared memory, compiled in {lasted:.0f} s"
     )
     assert shared <= (SM_120_BYTES if arch == "120a" else 227 * 1024)
-    assert kernel.spill_bytes <= SPILLS[shape, arch]
+    assert kernel.spill_bytes == 0
     assert system_calls(product, arch) == []
     assert "Performance Loss" not in (product.parent / "kernel_tts.cu.log").read_text()
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_megakernel.build_tts import build, detect_arch, frame_library
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.decoder import MAX_BATCH
 from qwen_megakernel.megakernel import MegakernelBackend
@@ -24,7 +23,7 @@ from qwen_megakernel.synth_config import shape_config
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 if torch.cuda.is_available():
-    from kernel_twins import make_kernel
+    from kernel_twins import build_kernel, make_kernel
 
 SLOTS = 16
 POSITIONS = 400
@@ -147,6 +146,7 @@ def test_streams_come_and_go_beside_other_work(shape, frames, limit_s, report):
 
 
 SANITIZED = """
+import sys
 import torch
 from kernel_twins import make_kernel
 from qwen_megakernel.config import GenerationParams
@@ -155,7 +155,8 @@ from qwen_megakernel.synth_config import shape_config
 
 config = shape_config("tiny")
 talker = random_talker(config, "cuda")
-kernel = make_kernel("tiny", talker, grid=8, max_spins=2**31 - 1, num_slots=8, max_positions=64)
+options = {"grid": 8, "max_spins": 2**31 - 1, "num_slots": 8, "max_positions": 64}
+kernel = make_kernel("tiny", talker, even_registers=sys.argv[1] == "racecheck", **options)
 rows = torch.zeros(12, config.talker.hidden_size)
 for slot in range(5):
     kernel.prefill(slot, rows[: 9 + slot % 2], GenerationParams(seed=slot))
@@ -170,15 +171,18 @@ SUMMARIES = {
 
 @pytest.mark.parametrize("tool", SUMMARIES)
 def test_the_sanitizer_finds_nothing(tool):
-    """The small shape on eight CTAs; only the frame kernel is watched, so that it ends in time."""
+    """The small shape on eight CTAs; only the frame kernel is watched, so that it ends in time.
+
+    racecheck itself failed on the kernel as it is ("failed to handle a hardware exception", CUDA 13.0);
+    its own code may need registers that the fetching warps have given away.
+    """
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).is_file():
         pytest.skip("no compute-sanitizer")
-    arch = detect_arch(torch.device("cuda"))
-    build(frame_library(shape_config("tiny"), arch), arch)  # not under the tool
+    build_kernel("tiny", even_registers=tool == "racecheck")  # not under the tool
     only = ["--kernel-regex", "kns=frame_kernel", "--report-api-errors", "no"]
     child = subprocess.run(
-        [program, "--tool", tool, *only, sys.executable, "-c", SANITIZED],
+        [program, "--tool", tool, *only, sys.executable, "-c", SANITIZED, tool],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

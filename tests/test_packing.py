@@ -9,6 +9,7 @@ from qwen_megakernel.packing import (
     NUM_WARPS,
     fragments,
     interleave_gate_up,
+    known_qkv,
     pack_layer,
     pack_product,
     pack_rope,
@@ -75,6 +76,22 @@ def test_a_layer_is_its_products_in_order_of_use():
     ])))  # fmt: skip
     down = pack_product(layer.mlp.down_proj.weight, splits=True)
     assert torch.equal(packed[-len(down) :], down)
+
+
+def test_known_queries_keys_and_values_are_the_layer_s():
+    from qwen_megakernel.synth_checkpoint import random_talker
+    from qwen_megakernel.synth_config import shape_config
+
+    layer = random_talker(shape_config("tiny"), "cpu").code_predictor.model.layers[0]
+    rows = torch.randn(9, layer.self_attn.q_proj.in_features).bfloat16()
+    known = known_qkv(layer, rows)
+    wide = layer.float()
+    normed, attention = wide.input_layernorm(rows.float()), wide.self_attn
+    truth = torch.cat(
+        [attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)], dim=-1
+    )
+    assert known.dtype == torch.bfloat16
+    assert (known.float() - truth).norm() < 4e-3 * truth.norm()  # bf16 once before and once after
 
 
 def test_rope_tables_are_pairs():
