@@ -96,7 +96,8 @@ def exchange_parts(config: ModelConfig, streams: int) -> list[str]:
         *["talker"] * (talker + 1),
         *["predictor"] * (projects + alone),
         "sampling",
-        *passes * (NUM_CODEBOOKS - 1),
+        *passes,
+        *passes[1:] * (NUM_CODEBOOKS - 2),  # of later positions the first QKV is known
     ]
 
 
@@ -118,15 +119,20 @@ def parts_of(stamps: np.ndarray, parts: Sequence[str]) -> dict[str, float]:
 
 
 def frame_bytes(config: ModelConfig, streams: int, position: int) -> int:
-    """Bytes that a frame must read: every bf16 weight once a pass, keys and values of the streams."""
+    """Bytes that a frame must read: bf16 weights once a pass, keys and values of the streams."""
+
+    def qkv_rows(c: Any) -> int:
+        return (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
 
     def layer(c: Any) -> int:
-        heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        return c.hidden_size * (heads + 3 * c.intermediate_size)
+        rows = qkv_rows(c) + c.num_heads * c.head_dim
+        return c.hidden_size * (rows + 3 * c.intermediate_size)
 
     t, p = config.talker, config.predictor
     weights = t.num_layers * layer(t) + t.vocab_size * t.hidden_size
     weights += (NUM_CODEBOOKS - 1) * (p.num_layers * layer(p) + p.vocab_size * p.hidden_size)
+    # Of the passes after the first, the first layer's QKV comes from a table: a row a stream.
+    weights -= (NUM_CODEBOOKS - 2) * qkv_rows(p) * (p.hidden_size - streams)
     if t.hidden_size != p.hidden_size:
         weights += t.hidden_size * p.hidden_size
     cached = streams * position * t.num_layers * 2 * t.num_kv_heads * t.head_dim

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -206,16 +207,39 @@ def summary(turns: Sequence[TurnFigures]) -> dict[str, Any]:
     }
 
 
+def speak_at_once(port: int, clients: int, turns: int) -> list[TurnFigures]:
+    """`SENTENCE` from several clients at the same time, each turn after turn, `turns` of them in all.
+
+    The clients share this process: under load their clocks (TTFB, TTFA) tell of it, too.
+    """
+
+    def speak(number: int) -> list[TurnFigures]:
+        client = BenchClient(port)
+        try:
+            return [client.speak(SENTENCE, seed) for seed in range(number, turns, clients)]
+        finally:
+            client.close()
+
+    with ThreadPoolExecutor(clients) as threads:
+        return [figures for of_one in threads.map(speak, range(clients)) for figures in of_one]
+
+
 def run(
-    checkpoint: Path, backend: str, *, device: str, turns: int, fixed_turns: int, report: Report
+    checkpoint: Path,
+    backend: str,
+    *,
+    device: str,
+    turns: int,
+    at_once: Sequence[int] = (),
+    report: Report,
 ) -> dict[str, Any]:
     """Start a server on a checkpoint, measure its turns, stop it; one entry of the bench's JSON.
 
     Args:
         checkpoint: a Base checkpoint; a buzz is cloned as its voice by speaker embedding alone.
         backend, device: as `server.py` takes them.
-        turns: of mixed length.
-        fixed_turns: of `SENTENCE`, before them.
+        turns: of `SENTENCE`, then as many of mixed length, one at a time.
+        at_once: numbers of clients that then speak `SENTENCE` together, a turn each at least.
         report: told what is being done.
 
     Raises:
@@ -236,12 +260,14 @@ def run(
             ready.set()
             report(f"{backend}: ready after {ready_s:.1f} s")
             client = BenchClient(port)
-            fixed = [client.speak(SENTENCE, seed) for seed in range(fixed_turns)]
+            fixed = [client.speak(SENTENCE, seed) for seed in range(turns)]
             mixed = [client.speak(text, seed) for seed, text in enumerate(mixed_texts(turns))]
             client.close()
+            together = {str(n): summary(speak_at_once(port, n, max(turns, n))) for n in at_once}
     return {
         "backend": backend,
         "ready_s": ready_s,
         "sentence": summary(fixed),
         "mixed": summary(mixed),
+        "at_once": together,
     }

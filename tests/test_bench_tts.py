@@ -92,7 +92,7 @@ def test_every_exchange_has_a_part(shape, streams):
     parts = exchange_parts(config, streams)
     layers, passes = config.predictor.num_layers, 15 + (streams > 4)
     projects = shape.endswith("1.7b")
-    assert len(parts) == 5 * (config.talker.num_layers + passes * layers) + 32 + projects
+    assert len(parts) == 5 * (config.talker.num_layers + passes * layers) + 32 + projects - 14
     assert parts.count("sampling") == NUM_CODEBOOKS
     assert parts[5 * config.talker.num_layers] == "talker"  # its head
     assert parts[-1] == "sampling"
@@ -122,7 +122,11 @@ def test_bytes_are_those_of_the_weights_and_the_cache(shape):
     if shape == "tiny-1.7b":
         once += predictor.small_to_mtp_projection.weight.numel()
     once += sum(head.weight.numel() for head in predictor.lm_head)
-    total = 2 * (once + 15 * matrices(predictor.model.layers))
+    attention = predictor.model.layers[0].self_attn
+    known = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    looked_up = sum(weight.shape[0] for weight in known) * 3  # a row of the table for each stream
+    passes = 15 * matrices(predictor.model.layers) - 14 * (sum(w.numel() for w in known) - looked_up)
+    total = 2 * (once + passes)
     assert frame_bytes(config, 3, 0) == total
     t = config.talker
     row = 2 * t.num_layers * t.num_kv_heads * t.head_dim * 2
@@ -217,8 +221,8 @@ def test_everything_on_a_cpu(tiny_base, tmp_path):
     (server,) = found["server"]
     assert server["backend"] == "torch"
     assert server["ready_s"] > 0.5
-    for kind, count in (("sentence", 1), ("mixed", 1)):
-        turns = server[kind]
+    assert server["at_once"].keys() == {"2"}
+    for turns, count in ((server["sentence"], 1), (server["mixed"], 1), (server["at_once"]["2"], 2)):
         assert turns["ttfc_ms"]["count"] == turns["rtf"]["count"] == count
         assert 0 < turns["ttfc_ms"]["p50"] < turns["ttfb_ms"]["p50"] <= turns["ttfa_ms"]["p50"]
         assert 0 < turns["ttfc_ms"]["p50"] <= turns["ttfc_ms"]["p95"] <= turns["ttfc_ms"]["p99"]
@@ -228,6 +232,7 @@ def test_everything_on_a_cpu(tiny_base, tmp_path):
     assert done.stdout.rstrip("\n") == bench_tts.tables(found)
     assert found["command"].startswith("python -m qwen_megakernel bench --device cpu --model ")
     assert "| torch, 60 characters | 1 |" in done.stdout
+    assert "| torch, 60 characters, 2 at once | 2 |" in done.stdout
     assert "Frame kernel: not measured" in done.stdout
     assert "listening on" in done.stderr
 
