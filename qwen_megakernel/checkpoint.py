@@ -20,15 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from qwen_megakernel.config import ModelConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +44,11 @@ PREFIXES = ("talker.", "speaker_encoder.", "encoder.", "decoder.")
 """How every tensor's name begins; the last two are the codec's."""
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 _FOLDER_FILES = ("config.json", "preprocessor_config.json", _WEIGHTS, _INDEX, "model-*.safetensors")
 _PATTERNS = [
     *_FOLDER_FILES,
-    *_TOKENIZER_FILES,
+    *TOKENIZER_FILES,
     "generation_config.json",
     *(f"{SPEECH_FOLDER}/{name}" for name in _FOLDER_FILES),
 ]
@@ -238,7 +235,7 @@ def _check_space(need: int, folder: Path) -> None:
 
 def _check_layout(folder: Path) -> None:
     """Everything the project reads is there; raises `CheckpointError` for the first missing file."""
-    for name in ("config.json", f"{SPEECH_FOLDER}/config.json", *_TOKENIZER_FILES):
+    for name in ("config.json", f"{SPEECH_FOLDER}/config.json", *TOKENIZER_FILES):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing, so this is no complete checkpoint")
     for part in (folder, folder / SPEECH_FOLDER):
@@ -475,22 +472,3 @@ def _place(tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.device
 
 def _or(names: Iterable[str]) -> str:
     return " or ".join(names)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The text tokenizer of a local checkpoint: Qwen2's byte-level BPE.
-
-    Raises:
-        CheckpointError: a file is missing or malformed.
-    """
-    # Not AutoTokenizer, which reads config.json and warns that it does not know the model.
-    from transformers import Qwen2TokenizerFast
-
-    folder = Path(folder)
-    for name in _TOKENIZER_FILES:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: {name} is missing, so there is no text tokenizer")
-    try:
-        return Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a malformed file surfaces as anything, also from Rust
-        raise CheckpointError(f"{folder}: the text tokenizer cannot be read ({error})") from error

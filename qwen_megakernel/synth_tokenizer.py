@@ -10,7 +10,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
+
+from qwen_megakernel.tokenizer import qwen2_tokenizer
 
 # Special tokens at their true ids; a tiny vocabulary has them from _TINY_FIRST_SPECIAL on.
 _SPECIALS = {
@@ -30,12 +32,6 @@ def special_ids(tiny: bool) -> dict[str, int]:
     return {token: _TINY_FIRST_SPECIAL + i for i, token in enumerate(_SPECIALS)}
 
 
-# Qwen2's pre-tokenization, as transformers' Qwen2 tokenizer applies it when it reads
-# vocab.json and merges.txt; training must split the same way to learn usable merges.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _SAMPLE_TEXT = """\
 Good morning, and thank you for calling. My name is Ada, and I will be your guide today.
 If you would like to change an appointment, please tell me the day that suits you best.
@@ -72,14 +68,7 @@ _ROLE_LINES = "assistant\nuser\nsystem\n" * 40
 
 def _train_bpe(text: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary (token -> rank) and merges, learned from a text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer = qwen2_tokenizer(models.BPE())  # merges are of use only if learned from the same split
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),

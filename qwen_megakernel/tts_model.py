@@ -19,10 +19,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import nn
 
 from qwen_megakernel.active_turn import TurnRequest
 from qwen_megakernel.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
-from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, load_tokenizer, resolve
+from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, resolve
 from qwen_megakernel.codec import CodecDecoder
 from qwen_megakernel.codec_encoder import CodecEncoder
 from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
@@ -31,6 +32,7 @@ from qwen_megakernel.engine import Engine
 from qwen_megakernel.model import Talker
 from qwen_megakernel.prompt import PromptBuilder
 from qwen_megakernel.speaker import SpeakerEncoder
+from qwen_megakernel.tokenizer import load_tokenizer
 from qwen_megakernel.turn import Audio, Finished, RequestError, Sink, Turn, TurnEvent
 from qwen_megakernel.voice import Voice, VoiceCloner, load_voices, voice_name_ok
 
@@ -39,6 +41,9 @@ Progress = Callable[[str], None]
 
 _WARM_UP_TEXT = "Hello there."
 _WARM_UP_FRAMES = 4
+_FEW_WEIGHTS = 50_000_000
+"""Fewer are too little to share out between threads, which wait for each other at every operation:
+at best no faster, and on a busy machine a hundred times slower."""
 
 
 class SynthesisError(RuntimeError):
@@ -108,12 +113,13 @@ class TTSDecoder:
         progress("loading the codec")
         checkpoint.load("decoder.", codec, dtype=dtype, device=device)
         self._checkpoint, self._device = checkpoint, device
+        small = device.type == "cpu" and _num_weights(talker, codec) < _FEW_WEIGHTS
         self._cloner: VoiceCloner | None = None
         for speaker in config.talker.speaker_ids:
             self.add_voice(speaker, Voice.preset(speaker))
         self._designed = Voice.designed()
         progress("loading the tokenizer")
-        self._prompts = PromptBuilder(talker, config, tokenizer.result().backend_tokenizer)
+        self._prompts = PromptBuilder(talker, config, tokenizer.result())
         self._engine = Engine(
             backends.make_decoder(
                 talker,
@@ -123,6 +129,7 @@ class TTSDecoder:
             backends.make_codec(codec, num_slots),
             self._prompts,
             eos_id=config.talker.codec_eos_id,
+            cpu_threads=1 if small else None,
         )
         self.description = {
             "model": name,
@@ -366,6 +373,10 @@ def _chunks(turn: Turn, events: queue.SimpleQueue[TurnEvent]) -> Iterator[np.nda
                 return
     finally:
         turn.cancel()
+
+
+def _num_weights(*modules: nn.Module) -> int:
+    return sum(weight.numel() for module in modules for weight in module.parameters())
 
 
 def _device_name(device: torch.device) -> str:

@@ -19,7 +19,6 @@ from qwen_megakernel.checkpoint import (
     KNOWN_REVISIONS,
     Checkpoint,
     CheckpointError,
-    load_tokenizer,
     resolve,
 )
 from qwen_megakernel.config import ConfigError
@@ -304,16 +303,6 @@ def test_a_configuration_of_another_model_is_refused(copy):
     (copy / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match="model_type is 'llama'"):
         Checkpoint(copy)
-
-
-def test_tokenizer_needs_its_files_and_a_readable_vocabulary(copy):
-    assert load_tokenizer(copy)("<|im_start|>").input_ids == [1001]
-    (copy / "vocab.json").write_text("{")
-    with pytest.raises(CheckpointError, match="text tokenizer cannot be read"):
-        load_tokenizer(copy)
-    (copy / "merges.txt").unlink()
-    with pytest.raises(CheckpointError, match=r"merges\.txt is missing"):
-        load_tokenizer(copy)
 
 
 # --- finding ---

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_megakernel.checkpoint import Checkpoint, load_tokenizer
+from qwen_megakernel.checkpoint import Checkpoint
 from qwen_megakernel.model import Talker
 from qwen_megakernel.prompt import PromptBuilder, TextFeed, TextTokenizer
+from qwen_megakernel.tokenizer import load_tokenizer
 from qwen_megakernel.turn import RequestError
 from qwen_megakernel.voice import Voice
 
@@ -32,7 +33,7 @@ def checkpoint(tiny_base):
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_base):
-    return TextTokenizer(load_tokenizer(tiny_base).backend_tokenizer)
+    return TextTokenizer(load_tokenizer(tiny_base))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def builder(checkpoint, tiny_base):
     with torch.device("meta"):
         talker = Talker(checkpoint.config.talker, checkpoint.config.predictor)
     checkpoint.load("talker.", talker, dtype=torch.float32)
-    return PromptBuilder(talker, checkpoint.config, load_tokenizer(tiny_base).backend_tokenizer)
+    return PromptBuilder(talker, checkpoint.config, load_tokenizer(tiny_base))
 
 
 def feed_in_pieces(tokenizer, pieces, flush_after=()):

@@ -1,0 +1,69 @@
+"""The text tokenizer of a checkpoint: Qwen2's byte-level BPE, read from its three files.
+
+Built here rather than by transformers, whose import alone takes as long as everything else that
+a server loads; the tests hold the two against each other.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from qwen_megakernel.checkpoint import TOKENIZER_FILES, CheckpointError
+
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""What BPE works within. No file of a checkpoint says it: it belongs to the class `Qwen2Tokenizer`."""
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""Of an added token, as `tokenizer_config.json` names them."""
+
+
+def qwen2_tokenizer(bpe: models.BPE) -> Tokenizer:
+    """A tokenizer that splits as Qwen2's does, around any vocabulary and merges."""
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The text tokenizer of a local checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing or malformed.
+    """
+    vocab, merges, config = (Path(folder) / name for name in TOKENIZER_FILES)
+    for path in (vocab, merges, config):
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: {path.name} is missing, so there is no text tokenizer")
+    try:
+        tokenizer = qwen2_tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        _add_tokens(tokenizer, json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"])
+    except Exception as error:  # a malformed file surfaces as anything, also from Rust
+        raise CheckpointError(f"{folder}: the text tokenizer cannot be read ({error})") from error
+    return tokenizer
+
+
+def _add_tokens(tokenizer: Tokenizer, added: dict[str, dict[str, Any]]) -> None:
+    """Add the tokens beside the BPE, by id. Raises `ValueError` where one would get another id."""
+    tokens = {int(number): fields for number, fields in added.items()}
+    tokenizer.add_tokens(
+        [
+            AddedToken(fields["content"], **{flag: fields[flag] for flag in _FLAGS if flag in fields})
+            for _, fields in sorted(tokens.items())
+        ]
+    )
+    for number, fields in tokens.items():
+        if (found := tokenizer.token_to_id(fields["content"])) != number:
+            raise ValueError(f"{fields['content']} should be token {number}, it would be {found}")
