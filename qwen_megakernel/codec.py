@@ -15,104 +15,18 @@ is not: its chunks see 25 frames of context.)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_megakernel.codec_layers import CausalConv, CausalUpsample, Recurrent, SlotStates, SnakeBeta
 from qwen_megakernel.config import NUM_CODEBOOKS, CodecConfig
 from qwen_megakernel.frame_codec import LaunchedSound
 
 __all__ = ["CodecDecoder", "CodecStream"]
-
-
-class Recurrent(nn.Module):
-    """A layer that reads the end of its earlier input (its history) along with the new one."""
-
-    history_shape: tuple[int, int]
-    """Shape of one slot's history; as the input's, time included, without the batch."""
-    time_dim: int
-    """The dimension of time in a batched input."""
-
-
-class SlotStates:
-    """The codec states of the slots of one call, in the call's order.
-
-    All reads and writes go through a tensor of slot numbers, so shapes depend on nothing but
-    the number of slots and frames: the same launches serve any slots.
-    """
-
-    def __init__(self, histories: dict[Recurrent, Tensor], ages: Tensor, slots: Tensor) -> None:
-        self._histories = histories
-        self._slots = slots
-        self.ages = ages.index_select(0, slots)
-        """Frames decoded before this call, int64 [n]."""
-
-    def extend(self, layer: Recurrent, new: Tensor) -> Tensor:
-        """`layer`'s history followed by `new`; the end of that becomes the history."""
-        history = self._histories.get(layer)
-        if history is None:
-            return new
-        dim, length = layer.time_dim, history.shape[layer.time_dim]
-        both = torch.cat((history.index_select(0, self._slots), new), dim)
-        history.index_copy_(0, self._slots, both.narrow(dim, both.shape[dim] - length, length))
-        return both
-
-
-class CausalConv(Recurrent):
-    """Convolution over the present and the past, [n, channels, time]."""
-
-    time_dim = 2
-
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int, dilation: int = 1, groups: int = 1
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(inputs, outputs, kernel, dilation=dilation, groups=groups)
-        self.history_shape = (inputs, (kernel - 1) * dilation)
-
-    def forward(self, x: Tensor, states: SlotStates) -> Tensor:
-        return self.conv(states.extend(self, x))
-
-
-class CausalUpsample(Recurrent):
-    """Transposed convolution, [n, inputs, time] -> [n, outputs, time * factor].
-
-    Neighbouring steps overlap in the output. The history is the inputs that still reach into
-    it rather than their half-summed outputs: each sample is then summed in one place, with its
-    bias, exactly as in one pass.
-    """
-
-    time_dim = 2
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, factor: int) -> None:
-        super().__init__()
-        self.conv = nn.ConvTranspose1d(inputs, outputs, kernel, stride=factor)
-        self.factor = factor
-        self.history_shape = (inputs, kernel // factor - 1)
-
-    def forward(self, x: Tensor, states: SlotStates) -> Tensor:
-        y = self.conv(states.extend(self, x))
-        return y.narrow(2, self.history_shape[1] * self.factor, x.shape[2] * self.factor)
-
-
-class SnakeBeta(nn.Module):
-    """x + sin(x * exp(alpha))^2 / exp(beta), per channel, in float32; [n, channels, time]."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
-
-    def prepare(self) -> None:
-        """Compute what follows from the loaded weights alone."""
-        self._frequency = self.alpha.float().exp()[:, None]
-        self._strength = (self.beta.float().exp() + 1e-9).reciprocal()[:, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        wave = (x * self._frequency).sin_().square_()
-        return wave.mul_(self._strength).add_(x).to(x.dtype)
 
 
 class Codebook(nn.Module):
@@ -170,6 +84,8 @@ class Quantizer(nn.Module):
         return rows.unflatten(0, codes.shape[:2])
 
 
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # whoever asks first: training may ask next
 def rope_table(config: CodecConfig, length: int, device: torch.device) -> Tensor:
     """Cosines and sines of the angles at positions 0 .. length-1, float32 [2, length, head_dim/2]."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
@@ -376,7 +292,7 @@ class CodecDecoder(nn.Module):
     def prepare(self) -> None:
         """Compute what follows from the weights alone; call again if they change or move."""
         for module in self.modules():
-            if isinstance(module, (Quantizer, SnakeBeta)):
+            if isinstance(module, (Quantizer, SnakeBeta, CausalUpsample)):
                 module.prepare()
 
     def forward(self, codes: Tensor, states: SlotStates) -> Tensor:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_megakernel.config import (
@@ -30,9 +31,10 @@ from qwen_megakernel.config import (
     TalkerConfig,
     TransformerConfig,
 )
+from qwen_megakernel.joined_layers import JoinedLayers, joined_rope
 from qwen_megakernel.model import Attend, Talker, causal_attention, mrope_tables, rope_tables
 from qwen_megakernel.prefix_cache import PrefixCache, SharedRows
-from qwen_megakernel.sampling import SamplingBatch, draw, gumbel_noise, process_logits, split_seed
+from qwen_megakernel.sampling import Draws, draw, gather_sampling, process_logits
 
 MAX_BATCH = 8
 """Streams a frame can decode at once, on every backend."""
@@ -171,12 +173,15 @@ class _Stream:
     """Frames decoded."""
     next_row: Tensor
     """[hidden], what the next frame is fed, less its text row."""
+    caches: list[tuple[Tensor, Tensor]]
+    """By layer: its keys and values, [1, kv_heads, positions, head_dim] each."""
+    draws: Draws
 
 
 class TorchBackend:
     """Talker and predictor in PyTorch, fp32 or bf16, CPU or CUDA.
 
-    A stream's codes do not depend on its company (see `StreamLinear`): on a GPU every frame has
+    A stream's codes do not depend on its company (see `linear_by_stream`): on a GPU every frame has
     MAX_BATCH rows, whatever the number of streams, and attention runs slot by slot over that
     slot's own length.
     """
@@ -195,14 +200,24 @@ class TorchBackend:
         self._talker, self._config, self._predictor_config = talker, talker_config, predictor_config
         weight = talker.codec_head.weight
         self._device, self._dtype = weight.device, weight.dtype
+        predictor = talker.code_predictor
+        self._layers = JoinedLayers(talker.model.layers, talker.model.norm.weight, talker_config)
+        self._predictor_layers = JoinedLayers(
+            predictor.model.layers, predictor.model.norm.weight, predictor_config
+        )
+        self._embeddings = [
+            table.weight.detach()
+            for table in (talker.model.codec_embedding, *predictor.model.codec_embedding)
+        ]
         self._k_cache, self._v_cache = self._caches(talker_config, num_slots, max_positions)
         self._prefixes = PrefixCache(self._k_cache, self._v_cache)
         self._predictor_caches = self._caches(predictor_config, MAX_BATCH, NUM_CODEBOOKS)
         axes = torch.arange(max_positions, device=self._device).expand(3, -1)
-        self._cos, self._sin = mrope_tables(talker_config, axes)
-        self._predictor_cos, self._predictor_sin = rope_tables(
-            predictor_config, torch.arange(NUM_CODEBOOKS, device=self._device)
-        )
+        self._cos, self._sin = joined_rope(*mrope_tables(talker_config, axes), self._dtype)
+        positions = torch.arange(NUM_CODEBOOKS, device=self._device)
+        tables = joined_rope(*rope_tables(predictor_config, positions), self._dtype)
+        passes = [slice(0, 2), *(slice(i, i + 1) for i in range(2, NUM_CODEBOOKS))]
+        self._predictor_ropes = [tuple(table[None, rows] for table in tables) for rows in passes]
         vocab = talker_config.vocab_size
         self._suppress = torch.zeros(1, vocab, dtype=torch.bool, device=self._device)
         self._suppress[:, vocab - NUM_CONTROL_CODES :] = True
@@ -230,15 +245,29 @@ class TorchBackend:
         )
         self._prefill_rows(slot, rows[begin:-1], begin)
         self._seen[slot] = False
-        self._streams[slot] = _Stream(params, position=len(rows) - 1, frame=0, next_row=rows[-1].clone())
+        self._streams[slot] = _Stream(
+            params=params,
+            position=len(rows) - 1,
+            frame=0,
+            next_row=rows[-1].clone(),
+            caches=self._slot_caches(slot),
+            draws=Draws(
+                params.seed, self._config.vocab_size, self._predictor_config.vocab_size, self._device
+            ),
+        )
+
+    def _slot_caches(self, slot: int) -> list[tuple[Tensor, Tensor]]:
+        """By layer: a slot's keys and values, [1, kv_heads, positions, head_dim] each."""
+        own = (cache[:, slot : slot + 1].unbind(0) for cache in (self._k_cache, self._v_cache))
+        return list(zip(*own, strict=True))
 
     def _prefill_rows(self, slot: int, rows: Tensor, begin: int) -> None:
         """Rows [p, hidden] through the talker, the first at position `begin`."""
         if not len(rows):
             return
         end = begin + len(rows)
-        cos, sin = self._cos[None, begin:end], self._sin[None, begin:end]
-        self._talker(rows[None], cos, sin, self._attend_prompt(slot, begin))
+        rope = self._cos[None, begin:end], self._sin[None, begin:end]
+        self._layers(rows[None], rope, _attend(self._slot_caches(slot), begin))
 
     def release(self, slot: int) -> None:
         """See `DecoderBackend.release`. Raises `ValueError` for a slot that is not live."""
@@ -279,133 +308,128 @@ class TorchBackend:
         num_rows = n if self._device.type == "cpu" else MAX_BATCH
         rows = torch.zeros(num_rows, self._config.hidden_size, dtype=self._dtype, device=self._device)
         rows[:n] = torch.stack([s.next_row for s in streams]) + text_rows.to(rows)
-        hidden = self._talker_step(slots, streams, rows)
+        hidden = self._talker_step(streams, rows)
         talker_logits = self._talker.codec_head(hidden)[:n].float()
-        draws = _Draws(streams, self._device, noise)
-        code0 = self._sample_code0(slots, streams, talker_logits, draws)
-        if forced_codes is not None:
-            code0 = forced_codes[:, 0].to(self._device)
-        codes, predictor_logits = self._predict(hidden, code0, streams, draws, forced_codes)
-        self._advance(slots, streams, codes)
-        return Frame(codes[:n], hidden[:n], talker_logits, predictor_logits)
+        if noise is None:
+            noises = _joined([s.draws.of(s.frame) for s in streams])
+        else:
+            noises = noise[:, 0].to(self._device), noise[:, 1:].to(self._device)
+        ids = torch.tensor(slots, device=self._device)
+        code0 = self._sample_code0(ids, streams, talker_logits, noises[0])
+        forced = None if forced_codes is None else forced_codes.to(self._device)
+        if forced is not None:
+            code0 = forced[:, 0]
+        codes, next_rows, predictor_logits = self._predict(hidden, code0, streams, noises[1], forced)
+        self._seen[ids, codes[:, 0]] = True
+        for i, stream in enumerate(streams):
+            stream.next_row = next_rows[i]
+            stream.position += 1
+            stream.frame += 1
+        return Frame(codes, hidden[:n], talker_logits, predictor_logits)
 
-    def _attend_prompt(self, slot: int, begin: int) -> Attend:
-        """Attention of prompt rows from position `begin` on."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            end = begin + q.shape[1]
-            self._k_cache[layer, slot, :, begin:end] = k[0].transpose(0, 1)
-            self._v_cache[layer, slot, :, begin:end] = v[0].transpose(0, 1)
-            cache = (slice(slot, slot + 1), slice(None), slice(end))
-            return causal_attention(q, self._k_cache[layer][cache], self._v_cache[layer][cache])
-
-        return attend
-
-    def _talker_step(self, slots: Sequence[int], streams: list[_Stream], rows: Tensor) -> Tensor:
+    def _talker_step(self, streams: list[_Stream], rows: Tensor) -> Tensor:
         """Rows [n or MAX_BATCH, hidden] -> normed hidden states of the same shape."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = torch.zeros_like(q)
-            for i, (slot, stream) in enumerate(zip(slots, streams, strict=True)):
-                self._k_cache[layer, slot, :, stream.position] = k[i, 0]
-                self._v_cache[layer, slot, :, stream.position] = v[i, 0]
-                cache = (slice(slot, slot + 1), slice(None), slice(stream.position + 1))
-                out[i] = causal_attention(
-                    q[i : i + 1], self._k_cache[layer][cache], self._v_cache[layer][cache]
-                )[0]
-            return out
+            heard = [
+                _attend(s.caches, s.position)(layer, *(x.narrow(0, i, 1) for x in (q, k, v)))
+                for i, s in enumerate(streams)
+            ]
+            if len(heard) < len(q):
+                heard.append(torch.zeros_like(q[len(heard) :]))
+            return torch.cat(heard) if len(heard) > 1 else heard[0]
 
-        positions = torch.zeros(len(rows), dtype=torch.int64, device=self._device)
-        positions[: len(streams)] = torch.tensor([s.position for s in streams])
-        cos, sin = self._cos[positions, None], self._sin[positions, None]
-        return self._talker(rows[:, None], cos, sin, attend)[:, 0]
+        spare = [0] * (len(rows) - len(streams))
+        positions = torch.tensor([*(s.position for s in streams), *spare], device=self._device)
+        rope = self._cos[positions, None], self._sin[positions, None]
+        return self._layers(rows[:, None], rope, attend)[:, 0]
 
     def _sample_code0(
-        self, slots: Sequence[int], streams: list[_Stream], logits: Tensor, draws: _Draws
+        self, slots: Tensor, streams: list[_Stream], logits: Tensor, noise: Tensor
     ) -> Tensor:
-        """Code 0 of each stream, int64 [n]."""
-        batch = SamplingBatch.gather([s.params.talker for s in streams], logits.shape[-1], self._device)
-        suppress = self._suppress.expand(len(streams), -1).clone()
-        for i, stream in enumerate(streams):
-            if stream.frame < stream.params.min_frames:
-                suppress[i, self._config.codec_eos_id] = True
-        scores = process_logits(logits, batch, self._seen[list(slots)], suppress)
-        return draw(scores, batch.temperature, draws.talker(logits.shape[-1]))
+        """Code 0 of each stream, int64 [n], from logits and noise [n, vocabulary]."""
+        batch = gather_sampling(tuple(s.params.talker for s in streams), logits.shape[-1], self._device)
+        suppress = self._suppress
+        if young := [i for i, s in enumerate(streams) if s.frame < s.params.min_frames]:
+            suppress = suppress.repeat(len(streams), 1)
+            suppress[young, self._config.codec_eos_id] = True
+        scores = process_logits(logits, batch, self._seen[slots], suppress)
+        return draw(scores, batch.temperature, noise)
 
     def _predict(
         self,
         hidden: Tensor,
         code0: Tensor,
         streams: list[_Stream],
-        draws: _Draws,
+        noise: Tensor,
         forced_codes: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Codes int64 [n or MAX_BATCH, 16] and logits fp32 [n, 15, vocabulary] of the 15 passes."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The 15 passes.
+
+        Args:
+            hidden: [n or MAX_BATCH, hidden].
+            code0: int64 [n].
+            streams: n of them.
+            noise: fp32 [n, 15, vocabulary or more].
+            forced_codes: see `decode_frame`.
+
+        Returns:
+            Codes int64 [n, 16]; the sum of their embeddings [n, hidden]; logits fp32
+            [n, 15, vocabulary].
+        """
         n, predictor = len(streams), self._talker.code_predictor
         vocab = self._predictor_config.vocab_size
-        batch = SamplingBatch.gather([s.params.predictor for s in streams], vocab, self._device)
-        noise = draws.predictor(vocab)
-        codes = torch.zeros(len(hidden), NUM_CODEBOOKS, dtype=torch.int64, device=self._device)
-        codes[:n, 0] = code0
-        rows = torch.stack([hidden, self._talker.model.codec_embedding(codes[:, 0])], dim=1)
-        position, logits = 0, []
-        for codebook in range(1, NUM_CODEBOOKS):
-            end = position + rows.shape[1]
-            cos, sin = self._predictor_cos[None, position:end], self._predictor_sin[None, position:end]
-            x = predictor(rows, cos, sin, self._attend_predictor(position))
-            logits.append(predictor.lm_head[codebook - 1](x[:, -1])[:n].float())
+        batch = gather_sampling(tuple(s.params.predictor for s in streams), vocab, self._device)
+        caches = [
+            tuple(cache[layer, : len(hidden)] for cache in self._predictor_caches)
+            for layer in range(self._predictor_config.num_layers)
+        ]
+        codes, logits, position = [code0], [], 0
+        embedded = [self._embed(0, code0, len(hidden))]
+        rows = torch.stack([hidden, embedded[0]], dim=1)
+        for rope, head in zip(self._predictor_ropes, predictor.lm_head, strict=True):
+            x = predictor.small_to_mtp_projection(rows)
+            x = self._predictor_layers(x, rope, _attend(caches, position))
+            position += rows.shape[1]
+            logits.append(head(x[:, -1])[:n].float())
             if forced_codes is None:
                 scores = process_logits(logits[-1], batch)
-                codes[:n, codebook] = draw(scores, batch.temperature, noise[:, codebook - 1])
+                codes.append(draw(scores, batch.temperature, noise[:, len(codes) - 1, :vocab]))
             else:
-                codes[:n, codebook] = forced_codes[:, codebook].to(self._device)
-            rows = predictor.model.codec_embedding[codebook - 1](codes[:, codebook])[:, None]
-            position = end
-        return codes, torch.stack(logits, dim=1)
+                codes.append(forced_codes[:, len(codes)])
+            embedded.append(self._embed(len(codes) - 1, codes[-1], len(hidden)))
+            rows = embedded[-1][:, None]
+        sums = torch.stack(embedded, dim=1).sum(1)
+        return torch.stack(codes, dim=1), sums[:n], torch.stack(logits, dim=1)
 
-    def _attend_predictor(self, position: int) -> Attend:
-        """Attention of the rows at `position` of this frame's predictor sequence."""
-        k_cache, v_cache = self._predictor_caches
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            end = position + q.shape[1]
-            n = len(q)
-            k_cache[layer, :n, :, position:end] = k.transpose(1, 2)
-            v_cache[layer, :n, :, position:end] = v.transpose(1, 2)
-            return causal_attention(q, k_cache[layer, :n, :, :end], v_cache[layer, :n, :, :end])
-
-        return attend
-
-    def _advance(self, slots: Sequence[int], streams: list[_Stream], codes: Tensor) -> None:
-        """Count the frame and leave its codes' embeddings for the next one."""
-        # An EOS is not a code of the predictor's tables; the row of an ended stream is not used.
-        rows = self._talker.code_rows(codes)
-        for i, (slot, stream) in enumerate(zip(slots, streams, strict=True)):
-            self._seen[slot, codes[i, 0]] = True
-            stream.next_row = rows[i]
-            stream.position += 1
-            stream.frame += 1
+    def _embed(self, codebook: int, codes: Tensor, num_rows: int) -> Tensor:
+        """Embeddings [num_rows, hidden] of a codebook's codes int64 [n]; rows beyond n do not count."""
+        codes = F.pad(codes, (0, num_rows - len(codes))) if len(codes) < num_rows else codes
+        return self._embeddings[codebook].index_select(0, codes)
 
 
-class _Draws:
-    """The noise of one frame: counted draws of each stream, or what a test injects."""
+def _attend(caches: Sequence[tuple[Tensor, Tensor]], position: int) -> Attend:
+    """Attention of rows at `position` and after, over all up to them.
 
-    def __init__(self, streams: list[_Stream], device: torch.device, injected: Tensor | None) -> None:
-        self._device, self._injected = device, injected
-        words = [split_seed(s.params.seed) for s in streams]
-        self._seeds = torch.tensor(words, dtype=torch.int64, device=device)
-        self._frames = torch.tensor([s.frame for s in streams], dtype=torch.int64, device=device)
+    Args:
+        caches: by layer, keys and values [n, kv_heads, positions, head_dim]; the rows' are put there.
+        position: of the first row.
+    """
 
-    def talker(self, vocab_size: int) -> Tensor:
-        """fp32 [n, vocabulary] for code 0."""
-        return self._noise(0, 1, vocab_size)[:, 0]
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        count = q.shape[1]
+        keys, values = caches[layer]
+        keys.narrow(2, position, count).copy_(k.transpose(1, 2))
+        values.narrow(2, position, count).copy_(v.transpose(1, 2))
+        end = position + count
+        return causal_attention(q, keys.narrow(2, 0, end), values.narrow(2, 0, end))
 
-    def predictor(self, vocab_size: int) -> Tensor:
-        """fp32 [n, 15, vocabulary] for codes 1..15."""
-        return self._noise(1, NUM_CODEBOOKS, vocab_size)
+    return attend
 
-    def _noise(self, first: int, end: int, vocab_size: int) -> Tensor:
-        if self._injected is not None:
-            return self._injected[:, first:end, :vocab_size].to(self._device)
-        codebooks = torch.arange(first, end, device=self._device)
-        return gumbel_noise(self._seeds, self._frames, codebooks, vocab_size)
+
+def _joined(noises: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The streams' noise, one below the other."""
+    if len(noises) == 1:
+        return noises[0]
+    talker, predictor = zip(*noises, strict=True)
+    return torch.cat(talker), torch.cat(predictor)

@@ -73,6 +73,7 @@ class Engine:
         eos_id: int,
         max_waiting: int = 64,
         max_text_wait_s: float = 60.0,
+        cpu_threads: int | None = None,
     ) -> None:
         """Start the engine's thread.
 
@@ -83,9 +84,11 @@ class Engine:
             eos_id: code 0 that ends an utterance.
             max_waiting: turns that may wait for a slot; one more is refused as overloaded.
             max_text_wait_s: a turn whose text is later than this is ended as an error.
+            cpu_threads: that PyTorch computes with; None is its own choice.
         """
         self._backend, self._codec, self._prompts, self._eos_id = backend, codec, prompts, eos_id
         self._max_waiting, self._max_text_wait_s = max_waiting, max_text_wait_s
+        self._cpu_threads = cpu_threads
         self._zero_row = torch.zeros_like(prompts.pad_row)
         self._free_slots = list(range(backend.num_slots))
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
@@ -162,6 +165,8 @@ class Engine:
     # -- the engine's thread ----------------------------------------------------------------
 
     def _run(self) -> None:
+        if self._cpu_threads is not None:
+            torch.set_num_threads(self._cpu_threads)  # of this thread, and of those that begin later
         try:
             while True:
                 self._wake.clear()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_megakernel.config import NUM_CODEBOOKS, PredictorConfig, TalkerConfig, TransformerConfig
+from qwen_megakernel.small_products import linear_by_stream
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [n, t, heads, head_dim], k and v [n, t, kv_heads, head_dim], RoPE applied) -> like q."""
@@ -83,18 +84,11 @@ class Embedding(nn.Embedding):
 
 
 class StreamLinear(nn.Linear):
-    """A linear layer whose result for a stream does not depend on how many streams there are.
-
-    BLAS libraries take other code paths, and round differently, for other row counts. On a CPU
-    each stream is multiplied alone, which also is the fastest for one; on a GPU the backend gives
-    every frame the same number of rows.
-    """
+    """`linear_by_stream` as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [streams, ..., in_features]; [streams, ..., out_features]."""
-        if x.device.type != "cpu" or x.shape[0] == 1:
-            return super().forward(x)
-        return torch.cat([super(StreamLinear, self).forward(x[i : i + 1]) for i in range(len(x))])
+        return linear_by_stream(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):

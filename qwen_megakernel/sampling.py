@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from qwen_megakernel.config import SamplingParams
+from qwen_megakernel.config import NUM_CODEBOOKS, SamplingParams
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -77,6 +78,35 @@ def gumbel_noise(seeds: Tensor, frames: Tensor, codebooks: Tensor, vocab_size: i
     return -torch.log(-torch.log(uniform))
 
 
+class Draws:
+    """The noise of one stream, several frames at a time.
+
+    It takes a hundred small operations, whether for one frame or for some.
+    """
+
+    AT_A_TIME = 8
+
+    def __init__(self, seed: int, talker_vocab: int, predictor_vocab: int, device: torch.device) -> None:
+        words = torch.tensor([split_seed(seed)], dtype=torch.int64, device=device)
+        self._seeds = words.expand(self.AT_A_TIME, -1)
+        self._sizes, self._device = (talker_vocab, predictor_vocab), device
+        self._first = -self.AT_A_TIME
+        self._noise: tuple[Tensor, Tensor] | None = None
+
+    def of(self, frame: int) -> tuple[Tensor, Tensor]:
+        """fp32 [1, talker vocabulary] for code 0, [1, 15, predictor vocabulary] for the others."""
+        if not 0 <= frame - self._first < self.AT_A_TIME:
+            self._first = frame
+            frames = torch.arange(frame, frame + self.AT_A_TIME, device=self._device)
+            codebooks = torch.arange(NUM_CODEBOOKS, device=self._device)
+            self._noise = tuple(
+                gumbel_noise(self._seeds, frames, part, size)
+                for part, size in zip(codebooks.split((1, NUM_CODEBOOKS - 1)), self._sizes, strict=True)
+            )
+        here = slice(frame - self._first, frame - self._first + 1)
+        return self._noise[0][here, 0], self._noise[1][here]
+
+
 def split_seed(seed: int) -> tuple[int, int]:
     """Low and high 32-bit words of a 64-bit seed."""
     return seed & _MASK32, seed >> 32
@@ -88,14 +118,18 @@ class SamplingBatch:
 
     temperature: Tensor
     """fp32; 0 is greedy."""
-    top_k: Tensor
-    """int64; the vocabulary size where all are kept."""
+    divisor: Tensor
+    """fp32, what logits are divided by: the temperature, 1 where it is 0."""
+    kth: Tensor
+    """int64, the index of the last code kept among the `max_top_k` best."""
+    keeps_all: Tensor | None
+    """bool, streams that truncate nothing; None where there are none."""
     tail_mass: Tensor
     """fp32, 1 - top_p, rounded once as Hugging Face rounds it."""
     repetition_penalty: Tensor
     """fp32."""
     max_top_k: int
-    """Largest of `top_k`, 0 when no stream truncates."""
+    """Largest top-k, 0 when no stream truncates."""
     uses_top_p: bool
     uses_penalty: bool
 
@@ -105,19 +139,32 @@ class SamplingBatch:
     ) -> SamplingBatch:
         """Stack per-stream parameters; a top-k of 0 or beyond the vocabulary keeps all."""
         top_k = [min(p.top_k, vocab_size) or vocab_size for p in params]
+        most = 0 if min(top_k) == vocab_size else max(top_k)
 
-        def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
         return cls(
-            temperature=column([p.temperature for p in params], torch.float32),
-            top_k=column(top_k, torch.int64),
-            tail_mass=column([1.0 - p.top_p for p in params], torch.float32),
-            repetition_penalty=column([p.repetition_penalty for p in params], torch.float32),
-            max_top_k=0 if min(top_k) == vocab_size else max(top_k),
+            temperature=column([p.temperature for p in params]),
+            divisor=column([p.temperature or 1.0 for p in params]),
+            kth=column([k - 1 for k in top_k], torch.int64),
+            keeps_all=column([k == vocab_size for k in top_k], torch.bool)
+            if vocab_size in top_k
+            else None,
+            tail_mass=column([1.0 - p.top_p for p in params]),
+            repetition_penalty=column([p.repetition_penalty for p in params]),
+            max_top_k=most,
             uses_top_p=any(p.top_p < 1.0 for p in params),
             uses_penalty=any(p.repetition_penalty != 1.0 for p in params),
         )
+
+
+@lru_cache(maxsize=64)
+def gather_sampling(
+    params: tuple[SamplingParams, ...], vocab_size: int, device: torch.device
+) -> SamplingBatch:
+    """`SamplingBatch.gather`, once for frame after frame of the same streams."""
+    return SamplingBatch.gather(params, vocab_size, device)
 
 
 def process_logits(
@@ -141,12 +188,13 @@ def process_logits(
         scores = torch.where(seen, penalised, scores)
     if suppress is not None:
         scores = scores.masked_fill(suppress, -torch.inf)
-    scores = scores / torch.where(batch.temperature > 0, batch.temperature, 1.0)
+    scores = scores / batch.divisor
     if batch.max_top_k:
         best = torch.topk(scores, batch.max_top_k, dim=-1).values
-        kth = best.gather(-1, (batch.top_k - 1).clamp(max=batch.max_top_k - 1))
-        keeps_all = batch.top_k == scores.shape[-1]
-        scores = scores.masked_fill((scores < kth) & ~keeps_all, -torch.inf)
+        out = scores < best.gather(-1, batch.kth)
+        if batch.keeps_all is not None:
+            out &= ~batch.keeps_all
+        scores = scores.masked_fill(out, -torch.inf)
     if batch.uses_top_p:
         scores = scores.masked_fill(_beyond_top_p(scores, batch.tail_mass), -torch.inf)
     return scores

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from qwen_megakernel.build_tts import build, detect_arch, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoder import TorchBackend
 from qwen_megakernel.megakernel import MegakernelBackend
-from qwen_megakernel.model import Talker
+from qwen_megakernel.model import Attend, Talker
 from qwen_megakernel.synth_checkpoint import random_talker
 from qwen_megakernel.synth_config import Shape, shape_config
 
@@ -20,11 +21,43 @@ DEVICE = torch.device("cuda")
 PHASES = ("qkv", "heads", "o", "inner", "down")
 
 
-def make_kernel(shape: Shape, talker: Talker, **options: object) -> MegakernelBackend:
-    """A backend with the kernel for `shape`, built at first use."""
-    config, arch = shape_config(shape), detect_arch(DEVICE)
-    library = build(frame_library(config, arch), arch)
+def build_kernel(shape: Shape, *, even_registers: bool = False) -> Path:
+    """The kernel for `shape`, built at first use; with as many registers for all warps if asked for."""
+    arch = detect_arch(DEVICE)
+    library = frame_library(shape_config(shape), arch)
+    if even_registers:
+        library = replace(library, header=library.header + "#define QWEN_TTS_EVEN_REGISTERS\n")
+    return build(library, arch)
+
+
+def make_kernel(
+    shape: Shape, talker: Talker, *, even_registers: bool = False, **options: object
+) -> MegakernelBackend:
+    """A backend with the kernel for `shape`."""
+    config, library = shape_config(shape), build_kernel(shape, even_registers=even_registers)
     return MegakernelBackend(talker, config.talker, config.predictor, library=library, **options)
+
+
+class LayersAsRead:
+    """A stack of `DecoderLayer` modules where a backend has `JoinedLayers`: slower, with hooks."""
+
+    def __init__(self, layers: nn.ModuleList, norm: nn.Module) -> None:
+        self.layers, self.norm = layers, norm
+
+    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        cos, sin = (table.squeeze(-2) for table in rope)
+        half = sin.shape[-1] // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, index, attend)
+        return self.norm(x)
+
+
+def run_as_read(backend: TorchBackend, talker: Talker) -> None:
+    """Have the modules compute, as `model.py` reads, and not what they were joined to."""
+    predictor = talker.code_predictor.model
+    backend._layers = LayersAsRead(talker.model.layers, talker.model.norm)
+    backend._predictor_layers = LayersAsRead(predictor.layers, predictor.norm)
 
 
 @dataclass
@@ -46,12 +79,13 @@ class Twins:
             parameter.data = parameter.data.float()
         self.talkers = {"bf16": narrow, "fp32": wide}
         self.kernel = make_kernel(self.shape, narrow, max_positions=self.max_positions)
-        self.bf16, self.fp32 = (
-            TorchBackend(
-                talker, self.config.talker, self.config.predictor, max_positions=self.max_positions
-            )
-            for talker in (narrow, wide)
-        )
+        self.bf16, self.fp32 = (self._in_pytorch(talker) for talker in (narrow, wide))
+
+    def _in_pytorch(self, talker: Talker) -> TorchBackend:
+        shapes = self.config.talker, self.config.predictor
+        backend = TorchBackend(talker, *shapes, max_positions=self.max_positions)
+        run_as_read(backend, talker)
+        return backend
 
     @property
     def all(self) -> tuple[MegakernelBackend, TorchBackend, TorchBackend]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 
 import numpy as np
 import pytest
+import torch
 from listener import LONG, PARAMS, TEXT, Listener, always_says, speak, wait_idle
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
@@ -14,6 +16,7 @@ from qwen_megakernel.active_turn import CHUNK_RAMP, RunawayGuard
 from qwen_megakernel.config import HOP, Guards
 from qwen_megakernel.tts_model import SynthesisError
 from qwen_megakernel.turn import Append, Audio, End, Finished, RequestError, Started
+from qwen_megakernel.voice import Voice
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +342,49 @@ def test_a_dead_decoder_tells_every_turn_and_takes_no_more(tiny_base):
             tts.open_turn(TEXT, sink=Listener(), ended=True)
         with pytest.raises(RequestError):
             list(tts.stream(TEXT))
+
+
+def test_a_small_model_computes_in_one_thread(tiny_base):
+    """Where there are two cores and somebody else is busy, two are a hundred times slower."""
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        with TTSDecoder.load(tiny_base, num_slots=1, device="cpu") as tts:
+            done = threading.Event()
+            tts.open_turn(
+                TEXT,
+                sink=lambda event: (
+                    seen.append(torch.get_num_threads()),
+                    isinstance(event, Finished) and done.set(),
+                ),
+                ended=True,
+                params=GenerationParams(max_frames=1),
+            )
+            assert done.wait(10)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_after_the_warm_up_a_turn_begins_with_its_own_rows(tiny_base, monkeypatch):
+    with TTSDecoder.load(tiny_base, num_slots=2) as tts:
+        for name, seed in (("anna", 0), ("ben", 1)):
+            embedding = torch.randn(128, generator=torch.Generator().manual_seed(seed))
+            tts.add_voice(name, Voice.x_vector(embedding))
+        prefilled, told = [], []
+        compute = tts._engine._backend._prefill_rows
+        monkeypatch.setattr(
+            tts._engine._backend,
+            "_prefill_rows",
+            lambda slot, rows, begin: (prefilled.append(len(rows)), compute(slot, rows, begin)),
+        )
+        tts.warm_up(told.append)
+        assert told == ["warming up: voice anna", "warming up: voice ben"]
+        assert sum(prefilled) > 10
+        prefilled.clear()
+        tts.synthesize(TEXT, "ben", params=GenerationParams(max_frames=2))
+        assert sum(prefilled) == 0, "all rows but the one that is decoded were there"
 
 
 def test_a_turn_that_fails_raises_from_the_stream(tiny_base):

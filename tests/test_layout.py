@@ -21,10 +21,10 @@ PACKAGE = "qwen_megakernel"
 
 LEVELS = (
     ("config",),
-    ("turn", "frame_codec", "cuda_graphs"),
-    ("checkpoint", "build_tts", "prefix_cache"),
-    ("sampling", "model", "codec", "codec_pack", "speaker", "ref_audio", "codec_encoder"),
-    ("codec_ops", "codec_tiling", "packing"),
+    ("turn", "frame_codec", "cuda_graphs", "small_products"),
+    ("checkpoint", "build_tts", "prefix_cache", "codec_layers"),
+    ("tokenizer", "sampling", "model", "codec", "codec_pack", "speaker", "ref_audio", "codec_encoder"),
+    ("codec_ops", "codec_tiling", "packing", "joined_layers"),
     ("codec_plan",),
     ("codec_cuda",),
     ("voice",),
@@ -58,7 +58,7 @@ BESIDE = {
         "config", "model", "codec", "codec_encoder", "speaker", "synth_config", "synth_tokenizer",
     },
     "synth_config": {"config", "synth_tokenizer"},
-    "synth_tokenizer": set(),
+    "synth_tokenizer": {"tokenizer"},
 }  # fmt: skip
 """What stands beside the levels: what it may import. Nothing in the levels imports these."""
 SERVING_MAY_IMPORT = {"__init__", "config", "turn"}

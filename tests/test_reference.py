@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen_megakernel.checkpoint import Checkpoint, load_tokenizer
+from qwen_megakernel.checkpoint import Checkpoint
 from qwen_megakernel.config import GenerationParams, ModelConfig, SamplingParams
 from qwen_megakernel.decoder import MAX_BATCH, TorchBackend
 from qwen_megakernel.model import Talker, mrope_tables, rope_tables
 from qwen_megakernel.prompt import PromptBuilder
+from qwen_megakernel.tokenizer import load_tokenizer
 from qwen_megakernel.voice import Voice
 
 TEXT = "Hello there, how are you doing today? It's 1234 fine."
@@ -42,7 +43,7 @@ class Both:
         with torch.device("meta"):
             talker = Talker(checkpoint.config.talker, checkpoint.config.predictor)
         checkpoint.load("talker.", talker, dtype=dtype)
-        tokenizer = load_tokenizer(folder).backend_tokenizer
+        tokenizer = load_tokenizer(folder)
         return cls(
             theirs, talker, checkpoint.config, PromptBuilder(talker, checkpoint.config, tokenizer)
         )
