@@ -1,15 +1,18 @@
 """What the trainer makes must be what the product reads: prompts, codes, the codec's layers."""
 
+import random
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from qwen_megakernel.checkpoint import load_tokenizer
 from qwen_megakernel.codec import CodecDecoder, CodecStream
 from qwen_megakernel.prompt import PromptBuilder
 from qwen_megakernel.synth_tokenizer import write_tokenizer
+from qwen_megakernel.tokenizer import load_tokenizer
 from qwen_megakernel.voice import Voice
-from training import corpus, geometry
+from training import batches, corpus, geometry, ordinary
 from training.codec_model import TrainedCodec, decode_latents
 from training.listening import word_errors
 from training.rows import Layout, Utterance
@@ -24,7 +27,7 @@ def builder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder, tiny=True)
     config = geometry.config()
-    return PromptBuilder(new_talker(config), config, load_tokenizer(folder).backend_tokenizer)
+    return PromptBuilder(new_talker(config), config, load_tokenizer(folder))
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -88,19 +91,61 @@ def test_context_makes_a_window_sound_as_in_its_stream():
     assert (with_context - whole).abs().max() < 0.02 * (without - whole).abs().max()
 
 
-def test_codes_come_back_from_their_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_FRAMES_A_FILE", 10)
-    codes = {i: torch.full((4 + i, 16), i, dtype=torch.uint8) for i in (5, 1, 3)}
-    corpus.write_codes(tmp_path, codes)
-    found = corpus.read_codes(tmp_path)
+def test_codes_are_read_as_they_come(tmp_path):
+    codes = {i: torch.full((4 + i, 16), i, dtype=torch.uint8) for i in (5, 1, 3, 9)}
+    reader = corpus.Codes(tmp_path)
+    assert reader.take() == {}
+    corpus.write_codes(tmp_path, {i: codes[i] for i in (5, 1)})
+    corpus.write_codes(tmp_path, {i: codes[i] for i in (3,)})
+    found = reader.take()
     assert sorted(found) == [1, 3, 5]
+    corpus.write_codes(tmp_path, {i: codes[i] for i in (9,)})
+    fresh = reader.take()
+    assert list(fresh) == [9]
+    found |= fresh
     assert all(np.array_equal(found[i], codes[i].numpy()) for i in codes)
-    assert len(list(tmp_path.glob("codes-*.npz"))) > 1
 
 
-def test_no_codes_is_an_error_that_says_how_to_make_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train_codec"):
-        corpus.read_codes(tmp_path)
+def test_material_grows_by_what_has_come():
+    config = geometry.config()
+    one = Utterance(np.array([1, 2]), np.zeros((3, 16), np.uint8), 0)
+    coming = [[[one], [one]], []]
+    layout = Layout(config, [config.im_start_id])
+    material = batches.Material(layout, [[one], [one]], 0, lambda: coming.pop(0))
+    material.grow()
+    material.grow()
+    assert [len(reading) for reading in material.readings] == [2, 2]
+
+
+def test_an_encoder_can_learn_to_speak_to_an_exported_decoder():
+    codec, other = _random_codec(), TrainedCodec(geometry.config().codec)
+    other.decoder.load_state_dict(codec.decoder.state_dict())
+    other.adopt()
+    for mine, its in zip(other.quantizer.books, codec.quantizer.books, strict=True):
+        torch.testing.assert_close(mine.rows(), its.rows())
+    for name, weight in codec.quantizer.named_parameters():
+        assert torch.equal(other.quantizer.get_parameter(name), weight)
+
+
+@pytest.mark.skipif(not ordinary.WORDNET.is_dir(), reason="needs wordnet-base")
+def test_ordinary_sentences_are_inflected():
+    words = ordinary.words()
+    rng = random.Random(0)
+    assert [words.plural(noun) for noun in ("box", "lady", "man", "dog")] == [
+        "boxes",
+        "ladies",
+        "men",
+        "dogs",
+    ]
+    assert [words.past(verb, rng) for verb in ("hail", "sell", "carry", "pat")] == [
+        "hailed",
+        "sold",
+        "carried",
+        "patted",
+    ]
+    assert [words.gerund(verb) for verb in ("take", "see", "run")] == ["taking", "seeing", "running"]
+    for text in ordinary.sentences(200, rng):
+        assert re.fullmatch(r"[A-Z][A-Za-z ,.'!?-]+[.?!]", text), text
 
 
 def test_words_are_compared_as_they_sound():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from time import monotonic
 
 import numpy as np
 import torch
@@ -24,14 +25,25 @@ MAX_CORRUPTION = 0.25
 on from codes that it drew itself."""
 
 
-@dataclass(frozen=True)
+LOOKED_S = 15
+"""Between two looks for more material."""
+
+
+@dataclass
 class Material:
-    """All there is to train on."""
+    """All there is to train on, and more as it comes."""
 
     layout: Layout
     readings: list[list[Utterance]]
     """The same utterances tokenised in two ways, plainly and with merges left out."""
     eos: int
+    more: Callable[[], list[list[Utterance]]] = lambda: []
+    """What has come since it was last asked, in the same readings; nothing where it is empty."""
+
+    def grow(self) -> None:
+        """Take in what has come."""
+        for reading, fresh in zip(self.readings, self.more(), strict=False):
+            reading += fresh
 
 
 class BatchStream(IterableDataset):
@@ -44,9 +56,14 @@ class BatchStream(IterableDataset):
         worker = torch.utils.data.get_worker_info()
         rng = np.random.default_rng((self._seed, worker.id if worker else 0))
         waiting: list[list[tuple[Utterance, bool]]] = [[] for _ in SHAPES]
-        first = self._material.readings[0]
+        first, looked = self._material.readings[0], monotonic()
         while True:
             for index in rng.permutation(len(first)):
+                if monotonic() > looked + LOOKED_S:
+                    count, looked = len(first), monotonic()
+                    self._material.grow()
+                    if len(first) > count:
+                        break
                 # The plain reading more often: it is what speech is made from.
                 reading = self._material.readings[int(rng.random() < 0.4) % len(self._material.readings)]
                 utterance = reading[index]
@@ -108,6 +125,17 @@ def plain_batch(material: Material) -> Batch:
     fits = [u for u in material.readings[0] if material.layout.count(u, streaming=True) <= rows]
     group = [(utterance, True) for utterance in (fits * most)[:most]]
     return make_batch(material, group, SHAPES[0], np.random.default_rng(0))
+
+
+def blank_batch(shape: tuple[int, int]) -> Batch:
+    """A batch of a shape with nothing in it but zeros."""
+    length, n = shape
+    sizes = {
+        "text": (n, length), "control": (n, length), "target": (n, length),
+        "codes": (n, length, NUM_CODEBOOKS), "speaker": (n,), "voice": (n,),
+        "picked": (NUM_PREDICTED,), "picked_codes": (NUM_PREDICTED, NUM_CODEBOOKS),
+    }  # fmt: skip
+    return {name: torch.zeros(size, dtype=torch.int64) for name, size in sizes.items()}
 
 
 def _corrupt(codes: np.ndarray, rng: np.random.Generator) -> None:

@@ -18,6 +18,8 @@ from training.spectra import log_mel
 
 ENCODER_MARGIN = 4
 """Frames on each side of a frame that its codes may depend on."""
+_ADOPTED_USAGE = 5.0
+"""Of each code in a batch, about; says how fast adopted codebooks are forgotten."""
 _MELS, _N_FFT, _MEL_HOP = 80, 1024, 240
 
 
@@ -252,6 +254,20 @@ class TrainedCodec(nn.Module):
     def encode(self, audio: Tensor) -> Tensor:
         """Codes int64 [n, frames, 16] of audio float32 [n, frames * 1920]."""
         return self.quantizer(self.encoder(audio))[1]
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """The opposite of `publish`: take codebooks and projections from the decoder."""
+        groups = (self.decoder.quantizer.rvq_first, self.decoder.quantizer.rvq_rest)
+        books = list(self.quantizer.books)
+        for index, (group, mine) in enumerate(zip(groups, (books[:1], books[1:]), strict=True)):
+            self.quantizer.inputs[index].weight.copy_(group.input_proj.weight[..., 0])
+            self.quantizer.outputs[index].weight.copy_(group.output_proj.weight[..., 0])
+            for layer, book in zip(group.vq["layers"], mine, strict=True):
+                rows = layer["_codebook"]
+                means = rows.embedding_sum / rows.cluster_usage.clamp(min=1e-5)[:, None]
+                book.usage.fill_(_ADOPTED_USAGE)
+                book.total.copy_(means * _ADOPTED_USAGE)
 
     @torch.no_grad()
     def publish(self) -> None:

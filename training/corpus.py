@@ -7,42 +7,37 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-_FRAMES_A_FILE = 800_000
-
 
 def write_codes(folder: Path, codes: dict[int, Tensor]) -> None:
-    """Write sentence index -> codes uint8 [frames, 16] as `codes-0.npz`, `codes-1.npz`, ...
+    """Write sentence index -> codes uint8 [frames, 16] as one more `codes-NUMBER.npz`.
 
-    Several files, since a repository or a mail takes no large one; what is left of earlier ones is
-    removed.
+    The number is its first sentence's. Who reads meanwhile sees the whole file or none.
     """
-    for old in folder.glob("codes-*.npz"):
-        old.unlink()
-    groups: list[list[int]] = [[]]
-    held = 0
-    for index in sorted(codes):
-        if held + len(codes[index]) > _FRAMES_A_FILE:
-            groups.append([])
-            held = 0
-        groups[-1].append(index)
-        held += len(codes[index])
-    for number, indices in enumerate(groups):
-        frames = np.array([len(codes[i]) for i in indices], dtype=np.int32)
+    indices = np.array(sorted(codes), dtype=np.int32)
+    frames = np.array([len(codes[i]) for i in indices], dtype=np.int32)
+    partial = folder / f"codes-{indices[0]:06d}.partial"
+    with partial.open("wb") as file:
         flat = np.concatenate([codes[i].numpy() for i in indices])
-        path = folder / f"codes-{number}.npz"
-        np.savez_compressed(path, indices=np.array(indices, dtype=np.int32), frames=frames, codes=flat)
+        np.savez(file, indices=indices, frames=frames, codes=flat)
+    partial.rename(partial.with_suffix(".npz"))
 
 
-def read_codes(folder: Path) -> dict[int, np.ndarray]:
-    """Sentence index -> codes uint8 [frames, 16]; raises `FileNotFoundError` if there are none."""
-    found: dict[int, np.ndarray] = {}
-    for path in sorted(folder.glob("codes-*.npz")):
-        with np.load(path) as file:
-            pieces = np.split(file["codes"], np.cumsum(file["frames"])[:-1])
-            found.update(zip(file["indices"].tolist(), pieces, strict=True))
-    if not found:
-        raise FileNotFoundError(f"{folder}: no codes-*.npz; run training.train_codec first")
-    return found
+class Codes:
+    """The codes of a folder, as they come."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._taken: set[Path] = set()
+
+    def take(self) -> dict[int, np.ndarray]:
+        """Sentence index -> codes uint8 [frames, 16], of what is new since the last time."""
+        found: dict[int, np.ndarray] = {}
+        for path in sorted(set(self._folder.glob("codes-*.npz")) - self._taken):
+            self._taken.add(path)
+            with np.load(path) as file:
+                pieces = np.split(file["codes"], np.cumsum(file["frames"])[:-1])
+                found.update(zip(file["indices"].tolist(), pieces, strict=True))
+        return found
 
 
 def write_tokens(path: Path, readings: dict[str, list[np.ndarray]]) -> None:

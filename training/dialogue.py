@@ -19,10 +19,10 @@ def sentences(count: int, rng: random.Random) -> Iterator[str]:
     templates = _TEMPLATES.read_text(encoding="utf-8").splitlines()
     for _ in range(count):
         filled = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(words[slot[1]]), rng.choice(templates))
-        yield _with_articles(filled)
+        yield with_articles(filled)
 
 
-def _with_articles(text: str) -> str:
+def with_articles(text: str) -> str:
     """A capital first, and `an` before vowels."""
     text = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
     return text[0].upper() + text[1:]

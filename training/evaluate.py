@@ -5,7 +5,8 @@
 Every sentence is spoken with default sampling and a fixed seed, in each voice of the checkpoint's
 `voices/`, and in the demo's voice once more in the non-streaming layout; `training.listening`
 writes down what it hears. Then each voice is cloned from three seconds of the teacher, and live text is
-compared with whole text. The teacher is heard too, where flite is installed.
+compared with whole text. The teacher is heard too, where flite is installed; with `--codec`, the folder
+of a trained codec, also what that makes of the teacher's speech.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
+from qwen_megakernel.codec import CodecStream
+from qwen_megakernel.config import HOP, SAMPLE_RATE, GenerationParams
 from qwen_megakernel.demo import VOICE
 from qwen_megakernel.tts_model import TTSDecoder
 from qwen_megakernel.turn import Audio, Finished, TurnEvent
 from qwen_megakernel.voice import Voice
+from training.codec_model import ENCODER_MARGIN, TrainedCodec
 from training.listening import Listener, word_errors
 from training.sentences import heldout
 from training.teacher import VOICES, Teacher
+from training.train_codec import load_codec
 
 CLIP_S = 3
 """Of the teacher's speech, to clone from."""
@@ -128,6 +132,21 @@ def score_teacher(teacher: Teacher, listener: Listener, sentences: list[str], vo
     return score
 
 
+@torch.no_grad()
+def score_codec(
+    codec: TrainedCodec, teacher: Teacher, listener: Listener, sentences: list[str], voice: str
+) -> Score:
+    """The same of the teacher's speech, once it has been codes: no talker does better."""
+    score = Score()
+    for text in sentences:
+        audio = torch.from_numpy(teacher.say(text, voice))[None]
+        margin = ENCODER_MARGIN * HOP
+        codes = codec.encode(F.pad(audio, (margin, margin)))[:, ENCODER_MARGIN:-ENCODER_MARGIN]
+        made = CodecStream(codec.decoder, 1).decode([0], codes)[0]
+        score.add(text, listener.write_down(made.numpy()))
+    return score
+
+
 def likeness(tts: TTSDecoder, teacher: Teacher, sentences: list[str]) -> dict[str, dict[str, float]]:
     """Of each voice, cloned from a clip: cosines of what it then says to a clip of every voice."""
     encoder = tts._voice_cloner().speaker_encoder
@@ -161,7 +180,9 @@ def live_is_whole(tts: TTSDecoder, sentences: list[str], voice: str) -> bool:
     return True
 
 
-def evaluate(folder: Path, show: Callable[[str], None]) -> dict[str, object]:
+def evaluate(
+    folder: Path, show: Callable[[str], None], codec: TrainedCodec | None = None
+) -> dict[str, object]:
     """All measurements, as a report; `show` is told of each as it is done."""
     sentences, listener = heldout(), Listener()
     report: dict[str, object] = {"sentences": len(sentences)}
@@ -190,6 +211,8 @@ def evaluate(folder: Path, show: Callable[[str], None]) -> dict[str, object]:
         report["cosines"] = likeness(tts, teacher, sentences)
         for voice in VOICES:
             note(f"teacher, {voice}", score_teacher(teacher, listener, sentences, voice))
+            if codec:
+                note(f"codec, {voice}", score_codec(codec, teacher, listener, sentences, voice))
     return report
 
 
@@ -197,9 +220,11 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the checkpoint")
+    parser.add_argument("--codec", type=Path, default=None, help="folder of a trained codec")
     parser.add_argument("--report", type=Path, default=None, help="where to write all as JSON")
     args = parser.parse_args()
-    report = evaluate(args.folder, lambda line: print(line, flush=True))
+    codec = load_codec(args.codec).eval() if args.codec else None
+    report = evaluate(args.folder, lambda line: print(line, flush=True), codec)
     shown = {key: value for key, value in report.items() if not isinstance(value, dict)}
     print(json.dumps(shown | {"cosines": report.get("cosines")}, indent=2))
     if args.report:

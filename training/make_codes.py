@@ -1,14 +1,16 @@
 """Turn what the teacher has read out into codes for the talker to learn.
 
-    python -m training.make_codes build/training
+    python -m training.make_codes build/training --follow 400
 
-Reads the codec of the folder and `speech/`, writes `codes-*.npz`; sentences that have codes already
-keep them.
+Reads the codec of the folder and `speech/`, writes `codes-*.npz`; with `--follow` for so many seconds,
+while the teacher still reads and the talker already learns. Speech that has codes keeps them: delete
+`codes-*.npz` after a change of the codec.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,11 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_megakernel.config import HOP
+from qwen_megakernel.config import HOP, SAMPLE_RATE
 from training import corpus, teacher
 from training.codec_model import ENCODER_MARGIN, TrainedCodec
 from training.train_codec import load_codec
 
+FILES = 16
+"""Of speech, whose codes make a file."""
+SHOWN_S = 20
+"""Between two lines of progress."""
 _ROUND = 8
 """Lengths are rounded up to so many frames: few different ones."""
 
@@ -49,26 +55,40 @@ def encode_chunks(
 
 
 def main() -> None:
-    """Encode what is new."""
+    """Encode what is new, and what comes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--codec", type=Path, default=None, help="folder of it; default: the folder")
     parser.add_argument("--speech", type=Path, default=None, help="default: speech/ of the folder")
+    parser.add_argument("--follow", type=float, default=0, metavar="SECONDS", help="wait for more")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     codec = load_codec(args.codec or args.folder).eval().to(args.device)
-    known: dict[int, Tensor] = {}
-    if any(args.folder.glob("codes-*.npz")):
-        found = corpus.read_codes(args.folder)
-        known = {index: torch.from_numpy(codes) for index, codes in found.items()}
-    count = len(known)
-    for index, codes in encode_chunks(
-        codec, sorted((args.speech or args.folder / "speech").glob("*.npz"))
-    ):
-        known.setdefault(index, codes)
-    corpus.write_codes(args.folder, known)
-    hours = sum(map(len, known.values())) * HOP / 24_000 / 3600
-    print(f"codes of {len(known)} sentences ({len(known) - count} new), {hours:.1f} hours")
+    speech: Path = args.speech or args.folder / "speech"
+    end, shown = time.monotonic() + args.follow, time.monotonic()
+    known, done = set(corpus.Codes(args.folder).take()), set[Path]()
+    sentences = frames = 0
+    while True:
+        late = time.monotonic() >= end
+        paths = sorted(set(speech.glob("*.npz")) - done)[:FILES]
+        if len(paths) == FILES or (paths and late):
+            done.update(paths)
+            fresh = {i: codes for i, codes in encode_chunks(codec, paths) if i not in known}
+            if fresh:
+                corpus.write_codes(args.folder, fresh)
+            sentences, frames = sentences + len(fresh), frames + sum(map(len, fresh.values()))
+        elif late:
+            break
+        else:
+            time.sleep(0.5)
+        if time.monotonic() > shown + SHOWN_S:
+            shown = time.monotonic()
+            print(_progress(sentences, frames), flush=True)
+    print(_progress(sentences, frames))
+
+
+def _progress(sentences: int, frames: int) -> str:
+    return f"codes of {sentences} more sentences, {frames * HOP / SAMPLE_RATE / 3600:.1f} hours"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""What the teacher reads: example sentences of WordNet, verses, and dialogue from templates.
+"""What the teacher reads: WordNet's examples, verses, dialogue, and ordinary words in plain sentences.
 
-    python -m training.sentences build/training/sentences.txt
+    python -m training.sentences build/training/sentences.txt --round 0
+
+Each round has the same natural sentences in another order, so that other voices read them, and
+ordinary ones of its own.
 
 Needs the Debian packages `wordnet-base` (WordNet licence) and `bible-kjv` (its text is in the public
 domain).
@@ -16,10 +19,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from training import dialogue
+from training import dialogue, ordinary
 
 HELDOUT = Path(__file__).with_name("heldout.txt")
-WORDNET = Path("/usr/share/wordnet")
 BOOKS = (
     "genesis",
     "exodus",
@@ -34,7 +36,9 @@ BOOKS = (
     "acts",
 )
 MORE = 60_000
-"""Sentences beyond the first draw; with half as many, the talker learnt sentences by heart."""
+"""Natural sentences beyond the first draw; with half as many, the talker learnt them by heart."""
+ORDINARY = 130_000
+"""Sentences of ordinary words in a round."""
 MAX_CHARS = 130
 """About ten seconds of speech."""
 SEED = 6
@@ -49,7 +53,7 @@ def heldout() -> list[str]:
 
 def wordnet() -> Iterator[tuple[str, str]]:
     """Examples and definitions of WordNet as ("example" or "definition", text)."""
-    for path in sorted(WORDNET.glob("data.*")):
+    for path in sorted(ordinary.WORDNET.glob("data.*")):
         for line in path.read_text(encoding="utf-8", errors="ignore").splitlines():
             if line.startswith("  "):  # the licence
                 continue
@@ -135,14 +139,40 @@ def _with_pairs(chosen: list[str], rng: random.Random) -> list[str]:
     return joined
 
 
+def natural() -> list[str]:
+    """The first draw, which the tokenizer is made of, and what is beyond it; no sentence twice."""
+    first = first_draw()
+    return first + more(random.Random(SEED + 1), first)
+
+
+def first_draw() -> list[str]:
+    """Natural sentences of every kind."""
+    return collect(random.Random(SEED))
+
+
+def of_round(number: int) -> list[str]:
+    """All sentences of a round, shuffled."""
+    rng = random.Random(1_000 + number)
+    chosen = natural()
+    taken = {key(text) for text in (*chosen, *heldout())}
+    for raw in ordinary.sentences(ORDINARY, rng):
+        text = _tidy(raw)
+        if text and key(text) not in taken:
+            taken.add(key(text))
+            chosen.append(text)
+    rng.shuffle(chosen)
+    return chosen
+
+
 def main() -> None:
     """Write one sentence a line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--round", type=int, default=0)
+    args = parser.parse_args()
+    out: Path = args.out
     out.parent.mkdir(parents=True, exist_ok=True)
-    chosen = collect(random.Random(SEED))
-    chosen += more(random.Random(SEED + 1), chosen)
+    chosen = of_round(args.round)
     out.write_text("\n".join(chosen) + "\n", encoding="utf-8")
     print(f"{out}: {len(chosen)} sentences, {sum(map(len, chosen)) / len(chosen):.0f} characters each")
 

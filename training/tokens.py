@@ -2,8 +2,8 @@
 
     python -m training.tokens build/training
 
-Reads `sentences.txt` of the folder; writes the tokenizer's three files into `tokenizer/` and
-`tokens.npz`.
+Reads `sentences.txt` of the folder, writes `tokens.npz`. A tokenizer that is in `tokenizer/` is used;
+where there is none, one is made of the natural sentences.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from qwen_megakernel.checkpoint import load_tokenizer
 from qwen_megakernel.synth_tokenizer import write_tokenizer
+from qwen_megakernel.tokenizer import load_tokenizer
+from training import sentences as texts
 from training.corpus import write_tokens
 
 DROPOUT = 0.1
 """Share of merges left out in the second reading, so that the model learns what tokens are made of."""
-LEARNT = 64_860
-"""Sentences that the tokenizer is made of: the first draw, before there were more."""
 _ROLES = "assistant\nuser\nsystem\n" * 20_000
 """Often enough for the template's words to become tokens."""
 
@@ -38,9 +37,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
     sentences = (folder / "sentences.txt").read_text(encoding="utf-8").splitlines()
-    (folder / "tokenizer").mkdir(exist_ok=True)
-    write_tokenizer(folder / "tokenizer", tiny=True, text=[*sentences[:LEARNT], _ROLES])
-    tokenizer = load_tokenizer(folder / "tokenizer").backend_tokenizer
+    if not (folder / "tokenizer").is_dir():
+        (folder / "tokenizer").mkdir()
+        write_tokenizer(folder / "tokenizer", tiny=True, text=[*texts.first_draw(), _ROLES])
+    tokenizer = load_tokenizer(folder / "tokenizer")
     plain = encode_all(tokenizer, sentences)
     role = encode_all(tokenizer, ["assistant\n"])
     tokenizer.model.dropout = DROPOUT

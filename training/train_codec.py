@@ -1,11 +1,14 @@
 """Train the codec while the teacher still reads.
 
     python -m training.train_codec build/training --seconds 300
+    python -m training.train_codec build/training --seconds 300 --start demo_voice
     python -m training.train_codec build/training --seconds 300 --resume build/training --frozen
 
 Reads `sentences.txt` of the folder and what is in its `speech/` (the teacher reads out the rest
 meanwhile); writes `codec-decoder.safetensors`, `codec-encoder.safetensors` and
-`codec-critics.safetensors`. The second form trains the decoder alone, so that codes keep their meaning.
+`codec-critics.safetensors`. The second form begins with the decoder and the codebooks of a checkpoint,
+which has no encoder: at first the encoder learns alone to speak to them. The third trains the decoder
+alone, so that codes keep their meaning.
 Time-bounded: schedules follow the clock, not a number of steps.
 """
 
@@ -23,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qwen_megakernel.checkpoint import SPEECH_FOLDER
 from qwen_megakernel.config import HOP
 from training import geometry, precompile, teacher
 from training.codec_model import ENCODER_MARGIN, TrainedCodec, decode_latents
@@ -53,13 +57,15 @@ _CRITICS = "codec-critics.safetensors"
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, how much, and from which share of the time on the quantiser and the critics join."""
+    """How long, how much, and from which share of the time on quantiser, decoder and critics join."""
 
     seconds: float
     batch: int
     peak_rate: float
     quantised_from: float
     critics_from: float
+    decoder_from: float = 0.0
+    """Until then decoder and codebooks stay as they are."""
 
 
 class SpeechStore:
@@ -125,12 +131,17 @@ class Trainer:
         self.generator = torch.optim.AdamW(self.params, self.rate, **options)
         self.judge = torch.optim.AdamW(self.critics.parameters(), 2e-4, **options)
 
-    def step(self, batch: Batch, *, quantised: bool, judged: bool, context: int) -> Tensor:
+    def step(
+        self, batch: Batch, *, quantised: bool, judged: bool, context: int, alone: bool = False
+    ) -> Tensor:
         """One update; spectral distance, commitment loss, and how badly the critics are fooled.
 
         `batch`: audio [n, samples] with margins, window [context + JUDGED] frames of which the
-        last are made, and a scalar weight of the critics.
+        last are made, and a scalar weight of the critics. `alone`: only the encoder learns.
         """
+        if not self.frozen:
+            self.codec.decoder.requires_grad_(not alone)
+            self.codec.quantizer.requires_grad_(not alone).train(not alone)
         audio, window = batch["audio"], batch["window"]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             x, commitment = self._codes(audio, quantised)
@@ -206,6 +217,7 @@ def train(trainer: Trainer, store: SpeechStore, plan: Plan) -> None:
             "weight": torch.tensor(min(1.0, max(0.0, share - plan.critics_from) * 20), device=device),
         }
         kind = {"quantised": quantised, "judged": judged, "context": context}
+        kind["alone"] = share < plan.decoder_from
         found = steps.run(tuple(kind.values()), lambda b, k=kind: trainer.step(b, **k), batch)
         if share >= shown:
             shown += 0.05
@@ -221,6 +233,16 @@ def load_codec(folder: Path) -> TrainedCodec:
     """What `save_codec` wrote."""
     codec = TrainedCodec(geometry.config().codec)
     codec.load_state_dict(load_file(folder / _DECODER) | load_file(folder / _ENCODER))
+    return codec
+
+
+def start_codec(checkpoint: Path) -> TrainedCodec:
+    """Decoder and codebooks of a checkpoint, and a fresh encoder."""
+    codec = TrainedCodec(geometry.config().codec)
+    weights = load_file(checkpoint / SPEECH_FOLDER / "model.safetensors")
+    decoder = {name.removeprefix("decoder."): w.float() for name, w in weights.items()}
+    codec.decoder.load_state_dict(decoder)
+    codec.adopt()
     return codec
 
 
@@ -243,6 +265,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=8e-4, help="peak learning rate")
     parser.add_argument("--critics-from", type=float, default=0.5, help="share of the time")
     parser.add_argument("--resume", type=Path, default=None, help="folder of a codec to go on from")
+    parser.add_argument("--start", type=Path, default=None, help="checkpoint to take a decoder from")
+    parser.add_argument("--alone", type=float, default=0.2, help="share of the time before it learns")
     parser.add_argument("--frozen", action="store_true", help="train the decoder alone")
     parser.add_argument("--speech", type=Path, default=None, help="default: speech/ of the folder")
     parser.add_argument(
@@ -271,11 +295,14 @@ def _wait_for_speech(store: SpeechStore, readers: list[Process]) -> None:
     store.settle()
 
 
-def _codec_to_train(resume: Path | None, device: torch.device, *, frozen: bool) -> TrainedCodec:
+def _codec_to_train(args: argparse.Namespace, device: torch.device) -> TrainedCodec:
     """Fresh, or as a folder has it; frozen but for the decoder where that is asked for."""
     torch.manual_seed(0)
-    codec = load_codec(resume) if resume else TrainedCodec(geometry.config().codec)
-    if frozen:
+    if args.resume:
+        codec = load_codec(args.resume)
+    else:
+        codec = start_codec(args.start) if args.start else TrainedCodec(geometry.config().codec)
+    if args.frozen:
         codec.encoder.eval().requires_grad_(False)
         codec.quantizer.eval().requires_grad_(False)
     return codec.to(device)
@@ -292,11 +319,12 @@ def main() -> None:
     if device.type == "cuda":
         precompile.compile_all(geometry.config().codec, COMPILERS)
     torch.backends.cudnn.benchmark = True
-    codec = _codec_to_train(args.resume, device, frozen=args.frozen)
+    codec = _codec_to_train(args, device)
     store = SpeechStore(speech, device)
     _wait_for_speech(store, readers)
     from_quantised = 0.0 if args.resume else 0.08
-    plan = Plan(args.seconds, args.batch, args.rate, from_quantised, args.critics_from)
+    from_decoder = args.alone if args.start else 0.0
+    plan = Plan(args.seconds, args.batch, args.rate, from_quantised, args.critics_from, from_decoder)
     trainer = Trainer(codec, device, frozen=args.frozen)
     if args.resume and (args.resume / _CRITICS).is_file():
         trainer.critics.load_state_dict(load_file(args.resume / _CRITICS))

@@ -3,7 +3,8 @@
     python -m training.train_talker build/training --seconds 200
 
 Reads `tokens.npz`, `codes-*.npz` and `speakers.safetensors` of the folder, writes
-`talker.safetensors` (averaged weights). Time-bounded: schedules follow the clock.
+`talker.safetensors` (averaged weights) now and then and at the end. Codes that are made meanwhile are
+learnt too. Time-bounded: schedules follow the clock.
 On CUDA each batch shape is one graph, since the layers are too small to keep the GPU busy otherwise.
 """
 
@@ -15,6 +16,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep, time
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +30,14 @@ from training.batches import Material
 from training.graphs import Batch, Steps, clock
 from training.rows import NONE, Layout, Utterance
 
-DROPOUT = 0.1
+DROPOUT = 0.05
 """Share of what a layer adds that is left out at random: without it, codes are learnt by heart."""
 UNSEEN = 100
 """One sentence in so many only shows whether what is learnt holds for others."""
+LEAST = 200
+"""Sentences to begin with: a batch of the shortest."""
+SAVED_S = 60
+"""Between two savings."""
 _CODE_WEIGHTS = tuple(1 / math.sqrt(k) for k in range(1, NUM_CODEBOOKS))
 """Of the fifteen predicted codes in the loss: the first are heard most."""
 
@@ -156,6 +162,14 @@ class Trainer:
         # With gradients, though unused: without them the compiled layers would be compiled again.
         return self._forward(batch).detach()
 
+    def warm_up(self) -> None:
+        """Have the layers compiled for every shape of a batch; nothing is learnt."""
+        for rows, count in batches.SHAPES:
+            batch = batches.blank_batch((rows, count))
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            self._forward(batch).sum().backward()
+            self.optimiser.zero_grad(set_to_none=True)
+
     def _forward(self, batch: Batch) -> Tensor:
         clip = torch.randint(self.clips.shape[1], batch["voice"].shape, device=self.device)
         speakers = self.clips[batch["voice"], clip]
@@ -170,9 +184,10 @@ def train(
     unseen: Batch,
     seconds: float,
     rates: tuple[float, float],
+    out: Path,
 ) -> None:
-    """Train for so long; now and then show the losses, and those of a batch that is not learnt."""
-    steps, shown = Steps(trainer.device), 0.0
+    """Train for so long; now and then save, and show the losses, also of a batch that is not learnt."""
+    steps, shown, saved = Steps(trainer.device), 0.0, monotonic()
     unseen = {name: tensor.to(trainer.device) for name, tensor in unseen.items()}
     recent = torch.zeros(NUM_CODEBOOKS, device=trainer.device)
     for step, share in clock(seconds):
@@ -188,6 +203,10 @@ def train(
             shown += 0.04
             text = ", unseen ".join(_shown(found) for found in (recent, trainer.losses(unseen)))
             print(f"talker {share:5.1%} step {step} code 0, 1-3, 4-15: {text}", flush=True)
+        if monotonic() > saved + SAVED_S:
+            save(trainer, out)
+            saved = monotonic()
+    save(trainer, out)
 
 
 def _shown(losses: Tensor) -> str:
@@ -195,21 +214,43 @@ def _shown(losses: Tensor) -> str:
     return " ".join(f"{float(value):.3f}" for value in values)
 
 
-def read_material(folder: Path, sentences: int | None = None) -> tuple[Material, Material]:
-    """What to learn from, and a hundredth that is not learnt."""
+class Sentences:
+    """The utterances of a folder, as their codes come."""
+
+    def __init__(self, folder: Path, only: int | None = None) -> None:
+        self._codes, self._only = corpus.Codes(folder), only
+        names = ("plain", "dropped")
+        self._tokens = [corpus.read_tokens(folder / "tokens.npz", name) for name in names]
+
+    def take(self, *, unseen: bool = False) -> list[list[Utterance]]:
+        """Those that have come, in each reading: all but one in `UNSEEN`, or only those."""
+        codes = self._codes.take()
+        chosen = [i for i in sorted(codes)[: self._only] if (i % UNSEEN == 0) == unseen]
+        return [
+            [Utterance(tokens[i], codes[i], teacher.voice_of(i)) for i in chosen]
+            for tokens in self._tokens
+        ]
+
+
+def read_material(
+    folder: Path, only: int | None = None, least: int = LEAST
+) -> tuple[Material, Material]:
+    """What to learn from, and a hundredth that is not learnt; waits until there is enough.
+
+    Args:
+        folder: of tokens and codes.
+        only: so many of the sentences.
+        least: number of sentences to wait for; not below `LEAST`.
+    """
     config = geometry.config()
-    codes = corpus.read_codes(folder)
-    chosen = sorted(codes)[:sentences]
-    readings: list[list[Utterance]] = []
-    unseen: list[Utterance] = []
-    for name in ("plain", "dropped"):
-        tokens = corpus.read_tokens(folder / "tokens.npz", name)
-        all_of_them = [Utterance(tokens[i], codes[i], teacher.voice_of(i)) for i in chosen]
-        unseen = unseen or all_of_them[::UNSEEN]
-        readings.append([one for i, one in enumerate(all_of_them) if i % UNSEEN])
     role = [config.im_start_id, *corpus.read_tokens(folder / "tokens.npz", "role")[0].tolist()]
     layout, eos = Layout(config, role), config.talker.codec_eos_id
-    return Material(layout, readings, eos), Material(layout, [unseen], eos)
+    sentences = Sentences(folder, only)
+    material = Material(layout, sentences.take(), eos, sentences.take)
+    while len(material.readings[0]) < max(least, LEAST):
+        sleep(1)
+        material.grow()
+    return material, Material(layout, Sentences(folder, only).take(unseen=True), eos)
 
 
 def new_talker(config: ModelConfig) -> Talker:
@@ -234,7 +275,9 @@ def save(trainer: Trainer, folder: Path) -> None:
     """Write the averaged weights, in the checkpoint's bf16."""
     names = [f"talker.{name}" for name, _ in trainer.talker.named_parameters()]
     stored = [value.to("cpu", torch.bfloat16).contiguous() for value in trainer.average]
-    save_file(dict(zip(names, stored, strict=True)), folder / "talker.safetensors")
+    partial = folder / "talker.partial"
+    save_file(dict(zip(names, stored, strict=True)), partial)
+    partial.rename(partial.with_suffix(".safetensors"))
 
 
 def main() -> None:
@@ -242,17 +285,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=200, help="of training")
+    parser.add_argument(
+        "--deadline", type=float, default=None, help="Unix time of the end, instead of --seconds"
+    )  # fmt: skip
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--last-rate", type=float, default=3e-5, help="learning rate at the end")
     parser.add_argument("--resume", type=Path, default=None, help="folder of weights to go on from")
     parser.add_argument("--sentences", type=int, default=None, help="use only so many")
+    parser.add_argument("--least", type=int, default=LEAST, help="sentences with codes to wait for")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 2) - 2))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None, help="default: the folder")
     args = parser.parse_args()
     device, config = torch.device(args.device), geometry.config()
-    material, unseen = read_material(args.folder, args.sentences)
-    stream = batches.loader(material, args.workers, seed=0)
     talker = new_talker(config)
     if args.resume:
         weights = load_file(args.resume / "talker.safetensors")
@@ -260,9 +305,15 @@ def main() -> None:
     clips = load_file(args.folder / "speakers.safetensors")["clips"].to(device)
     trainer = Trainer(talker.to(device), config, clips, device)
     prepare_layers(talker, compiled=device.type == "cuda")
-    rates = args.rate, args.last_rate
-    train(trainer, stream, batches.plain_batch(unseen), args.seconds, rates)
-    save(trainer, args.out or args.folder)
+    if device.type == "cuda":
+        trainer.warm_up()
+    print("talker: waiting for codes", flush=True)
+    material, unseen = read_material(args.folder, args.sentences, args.least)
+    stream = batches.loader(material, args.workers, seed=0)
+    print(f"talker: begins with {len(material.readings[0])} sentences", flush=True)
+    out: Path = args.out or args.folder
+    seconds = max(1.0, args.deadline - time()) if args.deadline else args.seconds
+    train(trainer, stream, batches.plain_batch(unseen), seconds, (args.rate, args.last_rate), out)
 
 
 if __name__ == "__main__":
