@@ -6,8 +6,9 @@
 // stream's sums do not depend on its company or the grid.
 //
 // Memory is slow to answer while weights stream, so an item's keys are in flight before the new query
-// is waited for, and its values before the query is ready. They come in 16-byte pieces: which dims of a head a lane
-// takes for which k or n of an mma is free, as long as both operands agree.
+// is waited for, the next item's before the one before is merged, and its values before the scores are computed.
+// They come in 16-byte pieces: which dims of a head a lane takes for which k or n of an mma is free, as long as
+// both operands agree.
 // Keys and values of this launch (one row a frame; up to eight in a prefill) come from the
 // exchange, through shared memory.
 #pragma once
@@ -256,6 +257,33 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
       kv[1].store(p.v_cache + at);
     }
   }
+}
+
+// Of sixteen lanes, the same in each.
+__device__ __forceinline__ float sum_of_sixteen(float x) {
+#pragma unroll
+  for (int offset = 8; offset; offset >>= 1) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
+__device__ __forceinline__ float max_of_sixteen(float x) {
+#pragma unroll
+  for (int offset = 8; offset; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
+  return x;
+}
+
+// Two dims of sixteen rows, weighted: lane j has row j's weight, lane j + 16 the same. The rows lie kStride
+// floats apart; `rows` is this lane's own place in the first.
+template <int kStride>
+__device__ __forceinline__ float2 weighted_rows(float weight, const float* rows) {
+  float2 sum = make_float2(0.f, 0.f);
+#pragma unroll 4  // more at a time would take too many registers
+  for (int j = 0; j < 16; ++j) {
+    const float w = __shfl_sync(~0u, weight, j);
+    const float2 row = *reinterpret_cast<const float2*>(rows + j * kStride);
+    sum.x += w * row.x;
+    sum.y += w * row.y;
+  }
+  return sum;
 }
 
 // Merge the warps, always in their order, and publish the heads' output; with several splits this

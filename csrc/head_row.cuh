@@ -24,33 +24,6 @@ __device__ __forceinline__ float max_of_four(float x) {
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Of sixteen lanes, the same in each.
-__device__ __forceinline__ float sum_of_sixteen(float x) {
-#pragma unroll
-  for (int offset = 8; offset; offset >>= 1) x += __shfl_xor_sync(~0u, x, offset);
-  return x;
-}
-__device__ __forceinline__ float max_of_sixteen(float x) {
-#pragma unroll
-  for (int offset = 8; offset; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
-  return x;
-}
-
-// Two dims of sixteen rows, weighted: lane j has row j's weight, lane j + 16 the same. The rows lie kStride
-// floats apart; `rows` is this lane's own place in the first.
-template <int kStride>
-__device__ __forceinline__ float2 weighted_rows(float weight, const float* rows) {
-  float2 sum = make_float2(0.f, 0.f);
-#pragma unroll 4  // more at a time would take too many registers
-  for (int j = 0; j < 16; ++j) {
-    const float w = __shfl_sync(~0u, weight, j);
-    const float2 row = *reinterpret_cast<const float2*>(rows + j * kStride);
-    sum.x += w * row.x;
-    sum.y += w * row.y;
-  }
-  return sum;
-}
-
 // What norms and rotates a row: fetched before the row is waited for.
 template <int kDim>
 struct NormRope {

@@ -103,7 +103,7 @@ constexpr bool kMovesRegisters = true;
 
 __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_constant__ FrameParams p) {
   Shared& sh = *reinterpret_cast<Shared*>(shared_memory());
-  if (int(block_index()) == p.withheld_cta) return;
+  if (block_index() == p.withheld_cta) return;
   sh.ring.init();
   static_assert(sizeof(FrameParams) % 4 == 0 && sizeof(FrameParams) / 4 <= kThreads, "a word a thread");
   if (threadIdx.x < sizeof(FrameParams) / 4)

@@ -34,7 +34,6 @@ struct TwoPackets {
   __device__ __forceinline__ void load(const uint64_t* p) { load_two_words(p, a, b); }
   // 0 if both carry `tag`.
   __device__ __forceinline__ uint32_t lacks(uint32_t tag) const { return (high_half(a) ^ tag) | (high_half(b) ^ tag); }
-  __device__ __forceinline__ void load_unless(uint32_t tag, const uint64_t* p) { load_two_words_if(lacks(tag), p, a, b); }
   __device__ __forceinline__ uint32_t first() const { return uint32_t(a); }
   __device__ __forceinline__ uint32_t second() const { return uint32_t(b); }
 };
@@ -69,7 +68,7 @@ struct Watchdog {
 // another does.
 
 // Poll kCount chunks (64 packets each, of which a lane has two) of each of kVectors vectors, until all
-// carry `tag`. What has come is not asked for again: polls and weights share the way.
+// carry `tag`. All are asked for again until then: to leave out what has come gained nothing, and took registers.
 template <int kVectors, int kCount>
 __device__ __forceinline__ void wait_pairs(const uint64_t* p, int vector_stride, uint32_t tag,
                                            TwoPackets (&v)[kVectors][kCount], const Watchdog& dog, Phase phase) {

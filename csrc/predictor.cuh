@@ -23,7 +23,7 @@ __device__ __forceinline__ void project_hidden(Context& c, const Residual<T>& hi
     const FrameParams& p = c.p;
     uint64_t* projected = p.packets + PacketLayout::kProjected;
     gemv<Projection>(
-      c,
+        c,
         [&](int, int, uint2(&f)[Projection::kHeld]) {
 #pragma unroll
           for (int j = 0; j < Projection::kHeld; ++j)

@@ -61,15 +61,6 @@ __device__ __forceinline__ uint64_t load_word(const uint64_t* p) {
 __device__ __forceinline__ void load_two_words(const uint64_t* p, uint64_t& a, uint64_t& b) {
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(a), "=l"(b) : "l"(p) : "memory");
 }
-// The same, in place, where `wanted` is not 0; what is there stays otherwise.
-__device__ __forceinline__ void load_two_words_if(uint32_t wanted, const uint64_t* p, uint64_t& a, uint64_t& b) {
-  asm volatile(
-      "{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %3, 0;\n"
-      "@wanted ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];\n}"
-      : "+l"(a), "+l"(b)
-      : "l"(p), "r"(wanted)
-      : "memory");
-}
 // The upper half, in a way that the compiler does not turn into arithmetic on 64 bits.
 __device__ __forceinline__ uint32_t high_half(uint64_t x) {
   uint32_t high;

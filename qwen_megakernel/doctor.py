@@ -69,10 +69,11 @@ class Size:
     disk: float
     gpu: float
     """Weights in bf16, the key-value caches of the server's 16 slots, and what CUDA takes. 0.6B: PyTorch
-    took 9.4 GB at most while loading on an H200, CUDA itself comes on top; 1.7B: estimated."""
+    took 9.4 GB at most while loading on an H200, before there was the predictor's table (0.24 GB); CUDA
+    itself comes on top. 1.7B: estimated."""
 
 
-SIZES = {"0.6B": Size(2.5, 10.0), "1.7B": Size(4.5, 12.0)}
+SIZES = {"0.6B": Size(2.5, 10.5), "1.7B": Size(4.5, 12.5)}
 
 
 def _dotted(version: Version) -> str:

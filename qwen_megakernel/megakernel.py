@@ -112,7 +112,7 @@ class MegakernelBackend:
             library: from `build_tts.build`.
             num_slots: streams that can be live.
             max_positions: prompt rows plus frames of a stream, at most MAX_POSITIONS.
-            grid: CTAs of a launch, at most one an SM; None is as many as there are SMs.
+            grid: CTAs of a launch, from MAX_BATCH to one an SM; None is as many as there are SMs.
             max_spins: polls of a wait before it is given up.
 
         Raises:
@@ -180,7 +180,7 @@ class MegakernelBackend:
             "predictor_heads": torch.cat([pack_product(head.weight) for head in predictor.lm_head]),
             "talker_norms": pack_norms(talker.model.layers, talker.model.norm.weight),
             "talker_qk_norms": pack_qk_norms(talker.model.layers),
-            # Codebook by codebook: in fp32 they take eight times the space of one.
+            # Codebook by codebook: what is computed is fp32.
             "predictor_first_qkv": torch.stack([known_qkv(first_layer, rows) for rows in fed]),
             "predictor_norms": pack_norms(predictor.model.layers, predictor.model.norm.weight),
             "predictor_qk_norms": pack_qk_norms(predictor.model.layers),

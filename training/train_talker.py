@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, sleep, time
+from time import monotonic, sleep
 
 import torch
 import torch.nn.functional as F
@@ -285,9 +285,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=200, help="of training")
-    parser.add_argument(
-        "--deadline", type=float, default=None, help="Unix time of the end, instead of --seconds"
-    )  # fmt: skip
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--last-rate", type=float, default=3e-5, help="learning rate at the end")
     parser.add_argument("--resume", type=Path, default=None, help="folder of weights to go on from")
@@ -312,8 +309,8 @@ def main() -> None:
     stream = batches.loader(material, args.workers, seed=0)
     print(f"talker: begins with {len(material.readings[0])} sentences", flush=True)
     out: Path = args.out or args.folder
-    seconds = max(1.0, args.deadline - time()) if args.deadline else args.seconds
-    train(trainer, stream, batches.plain_batch(unseen), seconds, (args.rate, args.last_rate), out)
+    rates = args.rate, args.last_rate
+    train(trainer, stream, batches.plain_batch(unseen), args.seconds, rates, out)
 
 
 if __name__ == "__main__":
