@@ -95,11 +95,6 @@ __device__ __forceinline__ void compute_frame(Shared& sh) {
 // Four warps beside those that compute, though one fetches: registers are given to warps by fours,
 // and four can hand theirs over.
 constexpr int kAllThreads = kThreads + 128;
-#ifdef QWEN_TTS_EVEN_REGISTERS  // for the sanitizer's racecheck, whose own code needs more than 32
-constexpr bool kMovesRegisters = false;
-#else
-constexpr bool kMovesRegisters = true;
-#endif
 
 __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_constant__ FrameParams p) {
   Shared& sh = *reinterpret_cast<Shared*>(shared_memory());
@@ -110,10 +105,10 @@ __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_cons
     reinterpret_cast<uint32_t*>(&sh.params)[threadIdx.x] = reinterpret_cast<const uint32_t*>(&p)[threadIdx.x];
   __syncthreads();
   if (threadIdx.x < kThreads) {
-    if (kMovesRegisters) take_registers<112>();
+    take_registers<112>();
     compute_frame(sh);
   } else {
-    if (kMovesRegisters) give_registers<32>();
+    give_registers<32>();
     if (threadIdx.x < kThreads + kWarps) fetch_weights(p, sh.ring);
   }
 }

@@ -50,7 +50,7 @@ struct SamplerShared {
 constexpr int kMaxPieceBytes = max_of(TalkerProducts::kMaxPieceBytes, PredictorProducts::kMaxPieceBytes);
 constexpr int kMinPieceBytes = min_of(TalkerProducts::kMinPieceBytes, PredictorProducts::kMinPieceBytes);
 constexpr int kOtherBytes = sizeof(Scratch) + sizeof(SamplerShared) + sizeof(FrameParams) + 256;
-constexpr int kRingBytes = (kSharedBytes - kOtherBytes) / kWarps / (kChunkBytes + 20) * kChunkBytes;
+constexpr int kRingBytes = ring_bytes((kSharedBytes - kOtherBytes) / kWarps, kChunkBytes, kMinPieceBytes);
 static_assert(kRingBytes >= 2 * kMaxPieceBytes, "the ring must hold two pieces");
 using FrameRing = RingShared<kRingBytes, kMinPieceBytes>;
 

@@ -42,16 +42,6 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
-__device__ __forceinline__ void store_shared_relaxed(uint32_t* p, uint32_t x) {
-  asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" ::"r"(smem_address(p)), "r"(x) : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_shared_acquire(const uint32_t* p) {
-  uint32_t x;
-  asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(x) : "r"(smem_address(p)) : "memory");
-  return x;
-}
-
 // 64-bit words that other CTAs read while they are written: whole, and never from L1.
 __device__ __forceinline__ uint64_t load_word(const uint64_t* p) {
   uint64_t x;
@@ -82,8 +72,8 @@ __device__ __forceinline__ void sync_some() {
   asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
 }
 
-__device__ __forceinline__ void mbarrier_init(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(smem_address(barrier)) : "memory");
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
 }
 __device__ __forceinline__ void mbarrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -93,6 +83,11 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
       "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
       "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(smem_address(barrier)), "r"(parity)
       : "memory");
+}
+
+// Releases what this thread, and those it has met at __syncwarp, did before.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 
 __device__ __forceinline__ bool mbarrier_done(uint64_t* barrier, int parity) {

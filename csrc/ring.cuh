@@ -5,8 +5,10 @@
 // copy engine. A piece is the mma A fragments of one 16-row strip for a few 16-wide chunks of k:
 // 512 bytes a chunk, lane by lane 16 bytes, so a lane's load is its operand. Both sides know the
 // sizes and the order of all pieces; a piece that would cross the ring's end begins at its start.
-// The piece's mbarrier says that it has arrived; a count of pieces in shared memory says what has
-// been consumed.
+// Of two mbarriers a piece, one says that it has arrived, the other that it has been read.
+//
+// The sanitizer's racecheck takes what the copy engine writes for a race, and does not see that lanes which
+// meet at __syncwarp have read; for it (QWEN_TTS_RACECHECK) lanes copy, and each says itself that it has read.
 #pragma once
 
 #include "packets.cuh"
@@ -16,24 +18,43 @@ namespace qwen_tts {
 // The computing warps' own barrier: the fetching warp is not part of it.
 __device__ __forceinline__ void sync_compute() { sync_some<1, kThreads>(); }
 
+#ifdef QWEN_TTS_RACECHECK
+constexpr bool kRacecheck = true;
+#else
+constexpr bool kRacecheck = false;
+#endif
+
 constexpr int round_up_to_power_of_two(int n) { return n <= 1 ? 1 : 2 * round_up_to_power_of_two((n + 1) / 2); }
+
+// A power of two, so that a count of pieces gives the barrier and its parity.
+constexpr int ring_barriers(int ring_bytes, int min_piece_bytes) {
+  return round_up_to_power_of_two(ring_bytes / min_piece_bytes);
+}
 
 template <int kRingBytes_, int kMinPieceBytes>
 struct RingShared {
   static constexpr int kBytes = kRingBytes_;
-  // A power of two, so that a count of pieces gives the barrier and its parity.
-  static constexpr int kBarriers = round_up_to_power_of_two(kRingBytes_ / kMinPieceBytes);
+  static constexpr int kBarriers = ring_barriers(kRingBytes_, kMinPieceBytes);
+  static constexpr int kReaders = kRacecheck ? 32 : 1;  // threads that say a piece has been read
   alignas(128) char data[kWarps][kBytes];
-  uint64_t full[kWarps][kBarriers];
-  uint32_t consumed[kWarps];              // pieces
-  uint16_t taken[kWarps][kBarriers];      // bytes of the ring a piece holds; the fetching lane's own
+  uint64_t full[kWarps][kBarriers], empty[kWarps][kBarriers];
+  uint16_t taken[kWarps][kBarriers];  // bytes of the ring a piece holds; the fetching lane's own
 
   __device__ void init() {  // by all threads, before a CTA-wide barrier
-    for (int i = thread_index(); i < kWarps * kBarriers; i += blockDim.x) mbarrier_init(full[0] + i);
-    if (thread_index() < kWarps) consumed[thread_index()] = 0;
+    for (int i = thread_index(); i < kWarps * kBarriers; i += blockDim.x) {
+      mbarrier_init(full[0] + i, 1);
+      mbarrier_init(empty[0] + i, kReaders);
+    }
     mbarrier_init_done();
   }
 };
+
+// The most that fits, with its barriers, into so many bytes a warp.
+constexpr int ring_bytes(int bytes_a_warp, int unit, int min_piece_bytes) {
+  int bytes = bytes_a_warp / unit * unit;
+  while (bytes + ring_barriers(bytes, min_piece_bytes) * 18 > bytes_a_warp) bytes -= unit;
+  return bytes;
+}
 
 // A computing warp's side.
 template <class Shared>
@@ -41,11 +62,6 @@ struct RingReader {
   Shared& sh;
   int tail = 0;
   uint32_t pieces = 0;
-
-  // Whether the next piece has arrived.
-  __device__ __forceinline__ bool ready(int warp) {
-    return mbarrier_done(&sh.full[warp][pieces % Shared::kBarriers], pieces / Shared::kBarriers & 1);
-  }
 
   // Address of this lane's first operand in the next piece; one follows every 512 bytes.
   template <int kPieceBytes>
@@ -57,11 +73,10 @@ struct RingReader {
 
   template <int kPieceBytes>
   __device__ __forceinline__ void release(int warp, int lane) {
+    __syncwarp();
+    if (lane < Shared::kReaders) mbarrier_arrive(&sh.empty[warp][pieces % Shared::kBarriers]);
     tail += kPieceBytes;
     ++pieces;
-    __syncwarp();
-    // Relaxed: the piece's loads are done, for their values have gone into products.
-    if (lane == 0) store_shared_relaxed(&sh.consumed[warp], pieces);
   }
 };
 
@@ -79,7 +94,7 @@ struct RingWriter {
     reclaim(passed_over + bytes);
     if (wraps) head = 0;
     sh.taken[warp][issued % Shared::kBarriers] = uint16_t(passed_over + bytes);
-    bulk_copy(sh.data[warp] + head, from, bytes, &sh.full[warp][issued % Shared::kBarriers], policy);
+    fill(sh.data[warp] + head, from, bytes, &sh.full[warp][issued % Shared::kBarriers], policy);
     head += bytes;
     ++issued;
   }
@@ -87,10 +102,23 @@ struct RingWriter {
   // Wait until `bytes` more fit.
   __device__ __forceinline__ void reclaim(int bytes) {
     while (used + bytes > Shared::kBytes) {
-      const uint32_t consumed = load_shared_acquire(&sh.consumed[warp]);
-      for (; reclaimed != consumed; ++reclaimed) used -= sh.taken[warp][reclaimed % Shared::kBarriers];
+      // Asked, not waited for: other lanes fill other rings.
+      if (!mbarrier_done(&sh.empty[warp][reclaimed % Shared::kBarriers], reclaimed / Shared::kBarriers & 1)) continue;
+      used -= sh.taken[warp][reclaimed % Shared::kBarriers];
+      ++reclaimed;
     }
     used += bytes;
+  }
+
+  static __device__ __forceinline__ void fill(char* to, const char* from, int bytes, uint64_t* full, uint64_t policy) {
+    if constexpr (!kRacecheck) {
+      bulk_copy(to, from, bytes, full, policy);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < bytes; i += 16)
+        *reinterpret_cast<uint4*>(to + i) = __ldg(reinterpret_cast<const uint4*>(from + i));
+      mbarrier_arrive(full);
+    }
   }
 };
 

@@ -21,20 +21,20 @@ DEVICE = torch.device("cuda")
 PHASES = ("qkv", "heads", "o", "inner", "down")
 
 
-def build_kernel(shape: Shape, *, even_registers: bool = False) -> Path:
-    """The kernel for `shape`, built at first use; with as many registers for all warps if asked for."""
+def build_kernel(shape: Shape, *, racecheck: bool = False) -> Path:
+    """The kernel for `shape`, built at first use; or as the sanitizer's racecheck can follow it."""
     arch = detect_arch(DEVICE)
     library = frame_library(shape_config(shape), arch)
-    if even_registers:
-        library = replace(library, header=library.header + "#define QWEN_TTS_EVEN_REGISTERS\n")
+    if racecheck:
+        library = replace(library, header=library.header + "#define QWEN_TTS_RACECHECK\n")
     return build(library, arch)
 
 
 def make_kernel(
-    shape: Shape, talker: Talker, *, even_registers: bool = False, **options: object
+    shape: Shape, talker: Talker, *, racecheck: bool = False, **options: object
 ) -> MegakernelBackend:
     """A backend with the kernel for `shape`."""
-    config, library = shape_config(shape), build_kernel(shape, even_registers=even_registers)
+    config, library = shape_config(shape), build_kernel(shape, racecheck=racecheck)
     return MegakernelBackend(talker, config.talker, config.predictor, library=library, **options)
 
 

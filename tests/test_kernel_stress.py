@@ -149,14 +149,16 @@ SANITIZED = """
 import sys
 import torch
 from kernel_twins import make_kernel
+from qwen_megakernel import megakernel
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.synth_checkpoint import random_talker
 from qwen_megakernel.synth_config import shape_config
 
+megakernel.TalkerPrefill = lambda *_: None  # PyTorch's kernels; racecheck fails on them
 config = shape_config("tiny")
 talker = random_talker(config, "cuda")
 options = {"grid": 8, "max_spins": 2**31 - 1, "num_slots": 8, "max_positions": 64}
-kernel = make_kernel("tiny", talker, even_registers=sys.argv[1] == "racecheck", **options)
+kernel = make_kernel("tiny", talker, racecheck=sys.argv[1] == "racecheck", **options)
 rows = torch.zeros(12, config.talker.hidden_size)
 for slot in range(5):
     kernel.prefill(slot, rows[: 9 + slot % 2], GenerationParams(seed=slot))
@@ -173,14 +175,13 @@ SUMMARIES = {
 def test_the_sanitizer_finds_nothing(tool):
     """The small shape on eight CTAs; only the frame kernel is watched, so that it ends in time.
 
-    racecheck itself failed on the kernel as it is ("failed to handle a hardware exception", CUDA 13.0);
-    its own code may need registers that the fetching warps have given away.
+    For racecheck lanes copy the weights in place of the copy engine (csrc/ring.cuh).
     """
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).is_file():
         pytest.skip("no compute-sanitizer")
-    build_kernel("tiny", even_registers=tool == "racecheck")  # not under the tool
-    only = ["--kernel-regex", "kns=frame_kernel", "--report-api-errors", "no"]
+    build_kernel("tiny", racecheck=tool == "racecheck")  # not under the tool
+    only = ["--kernel-name", "kns=frame_kernel", "--report-api-errors", "no"]
     child = subprocess.run(
         [program, "--tool", tool, *only, sys.executable, "-c", SANITIZED, tool],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
