@@ -121,7 +121,7 @@ template <class D>
 __device__ __forceinline__ int64_t cache_at(const Context& c, const AttentionItem& item) {
   const FrameParams& p = c.p;
   const int64_t slot = p.columns[item.column()].slot;
-  return ((c.talker_layer() * int64_t(p.num_slots) + slot) * D::kKvHeads + item.kv_head()) * p.max_positions * D::kHeadDim;
+  return ((c.layer() * int64_t(p.num_slots) + slot) * D::kKvHeads + item.kv_head()) * p.max_positions * D::kHeadDim;
 }
 
 // One warp's sixteen positions. Lane (g, t) = (lane / 4, lane % 4) holds of the keys rows g and g + 8,
@@ -232,12 +232,13 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
   const FrameParams& p = c.p;
   const int warp = warp_index();
   const Column& own = p.columns[item.column()];
-  const __nv_bfloat16* qk_norm = p.talker_qk_norms + c.talker_layer() * 2 * S::kDim;
+  const __nv_bfloat16* qk_norm = p.talker_qk_norms + c.layer() * 2 * S::kDim;
   const uint64_t* vector = p.packets + PacketLayout::kQkv;
   if (warp < S::kGroupSize) {
     HeadRow<S::kDim> q[1];
     const NormRope<S::kDim> by(qk_norm, p.talker_rope + int64_t(own.position) * S::kDim);
-    wait_rows(q, vector, {(item.kv_head() * S::kGroupSize + warp) * S::kDim}, 1, 0, item.column(), c.tag - 1, c.dog);
+    const uint64_t* from = row_packets<S::kDim>(vector, (item.kv_head() * S::kGroupSize + warp) * S::kDim, item.column());
+    wait_rows(q, 1, [&](int) { return from; }, c.tag - 1, c.dog);
     q[0].norm_rope(by, D::kEps);
     q[0].store(sh.q[warp]);
   }
@@ -246,8 +247,8 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
     HeadRow<S::kDim> kv[2];
     const int position = p.columns[column].position;
     const NormRope<S::kDim> by(qk_norm + S::kDim, p.talker_rope + int64_t(position) * S::kDim);
-    wait_rows(kv, vector, {S::kQRows + item.kv_head() * S::kDim, S::kQRows + S::kKRows + item.kv_head() * S::kDim}, 2, 0,
-              column, c.tag - 1, c.dog);
+    const uint64_t* from = row_packets<S::kDim>(vector, S::kQRows + item.kv_head() * S::kDim, column);
+    wait_rows(kv, 2, [&](int i) { return from + 4 * i * S::kKRows; }, c.tag - 1, c.dog);
     kv[0].norm_rope(by, D::kEps);
     kv[0].store(sh.k[column - own.first]);
     kv[1].store(sh.v[column - own.first]);
@@ -351,7 +352,7 @@ __device__ __forceinline__ void soften(AttentionShared<D>& sh, int first, int en
 // Items take the two partial buffers in turns; the new rows stay behind the first item's.
 template <class D>
 __device__ __forceinline__ NewRowsShared<D>& new_rows(const Context& c, const AttentionItem& item) {
-  char* half = reinterpret_cast<char*>(c.scratch.partial[c.buffer ^ (item.place() & 1)]);
+  char* half = reinterpret_cast<char*>(c.scratch.partial[c.buffer() ^ (item.place() & 1)]);
   return *reinterpret_cast<NewRowsShared<D>*>(half + sizeof(AttentionShared<D>));
 }
 
@@ -371,7 +372,7 @@ __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, Attention
   using S = HeadShape<D>;
   const FrameParams& p = c.p;
   const NewRowsShared<D>& fresh = new_rows<D>(c, item);
-  auto& sh = *reinterpret_cast<AttentionShared<D>*>(c.scratch.partial[c.buffer]);
+  auto& sh = *reinterpret_cast<AttentionShared<D>*>(c.scratch.partial[c.buffer()]);
   tile.take_new_keys(fresh, item.first_position(), item.first_new(p), item.end_position(p));
   // Values only now: with them in registers during the wait, some would be spilled as they come.
   tile.fetch_values(p.v_cache + cache_at<D>(c, item), item.first_position(),
@@ -387,7 +388,7 @@ __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, Attention
   sync_compute();
   opaque(item.bits);
   finish_item<D>(c, sh, item);
-  c.buffer ^= 1;
+  c.take_buffer();
 }
 
 // Merge the splits of one column's head group and publish: four neighbouring lanes take every fourth split of

@@ -36,6 +36,8 @@ struct Product {
   static constexpr int kPieces = kChunks / kPieceChunks;  // of one item, a warp
   // Chunks of the B operand that registers hold at once; beyond 8 it is fetched piece by piece.
   static constexpr int kHeld = kChunks <= 8 ? kChunks : kPieceChunks;
+  // Whether registers hold an item's weights, too, while its operand is waited for.
+  static constexpr bool kAhead = kHeld == kChunks && kHeld <= 6;
   static constexpr int64_t kItemBytes = int64_t(kWarps) * kChunks * kChunkBytes;
   static constexpr int64_t kBytes = kItems * kItemBytes;
   static_assert(kRows % 16 == 0, "rows come in strips of 16");
@@ -88,51 +90,61 @@ __device__ __forceinline__ float2 sum_rows(const float (&partial)[kWarps][kTileF
   return make_float2(sum, __shfl_down_sync(~0u, sum, 8));
 }
 
-// Run all items of product P that fall to this CTA.
+// Run all items of product P that fall to this CTA, in steps of as much of k as registers hold.
 //   fragments(split, first, f): fills f[P::kHeld] with the B operand of this warp's part of k, from
-//     chunk `first` of it
+//     chunk `first` of it; not called in a CTA without items
 //   finish(strip, split, cell, rows): takes two finished rows (whole warps together)
-// c.buffer says which half of the partial sums is free; it is used, synced once, read, and toggled.
+// Where it can (kAhead), a step's weights are read from the ring before its operand is waited for, and the next step's while
+// its products are made: what is left between an operand's arrival and the results is short.
+// c.buffer() says which half of the partial sums is free; it is used, synced once, read, and toggled.
 template <class P, class Context, class Fragments, class Finish>
 __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&& finish) {
+  if (block_index() >= P::kItems) return;
   const int warp = warp_index(), lane = lane_index();
-  constexpr bool kHoldsAll = P::kHeld == P::kChunks;
-  constexpr bool kOneFill = kHoldsAll && P::kSplit == 1;  // one B operand serves all items
+  constexpr bool kOneFill = P::kHeld == P::kChunks && P::kSplit == 1;  // one B operand serves all items
   uint2 f[P::kHeld];
-  if constexpr (kOneFill) fragments(0, 0, f);
-  int have = -1;
-  for (int first = block_index(); first < P::kItems; first += kGroup * gridDim.x) {
-#pragma unroll 1
-    for (int n = 0; n < kGroup; ++n) {
-      const int item = first + n * gridDim.x;
-      if (item >= P::kItems) break;
-      const int split = item / P::kStrips;
-      float acc[2][4] = {};
-#pragma unroll 1
-      for (int hold = 0; hold < P::kChunks; hold += P::kHeld) {
-        if (!kOneFill && (!kHoldsAll || split != have)) fragments(split, hold, f);
-        have = split;
+  uint4 a[P::kHeld];
+  auto load = [&] {
 #pragma unroll
-        for (int piece = 0; piece < P::kHeld; piece += P::kPieceChunks) {
-          const uint32_t weights = c.ring.template wait<P::kPieceBytes>(warp, lane);
-          uint4 a[P::kPieceChunks];
+    for (int piece = 0; piece < P::kHeld; piece += P::kPieceChunks) {
+      const uint32_t weights = c.ring.template wait<P::kPieceBytes>(warp, lane);
 #pragma unroll
-          for (int j = 0; j < P::kPieceChunks; ++j) a[j] = load_shared(weights + j * kChunkBytes);
-#pragma unroll
-          for (int j = 0; j < P::kPieceChunks; ++j) mma(acc[j % 2], a[j], f[piece + j]);
-          c.ring.template release<P::kPieceBytes>(warp, lane);
-        }
-      }
-      reinterpret_cast<float4*>(c.scratch.partial[c.buffer][n][warp])[lane] =
-          make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
+      for (int j = 0; j < P::kPieceChunks; ++j) a[piece + j] = load_shared(weights + j * kChunkBytes);
+      c.ring.template release<P::kPieceBytes>(warp, lane);
     }
+  };
+  if (P::kAhead) load();
+  if (kOneFill) fragments(0, 0, f);
+  int item = block_index();
+#pragma unroll 1
+  do {
+    const int first = item;
+    int n = 0;
+#pragma unroll 1
+    do {
+      const int split = item / P::kStrips;
+      item += gridDim.x;
+      float acc[2][4] = {};
+      int hold = 0;
+#pragma unroll 1
+      do {
+        if (!kOneFill) fragments(split, hold, f);
+        hold += P::kHeld;
+        if (!P::kAhead) load();
+#pragma unroll
+        for (int j = 0; j < P::kHeld; ++j) mma(acc[j % 2], a[j], f[j]);
+        if (P::kAhead && (hold < P::kChunks || item < P::kItems)) load();
+      } while (hold < P::kChunks);
+      reinterpret_cast<float4*>(c.scratch.partial[c.buffer()][n][warp])[lane] =
+          make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
+    } while (++n < kGroup && item < P::kItems);
     sync_compute();
     const Cell cell = epilogue_cell();
-    const int item = first + cell.entry * gridDim.x;
-    if (cell.entry < kGroup && item < P::kItems)
-      finish(item % P::kStrips, item / P::kStrips, cell, sum_rows(c.scratch.partial[c.buffer][cell.entry], cell));
-    c.buffer ^= 1;
-  }
+    const int finished = first + cell.entry * gridDim.x;
+    if (cell.entry < n)
+      finish(finished % P::kStrips, finished / P::kStrips, cell, sum_rows(c.scratch.partial[c.buffer()][cell.entry], cell));
+    c.take_buffer();
+  } while (item < P::kItems);
 }
 
 }  // namespace qwen_tts

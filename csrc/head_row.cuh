@@ -55,11 +55,15 @@ struct HeadRow {
     x[2] = b.x;
     x[3] = b.y;
   }
-  // kept: rows of bf16 in device memory or shared memory
-  __device__ __forceinline__ void load(const __nv_bfloat16* row) {
+  // Of a row of bf16 in device memory, what `set` takes.
+  static __device__ __forceinline__ uint2 fetch(const __nv_bfloat16* row) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(row) + (owns() ? lane() : 0);
     const uint32_t low = __ldcg(words), high = __ldcg(words + kDim / 4);
-    set(owns() ? low : 0u, owns() ? high : 0u);
+    return make_uint2(owns() ? low : 0u, owns() ? high : 0u);
+  }
+  __device__ __forceinline__ void load(const __nv_bfloat16* row) {
+    const uint2 bits = fetch(row);
+    set(bits.x, bits.y);
   }
   __device__ __forceinline__ void store(__nv_bfloat16* row) const {
     if (!owns()) return;
@@ -92,32 +96,35 @@ struct HeadRow {
   }
 };
 
-// Poll the first `count` of kCount rows of a published vector, which begin at first_row[i]: the last
-// two in column kv_column, the others in q_column.
-template <int kDim, int kCount>
-__device__ __forceinline__ void wait_rows(HeadRow<kDim> (&rows)[kCount], const uint64_t* vector,
-                                          const int (&first_row)[kCount], int count, int q_column, int kv_column,
-                                          uint32_t tag, const Watchdog& dog) {
-  const int lane = lane_index();
-  const bool owns = lane < HeadRow<kDim>::kLanes;
-  uint2 v[kCount][2];
+// Where a lane's first packet of a published row stands, the row beginning at `first`, a multiple of kDim, of a
+// vector. The second is half a row further; as many rows further, as many times four packets.
+template <int kDim>
+__device__ __forceinline__ const uint64_t* row_packets(const uint64_t* vector, int first, int column) {
+  const int at = HeadRow<kDim>::owns() ? 2 * lane_index() : 0;
+  return vector + 4 * first + packet_index(at / 16, at % 16 / 2, column);
+}
+
+// Poll the first `count` of kCount rows of a published vector, each from at(i) on.
+template <int kDim, int kCount, class At>
+__device__ __forceinline__ void wait_rows(HeadRow<kDim> (&rows)[kCount], int count, At&& at, uint32_t tag,
+                                          const Watchdog& dog) {
+  uint64_t v[kCount][2];
   for (unsigned spin = 0;; ++spin) {
-    bool ok = true;
+    uint32_t lack = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row[i] + half * (kDim / 2) + 2 * (owns ? lane : 0);
-        const int column = i < kCount - 2 ? q_column : kv_column;
-        v[i][half] = i < count ? load_packet(vector + packet_index(row / 16, row % 16 / 2, column)) : make_uint2(0, tag);
-      }
+      for (int half = 0; half < 2; ++half)
+        if (i < count) v[i][half] = load_word(at(i) + half * (4 * kDim / 2));
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) ok = ok && v[i][0].y == tag && v[i][1].y == tag;
-    if (__all_sync(~0u, ok)) break;
+    for (int i = 0; i < kCount; ++i)
+      if (i < count) lack |= (high_half(v[i][0]) ^ tag) | (high_half(v[i][1]) ^ tag);
+    if (__all_sync(~0u, lack == 0)) break;
     dog.after(spin, Phase::kAttention, tag);
   }
+  const bool owns = HeadRow<kDim>::owns();
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) rows[i].set(owns ? v[i][0].x : 0u, owns ? v[i][1].x : 0u);
+  for (int i = 0; i < kCount; ++i) rows[i].set(owns ? uint32_t(v[i][0]) : 0u, owns ? uint32_t(v[i][1]) : 0u);
 }
 
 }  // namespace qwen_tts

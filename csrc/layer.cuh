@@ -66,19 +66,25 @@ struct Context {
   Scratch& scratch;
   RingReader<FrameRing> ring;
   Watchdog dog;
-  uint32_t tag;      // of the next exchange
-  uint32_t columns;  // a bit for each column in use
-  int buffer = 0;    // of the partial sums
+  uint32_t tag;  // of the next exchange
+  // Where it is, in one register over all waits: a bit for each column in use, which buffer of the partial sums is
+  // free, and from bit 16 and 24 on the layer and the predictor's pass.
+  uint32_t state;
+
+  __device__ __forceinline__ int layer() const { return fresh_state() >> 16 & 255; }
+  __device__ __forceinline__ int pass() const { return fresh_state() >> 24; }
+  __device__ __forceinline__ void next_layer() { state += 1u << 16; }
+  __device__ __forceinline__ void begin_pass(int pass) { state = (state & 0xffff) | uint32_t(pass) << 24; }
+  __device__ __forceinline__ void use_columns(uint32_t columns) { state = (state & ~255u) | columns; }
+  __device__ __forceinline__ int buffer() const { return state >> 8 & 1; }
+  __device__ __forceinline__ void take_buffer() { state ^= 256; }
 
   static __device__ __forceinline__ int column() { return lane_index() >> 2; }  // this lane's
   // The lane whose values this one takes from the exchanges: its own, or one of column 0 where its column is
   // not in use. Products keep columns apart, so what an unused one holds does not matter.
   __device__ __forceinline__ int polled_lane() const { return uses(column()) ? lane_index() : lane_index() & 3; }
-  __device__ __forceinline__ bool uses(int column) const { return columns >> column & 1; }
+  __device__ __forceinline__ bool uses(int column) const { return state >> column & 1; }
   __device__ __forceinline__ bool finishes(const Cell& cell) const { return cell.leads && uses(cell.column); }
-
-  // Where the talker is, by its exchanges, of which a layer has five: a counter would be a register more.
-  __device__ __forceinline__ int talker_layer() const { return int(tag - p.epoch) / 5; }
 
   // This CTA has done its part of an exchange.
   __device__ __forceinline__ void advance() {
@@ -86,6 +92,14 @@ struct Context {
       p.stamps[tag - p.epoch] = nanoseconds();
     ++tag;
     opaque(tag);
+  }
+
+ private:
+  // What is computed from it is not kept over a wait.
+  __device__ __forceinline__ uint32_t fresh_state() const {
+    uint32_t x = state;
+    opaque(x);
+    return x;
   }
 };
 
@@ -178,7 +192,7 @@ struct Residual {
 template <class D>
 struct Gamma {
   static constexpr int kChunks = Residual<D>::kChunks;
-  static constexpr int kEarly = kChunks <= 4 ? kChunks : kChunks / 2;
+  static constexpr int kEarly = kChunks / 2;
   uint32_t bits[kChunks][2];
 
   __device__ __forceinline__ void load(const __nv_bfloat16* weight) {
@@ -265,9 +279,9 @@ __device__ __forceinline__ const __nv_bfloat16* norm_weight(const FrameParams& p
 // One layer. The residual comes without the deltas of the down projection before it (published
 // under tag - 1; layer 0 has none), and leaves without this layer's. `prepare` is called first, before
 // anything is waited for. Where queries, keys and values are known already, there is no QKV exchange.
-template <class D, class Layer, class Prepare, class Attend>
-__device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, Layer&& layer, bool qkv_known,
-                                              Prepare&& prepare, Attend&& attend) {
+template <class D, class Prepare, class Attend>
+__device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool qkv_known, Prepare&& prepare,
+                                              Attend&& attend) {
   using P = Products<D>;
   using L = PacketLayout;
   const FrameParams& p = c.p;
@@ -278,12 +292,12 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, Layer&
   if (qkv_known) {
     r.stash(c);
   } else {
-    gamma.load(norm_weight<D>(p, 2 * layer()));
-    if (layer() > 0) r.template add_deltas<P::Down::kSplit>(c, p.packets + L::kDeltaDown, c.tag - 1);
-    gamma.load_rest(norm_weight<D>(p, 2 * layer()));
+    gamma.load(norm_weight<D>(p, 2 * c.layer()));
     gemv<typename P::Qkv>(
         c,
         [&](int, int, uint2(&f)[P::Qkv::kHeld]) {
+          if (c.layer() > 0) r.template add_deltas<P::Down::kSplit>(c, p.packets + L::kDeltaDown, c.tag - 1);
+          gamma.load_rest(norm_weight<D>(p, 2 * c.layer()));
           normed_fragments<D>(c, r, gamma, 0, f);
           r.stash(c);
         },
@@ -314,13 +328,15 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, Layer&
   c.advance();
 
   // gate-up
-  gamma.load(norm_weight<D>(p, 2 * layer() + 1));
+  gamma.load(norm_weight<D>(p, 2 * c.layer() + 1));
   r.recall(c);
-  r.template add_deltas<P::Out::kSplit>(c, p.packets + L::kDeltaO, c.tag - 1);
-  gamma.load_rest(norm_weight<D>(p, 2 * layer() + 1));
   gemv<typename P::GateUp>(
       c,
-      [&](int, int, uint2(&f)[P::GateUp::kHeld]) { normed_fragments<D>(c, r, gamma, 1, f); },
+      [&](int, int, uint2(&f)[P::GateUp::kHeld]) {
+        r.template add_deltas<P::Out::kSplit>(c, p.packets + L::kDeltaO, c.tag - 1);
+        gamma.load_rest(norm_weight<D>(p, 2 * c.layer() + 1));
+        normed_fragments<D>(c, r, gamma, 1, f);
+      },
       [&](int strip, int, const Cell& cell, float2 rows) {
         // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight.
         const float up_low = __shfl_down_sync(~0u, rows.x, 16), up_high = __shfl_down_sync(~0u, rows.y, 16);
@@ -346,6 +362,7 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, Layer&
                      rows.y, c.tag, split * D::kHidden + row);
       });
   c.advance();
+  c.next_layer();
 }
 
 }  // namespace qwen_tts

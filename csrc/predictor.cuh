@@ -81,38 +81,36 @@ __device__ __forceinline__ void sum_embeddings(const FrameParams& p) {
 }
 
 // The rows that a pass adds.
-__device__ __forceinline__ NewRows new_rows(const FrameParams& p, int pass) {
-  return {pass, pass == 1 && p.num_columns <= kPaired ? kPaired : 0};
+__device__ __forceinline__ NewRows new_rows(const Context& c) {
+  return {c.pass(), c.pass() == 1 && c.p.num_columns <= kPaired ? kPaired : 0};
 }
 
-// Codes 0..15 from the talker's logits and normed row; c.columns are the streams. A pass is named by
+// Codes 0..15 from the talker's logits and normed row; c's columns are the streams. A pass is named by
 // the position of its last row; from its logits comes the code of that number.
 __device__ __forceinline__ void predict(Context& c, SamplerShared& sampler, Residual<P>& row) {
   const FrameParams& p = c.p;
 #pragma unroll 1
-  for (int pass = p.num_columns <= kPaired ? 1 : 0;; ++pass) {
-    opaque(pass);
-    if (pass > 0) {
-      sample(c, sampler, pass - 1);
+  for (c.begin_pass(p.num_columns <= kPaired ? 1 : 0);; c.begin_pass(c.pass() + 1)) {
+    if (c.pass() > 0) {
+      sample(c, sampler);
       // This lane's stream, or where its column has none, one that is there.
-      const int mine = min(c.column() % (new_rows(p, pass).first > 0 ? kPaired : kMaxColumns), p.num_columns - 1);
-      const int code = sampled_code(c, pass - 1, mine);
-      if (pass == kNumCodebooks) break;
+      const int mine = min(c.column() % (new_rows(c).first > 0 ? kPaired : kMaxColumns), p.num_columns - 1);
+      const int code = sampled_code(c, c.pass() - 1, mine);
+      if (c.pass() == kNumCodebooks) break;
       if (lane_index() % 4 == 0) c.scratch.codes[warp_index()][c.column()] = code;
       __syncwarp();
-      if (c.column() >= new_rows(p, pass).first) feed_code(p, pass - 1, code, row);
+      if (c.column() >= new_rows(c).first) feed_code(p, c.pass() - 1, code, row);
     }
-    c.columns = columns_of(p) | columns_of(p) << new_rows(p, pass).first;
+    c.use_columns(columns_of(p) | columns_of(p) << new_rows(c).first);
 #pragma unroll 1
-    for (int layer = 0; layer < P::kLayers; ++layer)
+    while (c.layer() < P::kLayers)
       decoder_layer<P>(
-          c, row, [&] { return layer; }, qkv_known(pass, layer), [] {},
-          [&] { attend_predictor<P>(c, layer, new_rows(p, pass)); });
-    if (pass > 0) {
-      lay_noise(p, pass);
-      head_logits<P>(c, row, new_rows(p, pass).first);
+          c, row, qkv_known(c.pass(), c.layer()), [] {}, [&] { attend_predictor<P>(c, new_rows(c)); });
+    if (c.pass() > 0) {
+      lay_noise(c);
+      head_logits<P>(c, row, [&] { return new_rows(c).first; });
     }
-    c.columns = columns_of(p);
+    c.use_columns(columns_of(p));
   }
   sync_compute();
   sum_embeddings(p);

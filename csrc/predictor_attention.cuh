@@ -39,44 +39,46 @@ __device__ __forceinline__ const __nv_bfloat16* known_qkv(const Context& c, int 
 }
 
 template <class D>
-__device__ __forceinline__ void attend_predictor_item(Context& c, int layer, int stream, int kv_head,
-                                                      const NewRows& rows) {
+__device__ __forceinline__ void attend_predictor_item(Context& c, int stream, int kv_head, const NewRows& rows) {
   using S = HeadShape<D>;
   using Row = HeadRow<S::kDim>;
   const FrameParams& p = c.p;
-  auto& sh = *reinterpret_cast<PredictorAttentionShared<D>*>(c.scratch.partial[c.buffer]);
+  auto& sh = *reinterpret_cast<PredictorAttentionShared<D>*>(c.scratch.partial[c.buffer()]);
   const int warp = warp_index();
   const uint64_t* vector = p.packets + PacketLayout::kQkv;
   __nv_bfloat16* k_rows = p.predictor_kv +
-                          ((int64_t(layer) * kMaxColumns + stream) * D::kKvHeads + kv_head) * 2 * kNumCodebooks * S::kDim;
+                          ((int64_t(c.layer()) * kMaxColumns + stream) * D::kKvHeads + kv_head) * 2 * kNumCodebooks * S::kDim;
   __nv_bfloat16* v_rows = k_rows + kNumCodebooks * S::kDim;
-  const __nv_bfloat16* qk_norm = p.predictor_qk_norms + layer * 2 * S::kDim;
+  const __nv_bfloat16* qk_norm = p.predictor_qk_norms + c.layer() * 2 * S::kDim;
 
   if (warp <= rows.last) {
     // Queries, then key and value: a new position's are polled together, for a wait costs a trip.
     Row r[S::kGroupSize + 2];
-    int first_row[S::kGroupSize + 2];
-#pragma unroll
-    for (int g = 0; g < S::kGroupSize; ++g) first_row[g] = (kv_head * S::kGroupSize + g) * S::kDim;
-    first_row[S::kGroupSize] = S::kQRows + kv_head * S::kDim;
-    first_row[S::kGroupSize + 1] = S::kQRows + S::kKRows + kv_head * S::kDim;
     Row &k = r[S::kGroupSize], &v = r[S::kGroupSize + 1];
     const bool is_new = rows.holds(warp);
     const NormRope<S::kDim> by_q(qk_norm, p.predictor_rope + rows.last * S::kDim);
     const NormRope<S::kDim> by_k(qk_norm + S::kDim, p.predictor_rope + warp * S::kDim);
-    Row old_k, old_v;
+    uint2 old_k, old_v;
     if (!is_new) {
-      old_k.load(k_rows + warp * S::kDim);
-      old_v.load(v_rows + warp * S::kDim);
+      old_k = Row::fetch(k_rows + warp * S::kDim);
+      old_v = Row::fetch(v_rows + warp * S::kDim);
     }
     const int count = is_new ? S::kGroupSize + 2 : S::kGroupSize;
-    if (qkv_known(rows.last, layer)) {
+    if (qkv_known(rows.last, c.layer())) {
       const __nv_bfloat16* known = known_qkv<D>(c, stream, rows.last);
+      const __nv_bfloat16* of_keys = known + S::kQRows + kv_head * S::kDim;
 #pragma unroll
       for (int i = 0; i < S::kGroupSize + 2; ++i)
-        if (i < count) r[i].load(known + first_row[i]);
+        if (i < count)
+          r[i].load(i < S::kGroupSize ? known + (kv_head * S::kGroupSize + i) * S::kDim
+                                      : of_keys + (i - S::kGroupSize) * S::kKRows);
     } else {
-      wait_rows(r, vector, first_row, count, rows.column(stream, rows.last), rows.column(stream, warp), c.tag - 1, c.dog);
+      const uint64_t* q = row_packets<S::kDim>(vector, kv_head * S::kGroupSize * S::kDim, rows.column(stream, rows.last));
+      const uint64_t* of_keys = row_packets<S::kDim>(vector, S::kQRows + kv_head * S::kDim, rows.column(stream, warp));
+      wait_rows(
+          r, count,
+          [&](int i) { return i < S::kGroupSize ? q + 4 * i * S::kDim : of_keys + 4 * (i - S::kGroupSize) * S::kKRows; },
+          c.tag - 1, c.dog);
     }
     if (is_new) {
       k.norm_rope(by_k, D::kEps);
@@ -84,8 +86,8 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int layer, int
       k.store(k_rows + warp * S::kDim);
       v.store(v_rows + warp * S::kDim);
     } else {
-      k = old_k;
-      v = old_v;
+      k.set(old_k.x, old_k.y);
+      v.set(old_v.x, old_v.y);
     }
     v.store(sh.v[warp]);
     const float scale = rsqrtf(float(S::kDim));
@@ -128,14 +130,14 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int layer, int
     publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, rows.column(stream, position), divide(low, total), divide(high, total),
                  c.tag, row);
   }
-  c.buffer ^= 1;
+  c.take_buffer();
 }
 
 // All items of one layer that fall to this CTA; reads c.tag - 1, publishes c.tag.
 template <class D>
-__device__ __forceinline__ void attend_predictor(Context& c, int layer, const NewRows& rows) {
+__device__ __forceinline__ void attend_predictor(Context& c, const NewRows& rows) {
   for (int item = block_index(); item < c.p.num_columns * D::kKvHeads; item += gridDim.x)
-    attend_predictor_item<D>(c, layer, item / D::kKvHeads, item % D::kKvHeads, rows);
+    attend_predictor_item<D>(c, item / D::kKvHeads, item % D::kKvHeads, rows);
 }
 
 }  // namespace qwen_tts

@@ -75,7 +75,10 @@ struct Sampler {
   static __device__ __forceinline__ void lay_noise(const Draw& d, int vocab, float4* aside) {
 #pragma unroll 1
     for (int i = 0; i * kThreads < vocab / 4; ++i) {
-      const uint4 words = philox(make_uint4(quad(i), d.codebook, d.frame, 0), d.key);
+      uint2 key = d.key;  // the rounds' keys are not to be kept in registers over the loop
+      opaque(key.x);
+      opaque(key.y);
+      const uint4 words = philox(make_uint4(quad(i), d.codebook, d.frame, 0), key);
       __stcg(aside + quad(i), make_float4(gumbel(words.x), gumbel(words.y), gumbel(words.z), gumbel(words.w)));
     }
   }

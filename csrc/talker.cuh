@@ -28,37 +28,40 @@ __device__ __forceinline__ Draw draw_of(const Column& s, int codebook) {
 // are columns. Computed anew wherever it is needed.
 __device__ __forceinline__ int own_stream() { return block_index(); }
 
-// The noise of codebook's draws, before their logits are waited for.
-__device__ __forceinline__ void lay_noise(const FrameParams& p, int codebook) {
+// The noise of the draws that this pass leads to, before their logits are waited for.
+__device__ __forceinline__ void lay_noise(const Context& c) {
+  const FrameParams& p = c.p;
+  const int codebook = c.pass();
   if (p.noise != nullptr || own_stream() >= p.num_columns) return;
   Sampler::lay_noise(draw_of(p.columns[own_stream()], codebook), codebook == 0 ? T::kVocab : P::kVocab,
                      reinterpret_cast<float4*>(p.noise_aside) + own_stream() * Sampler::kNoise);
 }
 
-// Sample codebook's code of every stream, one CTA a stream, from the logits.
-__device__ __forceinline__ void sample(Context& c, SamplerShared& sh, int codebook) {
+// Sample the code that this pass begins with, of every stream, one CTA a stream, from the logits.
+__device__ __forceinline__ void sample(Context& c, SamplerShared& sh) {
   const FrameParams& p = c.p;
   if (own_stream() >= p.num_columns) return;
-  auto at = [&] { return own_stream() * kNumCodebooks + codebook; };
-  const uint32_t logits_tag = codebook == 0 ? p.epoch + 5 * T::kLayers : c.tag - 1;  // more may follow the talker's
+  auto codebook = [&] { return c.pass() - 1; };
+  auto at = [&] { return own_stream() * kNumCodebooks + codebook(); };
+  const uint32_t logits_tag = codebook() == 0 ? p.epoch + 5 * T::kLayers : c.tag - 1;  // more may follow the talker's
   auto seen = [&] { return p.seen + p.columns[own_stream()].slot * (T::kVocab / 32); };
-  Sampler sampler{sh, codebook == 0 ? T::kVocab : P::kVocab};
+  Sampler sampler{sh, codebook() == 0 ? T::kVocab : P::kVocab};
   auto read_noise = [&] {
     sampler.read_noise(reinterpret_cast<const float4*>(
         p.noise == nullptr ? p.noise_aside + own_stream() * 4 * Sampler::kNoise : p.noise + at() * T::kVocab));
   };
   read_noise();
-  sampler.read_seen(codebook == 0 ? seen() : nullptr);
+  sampler.read_seen(codebook() == 0 ? seen() : nullptr);
   sampler.read_logits(p.packets + PacketLayout::kLogits + own_stream() * PacketLayout::kVocab, logits_tag, c.dog,
                       p.dump_logits == nullptr ? nullptr : p.dump_logits + at() * T::kVocab);
-  const Draw d = draw_of(p.columns[own_stream()], codebook);
+  const Draw d = draw_of(p.columns[own_stream()], codebook());
   sampler.process(d);
   int code = sampler.pick(d, read_noise);
   if (thread_index() == 0) {
     p.codes[at()] = code;
     if (p.forced_codes != nullptr) code = p.forced_codes[at()];
-    store_packet(p.packets + PacketLayout::kCodes + codebook * kMaxColumns + own_stream(), code, c.tag);
-    if (codebook == 0) seen()[code / 32] |= 1u << (code % 32);
+    store_packet(p.packets + PacketLayout::kCodes + codebook() * kMaxColumns + own_stream(), code, c.tag);
+    if (codebook() == 0) seen()[code / 32] |= 1u << (code % 32);
   }
   sync_compute();  // before the sampler's memory is used again
 }
@@ -72,18 +75,21 @@ __device__ __forceinline__ int sampled_code(Context& c, int codebook, int stream
 }
 
 // Final norm and a head over the residual; logits go out under c.tag, which moves on. Stream s is
-// column first + s.
-template <class D>
-__device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, int first) {
+// column first() + s.
+template <class D, class First>
+__device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, First&& first) {
   using Head = typename Products<D>::Head;
   Gamma<D> gamma;
   gamma.load(norm_weight<D>(c.p, 2 * D::kLayers));
-  r.template add_deltas<Products<D>::Down::kSplit>(c, c.p.packets + PacketLayout::kDeltaDown, c.tag - 1);
-  gamma.load_rest(norm_weight<D>(c.p, 2 * D::kLayers));
   gemv<Head>(
-      c, [&](int, int, uint2(&f)[Head::kHeld]) { normed_fragments<D>(c, r, gamma, 1, f); },
+      c,
+      [&](int, int, uint2(&f)[Head::kHeld]) {
+        r.template add_deltas<Products<D>::Down::kSplit>(c, c.p.packets + PacketLayout::kDeltaDown, c.tag - 1);
+        gamma.load_rest(norm_weight<D>(c.p, 2 * D::kLayers));
+        normed_fragments<D>(c, r, gamma, 1, f);
+      },
       [&](int strip, int, const Cell& cell, float2 rows) {
-        const int stream = cell.column - first;
+        const int stream = cell.column - first();
         const float scale = rms_scale<D>(c, 1);
         if (stream < 0 || !c.finishes(cell)) return;
         uint64_t* to =
@@ -104,15 +110,15 @@ __device__ __forceinline__ void talker_layers(Context& c, Residual<T>& r) {
   }
   list_items<T>(c);
 #pragma unroll 1
-  while (c.talker_layer() < T::kLayers)
+  while (c.layer() < T::kLayers)
     decoder_layer<T>(
-        c, r, [&] { return c.talker_layer(); }, false, [&] { prefetch_first<T>(c); }, [&] { attend_talker<T>(c); });
+        c, r, false, [&] { prefetch_first<T>(c); }, [&] { attend_talker<T>(c); });
 }
 
 // Codec head; leaves code 0 to be sampled, and the normed row in the residual.
 __device__ __forceinline__ void talker_head(Context& c, Residual<T>& r) {
-  lay_noise(c.p, 0);
-  head_logits<T>(c, r, 0);
+  lay_noise(c);
+  head_logits<T>(c, r, [] { return 0; });
   Gamma<T> gamma;
   gamma.load(norm_weight<T>(c.p, 2 * T::kLayers));
   gamma.load_rest(norm_weight<T>(c.p, 2 * T::kLayers));
