@@ -68,36 +68,56 @@ struct alignas(16) Scratch {  // of float4s
 struct Cell {
   int entry, column, pair;  // entry: which tile of the group
   bool leads;               // whether this lane holds rows
+  int packet;               // where the pair stands among a strip's packets
+  uint32_t sums;            // shared address of this lane's row in the first warp's tile
 };
 
-__device__ __forceinline__ Cell epilogue_cell() {
+// All that the epilogue can know before the warps have met: afterwards each step is waited for.
+__device__ __forceinline__ Cell epilogue_cell(const float (&partial)[kGroup][kWarps][kTileFloats]) {
   const int lane = lane_index(), warp = warp_index();
   Cell cell;
   cell.entry = warp >> 2;
   cell.column = lane & 7;
   cell.pair = (warp & 3) + 4 * (lane >> 4);
   cell.leads = (lane & 8) == 0;
+  cell.packet = packet_index(0, cell.pair, cell.column);
+  // No two of a warp's lanes read the same bank.
+  const int row = 2 * cell.pair + (cell.leads ? 0 : 1);
+  const int at = ((row & 7) * 4 + (cell.column >> 1)) * 4 + (row >= 8 ? 2 : 0) + (cell.column & 1);
+  cell.sums = smem_address(&partial[0][0][0]) + 4 * (cell.entry * kWarps * kTileFloats + at);
+  opaque(cell.packet);
+  opaque(cell.sums);
   return cell;
 }
 
-// Each lane sums one row; no two of a warp's lanes read the same bank.
-__device__ __forceinline__ float2 sum_rows(const float (&partial)[kWarps][kTileFloats], const Cell& cell) {
-  const int row = 2 * cell.pair + (cell.leads ? 0 : 1);
-  const int at = ((row & 7) * 4 + (cell.column >> 1)) * 4 + (row >= 8 ? 2 : 0) + (cell.column & 1);
+// Each lane sums one row.
+__device__ __forceinline__ float2 sum_rows(const Cell& cell) {
+  float part[kWarps], sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) part[w] = load_shared_float(cell.sums + 4 * w * kTileFloats);
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += part[w];
+  return make_float2(sum, __shfl_down_sync(~0u, sum, 8));
+}
+
+// A quarter of a column's sum of squares: the four lanes of a column share it out (rms_scale).
+__device__ __forceinline__ float squares_part(const Scratch& scratch, int norm) {
   float sum = 0.f;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += partial[w][at];
-  return make_float2(sum, __shfl_down_sync(~0u, sum, 8));
+  for (int i = 0; i < kWarps / 4; ++i)
+    sum += scratch.sum_of_squares[norm][(lane_index() >> 3) * (kWarps / 4) + i][lane_index() & 7];
+  return sum;
 }
 
 // Run all items of product P that fall to this CTA, in steps of as much of k as registers hold.
 //   fragments(split, first, f): fills f[P::kHeld] with the B operand of this warp's part of k, from
 //     chunk `first` of it; not called in a CTA without items
-//   finish(strip, split, cell, rows): takes two finished rows (whole warps together)
+//   finish(strip, split, cell, rows, packets, squares): takes two finished rows (whole warps together), and what
+//     was read beside them: where the exchanges lie, and where kNorm names a norm, this lane's part of its sum
 // Where it can (kAhead), a step's weights are read from the ring before its operand is waited for, and the next step's while
 // its products are made: what is left between an operand's arrival and the results is short.
 // c.buffer() says which half of the partial sums is free; it is used, synced once, read, and toggled.
-template <class P, class Context, class Fragments, class Finish>
+template <class P, int kNorm = -1, class Context, class Fragments, class Finish>
 __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&& finish) {
   if (block_index() >= P::kItems) return;
   const int warp = warp_index(), lane = lane_index();
@@ -138,11 +158,17 @@ __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&&
       reinterpret_cast<float4*>(c.scratch.partial[c.buffer()][n][warp])[lane] =
           make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
     } while (++n < kGroup && item < P::kItems);
+    const Cell cell = epilogue_cell(c.scratch.partial[c.buffer()]);
     sync_compute();
-    const Cell cell = epilogue_cell();
-    const int finished = first + cell.entry * gridDim.x;
-    if (cell.entry < n)
-      finish(finished % P::kStrips, finished / P::kStrips, cell, sum_rows(c.scratch.partial[c.buffer()][cell.entry], cell));
+    if (cell.entry < n) {
+      uint64_t* const packets = c.p.packets;
+      float squares = 0.f;
+      if constexpr (kNorm >= 0) squares = squares_part(c.scratch, kNorm);
+      const float2 rows = sum_rows(cell);
+      const int finished = first + cell.entry * gridDim.x;
+      const int split = P::kSplit > 1 ? finished / P::kStrips : 0;
+      finish(finished - split * P::kStrips, split, cell, rows, packets, squares);
+    }
     c.take_buffer();
   } while (item < P::kItems);
 }

@@ -80,7 +80,7 @@ __device__ __forceinline__ void fetch_weights(const FrameParams& p, FrameRing& r
 
 __device__ __forceinline__ void compute_frame(Shared& sh) {
   const FrameParams& p = sh.params;
-  Context c{p, sh.scratch, {sh.ring}, Watchdog{p}, p.epoch, columns_of(p)};
+  Context c{p, sh.scratch, {sh.ring}, Watchdog{p}, p.epoch, Context::first_state(p)};
   Residual<P> row;
   {
     Residual<T> hidden;

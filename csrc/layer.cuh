@@ -68,7 +68,8 @@ struct Context {
   Watchdog dog;
   uint32_t tag;  // of the next exchange
   // Where it is, in one register over all waits: a bit for each column in use, which buffer of the partial sums is
-  // free, and from bit 16 and 24 on the layer and the predictor's pass.
+  // free, whether this thread writes the stamps and whether exchanges are dumped; from bit 16 and 24 on the layer and
+  // the predictor's pass.
   uint32_t state;
 
   __device__ __forceinline__ int layer() const { return fresh_state() >> 16 & 255; }
@@ -78,6 +79,12 @@ struct Context {
   __device__ __forceinline__ void use_columns(uint32_t columns) { state = (state & ~255u) | columns; }
   __device__ __forceinline__ int buffer() const { return state >> 8 & 1; }
   __device__ __forceinline__ void take_buffer() { state ^= 256; }
+  __device__ __forceinline__ bool stamps() const { return state & 512; }
+  __device__ __forceinline__ bool dumps() const { return state & 1024; }
+  static __device__ __forceinline__ uint32_t first_state(const FrameParams& p) {
+    const bool stamps = p.stamps != nullptr && block_index() == 0 && thread_index() == 0;
+    return columns_of(p) | (stamps ? 512 : 0) | (p.dump_exchanges != nullptr ? 1024 : 0);
+  }
 
   static __device__ __forceinline__ int column() { return lane_index() >> 2; }  // this lane's
   // The lane whose values this one takes from the exchanges: its own, or one of column 0 where its column is
@@ -88,8 +95,7 @@ struct Context {
 
   // This CTA has done its part of an exchange.
   __device__ __forceinline__ void advance() {
-    if (p.stamps != nullptr && block_index() == 0 && thread_index() == 0)
-      p.stamps[tag - p.epoch] = nanoseconds();
+    if (stamps()) p.stamps[tag - p.epoch] = nanoseconds();
     ++tag;
     opaque(tag);
   }
@@ -238,17 +244,12 @@ __device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& 
     c.scratch.sum_of_squares[squares_at][warp_index()][lane_index() >> 2] = squares;
 }
 
-// 1 / rms of the column that a lane finishes rows of (Cell), for whole warps: the four lanes of a
-// column share out its sum.
+// 1 / rms of the column that a lane finishes rows of (Cell), for whole warps; from squares_part.
 template <class D>
-__device__ __forceinline__ float rms_scale(const Context& c, int squares_at) {
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < kWarps / 4; ++i)
-    sum += c.scratch.sum_of_squares[squares_at][(lane_index() >> 3) * (kWarps / 4) + i][lane_index() & 7];
-  sum += __shfl_xor_sync(~0u, sum, 8);
-  sum += __shfl_xor_sync(~0u, sum, 16);
-  return rsqrtf(sum * (1.f / D::kHidden) + D::kEps);
+__device__ __forceinline__ float rms_scale(float squares) {
+  squares += __shfl_xor_sync(~0u, squares, 8);
+  squares += __shfl_xor_sync(~0u, squares, 16);
+  return rsqrtf(squares * (1.f / D::kHidden) + D::kEps);
 }
 
 // x / (1 + exp(-x)). Where the exponential is cut off the result has long been nothing in bf16.
@@ -293,7 +294,7 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool q
     r.stash(c);
   } else {
     gamma.load(norm_weight<D>(p, 2 * c.layer()));
-    gemv<typename P::Qkv>(
+    gemv<typename P::Qkv, 0>(
         c,
         [&](int, int, uint2(&f)[P::Qkv::kHeld]) {
           if (c.layer() > 0) r.template add_deltas<P::Down::kSplit>(c, p.packets + L::kDeltaDown, c.tag - 1);
@@ -301,11 +302,10 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool q
           normed_fragments<D>(c, r, gamma, 0, f);
           r.stash(c);
         },
-        [&](int strip, int, const Cell& cell, float2 rows) {
-          const float scale = rms_scale<D>(c, 0);
+        [&](int strip, int, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
+          const float scale = rms_scale<D>(squares);
           if (!c.finishes(cell)) return;
-          const int row = strip * 16 + 2 * cell.pair;
-          publish_pair(p, p.packets + L::kQkv, row, cell.column, rows.x * scale, rows.y * scale, c.tag, row);
+          publish_at(c, packets + L::kQkv + strip * kStripPackets + cell.packet, rows.x * scale, rows.y * scale, strip * 16 + 2 * cell.pair, cell.column);
         });
     c.advance();
   }
@@ -319,33 +319,32 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool q
       [&](int split, int first, uint2(&f)[P::Out::kHeld]) {
         wait_fragments<typename P::Out>(c, p.packets + L::kHeadsOut, split, first, c.tag - 1, Phase::kOut, f);
       },
-      [&](int strip, int split, const Cell& cell, float2 rows) {
+      [&](int strip, int split, const Cell& cell, float2 rows, uint64_t* packets, float) {
         if (!c.finishes(cell)) return;
-        const int row = strip * 16 + 2 * cell.pair;
-        publish_pair(p, p.packets + L::kDeltaO + split * vector_packets(L::kHidden), row, cell.column, rows.x, rows.y,
-                     c.tag, split * D::kHidden + row);
+        publish_at(c, packets + L::kDeltaO + split * vector_packets(L::kHidden) + strip * kStripPackets + cell.packet,
+                   rows.x, rows.y, split * D::kHidden + strip * 16 + 2 * cell.pair, cell.column);
       });
   c.advance();
 
   // gate-up
   gamma.load(norm_weight<D>(p, 2 * c.layer() + 1));
   r.recall(c);
-  gemv<typename P::GateUp>(
+  gemv<typename P::GateUp, 1>(
       c,
       [&](int, int, uint2(&f)[P::GateUp::kHeld]) {
         r.template add_deltas<P::Out::kSplit>(c, p.packets + L::kDeltaO, c.tag - 1);
         gamma.load_rest(norm_weight<D>(p, 2 * c.layer() + 1));
         normed_fragments<D>(c, r, gamma, 1, f);
       },
-      [&](int strip, int, const Cell& cell, float2 rows) {
-        // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight.
+      [&](int strip, int, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
+        // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight: two strips make one of the vector.
         const float up_low = __shfl_down_sync(~0u, rows.x, 16), up_high = __shfl_down_sync(~0u, rows.y, 16);
-        const float scale = rms_scale<D>(c, 1);
+        const float scale = rms_scale<D>(squares);
         if (cell.pair >= 4 || !c.finishes(cell)) return;
         const float low = rows.x * scale, high = rows.y * scale;
-        const int row = strip * 8 + 2 * cell.pair;
-        publish_pair(p, p.packets + L::kMlpInner, row, cell.column, silu(low) * (up_low * scale),
-                     silu(high) * (up_high * scale), c.tag, row);
+        publish_at(c, packets + L::kMlpInner + strip / 2 * kStripPackets + strip % 2 + cell.packet,
+                   silu(low) * (up_low * scale), silu(high) * (up_high * scale), strip * 8 + 2 * cell.pair,
+                   cell.column);
       });
   c.advance();
 
@@ -355,11 +354,10 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool q
       [&](int split, int first, uint2(&f)[P::Down::kHeld]) {
         wait_fragments<typename P::Down>(c, p.packets + L::kMlpInner, split, first, c.tag - 1, Phase::kMlp, f);
       },
-      [&](int strip, int split, const Cell& cell, float2 rows) {
+      [&](int strip, int split, const Cell& cell, float2 rows, uint64_t* packets, float) {
         if (!c.finishes(cell)) return;
-        const int row = strip * 16 + 2 * cell.pair;
-        publish_pair(p, p.packets + L::kDeltaDown + split * vector_packets(L::kHidden), row, cell.column, rows.x,
-                     rows.y, c.tag, split * D::kHidden + row);
+        publish_at(c, packets + L::kDeltaDown + split * vector_packets(L::kHidden) + strip * kStripPackets + cell.packet,
+                   rows.x, rows.y, split * D::kHidden + strip * 16 + 2 * cell.pair, cell.column);
       });
   c.advance();
   c.next_layer();

@@ -128,6 +128,8 @@ struct PacketLayout {
   static constexpr int64_t kTotal = kProjected + vector_packets(P::kHidden);
 };
 
+constexpr int kStripPackets = 64;  // of sixteen rows
+
 // Packet of rows {2 * pair, 2 * pair + 1} of a 16-row strip for a column, in a vector's buffer.
 __device__ __forceinline__ int packet_index(int chunk, int pair, int column) {
   return (chunk * 32 + column * 4 + (pair & 3)) * 2 + (pair >> 2);
@@ -142,18 +144,26 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t bits) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
 }
 
-// Publish two neighbouring values of a vector as bf16; `row` is even. `dump_row` is where they
-// stand in the test's dump of this exchange.
-__device__ __forceinline__ void publish_pair(const FrameParams& p, uint64_t* vector, int row, int column,
-                                             float low, float high, uint32_t tag, int dump_row) {
+// Publish two neighbouring values of a vector as bf16. `dump_row` is where they stand, for `column`, in the test's
+// dump of this exchange.
+template <class Context>
+__device__ __forceinline__ void publish_at(const Context& c, uint64_t* to, float low, float high, int dump_row,
+                                           int column) {
   const uint32_t bits = pack_bf16(low, high);
-  store_packet(vector + packet_index(row / 16, row % 16 / 2, column), bits, tag);
-  if (p.dump_exchanges != nullptr) {
-    float* to = p.dump_exchanges + (((tag - p.epoch) * PacketLayout::kDumpRows + dump_row) * kMaxColumns + column);
+  store_packet(to, bits, c.tag);
+  if (c.dumps()) {
+    float* at = c.p.dump_exchanges + (((c.tag - c.p.epoch) * PacketLayout::kDumpRows + dump_row) * kMaxColumns + column);
     const float2 rounded = unpack_bf16(bits);
-    to[0] = rounded.x;
-    to[kMaxColumns] = rounded.y;
+    at[0] = rounded.x;
+    at[kMaxColumns] = rounded.y;
   }
+}
+
+// The same from the first of the two rows, an even one.
+template <class Context>
+__device__ __forceinline__ void publish_pair(const Context& c, uint64_t* vector, int row, int column, float low,
+                                             float high) {
+  publish_at(c, vector + packet_index(row / 16, row % 16 / 2, column), low, high, row, column);
 }
 
 }  // namespace qwen_tts

@@ -29,11 +29,10 @@ __device__ __forceinline__ void project_hidden(Context& c, const Residual<T>& hi
           for (int j = 0; j < Projection::kHeld; ++j)
             f[j] = make_uint2(pack_bf16(hidden.x[j][0], hidden.x[j][1]), pack_bf16(hidden.x[j][2], hidden.x[j][3]));
         },
-        [&](int strip, int, const Cell& cell, float2 rows) {
+        [&](int strip, int, const Cell& cell, float2 rows, uint64_t*, float) {
           if (!c.finishes(cell)) return;
           const float2 b = unpack_bf16(reinterpret_cast<const uint32_t*>(p.projection_bias)[strip * 8 + cell.pair]);
-          const int at = strip * 16 + 2 * cell.pair;
-          publish_pair(p, projected, at, cell.column, rows.x + b.x, rows.y + b.y, c.tag, at);
+          publish_at(c, projected + strip * kStripPackets + cell.packet, rows.x + b.x, rows.y + b.y, strip * 16 + 2 * cell.pair, cell.column);
         });
     row.clear();
     row.template add_deltas<1>(c, projected, c.tag);

@@ -127,8 +127,7 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
     high = sum_of_four(high);
     if (first != 0) continue;
     const int row = (kv_head * S::kGroupSize + g) * S::kDim + dim;
-    publish_pair(p, p.packets + PacketLayout::kHeadsOut, row, rows.column(stream, position), divide(low, total), divide(high, total),
-                 c.tag, row);
+    publish_pair(c, p.packets + PacketLayout::kHeadsOut, row, rows.column(stream, position), divide(low, total), divide(high, total));
   }
   c.take_buffer();
 }

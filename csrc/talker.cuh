@@ -81,19 +81,18 @@ __device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, First&& 
   using Head = typename Products<D>::Head;
   Gamma<D> gamma;
   gamma.load(norm_weight<D>(c.p, 2 * D::kLayers));
-  gemv<Head>(
+  gemv<Head, 1>(
       c,
       [&](int, int, uint2(&f)[Head::kHeld]) {
         r.template add_deltas<Products<D>::Down::kSplit>(c, c.p.packets + PacketLayout::kDeltaDown, c.tag - 1);
         gamma.load_rest(norm_weight<D>(c.p, 2 * D::kLayers));
         normed_fragments<D>(c, r, gamma, 1, f);
       },
-      [&](int strip, int, const Cell& cell, float2 rows) {
+      [&](int strip, int, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
         const int stream = cell.column - first();
-        const float scale = rms_scale<D>(c, 1);
+        const float scale = rms_scale<D>(squares);
         if (stream < 0 || !c.finishes(cell)) return;
-        uint64_t* to =
-            c.p.packets + PacketLayout::kLogits + int64_t(stream) * PacketLayout::kVocab + strip * 16 + 2 * cell.pair;
+        uint64_t* to = packets + PacketLayout::kLogits + stream * PacketLayout::kVocab + strip * 16 + 2 * cell.pair;
         store_packet(to, __float_as_uint(rows.x * scale), c.tag);
         store_packet(to + 1, __float_as_uint(rows.y * scale), c.tag);
       });
@@ -122,7 +121,7 @@ __device__ __forceinline__ void talker_head(Context& c, Residual<T>& r) {
   Gamma<T> gamma;
   gamma.load(norm_weight<T>(c.p, 2 * T::kLayers));
   gamma.load_rest(norm_weight<T>(c.p, 2 * T::kLayers));
-  const float scale = __shfl_sync(~0u, rms_scale<T>(c, 1), c.column());
+  const float scale = __shfl_sync(~0u, rms_scale<T>(squares_part(c.scratch, 1)), c.column());
 #pragma unroll
   for (int j = 0; j < Residual<T>::kChunks; ++j)
 #pragma unroll
