@@ -7,7 +7,7 @@
 //   down       every CTA  polls that, publishes deltas
 //
 // Every CTA keeps the whole residual, in fp32, spread over the registers of its warps in B-fragment
-// order. RMSNorm is deferred: the product runs on gamma * x, and its rows are scaled by
+// order. RMSNorm is deferred: its weight is in the product that follows, which runs on x, and whose rows are scaled by
 // 1 / rms(x) when they are finished, so nothing waits for the sum of squares.
 #pragma once
 
@@ -193,49 +193,19 @@ struct Residual {
   }
 };
 
-// gamma of a norm, in the residual's order; fetched before the deltas are waited for, or, as far as there
-// are no registers for it then, brought near.
-template <class D>
-struct Gamma {
-  static constexpr int kChunks = Residual<D>::kChunks;
-  static constexpr int kEarly = kChunks / 2;
-  uint32_t bits[kChunks][2];
-
-  __device__ __forceinline__ void load(const __nv_bfloat16* weight) {
-    load_chunks<0, kEarly>(weight);
-#pragma unroll
-    for (int c = kEarly; c < kChunks; ++c)
-      if (Residual<D>::real()) prefetch_to_l1(weight + Residual<D>::first_k() + kChunk * c);
-  }
-  __device__ __forceinline__ void load_rest(const __nv_bfloat16* weight) { load_chunks<kEarly, kChunks>(weight); }
-
- private:
-  template <int kFrom, int kTo>
-  __device__ __forceinline__ void load_chunks(const __nv_bfloat16* weight) {
-    weight += Residual<D>::first_k();
-#pragma unroll
-    for (int c = kFrom; c < kTo; ++c)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        bits[c][half] =
-            Residual<D>::real() ? __ldg(reinterpret_cast<const uint32_t*>(weight + kChunk * c + 8 * half)) : 0u;
-  }
-};
-
-// gamma * x as B operand, and the sum of squares for the norm. Norms that follow each other use
+// x as B operand of a norm's product, and the sum of squares for the norm. Norms that follow each other use
 // different `squares`: a slow warp may still read the last one's.
 template <class D>
-__device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& r, const Gamma<D>& gamma, int squares_at,
+__device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& r, int squares_at,
                                                  uint2 (&f)[Residual<D>::kChunks]) {
   float squares = 0.f;
 #pragma unroll
   for (int j = 0; j < Residual<D>::kChunks; ++j) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float2 g = unpack_bf16(gamma.bits[j][half]);
       const float low = r.x[j][2 * half], high = r.x[j][2 * half + 1];
       squares += low * low + high * high;
-      (half ? f[j].y : f[j].x) = pack_bf16(low * g.x, high * g.y);
+      (half ? f[j].y : f[j].x) = pack_bf16(low, high);
     }
   }
   squares += __shfl_xor_sync(~0u, squares, 1);
@@ -271,12 +241,6 @@ __device__ __forceinline__ void wait_fragments(const Context& c, const uint64_t*
   for (int j = 0; j < P::kHeld; ++j) f[j] = make_uint2(v[0][j].first(), v[0][j].second());
 }
 
-// Weight of a norm over hidden: two a layer, then the final one.
-template <class D>
-__device__ __forceinline__ const __nv_bfloat16* norm_weight(const FrameParams& p, int index) {
-  return (std::is_same_v<D, TalkerDims> ? p.talker_norms : p.predictor_norms) + index * D::kHidden;
-}
-
 // One layer. The residual comes without the deltas of the down projection before it (published
 // under tag - 1; layer 0 has none), and leaves without this layer's. `prepare` is called first, before
 // anything is waited for. Where queries, keys and values are known already, there is no QKV exchange.
@@ -286,21 +250,15 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool q
   using P = Products<D>;
   using L = PacketLayout;
   const FrameParams& p = c.p;
-  Gamma<D> gamma;
 
   // QKV
   prepare();
-  if (qkv_known) {
-    r.stash(c);
-  } else {
-    gamma.load(norm_weight<D>(p, 2 * c.layer()));
+  if (!qkv_known) {
     gemv<typename P::Qkv, 0>(
         c,
         [&](int, int, uint2(&f)[P::Qkv::kHeld]) {
           if (c.layer() > 0) r.template add_deltas<P::Down::kSplit>(c, p.packets + L::kDeltaDown, c.tag - 1);
-          gamma.load_rest(norm_weight<D>(p, 2 * c.layer()));
-          normed_fragments<D>(c, r, gamma, 0, f);
-          r.stash(c);
+          normed_fragments<D>(c, r, 0, f);
         },
         [&](int strip, int, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
           const float scale = rms_scale<D>(squares);
@@ -310,6 +268,7 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool q
     c.advance();
   }
 
+  r.stash(c);
   attend();  // reads tag - 1, publishes tag
   c.advance();
 
@@ -327,14 +286,12 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool q
   c.advance();
 
   // gate-up
-  gamma.load(norm_weight<D>(p, 2 * c.layer() + 1));
   r.recall(c);
   gemv<typename P::GateUp, 1>(
       c,
       [&](int, int, uint2(&f)[P::GateUp::kHeld]) {
         r.template add_deltas<P::Out::kSplit>(c, p.packets + L::kDeltaO, c.tag - 1);
-        gamma.load_rest(norm_weight<D>(p, 2 * c.layer() + 1));
-        normed_fragments<D>(c, r, gamma, 1, f);
+        normed_fragments<D>(c, r, 1, f);
       },
       [&](int strip, int, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
         // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight: two strips make one of the vector.

@@ -47,9 +47,8 @@ struct FrameParams {
   const char* predictor_heads;    // the 15 heads, one a pass
   int64_t predictor_kept_bytes;   // of each layer's start that shall stay in L2 over the passes
 
-  const __nv_bfloat16* talker_norms;     // [layers][2][hidden], then the final norm [hidden]
+  const __nv_bfloat16* talker_norm;      // the final one, [hidden]; weights of others are in the products after them
   const __nv_bfloat16* talker_qk_norms;  // [layers][2][head_dim]
-  const __nv_bfloat16* predictor_norms;
   const __nv_bfloat16* predictor_qk_norms;
   const float* talker_rope;     // [positions][head_dim / 2][2]: cosine, sine
   const float* predictor_rope;  // [16][head_dim / 2][2]

@@ -221,7 +221,15 @@ struct Sampler {
     uint32_t top_key;
     winner(false, 0, top_key);
     const float top = from_ordered_bits(top_key);
-    auto mass = [&](int i, int j) { return key(i, j) >= kth ? expf(score[i][j] - top) : 0.f; };
+    float(&weight)[kQuads][4] = noise;  // which is read anew after this
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float x = expf(score[i][j] - top);
+        weight[i][j] = owns(i) && key(i, j) >= kth ? x : 0.f;
+      }
+    auto mass = [&](int i, int j) { return weight[i][j]; };
     const float limit = d.tail_mass * sum_of(mass);
     uint32_t edge = 0;  // largest key with no more than the limit below it
 #pragma unroll 1

@@ -79,14 +79,11 @@ __device__ __forceinline__ int sampled_code(Context& c, int codebook, int stream
 template <class D, class First>
 __device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, First&& first) {
   using Head = typename Products<D>::Head;
-  Gamma<D> gamma;
-  gamma.load(norm_weight<D>(c.p, 2 * D::kLayers));
   gemv<Head, 1>(
       c,
       [&](int, int, uint2(&f)[Head::kHeld]) {
         r.template add_deltas<Products<D>::Down::kSplit>(c, c.p.packets + PacketLayout::kDeltaDown, c.tag - 1);
-        gamma.load_rest(norm_weight<D>(c.p, 2 * D::kLayers));
-        normed_fragments<D>(c, r, gamma, 1, f);
+        normed_fragments<D>(c, r, 1, f);
       },
       [&](int strip, int, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
         const int stream = cell.column - first();
@@ -118,15 +115,13 @@ __device__ __forceinline__ void talker_layers(Context& c, Residual<T>& r) {
 __device__ __forceinline__ void talker_head(Context& c, Residual<T>& r) {
   lay_noise(c);
   head_logits<T>(c, r, [] { return 0; });
-  Gamma<T> gamma;
-  gamma.load(norm_weight<T>(c.p, 2 * T::kLayers));
-  gamma.load_rest(norm_weight<T>(c.p, 2 * T::kLayers));
+  const uint32_t* weights = reinterpret_cast<const uint32_t*>(c.p.talker_norm + Residual<T>::first_k());
   const float scale = __shfl_sync(~0u, rms_scale<T>(squares_part(c.scratch, 1)), c.column());
 #pragma unroll
   for (int j = 0; j < Residual<T>::kChunks; ++j)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float2 g = unpack_bf16(gamma.bits[j][half]);
+      const float2 g = unpack_bf16(Residual<T>::real() ? __ldg(weights + (kChunk * j + 8 * half) / 2) : 0u);
       r.x[j][2 * half] *= scale * g.x;
       r.x[j][2 * half + 1] *= scale * g.y;
     }

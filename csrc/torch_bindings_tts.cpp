@@ -34,10 +34,9 @@ class FrameKernel : public torch::CustomClassHolder {
     p_.talker_head = take<char>("talker_head");
     p_.predictor_layers = take<char>("predictor_layers");
     p_.predictor_heads = take<char>("predictor_heads");
-    p_.talker_norms = take<bf16>("talker_norms");
+    p_.talker_norm = take<bf16>("talker_norm");
     p_.talker_qk_norms = take<bf16>("talker_qk_norms");
-    p_.predictor_norms = take<bf16>("predictor_norms");
-    p_.predictor_qk_norms = take<bf16>("predictor_qk_norms");
+      p_.predictor_qk_norms = take<bf16>("predictor_qk_norms");
     p_.talker_rope = take<float>("talker_rope");
     p_.predictor_rope = take<float>("predictor_rope");
     p_.codec_embedding = take<bf16>("codec_embedding");

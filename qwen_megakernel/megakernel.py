@@ -29,10 +29,10 @@ from qwen_megakernel.model import Talker, mrope_tables, rope_tables
 from qwen_megakernel.packing import (
     known_qkv,
     pack_layers,
-    pack_norms,
     pack_product,
     pack_qk_norms,
     pack_rope,
+    with_norm,
 )
 from qwen_megakernel.prefix_cache import PrefixCache, SharedRows
 from qwen_megakernel.sampling import split_seed
@@ -159,7 +159,8 @@ class MegakernelBackend:
         """The weights, under the kernel's names."""
         predictor = talker.code_predictor
         tables = torch.stack([e.weight for e in predictor.model.codec_embedding])
-        head = [pack_product(talker.codec_head.weight)]
+        norm, predictor_norm = talker.model.norm, predictor.model.norm
+        head = [pack_product(with_norm(talker.codec_head.weight, norm))]
         none = torch.zeros(0, dtype=torch.bfloat16, device=self._device)
         projected, bias = none, none
         projection = predictor.small_to_mtp_projection
@@ -177,12 +178,13 @@ class MegakernelBackend:
             "talker_layers": pack_layers(talker.model.layers),
             "talker_head": torch.cat(head),
             "predictor_layers": pack_layers(predictor.model.layers),
-            "predictor_heads": torch.cat([pack_product(head.weight) for head in predictor.lm_head]),
-            "talker_norms": pack_norms(talker.model.layers, talker.model.norm.weight),
+            "predictor_heads": torch.cat(
+                [pack_product(with_norm(head.weight, predictor_norm)) for head in predictor.lm_head]
+            ),
+            "talker_norm": norm.weight.detach(),
             "talker_qk_norms": pack_qk_norms(talker.model.layers),
             # Codebook by codebook: what is computed is fp32.
             "predictor_first_qkv": torch.stack([known_qkv(first_layer, rows) for rows in fed]),
-            "predictor_norms": pack_norms(predictor.model.layers, predictor.model.norm.weight),
             "predictor_qk_norms": pack_qk_norms(predictor.model.layers),
             "codec_embedding": talker.model.codec_embedding.weight.detach(),
             "predictor_embeddings": tables,

@@ -4,7 +4,7 @@ A product W x is cut into items: strips of 16 rows, times parts of k where rows 
 bytes are [warp][chunk][lane][8 bf16]: each of the kernel's 16 warps takes a sixteenth of k in
 chunks of 16, and of a chunk each lane's 16 bytes are its mma.m16n8k16 A fragment, so that the
 kernel moves weights without looking at them. csrc/gemv.cuh (Product) and csrc/layer.cuh
-(Products) say the same in C++.
+(Products) say the same in C++. A norm's weight goes into the product that follows it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from qwen_megakernel.model import DecoderLayer
+from qwen_megakernel.model import DecoderLayer, RMSNorm
 
 NUM_WARPS = 16
 STRIP_ROWS = 16
@@ -66,15 +66,31 @@ def interleave_gate_up(gate: Tensor, up: Tensor) -> Tensor:
     return pairs.reshape(-1, gate.shape[1])
 
 
+def with_norm(weight: Tensor, norm: RMSNorm) -> Tensor:
+    """W diag(gamma): what makes W (gamma * x) of x. Rounded to the weights' type, once a weight.
+
+    Args:
+        weight: [rows, hidden].
+        norm: over hidden.
+    """
+    return (weight.float() * norm.weight.float()).to(weight.dtype)
+
+
+def _qkv(layer: DecoderLayer) -> Tensor:
+    attention = layer.self_attn
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return with_norm(torch.cat([p.weight for p in projections]), layer.input_layernorm)
+
+
 def pack_layer(layer: DecoderLayer) -> Tensor:
     """A decoder layer's four products, flat bf16: QKV, O, gate-up, down."""
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    mlp = layer.mlp
+    gate_up = interleave_gate_up(mlp.gate_proj.weight, mlp.up_proj.weight)
     return torch.cat(
         [
-            pack_product(qkv),
-            pack_product(attention.o_proj.weight, splits=True),
-            pack_product(interleave_gate_up(mlp.gate_proj.weight, mlp.up_proj.weight)),
+            pack_product(_qkv(layer)),
+            pack_product(layer.self_attn.o_proj.weight, splits=True),
+            pack_product(with_norm(gate_up, layer.post_attention_layernorm)),
             pack_product(mlp.down_proj.weight, splits=True),
         ]
     )
@@ -83,16 +99,6 @@ def pack_layer(layer: DecoderLayer) -> Tensor:
 def pack_layers(layers: Iterable[DecoderLayer]) -> Tensor:
     """Layers in order, flat bf16."""
     return torch.cat([pack_layer(layer) for layer in layers])
-
-
-def pack_norms(layers: Iterable[DecoderLayer], final: Tensor) -> Tensor:
-    """Weights of the norms over hidden, bf16 [layers * 2 + 1, hidden]: input, post-attention; final."""
-    rows = [
-        w
-        for layer in layers
-        for w in (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-    ]
-    return torch.stack([*rows, final])
 
 
 def pack_qk_norms(layers: Iterable[DecoderLayer]) -> Tensor:
@@ -112,13 +118,9 @@ def known_qkv(layer: DecoderLayer, rows: Tensor) -> Tensor:
     Returns:
         bf16 [..., rows of QKV], before the norms of q and k.
     """
-    attention, norm = layer.self_attn, layer.input_layernorm
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    weight = torch.cat([projection.weight for projection in projections]).float()
     wide = rows.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
-    scaled = (wide * norm.weight.float()).to(torch.bfloat16).float()
-    return (scaled @ weight.T * scale).to(torch.bfloat16)
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + layer.input_layernorm.eps)
+    return (wide @ _qkv(layer).float().T * scale).to(torch.bfloat16)
 
 
 def pack_rope(cos: Tensor, sin: Tensor) -> Tensor:
