@@ -120,11 +120,11 @@ __device__ __forceinline__ float squares_part(const Scratch& scratch, int norm) 
 template <class P, int kNorm = -1, class Context, class Fragments, class Finish>
 __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&& finish) {
   if (block_index() >= P::kItems) return;
-  const int warp = warp_index(), lane = lane_index();
   constexpr bool kOneFill = P::kHeld == P::kChunks && P::kSplit == 1;  // one B operand serves all items
   uint2 f[P::kHeld];
   uint4 a[P::kHeld];
   auto load = [&] {
+    const int warp = warp_index(), lane = lane_index();
 #pragma unroll
     for (int piece = 0; piece < P::kHeld; piece += P::kPieceChunks) {
       const uint32_t weights = c.ring.template wait<P::kPieceBytes>(warp, lane);
@@ -155,7 +155,7 @@ __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&&
         for (int j = 0; j < P::kHeld; ++j) mma(acc[j % 2], a[j], f[j]);
         if (P::kAhead && (hold < P::kChunks || item < P::kItems)) load();
       } while (hold < P::kChunks);
-      reinterpret_cast<float4*>(c.scratch.partial[c.buffer()][n][warp])[lane] =
+      reinterpret_cast<float4*>(c.scratch.partial[c.buffer()][n][warp_index()])[lane_index()] =
           make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
     } while (++n < kGroup && item < P::kItems);
     const Cell cell = epilogue_cell(c.scratch.partial[c.buffer()]);

@@ -8,10 +8,13 @@
 
 namespace qwen_tts {
 
-__device__ __forceinline__ float warp_sum(float x) {
+// Sums over the warp, several side by side: one after the other each would wait for its own steps.
+template <int kCount>
+__device__ __forceinline__ void warp_sums(float (&x)[kCount]) {
 #pragma unroll
-  for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(~0u, x, offset);
-  return x;
+  for (int offset = 16; offset; offset >>= 1)
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(~0u, x[i], offset);
 }
 
 // Of four neighbouring lanes, the same in each.
@@ -80,10 +83,11 @@ struct HeadRow {
   __device__ __forceinline__ void round() {
     set(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]));
   }
-  __device__ __forceinline__ void norm_rope(const NormRope<kDim>& by, float eps) {
+  // Of this lane; their sum over the warp is what norm_rope needs.
+  __device__ __forceinline__ float squares() const { return x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]; }
+  __device__ __forceinline__ void norm_rope(const NormRope<kDim>& by, float squares, float eps) {
     const float2 wa = unpack_bf16(by.weight[0]), wb = unpack_bf16(by.weight[1]);
-    const float squares = x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3];
-    const float scale = rsqrtf(warp_sum(squares) * (1.f / kDim) + eps);
+    const float scale = rsqrtf(squares * (1.f / kDim) + eps);
     const float a = x[0] * scale * wa.x, b = x[1] * scale * wa.y;
     const float c = x[2] * scale * wb.x, d = x[3] * scale * wb.y;
     x[0] = a * by.angle.x - c * by.angle.y;
@@ -91,8 +95,9 @@ struct HeadRow {
     x[2] = c * by.angle.x + a * by.angle.y;
     x[3] = d * by.angle.z + b * by.angle.w;
   }
+  // This lane's part.
   __device__ __forceinline__ float dot(const HeadRow& other) const {
-    return warp_sum(x[0] * other.x[0] + x[1] * other.x[1] + x[2] * other.x[2] + x[3] * other.x[3]);
+    return x[0] * other.x[0] + x[1] * other.x[1] + x[2] * other.x[2] + x[3] * other.x[3];
   }
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "sampling.cuh"
 
 namespace qwen_tts {
 
@@ -80,8 +81,12 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
           [&](int i) { return i < S::kGroupSize ? q + 4 * i * S::kDim : of_keys + 4 * (i - S::kGroupSize) * S::kKRows; },
           c.tag - 1, c.dog);
     }
+    float sums[S::kGroupSize + 1];  // queries, key
+#pragma unroll
+    for (int i = 0; i <= S::kGroupSize; ++i) sums[i] = r[i].squares();
+    warp_sums(sums);
     if (is_new) {
-      k.norm_rope(by_k, D::kEps);
+      k.norm_rope(by_k, sums[S::kGroupSize], D::kEps);
       k.round();
       k.store(k_rows + warp * S::kDim);
       v.store(v_rows + warp * S::kDim);
@@ -90,44 +95,48 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
       v.set(old_v.x, old_v.y);
     }
     v.store(sh.v[warp]);
-    const float scale = rsqrtf(float(S::kDim));
+    float scores[S::kGroupSize];
 #pragma unroll
     for (int g = 0; g < S::kGroupSize; ++g) {
-      r[g].norm_rope(by_q, D::kEps);
-      const float score = r[g].dot(k) * scale;
-      if (lane_index() == 0) sh.score[g][warp] = score;
+      r[g].norm_rope(by_q, sums[g], D::kEps);
+      scores[g] = r[g].dot(k);
     }
+    warp_sums(scores);
+#pragma unroll
+    for (int g = 0; g < S::kGroupSize; ++g)
+      if (lane_index() == 0) sh.score[g][warp] = scores[g] * rsqrtf(float(S::kDim));
   }
   sync_compute();
   constexpr int kPairs = S::kGroupSize * S::kDim / 2;
   constexpr int kParts = 4, kPerPart = kNumCodebooks / kParts;  // neighbouring lanes share out the positions
+  static_assert(S::kDim / 2 % (32 / kParts) == 0, "a warp's pairs are of one head");
   for (int i = thread_index() / kParts; i < (rows.first > 0 ? 2 : 1) * kPairs; i += kThreads / kParts) {
     // The row before the last attends to itself alone, being the first: with one position to see
     // the weight is one, whatever the score.
     const int position = rows.last - i / kPairs, g = i % kPairs / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2));
+    // A lane has the weight of one position, and its neighbour half a warp away the same.
+    const int of = lane_index() % kNumCodebooks;
+    const float score = of <= position ? sh.score[g][of] : -INFINITY;
+    const float weight = expf(score - from_ordered_bits(__reduce_max_sync(~0u, ordered_bits(__float_as_uint(score)))));
     const int first = thread_index() % kParts * kPerPart;
-    float score[kPerPart], maximum = -INFINITY, total = 0.f, low = 0.f, high = 0.f;
+    float total = 0.f, low = 0.f, high = 0.f;
 #pragma unroll
     for (int j = 0; j < kPerPart; ++j) {
-      score[j] = first + j <= position ? sh.score[g][first + j] : -INFINITY;
-      maximum = fmaxf(maximum, score[j]);
-    }
-    maximum = max_of_four(maximum);
-#pragma unroll
-    for (int j = 0; j < kPerPart; ++j) {
-      if (first + j > position) continue;
-      const float weight = expf(score[j] - maximum);
-      const float2 value = *reinterpret_cast<const float2*>(&sh.v[first + j][dim]);
-      total += weight;
-      low += weight * value.x;
-      high += weight * value.y;
+      const float w = __shfl_sync(~0u, weight, first + j);  // 0 beyond the last position
+      if (first + j <= position) {                          // values beyond it nobody wrote
+        const float2 value = *reinterpret_cast<const float2*>(&sh.v[first + j][dim]);
+        total += w;
+        low += w * value.x;
+        high += w * value.y;
+      }
     }
     total = sum_of_four(total);
     low = sum_of_four(low);
     high = sum_of_four(high);
     if (first != 0) continue;
     const int row = (kv_head * S::kGroupSize + g) * S::kDim + dim;
-    publish_pair(c, p.packets + PacketLayout::kHeadsOut, row, rows.column(stream, position), divide(low, total), divide(high, total));
+    publish_pair(c, p.packets + PacketLayout::kHeadsOut, row, rows.column(stream, position), divide(low, total),
+                 divide(high, total));
   }
   c.take_buffer();
 }

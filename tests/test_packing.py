@@ -12,6 +12,7 @@ from qwen_megakernel.packing import (
     known_qkv,
     pack_layer,
     pack_product,
+    with_norm,
     pack_rope,
     split_of,
 )
@@ -71,11 +72,24 @@ def test_a_layer_is_its_products_in_order_of_use():
     packed, c = pack_layer(layer), config.talker
     qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim * c.hidden_size
     padded = qkv * 2  # 8 real chunks of k for 16 warps
-    assert torch.equal(packed[:padded], pack_product(torch.cat([
+    joined = torch.cat([
         layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
-    ])))  # fmt: skip
+    ])  # fmt: skip
+    assert torch.equal(packed[:padded], pack_product(with_norm(joined, layer.input_layernorm)))
     down = pack_product(layer.mlp.down_proj.weight, splits=True)
     assert torch.equal(packed[-len(down) :], down)
+
+
+def test_a_norm_s_weight_is_in_the_product_that_follows():
+    from qwen_megakernel.model import RMSNorm
+
+    norm = RMSNorm(64, 1e-6)
+    norm.weight.data = torch.randn(64).bfloat16() * 8
+    weight, x = torch.randn(32, 64).bfloat16(), torch.randn(64)
+    product = with_norm(weight, norm)
+    assert product.dtype == torch.bfloat16
+    exact = weight.float() @ (norm.weight.float() * x)
+    assert (product.float() @ x - exact).norm() < 3e-3 * exact.norm()  # one rounding, 2**-9 at most
 
 
 def test_known_queries_keys_and_values_are_the_layer_s():
