@@ -62,18 +62,11 @@ struct AttentionItem {
   __device__ __forceinline__ int split() const { return bits >> 16 & 0xff; }
   __device__ __forceinline__ int place() const { return bits >> 24; }
 
-  // Of this warp: its first position, and the one after the item's last. Computed where they are needed,
-  // and not kept.
+  // Of this warp. Computed where it is needed, and not kept.
   __device__ __forceinline__ int first_position() const {
     return split() * kSplitPositions + warp_index() * kTilePositions;
   }
-  __device__ __forceinline__ int end_position(const FrameParams& p) const {
-    return min((split() + 1) * kSplitPositions, p.columns[column()].position + 1);
-  }
-  // The position of the launch's first row of the item's stream: from there on, rows come from the exchange.
-  __device__ __forceinline__ int first_new(const FrameParams& p) const {
-    return p.columns[p.columns[column()].first].position;
-  }
+  __device__ __forceinline__ const ItemRows& rows(const Context& c) const { return c.scratch.items[place()]; }
 
   // Whether it has the same queries, and the same keys and values of this launch.
   __device__ __forceinline__ bool same_rows(const AttentionItem& other) const {
@@ -81,9 +74,9 @@ struct AttentionItem {
   }
 
   // Whether this CTA has a split of the same head from here on, in its list.
-  __device__ __forceinline__ bool leads_to(const uint32_t* items, int other_split) const {
+  __device__ __forceinline__ bool leads_to(const ItemRows* items, int other_split) const {
     if (other_split < split()) return false;
-    const AttentionItem other{items[min(place() + other_split - split(), kMaxItems - 1)]};
+    const AttentionItem other{items[min(place() + other_split - split(), kMaxItems - 1)].bits};
     return other.bits != kNone && same_rows(other);
   }
 
@@ -111,17 +104,24 @@ static_assert(kMaxSplits <= 256 && kMaxColumns <= 256 && kMaxItems <= 257, "an i
 // The items of this CTA, which are the same in all layers of a frame. By all computing threads, once.
 template <class D>
 __device__ __forceinline__ void list_items(Context& c) {
-  for (int place = thread_index(); place < kMaxItems; place += kThreads)
-    c.scratch.items[place] = AttentionItem::find(c.p, D::kKvHeads, place);
+  for (int place = thread_index(); place < kMaxItems; place += kThreads) {
+    const AttentionItem item{AttentionItem::find(c.p, D::kKvHeads, place)};
+    ItemRows rows{item.bits, 0, 0, 0};  // of none, no rows
+    if (item.bits != AttentionItem::kNone) {
+      const Column& own = c.p.columns[item.column()];
+      rows.head = own.slot * D::kKvHeads + item.kv_head();
+      rows.end = min((item.split() + 1) * kSplitPositions, own.position + 1);
+      rows.first_new = c.p.columns[own.first].position;
+    }
+    c.scratch.items[place] = rows;
+  }
   sync_compute();
 }
 
 // Where an item's keys and values begin in their caches.
 template <class D>
-__device__ __forceinline__ int64_t cache_at(const Context& c, const AttentionItem& item) {
-  const FrameParams& p = c.p;
-  const int64_t slot = p.columns[item.column()].slot;
-  return ((c.layer() * int64_t(p.num_slots) + slot) * D::kKvHeads + item.kv_head()) * p.max_positions * D::kHeadDim;
+__device__ __forceinline__ int64_t cache_at(const Context& c, const ItemRows& rows) {
+  return (c.layer() * c.p.num_slots * D::kKvHeads + rows.head) * int64_t(c.p.max_positions * D::kHeadDim);
 }
 
 // One warp's sixteen positions. Lane (g, t) = (lane / 4, lane % 4) holds of the keys rows g and g + 8,
@@ -234,15 +234,17 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
   const Column& own = p.columns[item.column()];
   const __nv_bfloat16* qk_norm = p.talker_qk_norms + c.layer() * 2 * S::kDim;
   const uint64_t* vector = p.packets + PacketLayout::kQkv;
-  if (warp < S::kGroupSize) {
+  // By the last warps, whose tiles are the last to fill.
+  const int g = kWarps - 2 - warp;
+  if (g >= 0 && g < S::kGroupSize) {
     HeadRow<S::kDim> q[1];
     const NormRope<S::kDim> by(qk_norm, p.talker_rope + int64_t(own.position) * S::kDim);
-    const uint64_t* from = row_packets<S::kDim>(vector, (item.kv_head() * S::kGroupSize + warp) * S::kDim, item.column());
+    const uint64_t* from = row_packets<S::kDim>(vector, (item.kv_head() * S::kGroupSize + g) * S::kDim, item.column());
     wait_rows(q, 1, [&](int) { return from; }, c.tag - 1, c.dog);
     float squares[1] = {q[0].squares()};
     warp_sums(squares);
     q[0].norm_rope(by, squares[0], D::kEps);
-    q[0].store(sh.q[warp]);
+    q[0].store(sh.q[g]);
   }
   const int column = own.first + (kWarps - 1 - warp);
   if (column <= item.column()) {
@@ -257,7 +259,7 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
     kv[0].store(sh.k[column - own.first]);
     kv[1].store(sh.v[column - own.first]);
     if (column == item.column() && item.leads_to(c.scratch.items, position / kSplitPositions)) {
-      const int64_t at = cache_at<D>(c, item) + int64_t(position) * S::kDim;
+      const int64_t at = cache_at<D>(c, item.rows(c)) + int64_t(position) * S::kDim;
       kv[0].store(p.k_cache + at);
       kv[1].store(p.v_cache + at);
     }
@@ -359,13 +361,13 @@ __device__ __forceinline__ NewRowsShared<D>& new_rows(const Context& c, const At
   return *reinterpret_cast<NewRowsShared<D>*>(half + sizeof(AttentionShared<D>));
 }
 
-// Ask for an item's keys; of none, for no rows, so that the registers hold nothing that must be kept.
+// Ask for the keys of the item at a place in the list; of none, for no rows, so that the registers hold nothing that
+// must be kept.
 template <class D>
-__device__ __forceinline__ void fetch_item_keys(const Context& c, Tile<D>& tile, AttentionItem item) {
-  const bool none = item.bits == AttentionItem::kNone;
-  if (none) item.bits = 0;
-  tile.fetch_keys(c.p.k_cache + cache_at<D>(c, item), item.first_position(),
-                  none ? 0 : min(item.end_position(c.p), item.first_new(c.p)));
+__device__ __forceinline__ void fetch_item_keys(const Context& c, Tile<D>& tile, int place) {
+  const ItemRows rows = c.scratch.items[place];
+  tile.fetch_keys(c.p.k_cache + cache_at<D>(c, rows), AttentionItem{rows.bits}.first_position(),
+                  min(rows.end, rows.first_new));
 }
 
 // One item, whose keys are on their way and whose new rows are there; the keys of the next are asked for as
@@ -373,21 +375,25 @@ __device__ __forceinline__ void fetch_item_keys(const Context& c, Tile<D>& tile,
 template <class D>
 __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, AttentionItem item) {
   using S = HeadShape<D>;
-  const FrameParams& p = c.p;
   const NewRowsShared<D>& fresh = new_rows<D>(c, item);
   auto& sh = *reinterpret_cast<AttentionShared<D>*>(c.scratch.partial[c.buffer()]);
-  tile.take_new_keys(fresh, item.first_position(), item.first_new(p), item.end_position(p));
-  // Values only now: with them in registers during the wait, some would be spilled as they come.
-  tile.fetch_values(p.v_cache + cache_at<D>(c, item), item.first_position(),
-                    min(item.end_position(p), item.first_new(p)));
+  {
+    const ItemRows rows = item.rows(c);
+    tile.take_new_keys(fresh, item.first_position(), rows.first_new, rows.end);
+    // Values only now: with them in registers during the wait, some would be spilled as they come.
+    tile.fetch_values(c.p.v_cache + cache_at<D>(c, rows), item.first_position(), min(rows.end, rows.first_new));
+  }
   tile.scores(fresh, sh.score[warp_index()]);
   opaque(item.bits);
   uint32_t p_low, p_high;
-  soften<D>(sh, item.first_position(), item.end_position(p), p_low, p_high);
-  tile.take_new_values(fresh, item.first_position(), item.first_new(p), item.end_position(p));
+  {
+    const ItemRows rows = item.rows(c);
+    soften<D>(sh, item.first_position(), rows.end, p_low, p_high);
+    tile.take_new_values(fresh, item.first_position(), rows.first_new, rows.end);
+  }
   tile.weigh(p_low, p_high, sh.out[warp_index()]);
   opaque(item.bits);
-  fetch_item_keys<D>(c, tile, AttentionItem{c.scratch.items[item.place() + 1]});
+  fetch_item_keys<D>(c, tile, item.place() + 1);
   sync_compute();
   opaque(item.bits);
   finish_item<D>(c, sh, item);
@@ -448,12 +454,11 @@ __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_he
 // longest of a layer.
 template <class D>
 __device__ __forceinline__ void prefetch_first(const Context& c) {
-  const AttentionItem item{c.scratch.items[0]};
-  if (item.bits == AttentionItem::kNone) return;
+  const ItemRows rows = c.scratch.items[0];
   constexpr int kLines = D::kHeadDim * 2 / 128;  // of a row
-  const int position = item.first_position() + lane_index() / kLines;
-  if (lane_index() >= kTilePositions * kLines || position >= min(item.end_position(c.p), item.first_new(c.p))) return;
-  const int64_t line = cache_at<D>(c, item) + position * D::kHeadDim + lane_index() % kLines * 64;
+  const int position = AttentionItem{rows.bits}.first_position() + lane_index() / kLines;
+  if (lane_index() >= kTilePositions * kLines || position >= min(rows.end, rows.first_new)) return;
+  const int64_t line = cache_at<D>(c, rows) + position * D::kHeadDim + lane_index() % kLines * 64;
   prefetch_to_l2(c.p.k_cache + line);
   prefetch_to_l2(c.p.v_cache + line);
 }
@@ -462,11 +467,11 @@ __device__ __forceinline__ void prefetch_first(const Context& c) {
 template <class D>
 __device__ __forceinline__ void attend_talker(Context& c) {
   Tile<D> tile;
-  fetch_item_keys<D>(c, tile, AttentionItem{c.scratch.items[0]});
+  fetch_item_keys<D>(c, tile, 0);
 #pragma unroll 1
-  for (AttentionItem item{c.scratch.items[0]}; item.bits != AttentionItem::kNone;
-       item.bits = c.scratch.items[item.place() + 1]) {
-    if (item.place() == 0 || !item.same_rows(AttentionItem{c.scratch.items[item.place() - 1]})) {
+  for (AttentionItem item{c.scratch.items[0].bits}; item.bits != AttentionItem::kNone;
+       item.bits = c.scratch.items[item.place() + 1].bits) {
+    if (item.place() == 0 || !item.same_rows(AttentionItem{c.scratch.items[item.place() - 1].bits})) {
       read_new_rows<D>(c, new_rows<D>(c, item), item);
       sync_compute();
     }

@@ -52,6 +52,14 @@ struct Product {
 constexpr int kGroup = 3;            // tiles whose partial sums meet at one barrier
 constexpr int kTileFloats = 16 * 8;  // of one warp's 16 x 8 result
 
+// What a CTA must know of one of its items of the talker's attention, the same in all layers of a frame (AttentionItem).
+struct alignas(16) ItemRows {
+  uint32_t bits;
+  int head;       // of the cache: slot * kv_heads + kv_head
+  int end;        // the position after its last
+  int first_new;  // from here on, rows come from the exchange
+};
+
 // Of a CTA, where all streams are as long as can be and the grid is as small as can be; and an end.
 constexpr int kMaxItems = kMaxSplits * TalkerDims::kKvHeads + 1;
 
@@ -59,7 +67,7 @@ struct alignas(16) Scratch {  // of float4s
   float partial[2][kGroup][kWarps][kTileFloats];
   float sum_of_squares[2][kWarps][kMaxColumns];
   int codes[kWarps][kMaxColumns];  // the last ones of the streams; each warp's own copy
-  uint32_t items[kMaxItems];       // this CTA's of the talker's attention, see AttentionItem
+  ItemRows items[kMaxItems];       // this CTA's of the talker's attention
 };
 
 // The two rows of a finished tile that one thread holds: rows 2 * pair and 2 * pair + 1 of the
