@@ -313,7 +313,8 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
   const float2 out = weighted_rows<S::kGroupSize * S::kDim>(weight, &sh.out[0][g][dim]);
   if (whole) {
     const int row = (item.kv_head() * S::kGroupSize + g) * S::kDim + dim;
-    publish_pair(c, p.packets + PacketLayout::kHeadsOut, row, item.column(), divide(out.x, total), divide(out.y, total));
+    publish_pair(c, p.packets + PacketLayout::kHeadsOut, row, item.column(), divide(out.x, total),
+                 divide(out.y, total));
   } else {
     uint64_t* to = part + g * (S::kDim + 2);
     store_packet(to + dim, __float_as_uint(out.x), c.tag);

@@ -52,7 +52,7 @@ struct Product {
 constexpr int kGroup = 3;            // tiles whose partial sums meet at one barrier
 constexpr int kTileFloats = 16 * 8;  // of one warp's 16 x 8 result
 
-// What a CTA must know of one of its items of the talker's attention, the same in all layers of a frame (AttentionItem).
+// What a CTA must know of one of its items of the talker's attention (AttentionItem), the same in all layers.
 struct alignas(16) ItemRows {
   uint32_t bits;
   int head;       // of the cache: slot * kv_heads + kv_head
@@ -117,13 +117,14 @@ __device__ __forceinline__ float squares_part(const Scratch& scratch, int norm) 
   return sum;
 }
 
-// Run all items of product P that fall to this CTA, in steps of as much of k as registers hold.
+// Run all items of product P that fall to this CTA, in steps of as much of k as registers hold. Threads' numbers are
+// read anew where they are needed, for registers' sake.
 //   fragments(split, first, f): fills f[P::kHeld] with the B operand of this warp's part of k, from
 //     chunk `first` of it; not called in a CTA without items
 //   finish(strip, split, cell, rows, packets, squares): takes two finished rows (whole warps together), and what
 //     was read beside them: where the exchanges lie, and where kNorm names a norm, this lane's part of its sum
-// Where it can (kAhead), a step's weights are read from the ring before its operand is waited for, and the next step's while
-// its products are made: what is left between an operand's arrival and the results is short.
+// Where it can (kAhead), an item's weights are read from the ring before its operand is waited for, and the next
+// item's while its products are made: what is left between an operand's arrival and the results is short.
 // c.buffer() says which half of the partial sums is free; it is used, synced once, read, and toggled.
 template <class P, int kNorm = -1, class Context, class Fragments, class Finish>
 __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&& finish) {

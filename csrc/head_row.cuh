@@ -113,7 +113,7 @@ __device__ __forceinline__ const uint64_t* row_packets(const uint64_t* vector, i
 template <int kDim, int kCount, class At>
 __device__ __forceinline__ void wait_rows(HeadRow<kDim> (&rows)[kCount], int count, At&& at, uint32_t tag,
                                           const Watchdog& dog) {
-  uint64_t v[kCount][2];
+  uint64_t v[kCount][2] = {};
   for (unsigned spin = 0;; ++spin) {
     uint32_t lack = 0;
 #pragma unroll

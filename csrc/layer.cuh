@@ -263,11 +263,11 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool q
         [&](int strip, int, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
           const float scale = rms_scale<D>(squares);
           if (!c.finishes(cell)) return;
-          publish_at(c, packets + L::kQkv + strip * kStripPackets + cell.packet, rows.x * scale, rows.y * scale, strip * 16 + 2 * cell.pair, cell.column);
+          publish_at(c, packets + L::kQkv + strip * kStripPackets + cell.packet, rows.x * scale, rows.y * scale,
+                     strip * 16 + 2 * cell.pair, cell.column);
         });
     c.advance();
   }
-
   r.stash(c);
   attend();  // reads tag - 1, publishes tag
   c.advance();

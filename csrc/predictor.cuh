@@ -32,7 +32,8 @@ __device__ __forceinline__ void project_hidden(Context& c, const Residual<T>& hi
         [&](int strip, int, const Cell& cell, float2 rows, uint64_t*, float) {
           if (!c.finishes(cell)) return;
           const float2 b = unpack_bf16(reinterpret_cast<const uint32_t*>(p.projection_bias)[strip * 8 + cell.pair]);
-          publish_at(c, projected + strip * kStripPackets + cell.packet, rows.x + b.x, rows.y + b.y, strip * 16 + 2 * cell.pair, cell.column);
+          publish_at(c, projected + strip * kStripPackets + cell.packet, rows.x + b.x, rows.y + b.y,
+                     strip * 16 + 2 * cell.pair, cell.column);
         });
     row.clear();
     row.template add_deltas<1>(c, projected, c.tag);

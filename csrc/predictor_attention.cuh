@@ -47,8 +47,8 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
   auto& sh = *reinterpret_cast<PredictorAttentionShared<D>*>(c.scratch.partial[c.buffer()]);
   const int warp = warp_index();
   const uint64_t* vector = p.packets + PacketLayout::kQkv;
-  __nv_bfloat16* k_rows = p.predictor_kv +
-                          ((int64_t(c.layer()) * kMaxColumns + stream) * D::kKvHeads + kv_head) * 2 * kNumCodebooks * S::kDim;
+  const int64_t head = (c.layer() * kMaxColumns + stream) * D::kKvHeads + kv_head;
+  __nv_bfloat16* k_rows = p.predictor_kv + head * 2 * kNumCodebooks * S::kDim;
   __nv_bfloat16* v_rows = k_rows + kNumCodebooks * S::kDim;
   const __nv_bfloat16* qk_norm = p.predictor_qk_norms + c.layer() * 2 * S::kDim;
 
@@ -74,11 +74,15 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
           r[i].load(i < S::kGroupSize ? known + (kv_head * S::kGroupSize + i) * S::kDim
                                       : of_keys + (i - S::kGroupSize) * S::kKRows);
     } else {
-      const uint64_t* q = row_packets<S::kDim>(vector, kv_head * S::kGroupSize * S::kDim, rows.column(stream, rows.last));
+      const uint64_t* of_queries =
+          row_packets<S::kDim>(vector, kv_head * S::kGroupSize * S::kDim, rows.column(stream, rows.last));
       const uint64_t* of_keys = row_packets<S::kDim>(vector, S::kQRows + kv_head * S::kDim, rows.column(stream, warp));
       wait_rows(
           r, count,
-          [&](int i) { return i < S::kGroupSize ? q + 4 * i * S::kDim : of_keys + 4 * (i - S::kGroupSize) * S::kKRows; },
+          [&](int i) {
+            constexpr int kQueries = S::kGroupSize;
+            return i < kQueries ? of_queries + 4 * i * S::kDim : of_keys + 4 * (i - kQueries) * S::kKRows;
+          },
           c.tag - 1, c.dog);
     }
     float sums[S::kGroupSize + 1];  // queries, key
