@@ -7,11 +7,9 @@
 //   down       every CTA  polls that, publishes deltas
 //
 // Every CTA keeps the whole residual, in fp32, spread over the registers of its warps in B-fragment
-// order. RMSNorm is deferred: its weight is in the product that follows, which runs on x, and whose rows are scaled by
-// 1 / rms(x) when they are finished, so nothing waits for the sum of squares.
+// order. RMSNorm is deferred: its weight is in the product that follows (packing.py), which runs on x, and whose rows
+// are scaled by 1 / rms(x) when they are finished, so nothing waits for the sum of squares.
 #pragma once
-
-#include <type_traits>
 
 #include "gemv.cuh"
 
@@ -67,23 +65,27 @@ struct Context {
   RingReader<FrameRing> ring;
   Watchdog dog;
   uint32_t tag;  // of the next exchange
-  // Where it is, in one register over all waits: a bit for each column in use, which buffer of the partial sums is
-  // free, whether this thread writes the stamps and whether exchanges are dumped; from bit 16 and 24 on the layer and
-  // the predictor's pass.
+  // Where it is, in one register over all waits. From bit 0 on, a bit for each column in use; which buffer of the
+  // partial sums is free; whether this thread writes the stamps, and whether exchanges are dumped; the layer; the
+  // predictor's pass.
   uint32_t state;
+  static constexpr uint32_t kColumns = 0xff, kBuffer = 0x100, kStamps = 0x200, kDumps = 0x400;
+  static constexpr int kLayerFrom = 16, kPassFrom = 24;
 
-  __device__ __forceinline__ int layer() const { return fresh_state() >> 16 & 255; }
-  __device__ __forceinline__ int pass() const { return fresh_state() >> 24; }
-  __device__ __forceinline__ void next_layer() { state += 1u << 16; }
-  __device__ __forceinline__ void begin_pass(int pass) { state = (state & 0xffff) | uint32_t(pass) << 24; }
-  __device__ __forceinline__ void use_columns(uint32_t columns) { state = (state & ~255u) | columns; }
-  __device__ __forceinline__ int buffer() const { return state >> 8 & 1; }
-  __device__ __forceinline__ void take_buffer() { state ^= 256; }
-  __device__ __forceinline__ bool stamps() const { return state & 512; }
-  __device__ __forceinline__ bool dumps() const { return state & 1024; }
+  __device__ __forceinline__ int layer() const { return fresh_state() >> kLayerFrom & 0xff; }
+  __device__ __forceinline__ int pass() const { return fresh_state() >> kPassFrom; }
+  __device__ __forceinline__ void next_layer() { state += 1u << kLayerFrom; }
+  __device__ __forceinline__ void begin_pass(int pass) {
+    state = (state & ((1u << kLayerFrom) - 1)) | uint32_t(pass) << kPassFrom;
+  }
+  __device__ __forceinline__ void use_columns(uint32_t columns) { state = (state & ~kColumns) | columns; }
+  __device__ __forceinline__ int buffer() const { return state / kBuffer & 1; }
+  __device__ __forceinline__ void take_buffer() { state ^= kBuffer; }
+  __device__ __forceinline__ bool stamps() const { return state & kStamps; }
+  __device__ __forceinline__ bool dumps() const { return state & kDumps; }
   static __device__ __forceinline__ uint32_t first_state(const FrameParams& p) {
     const bool stamps = p.stamps != nullptr && block_index() == 0 && thread_index() == 0;
-    return columns_of(p) | (stamps ? 512 : 0) | (p.dump_exchanges != nullptr ? 1024 : 0);
+    return columns_of(p) | (stamps ? kStamps : 0) | (p.dump_exchanges != nullptr ? kDumps : 0);
   }
 
   static __device__ __forceinline__ int column() { return lane_index() >> 2; }  // this lane's

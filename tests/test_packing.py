@@ -12,9 +12,9 @@ from qwen_megakernel.packing import (
     known_qkv,
     pack_layer,
     pack_product,
-    with_norm,
     pack_rope,
     split_of,
+    with_norm,
 )
 
 
