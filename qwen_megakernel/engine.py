@@ -196,7 +196,7 @@ class Engine:
 
     def _take_opened(self) -> None:
         while self._opened:
-            turn, request, sink = self._opened.popleft()
+            turn, request, sink = self._opened[0]  # which counts as waiting until it is there
             try:
                 prompt = self._prompts.open(
                     request.voice,
@@ -206,10 +206,13 @@ class Engine:
                 )
             except Exception:
                 log.exception("a turn's prompt could not be made")
+                self._opened.popleft()
                 turn.mark_finished()
                 sink(Finished("error", 0, 0, None, 0.0, "the prompt could not be made"))
                 continue
-            self._waiting.append(ActiveTurn(turn, request, prompt, sink))
+            with self._open_lock:
+                self._opened.popleft()
+                self._waiting.append(ActiveTurn(turn, request, prompt, sink))
 
     def _listen(self, active: ActiveTurn) -> None:
         """Take a turn's text and cancel; end it where that ends it."""
@@ -255,8 +258,8 @@ class Engine:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
             return True
         slot = self._free_slots.pop(0)
+        self._speaking.append(active)  # before it leaves the others: who counts must find it
         self._waiting.remove(active)
-        self._speaking.append(active)
         active.slot, active.max_frames = slot, min(active.request.params.max_frames, room)
         self._codec.reset(slot)
         self._backend.prefill(slot, rows, active.request.params, active.prompt.shared)

@@ -303,6 +303,25 @@ def test_too_many_waiting_turns_are_refused(tts):
     wait_idle(tts)
 
 
+def test_a_turn_whose_prompt_is_being_made_is_waiting(tts, monkeypatch):
+    began, go_on, make = threading.Event(), threading.Event(), tts._engine._prompts.open
+
+    def slow(*args, **options):
+        began.set()
+        assert go_on.wait(10)
+        return make(*args, **options)
+
+    monkeypatch.setattr(tts._engine._prompts, "open", slow)
+    turn = tts.open_turn(sink=Listener())
+    try:
+        assert began.wait(10)
+        assert tts._engine.num_waiting == 1
+    finally:
+        go_on.set()
+        turn.cancel()
+    wait_idle(tts)
+
+
 def test_prompt_beyond_the_slot_is_an_error_not_a_crash(tiny_base):
     with TTSDecoder.load(tiny_base, num_slots=1, max_positions=16) as tts:
         listener = Listener()
