@@ -144,6 +144,15 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t bits) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
 }
 
+// Bits of a float that compare as the float does.
+__device__ __forceinline__ uint32_t ordered_bits(uint32_t bits) {
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float from_ordered_bits(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
 // Publish two neighbouring values of a vector as bf16. `dump_row` is where they stand, for `column`, in the test's
 // dump of this exchange.
 template <class Context>

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "attention.cuh"
-#include "sampling.cuh"
 
 namespace qwen_tts {
 

@@ -12,7 +12,7 @@
 namespace qwen_tts {
 
 // Philox4x32-10 (Salmon et al., SC11).
-__host__ __device__ __forceinline__ uint4 philox(uint4 c, uint2 k) {
+__device__ __forceinline__ uint4 philox(uint4 c, uint2 k) {
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t(0xD2511F53u) * c.x, b = uint64_t(0xCD9E8D57u) * c.z;
@@ -23,25 +23,9 @@ __host__ __device__ __forceinline__ uint4 philox(uint4 c, uint2 k) {
   return c;
 }
 
-__host__ __device__ __forceinline__ float gumbel(uint32_t bits) {
+__device__ __forceinline__ float gumbel(uint32_t bits) {
   const float uniform = (float(bits >> 9) + 0.5f) * 0x1p-23f;  // exact, never 0 or 1
   return -logf(-logf(uniform));
-}
-
-// Bits of a float that compare as the float does.
-__host__ __device__ __forceinline__ uint32_t ordered_bits(uint32_t bits) {
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__host__ __device__ __forceinline__ float from_ordered_bits(uint32_t key) {
-  const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
-#ifdef __CUDA_ARCH__
-  return __uint_as_float(bits);
-#else
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-#endif
 }
 
 struct Draw {
