@@ -241,9 +241,7 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
     const NormRope<S::kDim> by(qk_norm, p.talker_rope + int64_t(own.position) * S::kDim);
     const uint64_t* from = row_packets<S::kDim>(vector, (item.kv_head() * S::kGroupSize + g) * S::kDim, item.column());
     wait_rows(q, 1, [&](int) { return from; }, c.tag - 1, c.dog);
-    float squares[1] = {q[0].squares()};
-    warp_sums(squares);
-    q[0].norm_rope(by, squares[0], D::kEps);
+    q[0].norm_rope(by, D::kEps);
     q[0].store(sh.q[g]);
   }
   const int column = own.first + (kWarps - 1 - warp);
@@ -253,9 +251,7 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
     const NormRope<S::kDim> by(qk_norm + S::kDim, p.talker_rope + int64_t(position) * S::kDim);
     const uint64_t* from = row_packets<S::kDim>(vector, S::kQRows + item.kv_head() * S::kDim, column);
     wait_rows(kv, 2, [&](int i) { return from + 4 * i * S::kKRows; }, c.tag - 1, c.dog);
-    float squares[1] = {kv[0].squares()};
-    warp_sums(squares);
-    kv[0].norm_rope(by, squares[0], D::kEps);
+    kv[0].norm_rope(by, D::kEps);
     kv[0].store(sh.k[column - own.first]);
     kv[1].store(sh.v[column - own.first]);
     if (column == item.column() && item.leads_to(c.scratch.items, position / kSplitPositions)) {

@@ -83,7 +83,7 @@ struct HeadRow {
   __device__ __forceinline__ void round() {
     set(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]));
   }
-  // Of this lane; their sum over the warp is what norm_rope needs.
+  // Of this lane; the sum over the warp is what norm_rope takes.
   __device__ __forceinline__ float squares() const { return x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]; }
   __device__ __forceinline__ void norm_rope(const NormRope<kDim>& by, float squares, float eps) {
     const float2 wa = unpack_bf16(by.weight[0]), wb = unpack_bf16(by.weight[1]);
@@ -94,6 +94,12 @@ struct HeadRow {
     x[1] = b * by.angle.z - d * by.angle.w;
     x[2] = c * by.angle.x + a * by.angle.y;
     x[3] = d * by.angle.z + b * by.angle.w;
+  }
+  // The same for a row that stands alone.
+  __device__ __forceinline__ void norm_rope(const NormRope<kDim>& by, float eps) {
+    float sum[1] = {squares()};
+    warp_sums(sum);
+    norm_rope(by, sum[0], eps);
   }
   // This lane's part.
   __device__ __forceinline__ float dot(const HeadRow& other) const {
@@ -106,7 +112,7 @@ struct HeadRow {
 template <int kDim>
 __device__ __forceinline__ const uint64_t* row_packets(const uint64_t* vector, int first, int column) {
   const int at = HeadRow<kDim>::owns() ? 2 * lane_index() : 0;
-  return vector + 4 * first + packet_index(at / 16, at % 16 / 2, column);
+  return vector + kStripPackets / 16 * first + packet_index(at / 16, at % 16 / 2, column);
 }
 
 // Poll the first `count` of kCount rows of a published vector, each from at(i) on.

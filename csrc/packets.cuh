@@ -101,7 +101,8 @@ __device__ __forceinline__ uint32_t wait_packet(const uint64_t* p, uint32_t tag,
 // {2t, 2t + 1} and {2t + 8, 2t + 9} of column n.
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
-constexpr int vector_packets(int k) { return (k + 15) / 16 * 64; }
+constexpr int kStripPackets = 64;  // of sixteen values, for all columns
+constexpr int vector_packets(int k) { return (k + 15) / 16 * kStripPackets; }
 
 struct PacketLayout {
   using T = TalkerDims;
@@ -127,8 +128,6 @@ struct PacketLayout {
   static constexpr int64_t kProjected = kPartials + int64_t(kMaxColumns) * T::kKvHeads * kMaxSplits * kPartial;
   static constexpr int64_t kTotal = kProjected + vector_packets(P::kHidden);
 };
-
-constexpr int kStripPackets = 64;  // of sixteen rows
 
 // Packet of rows {2 * pair, 2 * pair + 1} of a 16-row strip for a column, in a vector's buffer.
 __device__ __forceinline__ int packet_index(int chunk, int pair, int column) {

@@ -49,10 +49,11 @@ struct RingShared {
   }
 };
 
-// The most that fits, with its barriers, into so many bytes a warp.
+// The most that fits, with what is kept of each piece, into so many bytes a warp.
 constexpr int ring_bytes(int bytes_a_warp, int unit, int min_piece_bytes) {
+  constexpr int kOfPiece = 2 * sizeof(uint64_t) + sizeof(uint16_t);  // full, empty, taken
   int bytes = bytes_a_warp / unit * unit;
-  while (bytes + ring_barriers(bytes, min_piece_bytes) * 18 > bytes_a_warp) bytes -= unit;
+  while (bytes + ring_barriers(bytes, min_piece_bytes) * kOfPiece > bytes_a_warp) bytes -= unit;
   return bytes;
 }
 

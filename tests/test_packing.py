@@ -76,8 +76,13 @@ def test_a_layer_is_its_products_in_order_of_use():
         layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight
     ])  # fmt: skip
     assert torch.equal(packed[:padded], pack_product(with_norm(joined, layer.input_layernorm)))
-    down = pack_product(layer.mlp.down_proj.weight, splits=True)
-    assert torch.equal(packed[-len(down) :], down)
+    gate_up = interleave_gate_up(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
+    after = [
+        pack_product(layer.self_attn.o_proj.weight, splits=True),
+        pack_product(with_norm(gate_up, layer.post_attention_layernorm)),
+        pack_product(layer.mlp.down_proj.weight, splits=True),
+    ]
+    assert torch.equal(packed[padded:], torch.cat(after))
 
 
 def test_a_norm_s_weight_is_in_the_product_that_follows():
