@@ -5,13 +5,14 @@
 // n dimension, out = p V with them in the m dimension. Splits are cut by position alone, so a
 // stream's sums do not depend on its company or the grid.
 //
-// Memory is slow to answer while weights stream, so an item's keys are in flight before the new query
-// is waited for, the next item's before the one before is merged, and its values before the scores are computed.
-// They come in 16-byte pieces: which dims of a head a lane takes for which k or n of an mma is free, as long as
+// Keys and values of the cache come through the weight ring, in the order in which items use them, so that they are on
+// their way long before: memory is slow to answer while weights stream. A lane reads them in 16-byte pieces: which dims of a head a lane takes for which k or n of an mma is free, as long as
 // both operands agree.
 // Keys and values of this launch (one row a frame; up to eight in a prefill) come from the
 // exchange, through shared memory.
 #pragma once
+
+#include <cfloat>
 
 #include "head_row.cuh"
 #include "layer.cuh"
@@ -24,7 +25,7 @@ struct HeadShape {
   static constexpr int kGroupSize = D::kHeads / D::kKvHeads;  // query heads of a key-value head
   static constexpr int kQRows = D::kHeads * D::kHeadDim, kKRows = D::kKvHeads * D::kHeadDim;
   static constexpr int kBlocks = kDim / 32;  // of a key row: four lanes read 16 bytes each
-  static constexpr int kHalves = kDim / 64;  // of a value row: eight lanes read 16 bytes each
+  static constexpr int kValueTiles = kDim / 16;  // of a value row: sixteen dims are the m of one mma
   static_assert(kGroupSize <= 8, "the heads of a group are the n of one mma");
 };
 
@@ -101,131 +102,168 @@ struct AttentionItem {
 };
 static_assert(kMaxSplits <= 256 && kMaxColumns <= 256 && kMaxItems <= 257, "an item's numbers have eight bits");
 
-// The items of this CTA, which are the same in all layers of a frame. By all computing threads, once.
+// The items of this CTA, which are the same in all layers of a frame. By the first kThreads threads, once.
 template <class D>
-__device__ __forceinline__ void list_items(Context& c) {
+__device__ __forceinline__ void list_items(const FrameParams& p, Scratch& scratch) {
   for (int place = thread_index(); place < kMaxItems; place += kThreads) {
-    const AttentionItem item{AttentionItem::find(c.p, D::kKvHeads, place)};
+    const AttentionItem item{AttentionItem::find(p, D::kKvHeads, place)};
     ItemRows rows{item.bits, 0, 0, 0};  // of none, no rows
     if (item.bits != AttentionItem::kNone) {
-      const Column& own = c.p.columns[item.column()];
+      const Column& own = p.columns[item.column()];
       rows.head = own.slot * D::kKvHeads + item.kv_head();
       rows.end = min((item.split() + 1) * kSplitPositions, own.position + 1);
-      rows.first_new = c.p.columns[own.first].position;
+      rows.first_new = p.columns[own.first].position;
     }
-    c.scratch.items[place] = rows;
+    scratch.items[place] = rows;
   }
-  sync_compute();
 }
 
 // Where an item's keys and values begin in their caches.
 template <class D>
-__device__ __forceinline__ int64_t cache_at(const Context& c, const ItemRows& rows) {
-  return (c.layer() * c.p.num_slots * D::kKvHeads + rows.head) * int64_t(c.p.max_positions * D::kHeadDim);
+__device__ __forceinline__ int64_t cache_at(const FrameParams& p, int layer, const ItemRows& rows) {
+  return (layer * p.num_slots * D::kKvHeads + rows.head) * int64_t(p.max_positions * D::kHeadDim);
+}
+
+// Of a warp's tile: rows that hold positions of the stream, and those of them that are in the cache and come
+// through the ring. None or fewer than none: none.
+__device__ __forceinline__ int used_rows(const ItemRows& rows, int first_position) {
+  return min(kTilePositions, rows.end - first_position);
+}
+__device__ __forceinline__ int cached_rows(const ItemRows& rows, int first_position) {
+  return min(kTilePositions, min(rows.end, rows.first_new) - first_position);
 }
 
 // One warp's sixteen positions. Lane (g, t) = (lane / 4, lane % 4) holds of the keys rows g and g + 8,
-// of each block of 32 dims the t-th eight; of the values rows 2t, 2t + 1, 2t + 8, 2t + 9, of each
-// half of 64 dims the g-th eight.
+// of each block of 32 dims the t-th eight. Values stay in the ring until they are used.
 template <class D>
 struct Tile {
   using S = HeadShape<D>;
-  uint4 k[2][S::kBlocks], v[4][S::kHalves];
+  uint4 k[2][S::kBlocks];
 
   static __device__ __forceinline__ int key_row(int r) { return (lane_index() >> 2) + 8 * r; }
-  static __device__ __forceinline__ int value_row(int r) { return 2 * (lane_index() & 3) + (r & 1) + 8 * (r >> 1); }
 
-  // Rows of positions `first` on, for those below `end`; from the cache, which begins with position 0.
-  __device__ __forceinline__ void fetch_keys(const __nv_bfloat16* rows, int first, int end) {
+  // The first `rows` rows, from the ring. Of others, keys may be anything: their scores are not used.
+  template <class Ring>
+  __device__ __forceinline__ void read_keys(Ring& ring, int rows) {
+    using P = TilePieces<D>;
+    const int warp = warp_index(), lane = lane_index();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) fetch<4>(k[r], rows, first + key_row(r), lane_index() & 3, end);
-  }
-  __device__ __forceinline__ void fetch_values(const __nv_bfloat16* rows, int first, int end) {
+    for (int r = 0; r < 2; ++r)
 #pragma unroll
-    for (int r = 0; r < 4; ++r) fetch<8>(v[r], rows, first + value_row(r), lane_index() >> 2, end);
-  }
-  template <int kStep, int kCount>
-  static __device__ __forceinline__ void fetch(uint4 (&to)[kCount], const __nv_bfloat16* rows, int position, int piece,
-                                               int end) {
-    const uint4* from = reinterpret_cast<const uint4*>(rows + position * S::kDim) + piece;
+      for (int b = 0; b < S::kBlocks; ++b) k[r][b] = make_uint4(0, 0, 0, 0);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      to[i] = make_uint4(0, 0, 0, 0);  // memory that nobody wrote may hold anything
-      if (position < end) to[i] = __ldcg(from + kStep * i);
+    for (int first = 0; first < P::kPositions; first += P::kRows) {
+      if (first >= rows) break;
+      const uint32_t piece = ring.template wait<P::kBytes>(warp, 0);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (key_row(r) / P::kRows == first / P::kRows)
+#pragma unroll
+          for (int b = 0; b < S::kBlocks; ++b) {
+            const uint32_t row = piece + (key_row(r) - first) * P::kRowBytes + 16 * ((lane & 3) ^ swizzle(lane >> 2));
+            k[r][b] = load_shared(row ^ 64 * b);
+          }
+      ring.template release<P::kBytes>(warp, lane);
     }
   }
-
   // The rows at positions from `begin` on, below `end`, from this launch's (whose first is at `begin`).
   __device__ __forceinline__ void take_new_keys(const NewRowsShared<D>& sh, int first, int begin, int end) {
     if (first + kTilePositions <= begin) return;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) take_new<4>(k[r], sh.k, first + key_row(r), lane_index() & 3, begin, end);
+    for (int r = 0; r < 2; ++r) take_new(k[r], sh.k, first + key_row(r), begin, end);
   }
-  __device__ __forceinline__ void take_new_values(const NewRowsShared<D>& sh, int first, int begin, int end) {
-    if (first + kTilePositions <= begin) return;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) take_new<8>(v[r], sh.v, first + value_row(r), lane_index() >> 2, begin, end);
-  }
-  template <int kStep, int kCount>
-  static __device__ __forceinline__ void take_new(uint4 (&to)[kCount], const __nv_bfloat16 (*rows)[S::kDim], int position,
-                                                  int piece, int begin, int end) {
+  static __device__ __forceinline__ void take_new(uint4 (&to)[S::kBlocks], const __nv_bfloat16 (*rows)[S::kDim], int position,
+                                                  int begin, int end) {
     if (position < begin || position >= end) return;
-    const uint4* from = reinterpret_cast<const uint4*>(rows[position - begin]) + piece;
+    const uint4* from = reinterpret_cast<const uint4*>(rows[position - begin]) + (lane_index() & 3);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i] = from[kStep * i];
+    for (int b = 0; b < S::kBlocks; ++b) to[b] = from[4 * b];
   }
 
   // Dot products with the queries, through shared memory: [group][position], not yet scaled.
   __device__ __forceinline__ void scores(const NewRowsShared<D>& sh, float (*to)[kTilePositions]) const {
     const int g = lane_index() >> 2, t = lane_index() & 3;
-    float s[4] = {};
+    const uint4* queries = reinterpret_cast<const uint4*>(sh.q[g % S::kGroupSize]);  // more columns than heads: not used
+    float part[4][4] = {};  // short chains: an mma takes as long as thirty other instructions
 #pragma unroll
     for (int b = 0; b < S::kBlocks; ++b) {
-      uint4 q = make_uint4(0, 0, 0, 0);
-      if (g < S::kGroupSize) q = reinterpret_cast<const uint4*>(sh.q[g])[4 * b + t];
-      mma(s, make_uint4(k[0][b].x, k[1][b].x, k[0][b].y, k[1][b].y), make_uint2(q.x, q.y));
-      mma(s, make_uint4(k[0][b].z, k[1][b].z, k[0][b].w, k[1][b].w), make_uint2(q.z, q.w));
+      const uint4 q = queries[4 * b + t];
+      mma(part[2 * b % 4], make_uint4(k[0][b].x, k[1][b].x, k[0][b].y, k[1][b].y), make_uint2(q.x, q.y));
+      mma(part[2 * b % 4 + 1], make_uint4(k[0][b].z, k[1][b].z, k[0][b].w, k[1][b].w), make_uint2(q.z, q.w));
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (2 * t + (i & 1) < S::kGroupSize) to[2 * t + (i & 1)][g + 8 * (i >> 1)] = s[i];
+      if (2 * t + (i & 1) < S::kGroupSize)
+        to[2 * t + (i & 1)][g + 8 * (i >> 1)] = (part[0][i] + part[1][i]) + (part[2][i] + part[3][i]);
     __syncwarp();
-  }
-
-  // Values weighted by p, which lane (g, t) holds for head g and rows 2t, 2t + 1; 2t + 8, 2t + 9.
-  // Into to[head][dim].
-  __device__ __forceinline__ void weigh(uint32_t p_low, uint32_t p_high, float (*to)[S::kDim]) const {
-    const int g = lane_index() >> 2, t = lane_index() & 3;
-#pragma unroll
-    for (int h = 0; h < S::kHalves; ++h) {
-      float out[2][8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        auto pick = [&](const uint4& a, const uint4& b) {  // the j-th dim of two rows
-          const uint32_t x = j < 2 ? a.x : j < 4 ? a.y : j < 6 ? a.z : a.w;
-          const uint32_t y = j < 2 ? b.x : j < 4 ? b.y : j < 6 ? b.z : b.w;
-          return __byte_perm(x, y, j % 2 ? 0x7632 : 0x5410);
-        };
-        float c[4] = {};
-        mma(c, make_uint4(p_low, 0, p_high, 0), make_uint2(pick(v[0][h], v[1][h]), pick(v[2][h], v[3][h])));
-        out[0][j] = c[0];
-        out[1][j] = c[1];
-      }
-      if (g < S::kGroupSize)
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          float4* at = reinterpret_cast<float4*>(to[g] + h * 64 + (2 * t + n) * 8);
-          at[0] = make_float4(out[n][0], out[n][1], out[n][2], out[n][3]);
-          at[1] = make_float4(out[n][4], out[n][5], out[n][6], out[n][7]);
-        }
-      __syncwarp();  // the halves one after the other: there are no registers for both at once
-    }
   }
 };
 
+// A warp's weighted values, [head][dim], in an order in which eight lanes store, and finish_item's lanes read, with few
+// conflicts of banks: lane g of a tile has dims g, g + 8, g + 16, ...
+template <class D>
+struct Weighed {
+  using S = HeadShape<D>;
+  static constexpr int kWords = S::kDim / 32;  // of 16 bytes, a lane and head
+  // Where the i-th four of lane g's dims stand, in floats.
+  static __device__ __forceinline__ int at(int warp, int g, int i) {
+    return ((g * kWords + (i ^ (g * kWords >> 3))) ^ (warp >> 2 & 1) * 4) * 4;
+  }
+  static __device__ __forceinline__ int at_dim(int warp, int dim) { return at(warp, dim & 7, dim >> 5) + (dim >> 3 & 3); }
+};
+
+// Make a tile's piece in the ring whole, which holds the rows of the cache: `rows` rows from `first` on. Later ones are
+// this launch's as far as `used`; beyond it nobody wrote, and what is not weighed must be a number.
+template <class D>
+__device__ __forceinline__ void complete_values(uint32_t piece, int first, int cached, int used, const __nv_bfloat16 (*fresh)[D::kHeadDim]) {
+  using P = TilePieces<D>;
+  constexpr int kWords = P::kRowBytes / 16;
+  for (int i = max(cached - first, 0) * kWords + lane_index(); i < P::kRows * kWords; i += 32) {
+    const int row = i / kWords, word = i % kWords;
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (first + row < used) x = reinterpret_cast<const uint4*>(fresh[first + row - cached])[word];
+    store_shared(piece + row * P::kRowBytes + 16 * (word ^ swizzle(first + row)), x);
+  }
+  fence_copy_engine();  // which fills the piece again
+  __syncwarp();
+}
+
+// A warp's values, weighed by p, which lane (g, t) holds for head g and rows 2t, 2t + 1; 2t + 8, 2t + 9: as
+// out^T = V^T p, with V^T as it comes from the ring by transposing loads.
+template <class D>
+__device__ __forceinline__ void weigh(Context& c, const ItemRows& rows, int first_position, const NewRowsShared<D>& fresh,
+                                      uint32_t p_low, uint32_t p_high, float (*to)[D::kHeadDim]) {
+  using S = HeadShape<D>;
+  using P = TilePieces<D>;
+  using W = Weighed<D>;
+  const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
+  float out[S::kValueTiles][4] = {};
+  const int used = used_rows(rows, first_position), cached = cached_rows(rows, first_position);
+#pragma unroll
+  for (int first = 0; first < P::kPositions; first += P::kRows) {
+    if (first >= used) break;
+    const uint32_t piece = c.ring.template wait<P::kBytes>(warp, 0);
+    if (cached < first + P::kRows) complete_values<D>(piece, first, cached, used, fresh.v);
+    // The rows of the pieces that are not this one: some of this, weighed with nothing.
+    const int row = (lane & 7) + (lane & 16) / 2, word = (lane >> 3 & 1) ^ swizzle(lane);
+    const uint32_t from = piece + row % P::kRows * P::kRowBytes + 16 * word;
+    const bool low = 2 * t / P::kRows == first / P::kRows, high = (2 * t + 8) / P::kRows == first / P::kRows;
+#pragma unroll
+    for (int j = 0; j < S::kValueTiles; ++j)
+      mma(out[j], load_transposed(from ^ 32 * j), make_uint2(low ? p_low : 0u, high ? p_high : 0u));
+    c.ring.template release<P::kBytes>(warp, lane);
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+    if (2 * t + n < S::kGroupSize)
+#pragma unroll
+      for (int i = 0; i < W::kWords; ++i)
+        *reinterpret_cast<float4*>(to[2 * t + n] + W::at(warp, g, i)) =
+            make_float4(out[2 * i][n], out[2 * i][n + 2], out[2 * i + 1][n], out[2 * i + 1][n + 2]);
+}
+
 // The query rows and this launch's keys and values of the item's stream, normed, rotated and
-// rounded as the cache rounds, into shared memory; the item's own row into the cache too, by the CTA that has
-// its split.
+// rounded as the cache rounds, into shared memory.
 template <class D>
 __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, const AttentionItem& item) {
   using S = HeadShape<D>;
@@ -254,39 +292,22 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
     kv[0].norm_rope(by, D::kEps);
     kv[0].store(sh.k[column - own.first]);
     kv[1].store(sh.v[column - own.first]);
-    if (column == item.column() && item.leads_to(c.scratch.items, position / kSplitPositions)) {
-      const int64_t at = cache_at<D>(c, item.rows(c)) + int64_t(position) * S::kDim;
-      kv[0].store(p.k_cache + at);
-      kv[1].store(p.v_cache + at);
-    }
   }
 }
 
-// Of sixteen lanes, the same in each.
-__device__ __forceinline__ float sum_of_sixteen(float x) {
-#pragma unroll
-  for (int offset = 8; offset; offset >>= 1) x += __shfl_xor_sync(~0u, x, offset);
-  return x;
-}
-__device__ __forceinline__ float max_of_sixteen(float x) {
-#pragma unroll
-  for (int offset = 8; offset; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
-  return x;
-}
-
-// Two dims of sixteen rows, weighted: lane j has row j's weight, lane j + 16 the same. The rows lie kStride
-// floats apart; `rows` is this lane's own place in the first.
-template <int kStride>
-__device__ __forceinline__ float2 weighted_rows(float weight, const float* rows) {
-  float2 sum = make_float2(0.f, 0.f);
-#pragma unroll 4  // more at a time would take too many registers
-  for (int j = 0; j < 16; ++j) {
-    const float w = __shfl_sync(~0u, weight, j);
-    const float2 row = *reinterpret_cast<const float2*>(rows + j * kStride);
-    sum.x += w * row.x;
-    sum.y += w * row.y;
-  }
-  return sum;
+// The item's own row, now whole in shared memory, into the cache, by the CTA that has its split.
+template <class D>
+__device__ __forceinline__ void keep_new_row(const Context& c, const NewRowsShared<D>& sh, const AttentionItem& item) {
+  constexpr int kWords = D::kHeadDim / 8;
+  const FrameParams& p = c.p;
+  if (warp_index() != kWarps - 1) return;
+  const int position = p.columns[item.column()].position, row = position - item.rows(c).first_new;
+  if (!item.leads_to(c.scratch.items, position / kSplitPositions) || lane_index() >= 2 * kWords) return;
+  const bool of_keys = lane_index() < kWords;
+  const int word = lane_index() % kWords;
+  const int64_t at = cache_at<D>(p, c.layer(), item.rows(c)) + int64_t(position) * D::kHeadDim + 8 * (word ^ swizzle(position));
+  *reinterpret_cast<uint4*>((of_keys ? p.k_cache : p.v_cache) + at) =
+      reinterpret_cast<const uint4*>((of_keys ? sh.k : sh.v)[row])[word];
 }
 
 // Merge the warps, always in their order, and publish the heads' output; with several splits this
@@ -298,15 +319,28 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
   const bool whole = p.columns[item.column()].position < kSplitPositions;
   uint64_t* part = p.packets + PacketLayout::kPartials +
                    (int64_t(item.column() * D::kKvHeads + item.kv_head()) * kMaxSplits + item.split()) * PacketLayout::kPartial;
-  // A few warps, each item others: the rest go on to the next.
   constexpr int kPairs = S::kGroupSize * S::kDim / 2;
-  const int i = (thread_index() + item.place() * (kThreads - kPairs)) % kThreads;
+  constexpr int kParts = 4, kPerPart = kWarps / kParts;  // neighbouring lanes share out the warps
+  static_assert(S::kDim / 2 % (32 / kParts) == 0, "a warp's pairs are of one head");
+  const int i = thread_index() / kParts;
   if (i >= kPairs) return;
-  const int g = i / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2)), w = lane_index() % kWarps;
-  const float maximum = max_of_sixteen(sh.maximum[g][w]);
-  const float weight = expf(sh.maximum[g][w] - maximum);  // 0 for a warp without positions
-  const float total = sum_of_sixteen(weight * sh.total[g][w]);
-  const float2 out = weighted_rows<S::kGroupSize * S::kDim>(weight, &sh.out[0][g][dim]);
+  const int g = i / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2)), first = thread_index() % kParts * kPerPart;
+  const float4 m = *reinterpret_cast<const float4*>(sh.maximum[g] + first);
+  const float4 sums = *reinterpret_cast<const float4*>(sh.total[g] + first);
+  const float maximum = max_of_four(fmaxf(fmaxf(m.x, m.y), fmaxf(m.z, m.w)));
+  // 0 for a warp without positions
+  const float share[kPerPart] = {expf(m.x - maximum), expf(m.y - maximum), expf(m.z - maximum), expf(m.w - maximum)};
+  const float total = sum_of_four(share[0] * sums.x + share[1] * sums.y + share[2] * sums.z + share[3] * sums.w);
+  const int low = Weighed<D>::at_dim(first, dim), high = Weighed<D>::at_dim(first, dim + 1);  // the same for all of a part
+  float2 out = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int j = 0; j < kPerPart; ++j) {
+    out.x += share[j] * sh.out[first + j][g][low];
+    out.y += share[j] * sh.out[first + j][g][high];
+  }
+  out.x = sum_of_four(out.x);
+  out.y = sum_of_four(out.y);
+  if (first != 0) return;
   if (whole) {
     const int row = (item.kv_head() * S::kGroupSize + g) * S::kDim + dim;
     publish_pair(c, p.packets + PacketLayout::kHeadsOut, row, item.column(), divide(out.x, total),
@@ -336,10 +370,10 @@ __device__ __forceinline__ void soften(AttentionShared<D>& sh, int first, int en
       const int row = 2 * t + (i & 1) + 8 * (i >> 1);
       if (first + row < end) s[i] = sh.score[warp][g][row] * scale;
     }
-  float maximum = fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3]));
-  maximum = max_of_four(maximum);
+  const float maximum = max_of_four(fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3])));
+  const float from = fmaxf(maximum, -FLT_MAX);  // of no rows, a number
 #pragma unroll
-  for (int i = 0; i < 4; ++i) s[i] = s[i] == -INFINITY ? 0.f : expf(s[i] - maximum);
+  for (int i = 0; i < 4; ++i) s[i] = expf(s[i] - from);
   p_low = pack_bf16(s[0], s[1]);
   p_high = pack_bf16(s[2], s[3]);
   const float2 low = unpack_bf16(p_low), high = unpack_bf16(p_high);  // the sum of what is weighed with
@@ -358,17 +392,14 @@ __device__ __forceinline__ NewRowsShared<D>& new_rows(const Context& c, const At
   return *reinterpret_cast<NewRowsShared<D>*>(half + sizeof(AttentionShared<D>));
 }
 
-// Ask for the keys of the item at a place in the list; of none, for no rows, so that the registers hold nothing that
-// must be kept.
+// The keys of the item at a place in the list; of none, no rows.
 template <class D>
-__device__ __forceinline__ void fetch_item_keys(const Context& c, Tile<D>& tile, int place) {
+__device__ __forceinline__ void read_item_keys(Context& c, Tile<D>& tile, int place) {
   const ItemRows rows = c.scratch.items[place];
-  tile.fetch_keys(c.p.k_cache + cache_at<D>(c, rows), AttentionItem{rows.bits}.first_position(),
-                  min(rows.end, rows.first_new));
+  tile.read_keys(c.ring, cached_rows(rows, AttentionItem{rows.bits}.first_position()));
 }
 
-// One item, whose keys are on their way and whose new rows are there; the keys of the next are asked for as
-// soon as there is room for them.
+// One item, whose keys are in registers and whose new rows are there.
 template <class D>
 __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, AttentionItem item) {
   using S = HeadShape<D>;
@@ -377,20 +408,16 @@ __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, Attention
   {
     const ItemRows rows = item.rows(c);
     tile.take_new_keys(fresh, item.first_position(), rows.first_new, rows.end);
-    // Values only now: with them in registers during the wait, some would be spilled as they come.
-    tile.fetch_values(c.p.v_cache + cache_at<D>(c, rows), item.first_position(), min(rows.end, rows.first_new));
   }
   tile.scores(fresh, sh.score[warp_index()]);
   opaque(item.bits);
-  uint32_t p_low, p_high;
   {
     const ItemRows rows = item.rows(c);
+    uint32_t p_low, p_high;
     soften<D>(sh, item.first_position(), rows.end, p_low, p_high);
-    tile.take_new_values(fresh, item.first_position(), rows.first_new, rows.end);
+    weigh<D>(c, rows, item.first_position(), fresh, p_low, p_high, sh.out[warp_index()]);
   }
-  tile.weigh(p_low, p_high, sh.out[warp_index()]);
   opaque(item.bits);
-  fetch_item_keys<D>(c, tile, item.place() + 1);
   sync_compute();
   opaque(item.bits);
   finish_item<D>(c, sh, item);
@@ -447,32 +474,21 @@ __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_he
   }
 }
 
-// Ask for the rows of this CTA's first item long before they are needed: their way from memory is the
-// longest of a layer.
-template <class D>
-__device__ __forceinline__ void prefetch_first(const Context& c) {
-  const ItemRows rows = c.scratch.items[0];
-  constexpr int kLines = D::kHeadDim * 2 / 128;  // of a row
-  const int position = AttentionItem{rows.bits}.first_position() + lane_index() / kLines;
-  if (lane_index() >= kTilePositions * kLines || position >= min(rows.end, rows.first_new)) return;
-  const int64_t line = cache_at<D>(c, rows) + position * D::kHeadDim + lane_index() % kLines * 64;
-  prefetch_to_l2(c.p.k_cache + line);
-  prefetch_to_l2(c.p.v_cache + line);
-}
-
 // One layer's attention, this CTA's part; reads c.tag - 1, publishes c.tag.
 template <class D>
 __device__ __forceinline__ void attend_talker(Context& c) {
   Tile<D> tile;
-  fetch_item_keys<D>(c, tile, 0);
+  read_item_keys<D>(c, tile, 0);
 #pragma unroll 1
   for (AttentionItem item{c.scratch.items[0].bits}; item.bits != AttentionItem::kNone;
        item.bits = c.scratch.items[item.place() + 1].bits) {
     if (item.place() == 0 || !item.same_rows(AttentionItem{c.scratch.items[item.place() - 1].bits})) {
       read_new_rows<D>(c, new_rows<D>(c, item), item);
       sync_compute();
+      keep_new_row<D>(c, new_rows<D>(c, item), item);
     }
     attend_item<D>(c, tile, item);
+    read_item_keys<D>(c, tile, item.place() + 1);
   }
   // From the last CTA on, which has the fewest items.
   for (int i = gridDim.x - 1 - block_index(); i < c.p.num_columns * D::kKvHeads; i += gridDim.x)

@@ -49,6 +49,23 @@ struct Product {
   static_assert((kK / kSplit) % kChunk == 0, "k comes in chunks of 16");
 };
 
+// How a warp's tile of sixteen positions of the talker's attention comes through the ring: its keys, then its
+// values, in pieces of kRows positions.
+template <class D>
+struct TilePieces {
+  static constexpr int kPositions = 16;
+  static constexpr int kRows = kSmallShared ? 4 : kPositions;
+  static constexpr int kRowBytes = 2 * D::kHeadDim;
+  static constexpr int kBytes = kRows * kRowBytes;
+  static_assert(kBytes % kChunkBytes == 0, "rows begin where addresses end in zeros");
+};
+
+// A row of the caches stands in 16-byte words, the word w of dims 8w to 8w + 7 at w ^ swizzle(position): so what a
+// warp reads at once of several rows lies in different banks. packing.py has the same for PyTorch.
+__device__ __forceinline__ int swizzle(int position) {
+  return (position & 1) << 2 | (position & 2) | (position >> 2 & 1);
+}
+
 constexpr int kGroup = 3;            // tiles whose partial sums meet at one barrier
 constexpr int kTileFloats = 16 * 8;  // of one warp's 16 x 8 result
 

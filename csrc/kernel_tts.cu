@@ -25,7 +25,8 @@ static_assert(sizeof(Shared) <= kSharedBytes, "more shared memory than the GPU h
 // The fetching warp: lane w streams warp w's weights, in the order in which the frame uses them.
 struct Fetcher {
   RingWriter<FrameRing> ring;
-  uint64_t once, kept;  // L2 policies
+  const ItemRows* tiles;
+  uint64_t once, kept, normal;  // L2 policies
 
   // The items of one product, which begins at `from`; its first kept_bytes shall stay in L2.
   template <class Product>
@@ -34,7 +35,7 @@ struct Fetcher {
     for (int item = block_index(); item < Product::kItems; item += gridDim.x)
 #pragma unroll 1
       for (int piece = 0; piece < Product::kPieces; ++piece)
-        ring.push(from + item * Product::kItemBytes + piece * Product::kPieceBytes, Product::kPieceBytes,
+        ring.push(from + item * Product::kItemBytes + piece * Product::kPieceBytes, Product::kPieceBytes, Product::kPieceBytes,
                   item * Product::kItemBytes < kept_bytes ? kept : once);
   }
   template <class Products>
@@ -45,11 +46,30 @@ struct Fetcher {
     items<typename Products::GateUp>(from + kGateUp, kept_bytes - kGateUp);
     items<typename Products::Down>(from + kDown, kept_bytes - kDown);
   }
+  // Keys and values of this CTA's items of a talker layer's attention, as far as they are in the cache.
+  __device__ __forceinline__ void cached(const FrameParams& p, int layer) {
+    using Tile = TalkerTile;
+#pragma unroll 1
+    for (const ItemRows* item = tiles; item->bits != AttentionItem::kNone; ++item) {
+      const int first = AttentionItem{item->bits}.split() * kSplitPositions + lane_index() * kTilePositions;
+      const int rows = cached_rows(*item, first), used = used_rows(*item, first);
+      const int64_t at = (cache_at<T>(p, layer, *item) + first * T::kHeadDim) * 2;
+      auto push = [&](const __nv_bfloat16* cache, int row) {
+        ring.push(reinterpret_cast<const char*>(cache) + at + row * Tile::kRowBytes,
+                  max(min(Tile::kRows, rows - row), 0) * Tile::kRowBytes, Tile::kBytes, normal);
+      };
+#pragma unroll 1
+      for (int row = 0; row < rows; row += Tile::kRows) push(p.k_cache, row);
+#pragma unroll 1
+      for (int row = 0; row < used; row += Tile::kRows) push(p.v_cache, row);  // new rows find room there
+    }
+  }
   __device__ __forceinline__ void frame(const FrameParams& p) {
 #pragma unroll 1
     for (int i = 0; i < T::kLayers; ++i) {
       const char* from = p.talker_layers + i * TalkerProducts::kLayerBytes;
       items<TalkerProducts::Qkv>(from);
+      cached(p, i);
       after_qkv<TalkerProducts>(from);
     }
     if (p.prefill) return;
@@ -63,6 +83,7 @@ struct Fetcher {
         const char* from = p.predictor_layers + i * PredictorProducts::kLayerBytes;
         // What stays in L2 begins with QKV, but for the first layer's, which a frame reads once or twice.
         if (!qkv_known(pass + 1, i)) items<PredictorProducts::Qkv>(from, i > 0 ? p.predictor_kept_bytes : 0);
+        if (pass < 0 && i == P::kLayers - 1) continue;
         after_qkv<PredictorProducts>(from, p.predictor_kept_bytes + (i > 0 ? 0 : PredictorProducts::Qkv::kBytes));
       }
       if (pass < 0) continue;
@@ -71,8 +92,9 @@ struct Fetcher {
   }
 };
 
-__device__ __forceinline__ void fetch_weights(const FrameParams& p, FrameRing& ring) {
-  Fetcher fetcher{{ring, lane_index()}};
+__device__ __forceinline__ void fetch_weights(const FrameParams& p, FrameRing& ring, const ItemRows* tiles) {
+  Fetcher fetcher{{ring, lane_index()}, tiles};
+  fetcher.normal = policy_evict_normal();
   fetcher.once = policy_evict_first();
   fetcher.kept = policy_evict_last();
   fetcher.frame(p);
@@ -104,12 +126,14 @@ __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_cons
   if (threadIdx.x < sizeof(FrameParams) / 4)
     reinterpret_cast<uint32_t*>(&sh.params)[threadIdx.x] = reinterpret_cast<const uint32_t*>(&p)[threadIdx.x];
   __syncthreads();
+  if (threadIdx.x < kThreads) list_items<T>(sh.params, sh.scratch);
+  __syncthreads();
   if (threadIdx.x < kThreads) {
     take_registers<112>();
     compute_frame(sh);
   } else {
     give_registers<32>();
-    if (threadIdx.x < kThreads + kWarps) fetch_weights(p, sh.ring);
+    if (threadIdx.x < kThreads + kWarps) fetch_weights(p, sh.ring, sh.scratch.items);
   }
 }
 

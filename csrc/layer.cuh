@@ -45,12 +45,16 @@ struct SamplerShared {
   int count[kWarps];
   float mass[kWarps];
 };
-constexpr int kMaxPieceBytes = max_of(TalkerProducts::kMaxPieceBytes, PredictorProducts::kMaxPieceBytes);
-constexpr int kMinPieceBytes = min_of(TalkerProducts::kMinPieceBytes, PredictorProducts::kMinPieceBytes);
+using TalkerTile = TilePieces<TalkerDims>;
+constexpr int kMaxPieceBytes = max_of(max_of(TalkerProducts::kMaxPieceBytes, PredictorProducts::kMaxPieceBytes), TalkerTile::kBytes);
+constexpr int kMinPieceBytes = min_of(min_of(TalkerProducts::kMinPieceBytes, PredictorProducts::kMinPieceBytes), TalkerTile::kBytes);
 constexpr int kOtherBytes = sizeof(Scratch) + sizeof(SamplerShared) + sizeof(FrameParams) + 256;
 constexpr int kRingBytes = ring_bytes((kSharedBytes - kOtherBytes) / kWarps, kChunkBytes, kMinPieceBytes);
 static_assert(kRingBytes >= 2 * kMaxPieceBytes, "the ring must hold two pieces");
 using FrameRing = RingShared<kRingBytes, kMinPieceBytes>;
+
+// Exchanges from the last QKV of position 0's own pass to that of the next pass: a code, and layers.
+constexpr int kLoneFor = 2 + 5 * (PredictorDims::kLayers - 1);
 
 // Floats of a CTA's residual, all its threads' registers.
 constexpr int kStashFloats = max_of(TalkerProducts::Qkv::kChunks, PredictorProducts::Qkv::kChunks) * 4 * kThreads;
@@ -244,17 +248,15 @@ __device__ __forceinline__ void wait_fragments(const Context& c, const uint64_t*
 }
 
 // One layer. The residual comes without the deltas of the down projection before it (published
-// under tag - 1; layer 0 has none), and leaves without this layer's. `prepare` is called first, before
-// anything is waited for. Where queries, keys and values are known already, there is no QKV exchange.
-template <class D, class Prepare, class Attend>
-__device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool qkv_known, Prepare&& prepare,
-                                              Attend&& attend) {
+// under tag - 1; layer 0 has none), and leaves without this layer's. Where queries, keys and values are known
+// already, there is no QKV exchange; where lone() holds there is nothing but that one, for the exchange kLoneFor later.
+template <class D, class Lone, class Attend>
+__device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool qkv_known, Lone&& lone, Attend&& attend) {
   using P = Products<D>;
   using L = PacketLayout;
   const FrameParams& p = c.p;
 
   // QKV
-  prepare();
   if (!qkv_known) {
     gemv<typename P::Qkv, 0>(
         c,
@@ -265,10 +267,15 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool q
         [&](int strip, int, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
           const float scale = rms_scale<D>(squares);
           if (!c.finishes(cell)) return;
-          publish_at(c, packets + L::kQkv + strip * kStripPackets + cell.packet, rows.x * scale, rows.y * scale,
-                     strip * 16 + 2 * cell.pair, cell.column);
+          publish_at(c, packets + (lone() ? L::kLoneQkv : L::kQkv) + strip * kStripPackets + cell.packet,
+                     rows.x * scale, rows.y * scale, strip * 16 + 2 * cell.pair, cell.column, lone() ? kLoneFor : 0);
         });
     c.advance();
+  }
+  if (lone()) {
+    c.next_layer();
+    sync_compute();  // what follows is a QKV again, with the same sum of squares
+    return;
   }
   r.stash(c);
   attend();  // reads tag - 1, publishes tag

@@ -126,7 +126,8 @@ struct PacketLayout {
   static constexpr int64_t kPartials = kCodes + kNumCodebooks * kMaxColumns;
   // [column * kv head][split][kPartial]
   static constexpr int64_t kProjected = kPartials + int64_t(kMaxColumns) * T::kKvHeads * kMaxSplits * kPartial;
-  static constexpr int64_t kTotal = kProjected + vector_packets(P::kHidden);
+  static constexpr int64_t kLoneQkv = kProjected + vector_packets(P::kHidden);  // see predictor.cuh
+  static constexpr int64_t kTotal = kLoneQkv + vector_packets(kQkvRows);
 };
 
 // Packet of rows {2 * pair, 2 * pair + 1} of a 16-row strip for a column, in a vector's buffer.
@@ -152,13 +153,13 @@ __device__ __forceinline__ float from_ordered_bits(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// Publish two neighbouring values of a vector as bf16. `dump_row` is where they stand, for `column`, in the test's
-// dump of this exchange.
+// Publish two neighbouring values of a vector as bf16, for the exchange `later` after this one. `dump_row` is where
+// they stand, for `column`, in the test's dump of this exchange.
 template <class Context>
 __device__ __forceinline__ void publish_at(const Context& c, uint64_t* to, float low, float high, int dump_row,
-                                           int column) {
+                                           int column, int later = 0) {
   const uint32_t bits = pack_bf16(low, high);
-  store_packet(to, bits, c.tag);
+  store_packet(to, bits, c.tag + later);
   if (c.dumps()) {
     float* at = c.p.dump_exchanges + (((c.tag - c.p.epoch) * PacketLayout::kDumpRows + dump_row) * kMaxColumns + column);
     const float2 rounded = unpack_bf16(bits);

@@ -61,7 +61,7 @@ struct FrameParams {
   const __nv_bfloat16* projected_embeddings;  // [15][predictor vocab][predictor hidden], of codes 0..14
   const __nv_bfloat16* projection_bias;       // [predictor hidden]
 
-  __nv_bfloat16* k_cache;  // [layers][slots][kv_heads][positions][head_dim]
+  __nv_bfloat16* k_cache;  // [layers][slots][kv_heads][positions][head_dim], rows in the order of swizzle()
   __nv_bfloat16* v_cache;
   int num_slots, max_positions;
   __nv_bfloat16* predictor_kv;  // [layers][streams][kv_heads][2][16][head_dim], scratch of one frame

@@ -2,7 +2,8 @@
 // code 0's embedding, and so on to code 14's; code 15 is never fed.
 //
 // Positions 0 and 1 are both known when the predictor starts. Up to four streams take them in one
-// pass, position 0 in columns 0..3 and position 1 in columns 4..7; more streams take a pass more.
+// pass, position 0 in columns 0..3 and position 1 in columns 4..7; more streams take a pass more. Of position
+// 0 only keys and values are wanted: that pass ends with the last layer's QKV, which the next pass reads.
 #pragma once
 
 #include "predictor_attention.cuh"
@@ -82,7 +83,8 @@ __device__ __forceinline__ void sum_embeddings(const FrameParams& p) {
 
 // The rows that a pass adds.
 __device__ __forceinline__ NewRows new_rows(const Context& c) {
-  return {c.pass(), c.pass() == 1 && c.p.num_columns <= kPaired ? kPaired : 0};
+  const bool both = c.pass() == 1, paired = c.p.num_columns <= kPaired;
+  return {c.pass(), both && paired ? kPaired : 0, both && !paired && c.layer() == P::kLayers - 1};
 }
 
 // Codes 0..15 from the talker's logits and normed row; c's columns are the streams. A pass is named by
@@ -105,7 +107,8 @@ __device__ __forceinline__ void predict(Context& c, SamplerShared& sampler, Resi
 #pragma unroll 1
     while (c.layer() < P::kLayers)
       decoder_layer<P>(
-          c, row, qkv_known(c.pass(), c.layer()), [] {}, [&] { attend_predictor<P>(c, new_rows(c)); });
+          c, row, qkv_known(c.pass(), c.layer()), [&] { return c.pass() == 0 && c.layer() == P::kLayers - 1; },
+          [&] { attend_predictor<P>(c, new_rows(c)); });
     if (c.pass() > 0) {
       lay_noise(c);
       head_logits<P>(c, row, [&] { return new_rows(c).first; });

@@ -9,22 +9,25 @@ namespace qwen_tts {
 template <class D>
 struct PredictorAttentionShared {
   using S = HeadShape<D>;
-  float score[S::kGroupSize][kWarps];
-  float v[kWarps][S::kDim];
+  static constexpr int kParts = 4;  // a lane of four merges every fourth position
+  float score[S::kGroupSize][kParts][kWarps / kParts];
+  float v[kWarps][S::kDim + 8];  // rows of neighbouring positions begin in different banks
 };
 static_assert(sizeof(PredictorAttentionShared<PredictorDims>) <= sizeof(Scratch::partial) / 2,
               "attention borrows a partial buffer");
 static_assert(kWarps >= kNumCodebooks, "a warp takes a position");
 
 // The new rows of a pass: the one at `last`, of stream s in column first + s, and where first is
-// not 0 also the one before it, in column s.
+// not 0 also the one before it, in column s. Where that one had a pass of its own, its last layer left keys and
+// values to this one (`lone`).
 struct NewRows {
   int last, first;
+  bool lone;
 
   __device__ __forceinline__ int column(int stream, int position) const {
     return position == last ? first + stream : stream;
   }
-  __device__ __forceinline__ bool holds(int position) const { return position >= last - (first > 0 ? 1 : 0); }
+  __device__ __forceinline__ bool holds(int position) const { return position >= last - (first > 0 || lone ? 1 : 0); }
 };
 
 // Whether a layer's queries, keys and values are in the table: the first layer's input is a code's embedding,
@@ -43,7 +46,9 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
   using S = HeadShape<D>;
   using Row = HeadRow<S::kDim>;
   const FrameParams& p = c.p;
-  auto& sh = *reinterpret_cast<PredictorAttentionShared<D>*>(c.scratch.partial[c.buffer()]);
+  using Shared = PredictorAttentionShared<D>;
+  auto& sh = *reinterpret_cast<Shared*>(c.scratch.partial[c.buffer()]);
+  constexpr int kParts = Shared::kParts, kPerPart = kNumCodebooks / kParts;
   const int warp = warp_index();
   const uint64_t* vector = p.packets + PacketLayout::kQkv;
   const int64_t head = (c.layer() * kMaxColumns + stream) * D::kKvHeads + kv_head;
@@ -75,7 +80,9 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
     } else {
       const uint64_t* of_queries =
           row_packets<S::kDim>(vector, kv_head * S::kGroupSize * S::kDim, rows.column(stream, rows.last));
-      const uint64_t* of_keys = row_packets<S::kDim>(vector, S::kQRows + kv_head * S::kDim, rows.column(stream, warp));
+      const uint64_t* of_keys =
+          row_packets<S::kDim>(p.packets + (rows.lone && warp == 0 ? PacketLayout::kLoneQkv : PacketLayout::kQkv),
+                               S::kQRows + kv_head * S::kDim, rows.column(stream, warp));
       wait_rows(
           r, count,
           [&](int i) {
@@ -107,36 +114,39 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
     warp_sums(scores);
 #pragma unroll
     for (int g = 0; g < S::kGroupSize; ++g)
-      if (lane_index() == 0) sh.score[g][warp] = scores[g] * rsqrtf(float(S::kDim));
+      if (lane_index() == 0) sh.score[g][warp % kParts][warp / kParts] = scores[g] * rsqrtf(float(S::kDim));
   }
   sync_compute();
   constexpr int kPairs = S::kGroupSize * S::kDim / 2;
-  constexpr int kParts = 4, kPerPart = kNumCodebooks / kParts;  // neighbouring lanes share out the positions
   static_assert(S::kDim / 2 % (32 / kParts) == 0, "a warp's pairs are of one head");
   for (int i = thread_index() / kParts; i < (rows.first > 0 ? 2 : 1) * kPairs; i += kThreads / kParts) {
     // The row before the last attends to itself alone, being the first: with one position to see
     // the weight is one, whatever the score.
     const int position = rows.last - i / kPairs, g = i % kPairs / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2));
-    // A lane has the weight of one position, and its neighbour half a warp away the same.
-    const int of = lane_index() % kNumCodebooks;
-    const float score = of <= position ? sh.score[g][of] : -INFINITY;
-    const float weight = expf(score - from_ordered_bits(__reduce_max_sync(~0u, ordered_bits(__float_as_uint(score)))));
-    const int first = thread_index() % kParts * kPerPart;
+    const int part = thread_index() % kParts;
+    const float4 scores = *reinterpret_cast<const float4*>(sh.score[g][part]);
+    float weight[kPerPart] = {scores.x, scores.y, scores.z, scores.w};
+    float2 value[kPerPart];
+#pragma unroll
+    for (int j = 0; j < kPerPart; ++j) {
+      const bool seen = part + kParts * j <= position;
+      if (!seen) weight[j] = -INFINITY;
+      value[j] = make_float2(0.f, 0.f);  // beyond it nobody wrote
+      if (seen) value[j] = *reinterpret_cast<const float2*>(&sh.v[part + kParts * j][dim]);
+    }
+    const float maximum = max_of_four(fmaxf(fmaxf(weight[0], weight[1]), fmaxf(weight[2], weight[3])));
     float total = 0.f, low = 0.f, high = 0.f;
 #pragma unroll
     for (int j = 0; j < kPerPart; ++j) {
-      const float w = __shfl_sync(~0u, weight, first + j);  // 0 beyond the last position
-      if (first + j <= position) {                          // values beyond it nobody wrote
-        const float2 value = *reinterpret_cast<const float2*>(&sh.v[first + j][dim]);
-        total += w;
-        low += w * value.x;
-        high += w * value.y;
-      }
+      const float w = expf(weight[j] - maximum);
+      total += w;
+      low += w * value[j].x;
+      high += w * value[j].y;
     }
     total = sum_of_four(total);
     low = sum_of_four(low);
     high = sum_of_four(high);
-    if (first != 0) continue;
+    if (part != 0) continue;
     const int row = (kv_head * S::kGroupSize + g) * S::kDim + dim;
     publish_pair(c, p.packets + PacketLayout::kHeadsOut, row, rows.column(stream, position), divide(low, total),
                  divide(high, total));

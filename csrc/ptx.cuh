@@ -48,6 +48,24 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ void store_shared(uint32_t address, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Four 8 x 8 matrices of bf16, transposed: lane l has the address of row l % 8 of matrix l / 8, and gets of each two
+// neighbouring rows' values of one column.
+__device__ __forceinline__ uint4 load_transposed(uint32_t address) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+// What this thread stored to shared memory comes before what the copy engine is told to write there after it.
+__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // 64-bit words that other CTAs read while they are written: whole, and never from L1.
 __device__ __forceinline__ uint64_t load_word(const uint64_t* p) {
   uint64_t x;
@@ -106,9 +124,12 @@ __device__ __forceinline__ bool mbarrier_done(uint64_t* barrier, int parity) {
   return done != 0;
 }
 
-// Copy to shared memory by the copy engine; the barrier's phase ends when all bytes are there.
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
+// The barrier's phase ends when so many bytes have been copied.
+__device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes) : "memory");
+}
+// Copy to shared memory by the copy engine, which counts on the barrier.
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
       ::"r"(smem_address(to)), "l"(from), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
@@ -117,6 +138,11 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
 __device__ __forceinline__ uint64_t policy_evict_first() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t policy_evict_normal() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 __device__ __forceinline__ uint64_t policy_evict_last() {

@@ -36,7 +36,7 @@ struct RingShared {
   static constexpr int kBytes = kRingBytes_;
   static constexpr int kBarriers = ring_barriers(kRingBytes_, kMinPieceBytes);
   static constexpr int kReaders = kRacecheck ? 32 : 1;  // threads that say a piece has been read
-  alignas(128) char data[kWarps][kBytes];
+  alignas(256) char data[kWarps][kBytes];
   uint64_t full[kWarps][kBarriers], empty[kWarps][kBarriers];
   uint16_t taken[kWarps][kBarriers];  // bytes of the ring a piece holds; the fetching lane's own
 
@@ -89,17 +89,30 @@ struct RingWriter {
   int head = 0, used = 0;  // bytes; used with those passed over at the ring's end
   uint32_t issued = 0, reclaimed = 0;  // pieces
 
-  __device__ __forceinline__ void push(const char* from, int bytes, uint64_t policy) {
+  // A piece that takes `bytes` of the ring, of which the first `copied` come from memory.
+  __device__ __forceinline__ void push(const char* from, int copied, int bytes, uint64_t policy) {
     const bool wraps = head + bytes > Shared::kBytes;
     const int passed_over = wraps ? Shared::kBytes - head : 0;
     reclaim(passed_over + bytes);
     if (wraps) head = 0;
     sh.taken[warp][issued % Shared::kBarriers] = uint16_t(passed_over + bytes);
-    fill(sh.data[warp] + head, from, bytes, &sh.full[warp][issued % Shared::kBarriers], policy);
+    fill(sh.data[warp] + head, from, copied, &sh.full[warp][issued % Shared::kBarriers], policy);
     head += bytes;
     ++issued;
   }
 
+ private:
+  static __device__ __forceinline__ void fill(char* to, const char* from, int bytes, uint64_t* full, uint64_t policy) {
+    if constexpr (!kRacecheck) {
+      mbarrier_expect(full, bytes);
+      if (bytes > 0) bulk_copy(to, from, bytes, full, policy);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < bytes; i += 16)
+        *reinterpret_cast<uint4*>(to + i) = __ldg(reinterpret_cast<const uint4*>(from + i));
+      mbarrier_arrive(full);
+    }
+  }
   // Wait until `bytes` more fit.
   __device__ __forceinline__ void reclaim(int bytes) {
     while (used + bytes > Shared::kBytes) {
@@ -109,17 +122,6 @@ struct RingWriter {
       ++reclaimed;
     }
     used += bytes;
-  }
-
-  static __device__ __forceinline__ void fill(char* to, const char* from, int bytes, uint64_t* full, uint64_t policy) {
-    if constexpr (!kRacecheck) {
-      bulk_copy(to, from, bytes, full, policy);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < bytes; i += 16)
-        *reinterpret_cast<uint4*>(to + i) = __ldg(reinterpret_cast<const uint4*>(from + i));
-      mbarrier_arrive(full);
-    }
   }
 };
 

@@ -104,11 +104,10 @@ __device__ __forceinline__ void talker_layers(Context& c, Residual<T>& r) {
     if (!p.prefill) r.add_fp32(p.next_rows + int64_t(p.columns[c.column()].slot) * T::kHidden);
     r.add_fp32(p.text_rows + int64_t(c.column()) * T::kHidden);
   }
-  list_items<T>(c);
 #pragma unroll 1
   while (c.layer() < T::kLayers)
     decoder_layer<T>(
-        c, r, false, [&] { prefetch_first<T>(c); }, [&] { attend_talker<T>(c); });
+        c, r, false, [] { return false; }, [&] { attend_talker<T>(c); });
 }
 
 // Codec head; leaves code 0 to be sampled, and the normed row in the residual.

@@ -32,6 +32,7 @@ from qwen_megakernel.packing import (
     pack_product,
     pack_qk_norms,
     pack_rope,
+    swizzled,
     with_norm,
 )
 from qwen_megakernel.prefix_cache import PrefixCache, SharedRows
@@ -135,7 +136,7 @@ class MegakernelBackend:
         self._tensors = self._pack(talker) | self._reserve()
         caches = self._tensors["k_cache"], self._tensors["v_cache"]
         self._prefixes = PrefixCache(*caches)
-        self._long_prompts = TalkerPrefill(talker, talker_config, *caches)
+        self._long_prompts = TalkerPrefill(talker, talker_config, *caches, order=swizzled)
         kernel_class = getattr(torch.classes, library_name(library)).FrameKernel
         self._kernel = kernel_class(self._tensors, num_slots, max_positions, self._grid, max_spins)
         self._epoch, self._num_tags = 1, self._ops.num_tags()

@@ -127,3 +127,24 @@ def pack_rope(cos: Tensor, sin: Tensor) -> Tensor:
     """Tables of `rope_tables`, [positions, head_dim], as fp32 [positions, head_dim / 2, 2]."""
     half = cos.shape[-1] // 2
     return torch.stack([cos[:, :half], sin[:, :half]], dim=-1).float().contiguous()
+
+
+def swizzled(rows: Tensor, first: int) -> Tensor:
+    """Rows of keys or values in the order in which the kernel's caches hold them, and back.
+
+    Eight dims, 16 bytes, are a word; the word w of the row at a position stands at w ^ s, where s are the
+    last three bits of the position, the last one first: what a warp reads at once of several rows then
+    lies in different banks of shared memory (csrc/gemv.cuh).
+
+    Args:
+        rows: [..., n, head_dim], at consecutive positions.
+        first: the first one's position.
+
+    Returns:
+        The same shape. Applied twice, it changes nothing.
+    """
+    words = rows.unflatten(-1, (-1, 8))
+    positions = torch.arange(first, first + rows.shape[-2], device=rows.device)
+    swizzle = (positions & 1) << 2 | positions & 2 | positions >> 2 & 1
+    order = torch.arange(words.shape[-2], device=rows.device) ^ swizzle[:, None]
+    return words.gather(-2, order[..., None].expand_as(words)).flatten(-2)

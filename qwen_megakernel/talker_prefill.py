@@ -31,15 +31,25 @@ class TalkerPrefill:
     """Keys and values of prompt rows, into the caches of a backend."""
 
     @torch.inference_mode()
-    def __init__(self, talker: Talker, config: TalkerConfig, k_cache: Tensor, v_cache: Tensor) -> None:
+    def __init__(
+        self,
+        talker: Talker,
+        config: TalkerConfig,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        *,
+        order: Callable[[Tensor, int], Tensor] = lambda rows, _: rows,
+    ) -> None:
         """Join the weights; on a GPU, capture the graphs.
 
         Args:
             talker: its layers are read, and their weights kept.
             config: the talker's.
             k_cache, v_cache: [layers, slots, kv_heads, positions, head_dim], of the weights' dtype.
+            order: of rows [..., n, head_dim] and the first one's position, the same in the order in
+                which the caches hold a row's dims, and back.
         """
-        self._config, self._caches = config, (k_cache, v_cache)
+        self._config, self._caches, self._order = config, (k_cache, v_cache), order
         self._layers = [JoinedLayer(layer, config) for layer in talker.model.layers]
         device, dtype = k_cache.device, k_cache.dtype
         self.num_keys = min(REACHES[-1], max(k_cache.shape[3], ROWS))
@@ -72,12 +82,12 @@ class TalkerPrefill:
         end = begin + len(rows)
         own = (self._keys, self._values)
         for mine, cache in zip(own, self._caches, strict=True):
-            mine[:, :, :begin] = cache[:, slot, :, :begin]
+            mine[:, :, :begin] = self._order(cache[:, slot, :, :begin], 0)
         self._rows[0, : len(rows)] = rows
         self._begin.fill_(begin)
         next(run for reach, run in self._runs.items() if begin + ROWS <= reach)()
         for mine, cache in zip(own, self._caches, strict=True):
-            cache[:, slot, :, begin:end] = mine[:, :, begin:end]
+            cache[:, slot, :, begin:end] = self._order(mine[:, :, begin:end], begin)
 
     def _forward(self, reach: int) -> None:
         """`_rows` at `_begin` and after, through all layers; rows beyond those given do no harm."""

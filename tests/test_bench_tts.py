@@ -90,9 +90,10 @@ def test_texts_are_the_same_for_every_backend_and_of_many_lengths():
 def test_every_exchange_has_a_part(shape, streams):
     config = shape_config(shape)
     parts = exchange_parts(config, streams)
-    layers, passes = config.predictor.num_layers, 15 + (streams > 4)
+    layers, alone = config.predictor.num_layers, streams > 4
     projects = shape.endswith("1.7b")
-    assert len(parts) == 5 * (config.talker.num_layers + passes * layers) + 32 + projects - 14
+    passes = 15 * 5 * layers - 14 + alone * (5 * layers - 4)
+    assert len(parts) == 5 * config.talker.num_layers + passes + 32 + projects
     assert parts.count("sampling") == NUM_CODEBOOKS
     assert parts[5 * config.talker.num_layers] == "talker"  # its head
     assert parts[-1] == "sampling"

@@ -154,7 +154,7 @@ from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.synth_checkpoint import random_talker
 from qwen_megakernel.synth_config import shape_config
 
-megakernel.TalkerPrefill = lambda *_: None  # PyTorch's kernels; racecheck fails on them
+megakernel.TalkerPrefill = lambda *_, **__: None  # PyTorch's kernels; racecheck fails on them
 config = shape_config("tiny")
 talker = random_talker(config, "cuda")
 options = {"grid": 8, "max_spins": 2**31 - 1, "num_slots": 8, "max_positions": 64}
