@@ -68,6 +68,14 @@ struct HeadRow {
     const uint2 bits = fetch(row);
     set(bits.x, bits.y);
   }
+  __device__ __forceinline__ void load(const float* row) {
+    const float2* pairs = reinterpret_cast<const float2*>(row) + (owns() ? lane() : 0);
+    const float2 low = pairs[0], high = pairs[kDim / 4];
+    x[0] = owns() ? low.x : 0.f;
+    x[1] = owns() ? low.y : 0.f;
+    x[2] = owns() ? high.x : 0.f;
+    x[3] = owns() ? high.y : 0.f;
+  }
   __device__ __forceinline__ void store(__nv_bfloat16* row) const {
     if (!owns()) return;
     uint32_t* words = reinterpret_cast<uint32_t*>(row) + lane();

@@ -11,6 +11,7 @@ struct PredictorAttentionShared {
   using S = HeadShape<D>;
   static constexpr int kParts = 4;  // a lane of four merges every fourth position
   float score[S::kGroupSize][kParts][kWarps / kParts];
+  float q[S::kGroupSize][S::kDim];
   float v[kWarps][S::kDim + 8];  // rows of neighbouring positions begin in different banks
 };
 static_assert(sizeof(PredictorAttentionShared<PredictorDims>) <= sizeof(Scratch::partial) / 2,
@@ -50,71 +51,69 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
   auto& sh = *reinterpret_cast<Shared*>(c.scratch.partial[c.buffer()]);
   constexpr int kParts = Shared::kParts, kPerPart = kNumCodebooks / kParts;
   const int warp = warp_index();
-  const uint64_t* vector = p.packets + PacketLayout::kQkv;
   const int64_t head = (c.layer() * kMaxColumns + stream) * D::kKvHeads + kv_head;
   __nv_bfloat16* k_rows = p.predictor_kv + head * 2 * kNumCodebooks * S::kDim;
   __nv_bfloat16* v_rows = k_rows + kNumCodebooks * S::kDim;
   const __nv_bfloat16* qk_norm = p.predictor_qk_norms + c.layer() * 2 * S::kDim;
 
-  if (warp <= rows.last) {
-    // Queries, then key and value: a new position's are polled together, for a wait costs a trip.
-    Row r[S::kGroupSize + 2];
-    Row &k = r[S::kGroupSize], &v = r[S::kGroupSize + 1];
-    const bool is_new = rows.holds(warp);
-    const NormRope<S::kDim> by_q(qk_norm, p.predictor_rope + rows.last * S::kDim);
-    const NormRope<S::kDim> by_k(qk_norm + S::kDim, p.predictor_rope + warp * S::kDim);
-    uint2 old_k, old_v;
-    if (!is_new) {
+  // Each query by a warp without a new position, for all.
+  const int g = (warp - rows.last - 1) & (kWarps - 1);
+  const bool known = qkv_known(rows.last, c.layer()), is_new = warp <= rows.last && rows.holds(warp);
+  Row k, v;
+  if (is_new) {
+    const NormRope<S::kDim> by(qk_norm + S::kDim, p.predictor_rope + warp * S::kDim);
+    Row kv[2];  // polled together, for a wait costs a trip
+    if (known) {
+      const __nv_bfloat16* from = known_qkv<D>(c, stream, rows.last) + S::kQRows + kv_head * S::kDim;
+      kv[0].load(from);
+      kv[1].load(from + S::kKRows);
+    } else {
+      const uint64_t* vector = p.packets + (rows.lone && warp == 0 ? PacketLayout::kLoneQkv : PacketLayout::kQkv);
+      const uint64_t* from = row_packets<S::kDim>(vector, S::kQRows + kv_head * S::kDim, rows.column(stream, warp));
+      wait_rows(kv, 2, [&](int i) { return from + 4 * i * S::kKRows; }, c.tag - 1, c.dog);
+    }
+    kv[0].norm_rope(by, D::kEps);
+    kv[0].round();
+    kv[0].store(k_rows + warp * S::kDim);
+    kv[1].store(v_rows + warp * S::kDim);
+    k = kv[0];
+    v = kv[1];
+  } else {
+    uint2 old_k = make_uint2(0, 0), old_v = make_uint2(0, 0);
+    if (warp <= rows.last) {
       old_k = Row::fetch(k_rows + warp * S::kDim);
       old_v = Row::fetch(v_rows + warp * S::kDim);
     }
-    const int count = is_new ? S::kGroupSize + 2 : S::kGroupSize;
-    if (qkv_known(rows.last, c.layer())) {
-      const __nv_bfloat16* known = known_qkv<D>(c, stream, rows.last);
-      const __nv_bfloat16* of_keys = known + S::kQRows + kv_head * S::kDim;
-#pragma unroll
-      for (int i = 0; i < S::kGroupSize + 2; ++i)
-        if (i < count)
-          r[i].load(i < S::kGroupSize ? known + (kv_head * S::kGroupSize + i) * S::kDim
-                                      : of_keys + (i - S::kGroupSize) * S::kKRows);
-    } else {
-      const uint64_t* of_queries =
-          row_packets<S::kDim>(vector, kv_head * S::kGroupSize * S::kDim, rows.column(stream, rows.last));
-      const uint64_t* of_keys =
-          row_packets<S::kDim>(p.packets + (rows.lone && warp == 0 ? PacketLayout::kLoneQkv : PacketLayout::kQkv),
-                               S::kQRows + kv_head * S::kDim, rows.column(stream, warp));
-      wait_rows(
-          r, count,
-          [&](int i) {
-            constexpr int kQueries = S::kGroupSize;
-            return i < kQueries ? of_queries + 4 * i * S::kDim : of_keys + 4 * (i - kQueries) * S::kKRows;
-          },
-          c.tag - 1, c.dog);
+    if (g < S::kGroupSize) {
+      const NormRope<S::kDim> by(qk_norm, p.predictor_rope + rows.last * S::kDim);
+      Row q[1];
+      const int first = (kv_head * S::kGroupSize + g) * S::kDim;
+      if (known) {
+        q[0].load(known_qkv<D>(c, stream, rows.last) + first);
+      } else {
+        const uint64_t* from = row_packets<S::kDim>(p.packets + PacketLayout::kQkv, first, rows.column(stream, rows.last));
+        wait_rows(q, 1, [&](int) { return from; }, c.tag - 1, c.dog);
+      }
+      q[0].norm_rope(by, D::kEps);
+      q[0].store(sh.q[g]);
     }
-    float sums[S::kGroupSize + 1];  // queries, key
-#pragma unroll
-    for (int i = 0; i <= S::kGroupSize; ++i) sums[i] = r[i].squares();
-    warp_sums(sums);
-    if (is_new) {
-      k.norm_rope(by_k, sums[S::kGroupSize], D::kEps);
-      k.round();
-      k.store(k_rows + warp * S::kDim);
-      v.store(v_rows + warp * S::kDim);
-    } else {
-      k.set(old_k.x, old_k.y);
-      v.set(old_v.x, old_v.y);
-    }
-    v.store(sh.v[warp]);
+    k.set(old_k.x, old_k.y);
+    v.set(old_v.x, old_v.y);
+  }
+  v.store(sh.v[warp]);
+  sync_compute();
+  if (warp <= rows.last) {
     float scores[S::kGroupSize];
 #pragma unroll
-    for (int g = 0; g < S::kGroupSize; ++g) {
-      r[g].norm_rope(by_q, sums[g], D::kEps);
-      scores[g] = r[g].dot(k);
+    for (int i = 0; i < S::kGroupSize; ++i) {
+      Row q;
+      q.load(sh.q[i]);
+      scores[i] = q.dot(k);
     }
     warp_sums(scores);
 #pragma unroll
-    for (int g = 0; g < S::kGroupSize; ++g)
-      if (lane_index() == 0) sh.score[g][warp % kParts][warp / kParts] = scores[g] * rsqrtf(float(S::kDim));
+    for (int i = 0; i < S::kGroupSize; ++i)
+      if (lane_index() == 0) sh.score[i][warp % kParts][warp / kParts] = scores[i] * rsqrtf(float(S::kDim));
   }
   sync_compute();
   constexpr int kPairs = S::kGroupSize * S::kDim / 2;
