@@ -36,8 +36,10 @@ struct Product {
   static constexpr int kPieces = kChunks / kPieceChunks;  // of one item, a warp
   // Chunks of the B operand that registers hold at once; beyond 8 it is fetched piece by piece.
   static constexpr int kHeld = kChunks <= 8 ? kChunks : kPieceChunks;
-  // Whether registers hold an item's weights, too, while its operand is waited for.
+  static constexpr bool kOneFill = kHeld == kChunks && kSplit == 1;  // one B operand serves all items
+  // Whether registers hold an item's weights, too, while its operand is waited for; of how many items.
   static constexpr bool kAhead = kHeld == kChunks && kHeld <= 6;
+  static constexpr int kItemsAhead = kAhead && kOneFill && kHeld <= 4 ? 2 : 1;
   static constexpr int64_t kItemBytes = int64_t(kWarps) * kChunks * kChunkBytes;
   static constexpr int64_t kBytes = kItems * kItemBytes;
   static_assert(kRows % 16 == 0, "rows come in strips of 16");
@@ -48,23 +50,6 @@ struct Product {
   }
   static_assert((kK / kSplit) % kChunk == 0, "k comes in chunks of 16");
 };
-
-// How a warp's tile of sixteen positions of the talker's attention comes through the ring: its keys, then its
-// values, in pieces of kRows positions.
-template <class D>
-struct TilePieces {
-  static constexpr int kPositions = 16;
-  static constexpr int kRows = kSmallShared ? 4 : kPositions;
-  static constexpr int kRowBytes = 2 * D::kHeadDim;
-  static constexpr int kBytes = kRows * kRowBytes;
-  static_assert(kBytes % kChunkBytes == 0, "rows begin where addresses end in zeros");
-};
-
-// A row of the caches stands in 16-byte words, the word w of dims 8w to 8w + 7 at w ^ swizzle(position): so what a
-// warp reads at once of several rows lies in different banks. packing.py has the same for PyTorch.
-__device__ __forceinline__ int swizzle(int position) {
-  return (position & 1) << 2 | (position & 2) | (position >> 2 & 1);
-}
 
 constexpr int kGroup = 3;            // tiles whose partial sums meet at one barrier
 constexpr int kTileFloats = 16 * 8;  // of one warp's 16 x 8 result
@@ -134,56 +119,104 @@ __device__ __forceinline__ float squares_part(const Scratch& scratch, int norm) 
   return sum;
 }
 
+// The next of this warp's weights from the ring: as many chunks as registers hold at once.
+template <class P, class Ring>
+__device__ __forceinline__ void load_weights(Ring& ring, uint4 (&to)[P::kHeld]) {
+  const int warp = warp_index(), lane = lane_index();
+#pragma unroll
+  for (int piece = 0; piece < P::kHeld; piece += P::kPieceChunks) {
+    const uint32_t weights = ring.template wait<P::kPieceBytes>(warp, lane);
+#pragma unroll
+    for (int j = 0; j < P::kPieceChunks; ++j) to[piece + j] = load_shared(weights + j * kChunkBytes);
+    ring.template release<P::kPieceBytes>(warp, lane);
+  }
+}
+
+// What one warp multiplies: two chains of mma, for each takes as long as thirty other instructions.
+template <int kHeld>
+__device__ __forceinline__ void multiply(float (&acc)[2][4], const uint4 (&a)[kHeld], const uint2 (&f)[kHeld]) {
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) mma(acc[j % 2], a[j], f[j]);
+}
+
+template <class Context>
+__device__ __forceinline__ void lay_tile(const Context& c, int entry, const float (&acc)[2][4]) {
+  reinterpret_cast<float4*>(c.scratch.partial[c.buffer()][entry][warp_index()])[lane_index()] =
+      make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
+}
+
+// A group of items whose first two's weights are in registers; `item` moves on. How many there were.
+template <class P, class Context>
+__device__ __forceinline__ int multiply_two_ahead(Context& c, int& item, uint4 (&a)[2][P::kHeld],
+                                                  const uint2 (&f)[P::kHeld]) {
+  int n = 0;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {  // not a loop: which registers are next is known
+    if (i > 0 && item >= P::kItems) break;
+    item += gridDim.x;
+    ++n;
+    float acc[2][4] = {};
+    multiply(acc, a[i % 2], f);
+    if (i + 2 < kGroup && item + gridDim.x < P::kItems) load_weights<P>(c.ring, a[i % 2]);
+    lay_tile(c, i, acc);
+  }
+  return n;
+}
+
+// The same where one item's weights are ahead, or none.
+template <class P, class Context, class Fragments>
+__device__ __forceinline__ int multiply_group(Context& c, int& item, uint4 (&a)[P::kHeld], uint2 (&f)[P::kHeld],
+                                              Fragments&& fragments) {
+  int n = 0;
+#pragma unroll 1
+  do {
+    const int split = item / P::kStrips;
+    item += gridDim.x;
+    float acc[2][4] = {};
+    int hold = 0;
+#pragma unroll 1
+    do {
+      if (!P::kOneFill) fragments(split, hold, f);
+      hold += P::kHeld;
+      if (!P::kAhead) load_weights<P>(c.ring, a);
+      multiply(acc, a, f);
+      if (P::kAhead && (hold < P::kChunks || item < P::kItems)) load_weights<P>(c.ring, a);
+    } while (hold < P::kChunks);
+    lay_tile(c, n, acc);
+  } while (++n < kGroup && item < P::kItems);
+  return n;
+}
+
 // Run all items of product P that fall to this CTA, in steps of as much of k as registers hold. Threads' numbers are
 // read anew where they are needed, for registers' sake.
 //   fragments(split, first, f): fills f[P::kHeld] with the B operand of this warp's part of k, from
 //     chunk `first` of it; not called in a CTA without items
 //   finish(strip, split, cell, rows, packets, squares): takes two finished rows (whole warps together), and what
 //     was read beside them: where the exchanges lie, and where kNorm names a norm, this lane's part of its sum
-// Where it can (kAhead), an item's weights are read from the ring before its operand is waited for, and the next
-// item's while its products are made: what is left between an operand's arrival and the results is short.
+// Where it can (kAhead), the weights of an item or two are read from the ring before their operand is waited for, and
+// later ones while products are made: what is left between an operand's arrival and the results is short.
 // c.buffer() says which half of the partial sums is free; it is used, synced once, read, and toggled.
 template <class P, int kNorm = -1, class Context, class Fragments, class Finish>
 __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&& finish) {
-  if (block_index() >= P::kItems) return;
-  constexpr bool kOneFill = P::kHeld == P::kChunks && P::kSplit == 1;  // one B operand serves all items
-  uint2 f[P::kHeld];
-  uint4 a[P::kHeld];
-  auto load = [&] {
-    const int warp = warp_index(), lane = lane_index();
-#pragma unroll
-    for (int piece = 0; piece < P::kHeld; piece += P::kPieceChunks) {
-      const uint32_t weights = c.ring.template wait<P::kPieceBytes>(warp, lane);
-#pragma unroll
-      for (int j = 0; j < P::kPieceChunks; ++j) a[piece + j] = load_shared(weights + j * kChunkBytes);
-      c.ring.template release<P::kPieceBytes>(warp, lane);
-    }
-  };
-  if (P::kAhead) load();
-  if (kOneFill) fragments(0, 0, f);
   int item = block_index();
+  if (item >= P::kItems) return;
+  uint2 f[P::kHeld];
+  uint4 a[P::kItemsAhead][P::kHeld] = {};
+  auto load_first = [&] {
+    load_weights<P>(c.ring, a[0]);
+    if (P::kItemsAhead > 1 && item + gridDim.x < P::kItems) load_weights<P>(c.ring, a[P::kItemsAhead - 1]);
+  };
+  if (P::kAhead) load_first();
+  if (P::kOneFill) fragments(0, 0, f);
 #pragma unroll 1
-  do {
+  while (true) {
     const int first = item;
-    int n = 0;
-#pragma unroll 1
-    do {
-      const int split = item / P::kStrips;
-      item += gridDim.x;
-      float acc[2][4] = {};
-      int hold = 0;
-#pragma unroll 1
-      do {
-        if (!kOneFill) fragments(split, hold, f);
-        hold += P::kHeld;
-        if (!P::kAhead) load();
-#pragma unroll
-        for (int j = 0; j < P::kHeld; ++j) mma(acc[j % 2], a[j], f[j]);
-        if (P::kAhead && (hold < P::kChunks || item < P::kItems)) load();
-      } while (hold < P::kChunks);
-      reinterpret_cast<float4*>(c.scratch.partial[c.buffer()][n][warp_index()])[lane_index()] =
-          make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
-    } while (++n < kGroup && item < P::kItems);
+    int n;
+    if constexpr (P::kItemsAhead == 2) {
+      n = multiply_two_ahead<P>(c, item, a, f);
+    } else {
+      n = multiply_group<P>(c, item, a[0], f, fragments);
+    }
     const Cell cell = epilogue_cell(c.scratch.partial[c.buffer()]);
     sync_compute();
     if (cell.entry < n) {
@@ -196,7 +229,9 @@ __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&&
       finish(finished - split * P::kStrips, split, cell, rows, packets, squares);
     }
     c.take_buffer();
-  } while (item < P::kItems);
+    if (item >= P::kItems) break;
+    if (P::kItemsAhead == 2) load_first();
+  }
 }
 
 }  // namespace qwen_tts

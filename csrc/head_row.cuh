@@ -135,11 +135,11 @@ __device__ __forceinline__ void wait_rows(HeadRow<kDim> (&rows)[kCount], int cou
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (i < count) v[i][half] = load_word(at(i) + half * (4 * kDim / 2));
+    dog.after(spin, Phase::kAttention, tag);
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
       if (i < count) lack |= (high_half(v[i][0]) ^ tag) | (high_half(v[i][1]) ^ tag);
     if (__all_sync(~0u, lack == 0)) break;
-    dog.after(spin, Phase::kAttention, tag);
   }
   const bool owns = HeadRow<kDim>::owns();
 #pragma unroll

@@ -35,8 +35,8 @@ struct Fetcher {
     for (int item = block_index(); item < Product::kItems; item += gridDim.x)
 #pragma unroll 1
       for (int piece = 0; piece < Product::kPieces; ++piece)
-        ring.push(from + item * Product::kItemBytes + piece * Product::kPieceBytes, Product::kPieceBytes, Product::kPieceBytes,
-                  item * Product::kItemBytes < kept_bytes ? kept : once);
+        ring.push(from + item * Product::kItemBytes + piece * Product::kPieceBytes, Product::kPieceBytes,
+                  Product::kPieceBytes, item * Product::kItemBytes < kept_bytes ? kept : once);
   }
   template <class Products>
   __device__ __forceinline__ void after_qkv(const char* from, int64_t kept_bytes = 0) {
@@ -106,6 +106,7 @@ __device__ __forceinline__ void compute_frame(Shared& sh) {
   Residual<P> row;
   {
     Residual<T> hidden;
+    if (!p.prefill) lay_noise(c);  // of code 0, while the first weights are on their way
     talker_layers(c, hidden);
     if (p.prefill) return;
     talker_head(c, hidden);
@@ -148,8 +149,6 @@ extern "C" int frame_max_grid() {
 }
 
 extern "C" int64_t frame_num_packets() { return PacketLayout::kTotal; }
-
-extern "C" int frame_residual_floats() { return kStashFloats; }
 
 extern "C" int frame_noise_floats() { return 4 * Sampler::kNoise; }
 

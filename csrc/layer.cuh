@@ -11,7 +11,7 @@
 // are scaled by 1 / rms(x) when they are finished, so nothing waits for the sum of squares.
 #pragma once
 
-#include "gemv.cuh"
+#include "kv_tile.cuh"
 
 namespace qwen_tts {
 
@@ -46,8 +46,10 @@ struct SamplerShared {
   float mass[kWarps];
 };
 using TalkerTile = TilePieces<TalkerDims>;
-constexpr int kMaxPieceBytes = max_of(max_of(TalkerProducts::kMaxPieceBytes, PredictorProducts::kMaxPieceBytes), TalkerTile::kBytes);
-constexpr int kMinPieceBytes = min_of(min_of(TalkerProducts::kMinPieceBytes, PredictorProducts::kMinPieceBytes), TalkerTile::kBytes);
+constexpr int kMaxPieceBytes =
+    max_of(max_of(TalkerProducts::kMaxPieceBytes, PredictorProducts::kMaxPieceBytes), TalkerTile::kBytes);
+constexpr int kMinPieceBytes =
+    min_of(min_of(TalkerProducts::kMinPieceBytes, PredictorProducts::kMinPieceBytes), TalkerTile::kBytes);
 constexpr int kOtherBytes = sizeof(Scratch) + sizeof(SamplerShared) + sizeof(FrameParams) + 256;
 constexpr int kRingBytes = ring_bytes((kSharedBytes - kOtherBytes) / kWarps, kChunkBytes, kMinPieceBytes);
 static_assert(kRingBytes >= 2 * kMaxPieceBytes, "the ring must hold two pieces");
@@ -55,9 +57,6 @@ using FrameRing = RingShared<kRingBytes, kMinPieceBytes>;
 
 // Exchanges from the last QKV of position 0's own pass to that of the next pass: a code, and layers.
 constexpr int kLoneFor = 2 + 5 * (PredictorDims::kLayers - 1);
-
-// Floats of a CTA's residual, all its threads' registers.
-constexpr int kStashFloats = max_of(TalkerProducts::Qkv::kChunks, PredictorProducts::Qkv::kChunks) * 4 * kThreads;
 
 // A bit for each column that holds a row of a stream.
 __device__ __forceinline__ uint32_t columns_of(const FrameParams& p) { return (1u << p.num_columns) - 1; }
@@ -155,29 +154,6 @@ struct Residual {
         x[c][2 * half] += pair.x;
         x[c][2 * half + 1] += pair.y;
       }
-  }
-  // Out of registers, which attention needs, and back; only this thread touches it.
-  __device__ __forceinline__ float4* stash_at(const Context& c) const {
-    return reinterpret_cast<float4*>(c.p.residuals) + block_index() * (kStashFloats / 4) + thread_index();
-  }
-  __device__ __forceinline__ void stash(const Context& c) const {
-    float4* to = stash_at(c);
-    const bool used = c.uses(c.column());
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j)
-      if (used) __stcg(to + j * kThreads, make_float4(x[j][0], x[j][1], x[j][2], x[j][3]));
-  }
-  __device__ __forceinline__ void recall(const Context& c) {
-    const float4* from = stash_at(c);
-    const bool used = c.uses(c.column());
-#pragma unroll
-    for (int j = 0; j < kChunks; ++j) {
-      const float4 v = used ? __ldcg(from + j * kThreads) : make_float4(0.f, 0.f, 0.f, 0.f);
-      x[j][0] = v.x;
-      x[j][1] = v.y;
-      x[j][2] = v.z;
-      x[j][3] = v.w;
-    }
   }
   // Add what a product published, in its kSplit parts of k, all polled at once.
   template <int kSplit>
@@ -277,7 +253,6 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool q
     sync_compute();  // what follows is a QKV again, with the same sum of squares
     return;
   }
-  r.stash(c);
   attend();  // reads tag - 1, publishes tag
   c.advance();
 
@@ -295,7 +270,6 @@ __device__ __forceinline__ void decoder_layer(Context& c, Residual<D>& r, bool q
   c.advance();
 
   // gate-up
-  r.recall(c);
   gemv<typename P::GateUp, 1>(
       c,
       [&](int, int, uint2(&f)[P::GateUp::kHeld]) {

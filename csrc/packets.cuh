@@ -65,7 +65,7 @@ struct Watchdog {
 
 // All waits are for whole warps, which leave them together: a warp whose lanes leave one by one runs what
 // follows several times over, once for each group of lanes. A lane with nothing to wait for waits for what
-// another does.
+// another does. The watchdog is asked while the answers are under way.
 
 // Poll kCount chunks (64 packets each, of which a lane has two) of each of kVectors vectors, until all
 // carry `tag`. All are asked for again until then: to leave out what has come gained nothing, and took registers.
@@ -78,12 +78,12 @@ __device__ __forceinline__ void wait_pairs(const uint64_t* p, int vector_stride,
     for (int s = 0; s < kVectors; ++s)
 #pragma unroll
       for (int j = 0; j < kCount; ++j) v[s][j].load(p + s * vector_stride + j * 64);
+    dog.after(spin, phase, tag);
 #pragma unroll
     for (int s = 0; s < kVectors; ++s)
 #pragma unroll
       for (int j = 0; j < kCount; ++j) lack |= v[s][j].lacks(tag);
     if (__all_sync(~0u, lack == 0)) return;
-    dog.after(spin, phase, tag);
   }
 }
 
@@ -91,8 +91,8 @@ __device__ __forceinline__ uint32_t wait_packet(const uint64_t* p, uint32_t tag,
                                                 Phase phase) {
   for (unsigned spin = 0;; ++spin) {
     const uint2 v = load_packet(p);
-    if (__all_sync(~0u, v.y == tag)) return v.x;
     dog.after(spin, phase, tag);
+    if (__all_sync(~0u, v.y == tag)) return v.x;
   }
 }
 
@@ -141,7 +141,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 }
 
 __device__ __forceinline__ float2 unpack_bf16(uint32_t bits) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
 }
 
 // Bits of a float that compare as the float does.

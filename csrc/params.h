@@ -76,7 +76,6 @@ struct FrameParams {
   uint64_t* stamps;         // [exchanges], when CTA 0 had done its part of each, ns; or null
   const int* forced_codes;  // [columns][16] to go on with instead of the drawn ones, or null
 
-  float* residuals;    // [ctas][frame_residual_floats()], where a CTA lays its residual during attention
   float* noise_aside;  // [columns][Sampler::kNoise * 4], drawn before it is needed
   uint64_t* packets;   // all exchange buffers, laid out by PacketLayout
   int* watchdog;       // host-mapped: {state, cta, phase, exchange}

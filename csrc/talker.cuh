@@ -112,7 +112,6 @@ __device__ __forceinline__ void talker_layers(Context& c, Residual<T>& r) {
 
 // Codec head; leaves code 0 to be sampled, and the normed row in the residual.
 __device__ __forceinline__ void talker_head(Context& c, Residual<T>& r) {
-  lay_noise(c);
   head_logits<T>(c, r, [] { return 0; });
   const uint32_t* weights = reinterpret_cast<const uint32_t*>(c.p.talker_norm + Residual<T>::first_k());
   const float scale = __shfl_sync(~0u, rms_scale<T>(squares_part(c.scratch, 1)), c.column());

@@ -50,7 +50,6 @@ class FrameKernel : public torch::CustomClassHolder {
     p_.next_rows = take<float>("next_rows");
     p_.seen = take<uint32_t>("seen");
     p_.codes = take<int>("codes");
-    p_.residuals = take<float>("residuals");
     p_.noise_aside = take<float>("noise_aside");
     p_.packets = take<uint64_t>("packets");
     p_.watchdog = take<int>("watchdog");
@@ -111,7 +110,6 @@ TORCH_LIBRARY(QWEN_TTS_LIBRARY, m) {
   m.def("max_grid() -> int", [] { return int64_t(frame_max_grid()); });
   m.def("num_packets() -> int", [] { return frame_num_packets(); });
   m.def("num_tags() -> int", [] { return int64_t(frame_num_tags()); });
-  m.def("residual_floats() -> int", [] { return int64_t(frame_residual_floats()); });
   m.def("noise_floats() -> int", [] { return int64_t(frame_noise_floats()); });
   m.def("dump_rows() -> int", [] { return int64_t(frame_dump_rows()); });
   m.def("column_bytes() -> int", [] { return int64_t(sizeof(Column)); });

@@ -215,7 +215,6 @@ class MegakernelBackend:
             "next_rows": zeros(self.num_slots, c.hidden_size, dtype=torch.float32),
             "seen": zeros(self.num_slots, c.vocab_size // 32, dtype=torch.int32),
             "codes": zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int32),
-            "residuals": zeros(self._grid, self._ops.residual_floats(), dtype=torch.float32),
             "noise_aside": zeros(MAX_BATCH, self._ops.noise_floats(), dtype=torch.float32),
             "packets": zeros(self._ops.num_packets(), dtype=torch.int64),
             "watchdog": torch.zeros(4, dtype=torch.int32, pin_memory=True),

@@ -134,7 +134,7 @@ def swizzled(rows: Tensor, first: int) -> Tensor:
 
     Eight dims, 16 bytes, are a word; the word w of the row at a position stands at w ^ s, where s are the
     last three bits of the position, the last one first: what a warp reads at once of several rows then
-    lies in different banks of shared memory (csrc/gemv.cuh).
+    lies in different banks of shared memory (csrc/kv_tile.cuh).
 
     Args:
         rows: [..., n, head_dim], at consecutive positions.

@@ -1,0 +1,209 @@
+// A warp's part of an item of the talker's attention: sixteen positions, on the tensor cores. Scores = K q, then
+// out^T = V^T p, both with the heads of the group in the n dimension.
+//
+// A row's words are swizzled in the cache already, so a piece is one copy. Which dims of a head a lane takes for which
+// k of K q is free, as long as both operands agree: so it reads 16 bytes at once.
+#pragma once
+
+#include <cfloat>
+
+#include "attention_item.cuh"
+#include "head_row.cuh"
+
+namespace qwen_tts {
+
+template <class D>
+struct HeadShape {
+  static constexpr int kDim = D::kHeadDim;
+  static constexpr int kGroupSize = D::kHeads / D::kKvHeads;  // query heads of a key-value head
+  static constexpr int kQRows = D::kHeads * D::kHeadDim, kKRows = D::kKvHeads * D::kHeadDim;
+  static constexpr int kBlocks = kDim / 32;      // of a key row: four lanes read 16 bytes each
+  static constexpr int kValueTiles = kDim / 16;  // of a value row: sixteen dims are the m of one mma
+  static_assert(kGroupSize <= 8, "the heads of a group are the n of one mma");
+};
+
+template <class D>
+struct AttentionShared {
+  using S = HeadShape<D>;
+  float score[kWarps][S::kGroupSize][kTilePositions];
+  float maximum[S::kGroupSize][kWarps], total[S::kGroupSize][kWarps];
+  float out[kWarps][S::kGroupSize][S::kDim];
+};
+
+// Queries of a head group, and the keys and values of this launch's rows of a stream: for all splits of a head
+// that a CTA has.
+template <class D>
+struct NewRowsShared {
+  using S = HeadShape<D>;
+  __nv_bfloat16 q[S::kGroupSize][S::kDim];
+  __nv_bfloat16 k[kMaxColumns][S::kDim], v[kMaxColumns][S::kDim];
+};
+static_assert(sizeof(AttentionShared<TalkerDims>) + sizeof(NewRowsShared<TalkerDims>) <= sizeof(Scratch::partial) / 2,
+              "attention borrows the partial buffers");
+static_assert(sizeof(AttentionShared<TalkerDims>) % 16 == 0, "rows are read 16 bytes at once");
+
+// One warp's sixteen positions. Lane (g, t) = (lane / 4, lane % 4) holds of the keys rows g and g + 8,
+// of each block of 32 dims the t-th eight. Values stay in the ring until they are used.
+template <class D>
+struct Tile {
+  using S = HeadShape<D>;
+  uint4 k[2][S::kBlocks];
+
+  static __device__ __forceinline__ int key_row(int r) { return (lane_index() >> 2) + 8 * r; }
+
+  // The first `rows` rows, from the ring. Of others, keys may be anything: their scores are not used.
+  template <class Ring>
+  __device__ __forceinline__ void read_keys(Ring& ring, int rows) {
+    using P = TilePieces<D>;
+    const int warp = warp_index(), lane = lane_index();
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int b = 0; b < S::kBlocks; ++b) k[r][b] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int first = 0; first < kTilePositions; first += P::kRows) {
+      if (first >= rows) break;
+      const uint32_t piece = ring.template wait<P::kBytes>(warp, 0);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (key_row(r) / P::kRows == first / P::kRows)
+#pragma unroll
+          for (int b = 0; b < S::kBlocks; ++b) {
+            const uint32_t row = piece + (key_row(r) - first) * P::kRowBytes + 16 * ((lane & 3) ^ swizzle(lane >> 2));
+            k[r][b] = load_shared(row ^ 64 * b);
+          }
+      ring.template release<P::kBytes>(warp, lane);
+    }
+  }
+
+  // The rows at positions from `begin` on, below `end`, from this launch's (whose first is at `begin`).
+  __device__ __forceinline__ void take_new_keys(const NewRowsShared<D>& sh, int first, int begin, int end) {
+    if (first + kTilePositions <= begin) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) take_new(k[r], sh.k, first + key_row(r), begin, end);
+  }
+  static __device__ __forceinline__ void take_new(uint4 (&to)[S::kBlocks], const __nv_bfloat16 (*rows)[S::kDim],
+                                                  int position, int begin, int end) {
+    if (position < begin || position >= end) return;
+    const uint4* from = reinterpret_cast<const uint4*>(rows[position - begin]) + (lane_index() & 3);
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) to[b] = from[4 * b];
+  }
+
+  // Dot products with the queries, through shared memory: [group][position], not yet scaled.
+  __device__ __forceinline__ void scores(const NewRowsShared<D>& sh, float (*to)[kTilePositions]) const {
+    const int g = lane_index() >> 2, t = lane_index() & 3;
+    // The columns beyond the heads repeat them, and are not used.
+    const uint4* queries = reinterpret_cast<const uint4*>(sh.q[g % S::kGroupSize]);
+    float part[4][4] = {};  // short chains, as in multiply
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b) {
+      const uint4 q = queries[4 * b + t];
+      mma(part[2 * b % 4], make_uint4(k[0][b].x, k[1][b].x, k[0][b].y, k[1][b].y), make_uint2(q.x, q.y));
+      mma(part[2 * b % 4 + 1], make_uint4(k[0][b].z, k[1][b].z, k[0][b].w, k[1][b].w), make_uint2(q.z, q.w));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (2 * t + (i & 1) < S::kGroupSize)
+        to[2 * t + (i & 1)][g + 8 * (i >> 1)] = (part[0][i] + part[1][i]) + (part[2][i] + part[3][i]);
+    __syncwarp();
+  }
+};
+
+// The order in which a warp's weighed values lie, of each head: lane g of a tile has dims g, g + 8, g + 16, ..., and
+// eight lanes store, as the lanes of finish_item read, to as many banks as can be.
+template <class D>
+struct Weighed {
+  using S = HeadShape<D>;
+  static constexpr int kWords = S::kDim / 32;  // of 16 bytes, a lane and head
+  // Where the i-th four of lane g's dims stand, in floats.
+  static __device__ __forceinline__ int at(int warp, int g, int i) {
+    return ((g * kWords + (i ^ (g * kWords >> 3))) ^ (warp >> 2 & 1) * 4) * 4;
+  }
+  static __device__ __forceinline__ int at_dim(int warp, int dim) {
+    return at(warp, dim & 7, dim >> 5) + (dim >> 3 & 3);
+  }
+};
+
+// Make the piece in the ring whole that has a tile's rows from `first` on. Those of the cache are there, `cached` of
+// the tile; then come this launch's, up to `used`; beyond it nobody wrote, and what is weighed with nothing must be a
+// number.
+template <class D>
+__device__ __forceinline__ void complete_values(uint32_t piece, int first, int cached, int used,
+                                                const __nv_bfloat16 (*fresh)[D::kHeadDim]) {
+  using P = TilePieces<D>;
+  constexpr int kWords = P::kRowBytes / 16;
+  for (int i = max(cached - first, 0) * kWords + lane_index(); i < P::kRows * kWords; i += 32) {
+    const int row = i / kWords, word = i % kWords;
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (first + row < used) x = reinterpret_cast<const uint4*>(fresh[first + row - cached])[word];
+    store_shared(piece + row * P::kRowBytes + 16 * (word ^ swizzle(first + row)), x);
+  }
+  fence_copy_engine();  // which fills the piece again
+  __syncwarp();
+}
+
+// A warp's values, weighed by p, which lane (g, t) holds for head g and rows 2t, 2t + 1; 2t + 8, 2t + 9: as
+// out^T = V^T p, with V^T as it comes from the ring by transposing loads.
+template <class D>
+__device__ __forceinline__ void weigh(Context& c, const ItemRows& rows, int first_position, const NewRowsShared<D>& fresh,
+                                      uint32_t p_low, uint32_t p_high, float (*to)[D::kHeadDim]) {
+  using S = HeadShape<D>;
+  using P = TilePieces<D>;
+  using W = Weighed<D>;
+  const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
+  float out[S::kValueTiles][4] = {};
+  const int used = used_rows(rows, first_position), cached = cached_rows(rows, first_position);
+#pragma unroll
+  for (int first = 0; first < kTilePositions; first += P::kRows) {
+    if (first >= used) break;
+    const uint32_t piece = c.ring.template wait<P::kBytes>(warp, 0);
+    if (cached < first + P::kRows) complete_values<D>(piece, first, cached, used, fresh.v);
+    // Instead of rows of other pieces some of this one, weighed with nothing.
+    const int row = (lane & 7) + (lane & 16) / 2, word = (lane >> 3 & 1) ^ swizzle(lane);
+    const uint32_t from = piece + row % P::kRows * P::kRowBytes + 16 * word;
+    const bool low = 2 * t / P::kRows == first / P::kRows, high = (2 * t + 8) / P::kRows == first / P::kRows;
+#pragma unroll
+    for (int j = 0; j < S::kValueTiles; ++j)
+      mma(out[j], load_transposed(from ^ 32 * j), make_uint2(low ? p_low : 0u, high ? p_high : 0u));
+    c.ring.template release<P::kBytes>(warp, lane);
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+    if (2 * t + n < S::kGroupSize)
+#pragma unroll
+      for (int i = 0; i < W::kWords; ++i)
+        *reinterpret_cast<float4*>(to[2 * t + n] + W::at(warp, g, i)) =
+            make_float4(out[2 * i][n], out[2 * i][n + 2], out[2 * i + 1][n], out[2 * i + 1][n + 2]);
+}
+
+// The softmax of a tile's scores: maximum and sum of each head into shared memory, weights as bf16 to
+// the lanes that need them.
+template <class D>
+__device__ __forceinline__ void soften(AttentionShared<D>& sh, int first, int end, uint32_t& p_low, uint32_t& p_high) {
+  using S = HeadShape<D>;
+  const int warp = warp_index(), g = lane_index() >> 2, t = lane_index() & 3;
+  const float scale = rsqrtf(float(S::kDim));
+  float s[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+  if (g < S::kGroupSize)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 2 * t + (i & 1) + 8 * (i >> 1);
+      if (first + row < end) s[i] = sh.score[warp][g][row] * scale;
+    }
+  const float maximum = max_of_four(fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3])));
+  const float from = fmaxf(maximum, -FLT_MAX);  // of no rows, a number
+#pragma unroll
+  for (int i = 0; i < 4; ++i) s[i] = expf(s[i] - from);
+  p_low = pack_bf16(s[0], s[1]);
+  p_high = pack_bf16(s[2], s[3]);
+  const float2 low = unpack_bf16(p_low), high = unpack_bf16(p_high);  // the sum of what is weighed with
+  float total = low.x + low.y + high.x + high.y;
+  total = sum_of_four(total);
+  if (g < S::kGroupSize && t == 0) {
+    sh.maximum[g][warp] = maximum;
+    sh.total[g][warp] = total;
+  }
+}
+
+}  // namespace qwen_tts
