@@ -4,8 +4,8 @@
 //   the sum of the 16 codes' embeddings is left for the next frame, which adds its text row
 //
 // One persistent CTA per SM, launched cooperatively. Nothing returns to the host inside a frame and
-// there is no grid barrier: see packets.cuh for how CTAs wait for each other, ring.cuh for how the
-// weights arrive, layer.cuh for the five exchanges of a layer. A prefill is the talker's layers
+// there is no grid barrier: see packets.cuh for how CTAs wait for each other, ring.cuh for how weights,
+// keys and values arrive, layer.cuh for the five exchanges of a layer. A prefill is the talker's layers
 // alone, over up to eight rows of one stream.
 #include "kernel_tts.h"
 #include "predictor.cuh"
@@ -22,10 +22,11 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= kSharedBytes, "more shared memory than the GPU has");
 
-// The fetching warp: lane w streams warp w's weights, in the order in which the frame uses them.
+// The fetching warp: lane w streams warp w's weights, and its keys and values of the talker's attention, in the order in
+// which the frame uses them.
 struct Fetcher {
   RingWriter<FrameRing> ring;
-  const ItemRows* tiles;
+  const ItemRows* attended;     // this CTA's items
   uint64_t once, kept, normal;  // L2 policies
 
   // The items of one product, which begins at `from`; its first kept_bytes shall stay in L2.
@@ -46,11 +47,11 @@ struct Fetcher {
     items<typename Products::GateUp>(from + kGateUp, kept_bytes - kGateUp);
     items<typename Products::Down>(from + kDown, kept_bytes - kDown);
   }
-  // Keys and values of this CTA's items of a talker layer's attention, as far as they are in the cache.
-  __device__ __forceinline__ void cached(const FrameParams& p, int layer) {
+  // What a talker layer's attention needs of the caches.
+  __device__ __forceinline__ void keys_and_values(const FrameParams& p, int layer) {
     using Tile = TalkerTile;
 #pragma unroll 1
-    for (const ItemRows* item = tiles; item->bits != AttentionItem::kNone; ++item) {
+    for (const ItemRows* item = attended; item->bits != AttentionItem::kNone; ++item) {
       const int first = AttentionItem{item->bits}.split() * kSplitPositions + lane_index() * kTilePositions;
       const int rows = cached_rows(*item, first), used = used_rows(*item, first);
       const int64_t at = (cache_at<T>(p, layer, *item) + first * T::kHeadDim) * 2;
@@ -69,7 +70,7 @@ struct Fetcher {
     for (int i = 0; i < T::kLayers; ++i) {
       const char* from = p.talker_layers + i * TalkerProducts::kLayerBytes;
       items<TalkerProducts::Qkv>(from);
-      cached(p, i);
+      keys_and_values(p, i);
       after_qkv<TalkerProducts>(from);
     }
     if (p.prefill) return;
@@ -92,8 +93,8 @@ struct Fetcher {
   }
 };
 
-__device__ __forceinline__ void fetch_weights(const FrameParams& p, FrameRing& ring, const ItemRows* tiles) {
-  Fetcher fetcher{{ring, lane_index()}, tiles};
+__device__ __forceinline__ void fetch_weights(const FrameParams& p, FrameRing& ring, const ItemRows* attended) {
+  Fetcher fetcher{{ring, lane_index()}, attended};
   fetcher.normal = policy_evict_normal();
   fetcher.once = policy_evict_first();
   fetcher.kept = policy_evict_last();

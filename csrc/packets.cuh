@@ -12,6 +12,8 @@
 // publishes its rows of those only after it has read what came earlier. So every CTA must own rows
 // of both: the grid is limited (frame_max_grid). Where the predictor's first layer has no QKV exchange, the
 // code stands for it: it is known only when all gate-up rows of the pass before have been used.
+// Position 0's own pass ends with a QKV, which has a buffer of its own; whoever goes on has read all rows of the down
+// projection before it, so of that layer nothing is still to be read.
 //
 // The alternative that lost: grid barriers, 2.3 us each while weights stream (EXPERIMENTS.md).
 #pragma once

@@ -2,8 +2,9 @@
 // dependency, so the memory system stays busy while those wait for packets.
 //
 // Each computing warp has a ring of its own, filled by one lane of the fetching warp with the bulk
-// copy engine. A piece is the mma A fragments of one 16-row strip for a few 16-wide chunks of k:
-// 512 bytes a chunk, lane by lane 16 bytes, so a lane's load is its operand. Both sides know the
+// copy engine: a piece is one copy, for each costs that warp some fifty cycles, whatever its size. It is
+// the mma A fragments of one 16-row strip for a few 16-wide chunks of k, 512 bytes a chunk, lane by lane
+// 16 bytes, so a lane's load is its operand; or rows of keys or values (kv_tile.cuh). Both sides know the
 // sizes and the order of all pieces; a piece that would cross the ring's end begins at its start.
 // Of two mbarriers a piece, one says that it has arrived, the other that it has been read.
 //

@@ -42,8 +42,8 @@ from qwen_megakernel.talker_prefill import ROWS, TalkerPrefill
 MAX_POSITIONS = 8192
 """Positions that the kernel's attention can split (kMaxSplits in csrc/params.h)."""
 _LONG_PROMPT = 49
-"""Rows from which a prompt goes through PyTorch in one go: 3.4 ms whatever their number up to 128, where
-the kernel takes 0.5 ms for each eight (H200, 0.6B shape; csrc/EXPERIMENTS.md)."""
+"""Rows from which a prompt goes through PyTorch in one go: 2.9 ms whatever their number up to 128, where
+the kernel takes 0.46 ms for each eight (H200, 0.6B shape; csrc/EXPERIMENTS.md)."""
 _MAX_SPINS = 4_000_000
 """Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
 _PHASES = ("input", "attention", "combine", "O", "MLP", "logits", "code")

@@ -10,6 +10,7 @@ kernel moves weights without looking at them. csrc/gemv.cuh (Product) and csrc/l
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -132,9 +133,9 @@ def pack_rope(cos: Tensor, sin: Tensor) -> Tensor:
 def swizzled(rows: Tensor, first: int) -> Tensor:
     """Rows of keys or values in the order in which the kernel's caches hold them, and back.
 
-    Eight dims, 16 bytes, are a word; the word w of the row at a position stands at w ^ s, where s are the
-    last three bits of the position, the last one first: what a warp reads at once of several rows then
-    lies in different banks of shared memory (csrc/kv_tile.cuh).
+    Eight dims, 16 bytes, are a word; the word w of the row at a position stands at w ^ s, where s are
+    the last three bits of the position, the last one first: what a warp reads at once of several rows
+    then lies in different banks of shared memory (csrc/kv_tile.cuh).
 
     Args:
         rows: [..., n, head_dim], at consecutive positions.
@@ -144,7 +145,13 @@ def swizzled(rows: Tensor, first: int) -> Tensor:
         The same shape. Applied twice, it changes nothing.
     """
     words = rows.unflatten(-1, (-1, 8))
-    positions = torch.arange(first, first + rows.shape[-2], device=rows.device)
-    swizzle = (positions & 1) << 2 | positions & 2 | positions >> 2 & 1
-    order = torch.arange(words.shape[-2], device=rows.device) ^ swizzle[:, None]
+    order = _word_order(first % 8, *words.shape[-3:-1], rows.device)
     return words.gather(-2, order[..., None].expand_as(words)).flatten(-2)
+
+
+@lru_cache(maxsize=256)  # a dozen launches, for what two long prompts may share
+def _word_order(first: int, count: int, words: int, device: torch.device) -> Tensor:
+    """Which word stands where, [count, words], in rows at the positions from `first` on."""
+    positions = torch.arange(first, first + count, device=device)
+    swizzle = (positions & 1) << 2 | positions & 2 | positions >> 2 & 1
+    return torch.arange(words, device=device) ^ swizzle[:, None]

@@ -71,7 +71,9 @@ def kernel_exchanges(t: Twins, dump: torch.Tensor, n: int):
     layers = t.config.predictor.num_layers
     if n > MAX_BATCH // 2:  # position 0 in a pass of its own
         for i in range(layers):  # which ends with its last QKV
-            at = layer(("predictor", "alone", i), at, [streams], PHASES if i < layers - 1 else PHASES[:1])
+            at = layer(
+                ("predictor", "alone", i), at, [streams], PHASES if i < layers - 1 else PHASES[:1]
+            )
     at += 1  # code 0
     for step in range(NUM_CODEBOOKS - 1):
         paired = step == 0 and n <= MAX_BATCH // 2

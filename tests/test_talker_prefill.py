@@ -7,6 +7,7 @@ import torch
 
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.decoder import TorchBackend
+from qwen_megakernel.packing import swizzled
 from qwen_megakernel.synth_checkpoint import random_talker
 from qwen_megakernel.synth_config import shape_config
 from qwen_megakernel.talker_prefill import ROWS, TalkerPrefill
@@ -53,6 +54,24 @@ def test_keys_and_values_are_the_specification_s(config, parts):
         torch.testing.assert_close(cache[:, 1, :, :begin], expected, rtol=1e-4, atol=1e-4)
         assert cache[:, 1, :, begin:].isnan().all(), "more was written than the rows given"
         assert cache[:, [0, 2]].isnan().all(), "another slot was touched"
+
+
+def test_rows_are_kept_in_the_order_asked_for(config):
+    _, caches, _ = make(config, "cpu", torch.float32)
+    turned = [cache.clone() for cache in caches]
+    talker = random_talker(config, "cpu").float()
+    prefill = TalkerPrefill(talker, config.talker, *turned, order=swizzled)
+    plain = TalkerPrefill(talker, config.talker, *caches)
+    rows = torch.randn(100, config.talker.hidden_size)
+    for begin, part in (
+        (0, rows[:37]),
+        (37, rows[37:]),
+    ):  # what the second sees of the first is turned back
+        prefill.run(1, part, begin)
+        plain.run(1, part, begin)
+    for ours, expected in zip(turned, caches, strict=True):
+        assert not torch.equal(ours[:, 1, :, :100], expected[:, 1, :, :100])
+        assert torch.equal(swizzled(ours[:, 1, :, :100], 0), expected[:, 1, :, :100])
 
 
 def test_what_an_earlier_run_left_is_not_seen(config):
