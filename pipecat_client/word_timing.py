@@ -7,6 +7,7 @@ leaves in the conversation about what was heard, and not the whole reply.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ _EXTRA_WEIGHT = (
 FIRST_GUESS = 14.0
 """Letters a second, before a voice has been heard."""
 _FORGET = 0.8
+LEAD_S = 0.1
+"""So long before the end of a segment's audio its last word has begun. Transports are done with a
+sound some 40 ms before its end is heard, and clients keep words that come later for the next reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,12 @@ class WordClock:
             self._segments[-1].complete = True
 
     def advance(self, position_s: float) -> list[TimedWord]:
-        """Words of the first segment that have begun, as far as can be guessed, at a position."""
-        return self._take(self.pace.units_per_s, position_s)
+        """Words of the first segment that have begun, as far as can be guessed, at a position.
+
+        The segment may end here: but for its first one, words of the last `LEAD_S` wait.
+        """
+        first_s = min(position_s, math.nextafter(self._start_s, math.inf))
+        return self._take(self.pace.units_per_s, max(first_s, position_s - LEAD_S))
 
     def end_segment(self, end_s: float) -> list[TimedWord]:
         """The first segment's audio is whole: its other words, by its true duration."""
@@ -115,19 +123,20 @@ class WordClock:
         segment, duration_s = self._segments[0], max(0.0, end_s - self._start_s)
         segment.complete = True
         units = weight(segment.text)
-        words = self._take(units / duration_s, end_s) if duration_s and units else []
+        words = self._take(units / duration_s, end_s, end_s - LEAD_S) if duration_s and units else []
         self.pace.learn(units, duration_s)
         self._segments.popleft()
         self._start_s = end_s
         return words
 
-    def _take(self, units_per_s: float, until_s: float) -> list[TimedWord]:
+    def _take(self, units_per_s: float, until_s: float, latest_s: float = math.inf) -> list[TimedWord]:
         words: list[TimedWord] = []
         if not self._segments:
             return words
         segment = self._segments[0]
         while (match := segment.next_word()) is not None:
-            time_s = max(self._last_s, self._start_s + segment.units_before(match) / units_per_s)
+            time_s = min(latest_s, self._start_s + segment.units_before(match) / units_per_s)
+            time_s = max(self._last_s, self._start_s, time_s)
             if time_s >= until_s:
                 break
             words.append(TimedWord(match[0], time_s, spaced=not _UNSPACED.match(match[0])))

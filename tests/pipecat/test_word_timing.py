@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipecat_client.word_timing import FIRST_GUESS, Pace, WordClock, weight
+from pipecat_client.word_timing import FIRST_GUESS, LEAD_S, Pace, WordClock, weight
 
 
 def clock(text, pace=None, *, complete=True):
@@ -21,7 +21,7 @@ def test_words_come_as_audio_does():
     words = clock("Hello there, my friend.")
     assert texts(words.advance(0.01)) == ["Hello"]
     assert texts(words.advance(0.02)) == []
-    assert texts(words.advance(6 / FIRST_GUESS + 0.01)) == ["there,"]
+    assert texts(words.advance(6 / FIRST_GUESS + LEAD_S + 0.01)) == ["there,"]
     assert texts(words.advance(100)) == ["my", "friend."]
 
 
@@ -79,3 +79,14 @@ def test_without_text_or_audio_there_is_nothing():
     assert WordClock(Pace()).advance(1.0) == []
     assert WordClock(Pace()).end_segment(1.0) == []
     assert clock("One.").end_segment(0.0) == []
+
+
+def test_words_of_a_short_sound_begin_before_its_end():
+    words = clock("Say something, type something, or just interrupt me.", Pace(300.0))
+    times = [word.time_s for word in [*words.advance(0.15), *words.end_segment(0.15)]]
+    assert len(times) == 8
+    assert times == sorted(times)
+    assert times[0] == 0
+    assert times[-1] == pytest.approx(0.15 - LEAD_S)
+    words = clock("One two.")
+    assert [word.time_s for word in words.end_segment(0.05)] == [0, 0]  # nor before its beginning
