@@ -91,23 +91,17 @@ struct HeadRow {
   __device__ __forceinline__ void round() {
     set(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]));
   }
-  // Of this lane; the sum over the warp is what norm_rope takes.
-  __device__ __forceinline__ float squares() const { return x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]; }
-  __device__ __forceinline__ void norm_rope(const NormRope<kDim>& by, float squares, float eps) {
+  __device__ __forceinline__ void norm_rope(const NormRope<kDim>& by, float eps) {
+    float squares[1] = {dot(*this)};
+    warp_sums(squares);
     const float2 wa = unpack_bf16(by.weight[0]), wb = unpack_bf16(by.weight[1]);
-    const float scale = rsqrtf(squares * (1.f / kDim) + eps);
+    const float scale = rsqrtf(squares[0] * (1.f / kDim) + eps);
     const float a = x[0] * scale * wa.x, b = x[1] * scale * wa.y;
     const float c = x[2] * scale * wb.x, d = x[3] * scale * wb.y;
     x[0] = a * by.angle.x - c * by.angle.y;
     x[1] = b * by.angle.z - d * by.angle.w;
     x[2] = c * by.angle.x + a * by.angle.y;
     x[3] = d * by.angle.z + b * by.angle.w;
-  }
-  // The same for a row that stands alone.
-  __device__ __forceinline__ void norm_rope(const NormRope<kDim>& by, float eps) {
-    float sum[1] = {squares()};
-    warp_sums(sum);
-    norm_rope(by, sum[0], eps);
   }
   // This lane's part.
   __device__ __forceinline__ float dot(const HeadRow& other) const {

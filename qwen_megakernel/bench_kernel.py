@@ -91,9 +91,8 @@ def exchange_parts(config: ModelConfig, streams: int) -> list[str]:
     talker, predictor = 5 * config.talker.num_layers, 5 * config.predictor.num_layers
     projects = config.talker.hidden_size != config.predictor.hidden_size
     passes = ["predictor"] * (predictor + 1) + ["sampling"]
-    alone = (
-        predictor - 4 if streams > MAX_BATCH // 2 else 0
-    )  # position 0 has a pass of its own, to the last QKV
+    # Position 0 has a pass of its own, which ends with the last layer's QKV.
+    alone = predictor - 4 if streams > MAX_BATCH // 2 else 0
     return [
         *["talker"] * (talker + 1),
         *["predictor"] * (projects + alone),

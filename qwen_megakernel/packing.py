@@ -145,13 +145,15 @@ def swizzled(rows: Tensor, first: int) -> Tensor:
         The same shape. Applied twice, it changes nothing.
     """
     words = rows.unflatten(-1, (-1, 8))
-    order = _word_order(first % 8, *words.shape[-3:-1], rows.device)
+    begin = first % 8
+    end = begin + words.shape[-3]
+    order = _word_order(1 << end.bit_length(), words.shape[-2], rows.device)[begin:end]
     return words.gather(-2, order[..., None].expand_as(words)).flatten(-2)
 
 
-@lru_cache(maxsize=256)  # a dozen launches, for what two long prompts may share
-def _word_order(first: int, count: int, words: int, device: torch.device) -> Tensor:
-    """Which word stands where, [count, words], in rows at the positions from `first` on."""
-    positions = torch.arange(first, first + count, device=device)
+@lru_cache(maxsize=32)  # a few launches, for what all long prompts share; counts are powers of two
+def _word_order(count: int, words: int, device: torch.device) -> Tensor:
+    """Which word stands where, [count, words], in rows at the first positions."""
+    positions = torch.arange(count, device=device)
     swizzle = (positions & 1) << 2 | positions & 2 | positions >> 2 & 1
     return torch.arange(words, device=device) ^ swizzle[:, None]
