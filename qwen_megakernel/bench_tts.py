@@ -2,7 +2,8 @@
 
 Three parts: the frame kernel beside what bounds it (`bench_kernel`), decode and codec alone
 (`bench_parts`), and turns through a real server and socket (`bench_server`). Weights are random
-unless a checkpoint is named: speed does not depend on them.
+unless a checkpoint is named: speed does not depend on them. With `--against` it compares this tree with
+another version instead (`bench_against`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from qwen_megakernel import bench_kernel, bench_parts, bench_server
+from qwen_megakernel import bench_against, bench_kernel, bench_parts, bench_server
 from qwen_megakernel.bench_kernel import PARTS, POSITIONS, REPEATS, STREAMS
 from qwen_megakernel.checkpoint import Checkpoint
 from qwen_megakernel.config import FRAME_S
@@ -118,6 +119,24 @@ def run_turns(
     )
 
 
+def run_against(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The comparison with another version, row by row."""
+    on_cpu = device.type == "cpu"
+    plan = bench_against.Plan(
+        device="cpu" if on_cpu else f"cuda:{device.index or 0}",
+        parts=bench_against.PARTS if args.only is None else (args.only,),
+        code_shapes=args.against_shapes or (("tiny",) if on_cpu else ("tiny", "0.6b", "1.7b")),
+        shape=args.shape,
+        streams=args.streams or (1, 8),
+        positions=args.positions or (200,),
+        instances=args.instances,
+        repeats=args.repeats,
+        max_ratio=args.max_ratio,
+        max_bound=args.max_bound,
+    )
+    yield from bench_against.run(args.against, plan, tell)
+
+
 def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """The bench's JSON, again whenever there is more of it."""
     found: dict[str, Any] = {
@@ -127,6 +146,11 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
         "weights": "random" if args.model is None else str(args.model),
         "shape": args.shape if args.model is None else None,
     }
+    if args.against is not None:
+        for found["against"] in run_against(args, device):
+            yield found
+        return
+    args.streams, args.positions = args.streams or STREAMS, args.positions or POSITIONS
     if "kernel" in args.parts:
         for found["kernel"] in run_kernel(args, device):
             yield found
@@ -235,6 +259,28 @@ def server_table(servers: Sequence[dict[str, Any]], parts: Sequence[dict[str, An
     return table(header, rows)
 
 
+def against_table(against: dict[str, Any]) -> str:
+    """Codes and speech in a line each, then the figures."""
+    lines = [
+        f"- codes of shape {codes['shape']}: {codes['difference'] or 'equal'}"
+        for codes in against.get("codes", [])
+    ]
+    if speech := against.get("speech"):
+        same = len({*speech.values()}) == 1
+        lines.append(f"- samples of a turn: {'equal' if same else 'they differ between processes'}")
+        if not same:
+            lines += [f"  - {name}: {digest[:16]}" for name, digest in speech.items()]
+    rows = [
+        [f["name"], number(f["a_us"], 1), number(f["b_us"], 1), number(f["ratio"], 4),
+         number(f["bound"], 4), "yes" if f["passed"] else "**no**"]
+        for f in against.get("figures", [])
+    ]  # fmt: skip
+    bound = f"{100 * bench_against.CONFIDENCE:.0f} % bound"
+    header = ["", "A, us", "B, us", "B / A", bound, "within the limits"]
+    title = f"A is {against['against']}, B is this tree."
+    return "\n\n".join(filter(None, (title, "\n".join(lines), table(header, rows) if rows else "")))
+
+
 def tables(found: dict[str, Any]) -> str:
     """All parts that were measured, as Markdown."""
     facts = found["machine"]
@@ -243,6 +289,8 @@ def tables(found: dict[str, Any]) -> str:
     blocks = [
         f"{where}, torch {facts['torch']}, {weights}; a frame is {1000 * FRAME_S:.0f} ms of sound."
     ]
+    if "against" in found:
+        blocks.append(against_table(found["against"]))
     if "kernel" in found:
         blocks.append(kernel_table(found["kernel"]))
     if found.get("parts"):
@@ -271,6 +319,12 @@ def _streams(text: str) -> tuple[int, ...]:
 
 def _count(text: str) -> int:
     return _numbers(text)[0]
+
+
+def _instances(text: str) -> int:
+    if _count(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected at least 2")
+    return _count(text)
 
 
 def _names(*allowed: str) -> Any:
@@ -306,14 +360,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for parts and server; default: auto,torch, on a CPU torch",
     )
     parser.add_argument(
-        "--streams", type=_streams, default=STREAMS, metavar="LIST", help="default: 1,2,4,8"
+        "--streams", type=_streams, metavar="LIST", help="default: 1,2,4,8, with --against 1,8"
     )
     parser.add_argument(
         "--positions",
         type=_numbers,
-        default=POSITIONS,
         metavar="LIST",
-        help="default: 100,500,1000,2000",
+        help="default: 100,500,1000,2000, with --against 200",
     )
     parser.add_argument(
         "--repeats", type=_count, default=REPEATS, metavar="N", help=f"timed frames, default {REPEATS}"
@@ -325,6 +378,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chain", type=_existing, metavar="FILE", help="source of the packet chain to time"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    against = parser.add_argument_group(
+        "comparison", "Exit status 1 if codes differ or a figure is beyond a limit."
+    )
+    against.add_argument(
+        "--against", metavar="REV_OR_DIR",
+        help="compare this tree (B) with another version (A): a git revision, or a folder with a "
+        "checkout; codes bit for bit, then frame time and TTFC at --shape",
+    )  # fmt: skip
+    against.add_argument(
+        "--only", choices=bench_against.PARTS, help="compare only the codes, or only the speed"
+    )
+    against.add_argument(
+        "--against-shapes", type=_names(*SHAPES), metavar="LIST",
+        help="shapes whose codes are compared; default: tiny,0.6b,1.7b, on a CPU tiny",
+    )  # fmt: skip
+    against.add_argument(
+        "--instances", type=_instances, default=6, metavar="N",
+        help="processes of each version that are timed, default 6; with 2 the bound is too narrow",
+    )  # fmt: skip
+    against.add_argument(
+        "--max-ratio", type=float, default=1.01, metavar="X",
+        help="largest allowed median of B over that of A, default 1.01",
+    )  # fmt: skip
+    against.add_argument(
+        "--max-bound", type=float, default=1.02, metavar="X",
+        help="largest allowed upper 95 %% confidence bound of that ratio, default 1.02",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -346,4 +426,4 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if found is not None:
             print(tables(found))
-    return 0
+    return 0 if bench_against.passed(found.get("against", {})) else 1

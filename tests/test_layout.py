@@ -39,9 +39,11 @@ BESIDE = {
     "__init__": {"config", "tts_model", "voice"},
     "__main__": {"bench_tts", "build_kernels", "demo", "doctor", "synth_checkpoint"},
     "bench_tts": {
-        "bench_kernel", "bench_parts", "bench_server", "checkpoint", "config", "machine", "model",
-        "synth_checkpoint", "synth_config", "tts_model",
+        "bench_against", "bench_kernel", "bench_parts", "bench_server", "checkpoint", "config",
+        "machine", "model", "synth_checkpoint", "synth_config", "tts_model",
     },
+    "bench_against": {"backends", "bench_kernel", "synth_checkpoint"},
+    "bench_worker": set(),
     "bench_kernel": {
         "bench_torch", "build_tts", "config", "decoder", "megakernel", "model", "prefix_cache",
     },
