@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from qwen_megakernel.bench_torch import TorchFrame
-from qwen_megakernel.build_tts import Library, build, detect_arch, find_nvcc, frame_library, resources
+from qwen_megakernel.build_tts import Library, build, detect_arch, find_nvcc, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoder import MAX_BATCH, TorchBackend
+from qwen_megakernel.machine_code import resources
 from qwen_megakernel.megakernel import FrameDumps, MegakernelBackend
 from qwen_megakernel.model import Talker
 from qwen_megakernel.prefix_cache import SharedRows

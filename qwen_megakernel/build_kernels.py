@@ -21,11 +21,11 @@ from qwen_megakernel.build_tts import (
     cache_folder,
     detect_arch,
     frame_library,
-    resources,
 )
 from qwen_megakernel.checkpoint import CheckpointError, resolve
 from qwen_megakernel.codec_cuda import LIBRARY as CODEC_LIBRARY
 from qwen_megakernel.config import ConfigError, ModelConfig
+from qwen_megakernel.machine_code import resources
 from qwen_megakernel.synth_config import SHAPES, shape_config
 
 

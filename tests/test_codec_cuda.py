@@ -17,12 +17,13 @@ from test_kernel_build import system_calls
 from torch import Tensor
 
 from qwen_megakernel import codec_cuda
-from qwen_megakernel.build_tts import KNOWN_ARCHES, BuildError, build, find_nvcc, resources
+from qwen_megakernel.build_tts import KNOWN_ARCHES, BuildError, build, find_nvcc
 from qwen_megakernel.codec import CodecStream
 from qwen_megakernel.codec_cuda import CudaCodecStream, codec_library
 from qwen_megakernel.codec_ops import Rows
 from qwen_megakernel.codec_plan import CodecPlan
 from qwen_megakernel.config import HOP, CodecConfig
+from qwen_megakernel.machine_code import resources
 
 ROOT = Path(__file__).parents[1]
 C_TYPES = {

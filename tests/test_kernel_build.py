@@ -24,8 +24,8 @@ from qwen_megakernel.build_tts import (
     build,
     find_nvcc,
     frame_library,
-    resources,
 )
+from qwen_megakernel.machine_code import resources
 from qwen_megakernel.synth_config import shape_config
 
 SM_120_BYTES = 99 * 1024

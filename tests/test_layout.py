@@ -20,7 +20,7 @@ from qwen_megakernel.__main__ import COMMANDS
 PACKAGE = "qwen_megakernel"
 
 LEVELS = (
-    ("config",),
+    ("config", "machine_code"),
     ("turn", "frame_codec", "cuda_graphs", "small_products"),
     ("checkpoint", "build_tts", "prefix_cache", "codec_layers"),
     ("tokenizer", "sampling", "model", "codec", "codec_pack", "speaker", "ref_audio", "codec_encoder"),
@@ -45,14 +45,17 @@ BESIDE = {
     "bench_against": {"backends", "bench_kernel", "synth_checkpoint"},
     "bench_worker": set(),
     "bench_kernel": {
-        "bench_torch", "build_tts", "config", "decoder", "megakernel", "model", "prefix_cache",
+        "bench_torch", "build_tts", "config", "decoder", "machine_code", "megakernel", "model",
+        "prefix_cache",
     },
     "bench_torch": {"config", "cuda_graphs", "model", "sampling"},
     "bench_parts": {
         "backends", "checkpoint", "codec", "config", "decoder", "frame_codec", "model",
     },
     "bench_server": {"config", "demo", "serving.messages"},
-    "build_kernels": {"build_tts", "checkpoint", "codec_cuda", "config", "synth_config"},
+    "build_kernels": {
+        "build_tts", "checkpoint", "codec_cuda", "config", "machine_code", "synth_config",
+    },
     "demo": set(),
     "doctor": {"config", "checkpoint", "machine"},
     "machine": {"checkpoint"},
