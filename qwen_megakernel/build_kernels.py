@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from qwen_megakernel import machine_code
+from qwen_megakernel.bench_kernel import READ_LIBRARY
 from qwen_megakernel.build_tts import (
     KNOWN_ARCHES,
     MIN_ARCH,
@@ -19,14 +25,19 @@ from qwen_megakernel.build_tts import (
     Library,
     build,
     cache_folder,
+    compiler_release,
     detect_arch,
+    find_nvcc,
     frame_library,
 )
 from qwen_megakernel.checkpoint import CheckpointError, resolve
 from qwen_megakernel.codec_cuda import LIBRARY as CODEC_LIBRARY
 from qwen_megakernel.config import ConfigError, ModelConfig
+from qwen_megakernel.cubin import CubinError
 from qwen_megakernel.machine_code import resources
 from qwen_megakernel.synth_config import SHAPES, shape_config
+
+DEFAULT_MODEL = "0.6b"
 
 
 def find_config(model: str) -> ModelConfig:
@@ -49,20 +60,44 @@ def find_arches(named: list[str] | None) -> list[str]:
     return [detect_arch(torch.device("cuda"))]
 
 
-def build_all(config: ModelConfig, arches: list[str]) -> int:
-    """Build both libraries for each architecture, side by side, telling of each; how many failed."""
-    jobs = [
-        (library, arch) for arch in arches for library in (frame_library(config, arch), CODEC_LIBRARY)
+@dataclass(frozen=True, slots=True)
+class KernelBuild:
+    """One library to compile, and what it is compiled for."""
+
+    library: Library
+    arch: str
+    shape: str = "-"
+    """Of the model; `-` where the library does not depend on it, or the shape has no name."""
+
+    def __str__(self) -> str:
+        return f"{self.library.name} sm_{self.arch}" + ("" if self.shape == "-" else f" {self.shape}")
+
+
+def table_builds() -> list[KernelBuild]:
+    """All builds that the table of the machine code covers, in its order."""
+    frames = [
+        KernelBuild(frame_library(shape_config(shape), arch), arch, shape)
+        for shape in SHAPES
+        for arch in KNOWN_ARCHES
     ]
-    with ThreadPoolExecutor(len(jobs)) as threads:
-        return sum(threads.map(lambda job: not _build(*job), jobs))
+    others = [
+        KernelBuild(library, arch) for library in (CODEC_LIBRARY, READ_LIBRARY) for arch in KNOWN_ARCHES
+    ]
+    return frames + others
 
 
-def _build(library: Library, arch: str) -> bool:
-    started, name, done = time.monotonic(), f"{library.name} sm_{arch}", threading.Event()
+def build_all(builds: Sequence[KernelBuild]) -> list[Path | None]:
+    """Build libraries side by side, telling of each; None for one that failed."""
+    width = max(14, *(len(str(build)) + 2 for build in builds))
+    with ThreadPoolExecutor(min(len(builds), os.cpu_count() or 1)) as threads:
+        return list(threads.map(lambda one: _build(one, width), builds))
+
+
+def _build(one: KernelBuild, width: int) -> Path | None:
+    started, done = time.monotonic(), threading.Event()
 
     def tell(line: str) -> None:
-        print(f"{name:14}{time.monotonic() - started:5.1f} s  {line}", flush=True)
+        print(f"{one!s:{width}}{time.monotonic() - started:5.1f} s  {line}", flush=True)
 
     def tick() -> None:
         while not done.wait(10):
@@ -70,16 +105,33 @@ def _build(library: Library, arch: str) -> bool:
 
     threading.Thread(target=tick, daemon=True).start()
     try:
-        product = build(library, arch, tell)
+        product = build(one.library, one.arch, tell)
     except (BuildError, OSError) as error:
         tell(f"failed: {error}")
-        return False
+        return None
     finally:
         done.set()
     used = resources(product)
     most, spilled = max(r.registers for r in used), sum(r.spill_bytes for r in used)
     tell(f"{product} ({len(used)} kernels, at most {most} registers, {spilled} bytes of spills)")
-    return True
+    return product
+
+
+def _write_table(builds: Sequence[KernelBuild], products: Sequence[Path]) -> None:
+    """Write the table of the machine code, and tell how it differs from the one before."""
+    made = [
+        row
+        for one, product in zip(builds, products, strict=True)
+        for row in machine_code.rows(product, one.shape, one.arch)
+    ]
+    release = compiler_release(find_nvcc())
+    differences: list[str] = []
+    with suppress(FileNotFoundError, ValueError):  # there is none, or a merge left it in pieces
+        differences = machine_code.parse(machine_code.TABLE.read_text()).differences(made)
+    machine_code.TABLE.write_text(machine_code.render(made, release))
+    print(f"wrote {machine_code.TABLE}: {len(made)} kernels, nvcc {release}")
+    for line in differences:
+        print(f"  {line}")
 
 
 def _arch(text: str) -> str:
@@ -98,21 +150,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="GPU architectures, such as sm_90a sm_120a (default: this machine's GPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--model", default="0.6b", metavar="NAME",
+        "--model", metavar="NAME",
         help=f"{', '.join(SHAPES)}, a checkpoint on disk, or a Hugging Face id in the cache "
-        "(default: 0.6b)",
+        f"(default: {DEFAULT_MODEL})",
     )  # fmt: skip
+    parser.add_argument(
+        "--table", action="store_true",
+        help="for developers: build all shapes for all known architectures, and write "
+        "csrc/machine_code.md",
+    )  # fmt: skip
+
+
+def _chosen(args: argparse.Namespace) -> list[KernelBuild]:
+    if args.table:
+        if args.arch or args.model:
+            raise BuildError("--table covers all shapes and architectures: leave out --arch and --model")
+        return table_builds()
+    config, arches = find_config(args.model or DEFAULT_MODEL), find_arches(args.arch)
+    return [
+        KernelBuild(library, arch)
+        for arch in arches
+        for library in (frame_library(config, arch), CODEC_LIBRARY)
+    ]
 
 
 def run(args: argparse.Namespace) -> int:
     """Build; 1 if something failed."""
     try:
-        config, arches = find_config(args.model), find_arches(args.arch)
-        print(f"kernels of {args.model} go to {cache_folder()}", flush=True)
-        failed = build_all(config, arches)
-    except (BuildError, CheckpointError, ConfigError, OSError) as error:
+        builds = _chosen(args)
+        what = "all shapes" if args.table else args.model or DEFAULT_MODEL
+        print(f"kernels of {what} go to {cache_folder()}", flush=True)
+        products = build_all(builds)
+        built = [product for product in products if product]
+        if args.table and len(built) == len(builds):
+            _write_table(builds, built)
+    except (BuildError, CheckpointError, ConfigError, CubinError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    failed = len(builds) - len(built)
     if failed:
-        print(f"error: {failed} of {2 * len(arches)} could not be built", file=sys.stderr)
+        print(f"error: {failed} of {len(builds)} could not be built", file=sys.stderr)
     return 1 if failed else 0

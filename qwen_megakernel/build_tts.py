@@ -159,7 +159,7 @@ def build(library: Library, arch: str, progress: Progress | None = None) -> Path
         if kept := sorted(cache_folder().glob(f"{stem}-nvcc*/{library.name}.so")):
             return kept[-1]  # a compiler is needed only to make one
         raise
-    folder = cache_folder() / f"{stem}-nvcc{_version(nvcc)}"
+    folder = cache_folder() / f"{stem}-nvcc{compiler_release(nvcc)}"
     product = folder / f"{library.name}.so"
     if product.exists():
         return product
@@ -208,7 +208,7 @@ def _sources(library: Library) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
-def _version(nvcc: Path) -> str:
+def compiler_release(nvcc: Path) -> str:
     """The compiler's release, such as 13.0.88. Raises `BuildError` where it does not run."""
     try:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -220,6 +220,7 @@ def _version(nvcc: Path) -> str:
 def _nvcc_flags(arch: str) -> list[str]:
     return [
         "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo",
+        "--no-compress",  # so that cubin.py can read the machine code
         "-Xcompiler", "-fPIC", "-Xptxas", "-v",
         f"-gencode=arch=compute_{arch},code=sm_{arch}",
     ]  # fmt: skip

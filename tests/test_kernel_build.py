@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +23,7 @@ from qwen_megakernel.build_tts import (
     find_nvcc,
     frame_library,
 )
-from qwen_megakernel.machine_code import resources
+from qwen_megakernel.machine_code import resources, system_calls
 from qwen_megakernel.synth_config import shape_config
 
 SM_120_BYTES = 99 * 1024
@@ -45,19 +43,10 @@ def cache(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def system_calls(product: Path, arch: str) -> list[str]:
-    """What ptxas could only do by a call into the driver: a whole routine for an instruction."""
-    tool = shutil.which("cuobjdump") or str(find_nvcc().with_name("cuobjdump"))
-    if not Path(tool).is_file():
-        return []  # told by ptxas too, where it loses registers by it
-    said = subprocess.run([tool, "-elf", "-arch", f"sm_{arch}", product], capture_output=True, text=True)
-    return sorted(set(re.findall(r"__cuda_syscall\w+", said.stdout)))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", KNOWN_ARCHES)
 @pytest.mark.parametrize("shape", ["0.6b", "1.7b"])
-def test_the_frame_kernel_fits_the_gpu(shape, arch, cache, report):
+def test_the_frame_kernel_fits_the_gpu(shape, arch, shared_builds, report):
     started = time.monotonic()
     product = build(frame_library(shape_config(shape), arch), arch)
     lasted = time.monotonic() - started
@@ -69,12 +58,12 @@ def test_the_frame_kernel_fits_the_gpu(shape, arch, cache, report):
     )
     assert shared <= (SM_120_BYTES if arch == "120a" else 227 * 1024)
     assert kernel.spill_bytes == 0
-    assert system_calls(product, arch) == []
+    assert system_calls(product) == []
     assert "Performance Loss" not in (product.parent / "kernel_tts.cu.log").read_text()
 
 
 @pytest.mark.parametrize("arch", KNOWN_ARCHES)
-def test_the_bench_s_read_compiles_without_spills(arch, cache):
+def test_the_bench_s_read_compiles_without_spills(arch, shared_builds):
     product = build(READ_LIBRARY, arch)
     (kernel,) = resources(product)
     assert kernel.spill_bytes == 0

@@ -20,8 +20,8 @@ from qwen_megakernel.__main__ import COMMANDS
 PACKAGE = "qwen_megakernel"
 
 LEVELS = (
-    ("config", "machine_code"),
-    ("turn", "frame_codec", "cuda_graphs", "small_products"),
+    ("config", "cubin"),
+    ("machine_code", "turn", "frame_codec", "cuda_graphs", "small_products"),
     ("checkpoint", "build_tts", "prefix_cache", "codec_layers"),
     ("tokenizer", "sampling", "model", "codec", "codec_pack", "speaker", "ref_audio", "codec_encoder"),
     ("codec_ops", "codec_tiling", "packing", "joined_layers"),
@@ -54,7 +54,8 @@ BESIDE = {
     },
     "bench_server": {"config", "demo", "serving.messages"},
     "build_kernels": {
-        "build_tts", "checkpoint", "codec_cuda", "config", "machine_code", "synth_config",
+        "bench_kernel", "build_tts", "checkpoint", "codec_cuda", "config", "cubin", "machine_code",
+        "synth_config",
     },
     "demo": set(),
     "doctor": {"config", "checkpoint", "machine"},

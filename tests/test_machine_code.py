@@ -1,0 +1,179 @@
+"""The table of the machine code agrees with a fresh build, and a change of a kernel shows in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qwen_megakernel import build_kernels, build_tts, machine_code
+from qwen_megakernel.__main__ import main
+from qwen_megakernel.build_kernels import KernelBuild, table_builds
+from qwen_megakernel.build_tts import BuildError, Library, build, compiler_release, find_nvcc
+from qwen_megakernel.cubin import CubinError, read_cubin
+from qwen_megakernel.machine_code import TABLE, UPDATE_COMMAND, Row, parse, render, rows, system_calls
+
+SMALL = {"read", "frame tiny"}
+"""Compiled by every test run; the rest takes up to a minute each."""
+BUILDS = [
+    pytest.param(
+        one,
+        id=str(one).replace(" ", "-"),
+        marks=[] if f"{one.library.name} {one.shape}".strip(" -") in SMALL else pytest.mark.slow,
+    )
+    for one in table_builds()
+]
+SCALE = """
+namespace {
+__device__ __noinline__ float grown(float x, int n) { return n > 1 ? x * %s + grown(x, n - 1) : x; }
+template <int kN> __global__ void scale(float* x) { x[threadIdx.x] = grown(x[threadIdx.x], kN); }
+}
+extern "C" void launch(float* x) { scale<7><<<1, 32>>>(x); }
+"""
+ALIGNED = """
+extern "C" __device__ void* __nv_aligned_device_malloc(size_t, size_t);
+extern "C" __global__ void aligned(void** x) { *x = __nv_aligned_device_malloc(64, 64); }
+"""
+
+try:
+    find_nvcc()
+    no_nvcc = False
+except BuildError:
+    no_nvcc = True
+needs_nvcc = pytest.mark.skipif(no_nvcc, reason="no nvcc")
+
+
+# ---------------------------------------------------------------------------- the repository's table
+
+
+def test_the_table_has_all_builds():
+    expected = {(one.library.name, one.shape, f"sm_{one.arch}") for one in table_builds()}
+    assert parse(TABLE.read_text()).builds() == expected
+
+
+@needs_nvcc
+@pytest.mark.parametrize("one", BUILDS)
+def test_the_machine_code_is_the_table_s(one: KernelBuild, shared_builds):
+    table, release = parse(TABLE.read_text()), compiler_release(find_nvcc())
+    if release != table.release:
+        pytest.skip(f"csrc/{TABLE.name} belongs to nvcc {table.release}, here is {release}")
+    differences = table.differences(rows(build(one.library, one.arch), one.shape, one.arch))
+    if differences:
+        pytest.fail(
+            "\n".join([f"csrc/{TABLE.name} differs (table -> build):", *differences])
+            + f"\nIf the change is meant, write the table anew: {UPDATE_COMMAND}",
+            pytrace=False,
+        )
+
+
+# ---------------------------------------------------------------------------- what a digest depends on
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch) -> Callable[[str, str], Path]:
+    """Compile a source, each in a folder of its own: `compiled(folder, source)`."""
+
+    def make(folder: str, source: str) -> Path:
+        sources = tmp_path / folder / "csrc"
+        sources.mkdir(parents=True)
+        (sources / "scale.cu").write_text(source)
+        monkeypatch.setattr(build_tts, "SOURCES", sources)
+        monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / folder / "cache"))
+        return build(Library("scale", ("scale.cu",), (), header=""), "90a")
+
+    return make
+
+
+@needs_nvcc
+def test_a_digest_follows_the_code_alone(compiled):
+    first, moved, commented, changed = (
+        rows(compiled(folder, source), "-", "90a")
+        for folder, source in {
+            "first": SCALE % "2.f",
+            "moved": SCALE % "2.f",
+            "commented": "// What it does.\n\n" + SCALE % "2.f /* twice */",
+            "changed": SCALE % "3.f",
+        }.items()
+    )
+    assert [row.kernel for row in first] == ["scale<7>"]
+    assert first == moved == commented
+    assert replace(changed[0], digest=first[0].digest) == first[0]
+    assert changed[0].digest != first[0].digest
+
+
+@needs_nvcc
+def test_a_function_that_is_not_inlined_counts(compiled):
+    (called,) = rows(compiled("called", SCALE % "2.f"), "-", "90a")
+    (longer,) = rows(compiled("longer", SCALE % "2.f + sqrtf(x) / n"), "-", "90a")
+    assert longer.instructions > called.instructions
+
+
+@needs_nvcc
+def test_calls_into_the_driver_are_found(compiled):
+    assert system_calls(compiled("aligned", ALIGNED)) == ["__cuda_syscall_aligned_malloc"]
+    assert system_calls(compiled("plain", SCALE % "2.f")) == []
+
+
+def test_what_is_no_machine_code_is_refused(tmp_path):
+    (tmp_path / "junk.cu.o").write_bytes(b"\x7fELF junk")
+    with pytest.raises(CubinError, match=r"junk.cu.o has 0 uncompressed cubins, expected 1"):
+        read_cubin(tmp_path / "junk.cu.o")
+    with pytest.raises(CubinError, match="has no object files"):
+        system_calls(tmp_path / "empty" / "x.so")
+
+
+# ---------------------------------------------------------------------------- the table's text
+
+ROWS = [
+    Row("codec", "-", "sm_90a", "gemm<Tile<8, 4>>", 128, 0, 640, None, 2152, "ab02f85321e5"),
+    Row("frame", "0.6b", "sm_90a", "frame_kernel", 96, 0, 0, 230400, 12616, "fb6c90e6b820"),
+    Row("frame", "0.6b", "sm_120a", "frame_kernel", 96, 0, 0, 96256, 12512, "3917fa218fa8"),
+]
+
+
+def test_a_table_is_read_as_it_was_written():
+    table = parse(render(ROWS, "13.0.88"))
+    assert (table.release, table.rows) == ("13.0.88", tuple(row.cells() for row in ROWS))
+    assert table.differences(ROWS) == []
+    with pytest.raises(ValueError, match="not a table of the machine code"):
+        parse(render(ROWS, "13.0.88").replace("spills ", "stores ", 2))
+
+
+def test_differences_name_kernel_and_figures():
+    table = parse(render(ROWS, "13.0.88"))
+    other = replace(ROWS[1], registers=98, digest="000000000000")
+    assert table.differences([other]) == [
+        "frame 0.6b sm_90a frame_kernel: registers 96 -> 98, digest fb6c90e6b820 -> 000000000000"
+    ]
+    assert table.differences([replace(ROWS[0], kernel="gemm<Tile<16, 4>>")]) == [
+        "codec - sm_90a gemm<Tile<8, 4>>: in the table, not in the build",
+        "codec - sm_90a gemm<Tile<16, 4>>: in the build, not in the table",
+    ]
+    assert table.differences([replace(ROWS[1], shape="1.7b")]) == [
+        "frame 1.7b sm_90a frame_kernel: in the build, not in the table"
+    ]
+
+
+def test_the_table_covers_all_or_nothing(capsys):
+    assert main(["build", "--table", "--arch", "90a"]) == 1
+    assert "leave out --arch and --model" in capsys.readouterr().err
+
+
+@needs_nvcc
+def test_the_command_writes_the_table(compiled, monkeypatch, tmp_path, capsys):
+    product = compiled("source", SCALE % "2.f")
+    library = Library("scale", ("scale.cu",), (), header="")
+    table = tmp_path / "machine_code.md"
+    table.write_text("<<<<<<< a table in the middle of a merge\n")
+    monkeypatch.setattr(machine_code, "TABLE", table)
+    monkeypatch.setattr(build_kernels, "table_builds", lambda: [KernelBuild(library, "90a")])
+    assert main(["build", "--table"]) == 0
+    (row,) = rows(product, "-", "90a")
+    assert parse(table.read_text()).differences([row]) == []
+    table.write_text(render([replace(row, instructions=1)], "13.0.88"))
+    assert main(["build", "--table"]) == 0
+    told = f"scale - sm_90a scale<7>: instructions 1 -> {row.instructions}\n"
+    assert told in capsys.readouterr().out
+    assert parse(table.read_text()).differences([row]) == []
