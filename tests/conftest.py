@@ -28,6 +28,11 @@ def _write(factory: pytest.TempPathFactory, shape: str, mode: str) -> Path:
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--record` writes golden records anew (see `golden_records`)."""
+    parser.addoption("--record", action="store_true", help="write golden records instead of comparing")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """GPU tests skip where there is none."""
     if not torch.cuda.is_available():
