@@ -25,10 +25,11 @@ from qwen_megakernel.config import HOP
 FOLDER = ROOT / "tests" / "golden"
 
 MIN_MARGIN = 1e-3
-"""Least distance, in units of scaled logits, between a drawn code and any other outcome. Rounding moves
-a logit by about 1e-5: other instruction sets, numbers of threads and PyTorch versions stay far below."""
-TOLERANCE = 2e-5
-"""Of the digest: about the RMS of a difference, full scale being 1 (-94 dBFS). Rounding makes 1e-6."""
+"""Least distance, in units of scaled logits, between a drawn code and any other outcome. Between AVX2 and
+no vector instructions, rounding moves these logits by at most 2e-5."""
+TOLERANCE = 5e-5
+"""Of the digest: about the RMS of a difference, full scale being 1 (-86 dBFS). Rounding makes 1e-6, and
+1e-5 where it moves 16-bit samples by a step."""
 _NUM_PROJECTIONS = 8
 _SIGNS = np.random.RandomState(0).randint(0, 2, (HOP, _NUM_PROJECTIONS)) * 2.0 - 1.0
 """The legacy generator: NumPy promises that its numbers stay."""
