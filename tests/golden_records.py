@@ -25,8 +25,8 @@ from qwen_megakernel.config import HOP
 FOLDER = ROOT / "tests" / "golden"
 
 MIN_MARGIN = 1e-3
-"""Least distance, in units of scaled logits, between a drawn code and any other outcome. Between AVX2 and
-no vector instructions, rounding moves these logits by at most 2e-5."""
+"""Least distance, in scaled logits, between a drawn code and any other outcome. Rounding moves them by
+at most 2e-5 (AVX2 against no vector instructions)."""
 TOLERANCE = 5e-5
 """Of the digest: about the RMS of a difference, full scale being 1 (-86 dBFS). Rounding makes 1e-6, and
 1e-5 where it moves 16-bit samples by a step."""
