@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from qwen_megakernel.bench_torch import TorchFrame
-from qwen_megakernel.build_tts import Library, build, detect_arch, find_nvcc, frame_library
+from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, find_nvcc, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoder import MAX_BATCH, TorchBackend
 from qwen_megakernel.machine_code import resources
@@ -38,7 +38,6 @@ EAGER_REPEATS = 10
 """An eager frame takes tens of milliseconds and varies little."""
 WARM_UP = 10
 PARTS = ("talker", "predictor", "sampling")
-READ_LIBRARY = Library("read", ("read_floor.cu",), (), header="")
 
 Report = Callable[[str], None]
 _Backend = MegakernelBackend | TorchBackend

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from qwen_megakernel import machine_code
-from qwen_megakernel.bench_kernel import READ_LIBRARY
 from qwen_megakernel.build_tts import (
     KNOWN_ARCHES,
     MIN_ARCH,
+    READ_LIBRARY,
     BuildError,
     Library,
     build,

@@ -53,6 +53,10 @@ class Library:
     """Content of `geometry.h`."""
 
 
+READ_LIBRARY = Library("read", ("read_floor.cu",), (), header="")
+"""A plain streaming read, the floor that the bench compares a frame with."""
+
+
 def frame_library(config: ModelConfig, arch: str) -> Library:
     """The frame kernel for a checkpoint's shape."""
     return Library(

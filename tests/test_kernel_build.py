@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from qwen_megakernel import build_tts
-from qwen_megakernel.bench_kernel import READ_LIBRARY
 from qwen_megakernel.build_tts import (
     KNOWN_ARCHES,
+    READ_LIBRARY,
     BuildError,
     Library,
     build,
@@ -87,7 +87,6 @@ CHILD = """
 import sys
 from pathlib import Path
 from qwen_megakernel import build_tts
-from qwen_megakernel.bench_kernel import READ_LIBRARY
 build_tts.SOURCES = Path(sys.argv[1])
 library = build_tts.Library("twice", ("twice.cu",), (), header="")
 print(build_tts.build(library, "90a", lambda line: print(line, flush=True)), flush=True)

@@ -54,8 +54,7 @@ BESIDE = {
     },
     "bench_server": {"config", "demo", "serving.messages"},
     "build_kernels": {
-        "bench_kernel", "build_tts", "checkpoint", "codec_cuda", "config", "cubin", "machine_code",
-        "synth_config",
+        "build_tts", "checkpoint", "codec_cuda", "config", "cubin", "machine_code", "synth_config",
     },
     "demo": set(),
     "doctor": {"config", "checkpoint", "machine"},
