@@ -1,5 +1,5 @@
 // The codec's launches, as the host calls them: each returns a cudaError_t and is asynchronous.
-// A frame is a fixed sequence of them, see codec_plan.py.
+// A frame is a fixed sequence of them, see codec/cuda_plan.py.
 #include "codec_attention.cuh"
 #include "codec_convnext.cuh"
 #include "codec_ends.cuh"

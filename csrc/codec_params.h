@@ -1,4 +1,4 @@
-// What the host fills in for the codec's launches; mirrored field by field in codec_cuda.py.
+// What the host fills in for the codec's launches; mirrored field by field in codec/cuda_stream.py.
 //
 // Everything of one frame is [column][channel], channels innermost and padded with zeros to a
 // multiple of 8 (one 16-byte piece). A column is one time step of one stream of the call: stream i's

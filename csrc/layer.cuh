@@ -7,7 +7,7 @@
 //   down       every CTA  polls that, publishes deltas
 //
 // Every CTA keeps the whole residual, in fp32, spread over the registers of its warps in B-fragment
-// order. RMSNorm is deferred: its weight is in the product that follows (packing.py), which runs on x, and whose rows
+// order. RMSNorm is deferred: its weight is in the product that follows (decoding/weight_packing.py), which runs on x, and whose rows
 // are scaled by 1 / rms(x) when they are finished, so nothing waits for the sum of squares.
 #pragma once
 

@@ -26,7 +26,7 @@ namespace qwen_tts {
 __device__ __forceinline__ int lane_index() { return thread_index() & 31; }
 __device__ __forceinline__ int warp_index() { return thread_index() >> 5; }
 
-// Where a wait stands, for the watchdog; megakernel.py has the names.
+// Where a wait stands, for the watchdog; decoding/kernel_backend.py has the names.
 enum class Phase : int { kInput, kAttention, kCombine, kOut, kMlp, kLogits, kCode };
 
 // Two neighbouring packets, read at once.

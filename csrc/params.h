@@ -40,7 +40,7 @@ struct FrameParams {
   uint32_t epoch;  // tag of this launch's first exchange; see packets.cuh
   Column columns[kMaxColumns];
 
-  // Weights in mma A-fragment order (packing.py): per layer the items of QKV, O, gate-up, down.
+  // Weights in mma A-fragment order (decoding/weight_packing.py): per layer the items of QKV, O, gate-up, down.
   const char* talker_layers;
   const char* talker_head;        // the codec head, then the projection where there is one
   const char* predictor_layers;   // read again in every pass

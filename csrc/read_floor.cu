@@ -1,5 +1,5 @@
 // The floor under a frame: its bytes read once, in order, by a kernel that does nothing else. For
-// the bench (bench_kernel.py), so that a frame is compared with the memory of the GPU it ran on.
+// the bench (bench/frame_kernel.py), so that a frame is compared with the memory of the GPU it ran on.
 #include <cstdint>
 
 #include <cuda_runtime.h>

@@ -4,7 +4,7 @@
 // Top-k needs no sort: take the winner of score + noise; if fewer than k scores are larger it is
 // the winner of the truncated race too, else everything up to its score is out and the race is run
 // again. Top-p (rare) finds its thresholds by bisection over the logits' order-preserving bits. The
-// twin is qwen_megakernel/sampling.py.
+// twin is qwen_megakernel/model/sampling.py.
 #pragma once
 
 #include "layer.cuh"

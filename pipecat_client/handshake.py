@@ -10,7 +10,7 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
 from qwen_megakernel import __version__
-from qwen_megakernel.serving.messages import (
+from qwen_megakernel.serving.native_messages import (
     AudioFormat,
     Error,
     Hello,

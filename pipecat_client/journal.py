@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
-from qwen_megakernel.serving.messages import Cancel, ClientMessage, End, Flush, Limits, Speak
+from qwen_megakernel.serving.native_messages import Cancel, ClientMessage, End, Flush, Limits, Speak
 
 SAMPLE_BYTES = 2
 

@@ -42,7 +42,7 @@ from pipecat_client.handshake import ServerError, open_connection
 from pipecat_client.journal import Journal, Reply
 from pipecat_client.settings import MegakernelTTSSettings, ServerTTSMetricsData
 from pipecat_client.word_timing import Pace, TimedWord, WordClock
-from qwen_megakernel.serving.messages import (
+from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     Done,
     Error,

@@ -8,7 +8,7 @@ from typing import Any
 from pipecat.metrics.metrics import MetricsData
 from pipecat.services.settings import NOT_GIVEN, NotGiven, TTSSettings
 
-from qwen_megakernel.serving.messages import Done
+from qwen_megakernel.serving.native_messages import Done
 
 
 @dataclass

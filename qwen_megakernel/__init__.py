@@ -15,7 +15,7 @@ _HOME = {
     "GenerationParams": "config",
     "SamplingParams": "config",
     "TTSDecoder": "tts_model",
-    "Voice": "voice",
+    "Voice": "prompt.voice",
 }
 
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "build": ("build_kernels", "compile the CUDA kernels ahead of time"),
+    "build": ("tools.build", "compile the CUDA kernels ahead of time"),
     "bench": ("bench_tts", "measure kernel, parts and whole turns on this machine"),
-    "demo": ("demo", "speak once through a real server with the demonstration voice"),
-    "doctor": ("doctor", "check this machine, and say how to put right what is wrong"),
-    "synth-checkpoint": ("synth_checkpoint", "write a checkpoint of random weights (noise for a voice)"),
+    "demo": ("tools.demo", "speak once through a real server with the demonstration voice"),
+    "doctor": ("tools.doctor", "check this machine, and say how to put right what is wrong"),
+    "synth-checkpoint": ("synth.checkpoint", "write a checkpoint of random weights (noise for a voice)"),
 }
 """Command -> (module of this package, one line of help)."""
 

@@ -1,9 +1,9 @@
 """`python -m qwen_megakernel bench`: how fast it is on this machine, as tables and as JSON.
 
-Three parts: the frame kernel beside what bounds it (`bench_kernel`), decode and codec alone
-(`bench_parts`), and turns through a real server and socket (`bench_server`). Weights are random
+Three parts: the frame kernel beside what bounds it (`bench.frame_kernel`), decode and codec alone
+(`bench.parts`), and turns through a real server and socket (`bench.turns`). Weights are random
 unless a checkpoint is named: speed does not depend on them. With `--against` it compares this tree with
-another version instead (`bench_against`).
+another version instead (`bench.against`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from typing import Any
 
 import torch
 
-from qwen_megakernel import bench_against, bench_kernel, bench_parts, bench_server
-from qwen_megakernel.bench_kernel import PARTS, POSITIONS, REPEATS, STREAMS
+from qwen_megakernel.bench import against as bench_against
+from qwen_megakernel.bench import frame_kernel as bench_kernel
+from qwen_megakernel.bench import parts as bench_parts
+from qwen_megakernel.bench import turns as bench_server
+from qwen_megakernel.bench.frame_kernel import PARTS, POSITIONS, REPEATS, STREAMS
 from qwen_megakernel.checkpoint import Checkpoint
 from qwen_megakernel.config import FRAME_S
-from qwen_megakernel.machine import usable_cores
-from qwen_megakernel.model import Talker
-from qwen_megakernel.synth_checkpoint import random_talker, write_checkpoint
-from qwen_megakernel.synth_config import SHAPES, shape_config
+from qwen_megakernel.model.talker import Talker
+from qwen_megakernel.synth.checkpoint import random_talker, write_checkpoint
+from qwen_megakernel.synth.config import SHAPES, shape_config
+from qwen_megakernel.tools.machine import usable_cores
 from qwen_megakernel.tts_model import choose_device
 
 WHAT = ("kernel", "parts", "server")

@@ -21,20 +21,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from qwen_megakernel.active_turn import TurnRequest
-from qwen_megakernel.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
 from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, resolve
-from qwen_megakernel.codec import CodecDecoder
-from qwen_megakernel.codec_encoder import CodecEncoder
+from qwen_megakernel.codec.decoder import CodecDecoder
+from qwen_megakernel.codec.encoder import CodecEncoder
 from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
-from qwen_megakernel.decoder import MAX_BATCH
-from qwen_megakernel.engine import Engine
-from qwen_megakernel.model import Talker
-from qwen_megakernel.prompt import PromptBuilder
-from qwen_megakernel.speaker import SpeakerEncoder
-from qwen_megakernel.tokenizer import load_tokenizer
+from qwen_megakernel.decoding.torch_backend import MAX_BATCH
+from qwen_megakernel.engine.active_turn import TurnRequest
+from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
+from qwen_megakernel.engine.engine import Engine
+from qwen_megakernel.model.talker import Talker
+from qwen_megakernel.prompt.builder import PromptBuilder
+from qwen_megakernel.prompt.speaker_encoder import SpeakerEncoder
+from qwen_megakernel.prompt.tokenizer import load_tokenizer
+from qwen_megakernel.prompt.voice import Voice, VoiceCloner, load_voices, voice_name_ok
 from qwen_megakernel.turn import Audio, Finished, RequestError, Sink, Turn, TurnEvent
-from qwen_megakernel.voice import Voice, VoiceCloner, load_voices, voice_name_ok
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Progress = Callable[[str], None]

@@ -23,9 +23,9 @@ import torch  # noqa: E402
 from codec_weights import TRUE, lively_decoder, random_codes  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from qwen_megakernel.codec import CodecDecoder, CodecStream  # noqa: E402
-from qwen_megakernel.codec_cuda import BATCH_SIZES, CudaCodecStream, codec_library  # noqa: E402
-from qwen_megakernel.codec_ops import GemmOp  # noqa: E402
+from qwen_megakernel.codec.cuda_ops import GemmOp  # noqa: E402
+from qwen_megakernel.codec.cuda_stream import BATCH_SIZES, CudaCodecStream, codec_library  # noqa: E402
+from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream  # noqa: E402
 from qwen_megakernel.cuda_graphs import capture  # noqa: E402
 
 GPU = torch.device("cuda", 0)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_megakernel.codec_ops import (
+from qwen_megakernel.codec.cuda_ops import (
     Activation,
     AttentionOp,
     DepthwiseNormOp,
@@ -22,7 +22,7 @@ from qwen_megakernel.codec_ops import (
     Op,
     Rows,
 )
-from qwen_megakernel.codec_plan import CodecPlan
+from qwen_megakernel.codec.cuda_plan import CodecPlan
 
 
 def unpack_fragments(packed: Tensor) -> Tensor:

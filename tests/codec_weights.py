@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qwen_megakernel.codec import CodecDecoder, CodecStream
+from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.config import NUM_CODEBOOKS, CodecConfig
 
 TRUE = CodecConfig(

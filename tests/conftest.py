@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qwen_megakernel.config import ModelConfig
-from qwen_megakernel.synth_checkpoint import write_checkpoint
+from qwen_megakernel.synth.checkpoint import write_checkpoint
 from training.listening import Listener
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from qwen_megakernel.build_tts import build, detect_arch, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
-from qwen_megakernel.decoder import TorchBackend
-from qwen_megakernel.megakernel import MegakernelBackend
-from qwen_megakernel.model import Attend, Talker
-from qwen_megakernel.synth_checkpoint import random_talker
-from qwen_megakernel.synth_config import Shape, shape_config
+from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
+from qwen_megakernel.decoding.torch_backend import TorchBackend
+from qwen_megakernel.model.talker import Attend, Talker
+from qwen_megakernel.synth.checkpoint import random_talker
+from qwen_megakernel.synth.config import Shape, shape_config
 
 DEVICE = torch.device("cuda")
 PHASES = ("qkv", "heads", "o", "inner", "down")

@@ -12,7 +12,7 @@ import numpy as np
 from jsonschema import Draft202012Validator
 from live_server import LONG, ROOT, LiveServer, RawClient
 
-from qwen_megakernel.serving.messages import (
+from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     AudioFormat,
     ClientMessage,

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_megakernel import backends as backends_module
 from qwen_megakernel import build_tts
 from qwen_megakernel.__main__ import main
-from qwen_megakernel.backends import Backends, memory_refusal
 from qwen_megakernel.build_tts import BuildError, build, frame_library
 from qwen_megakernel.checkpoint import CheckpointError
-from qwen_megakernel.codec import CodecDecoder, CodecStream
+from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.config import ModelConfig
-from qwen_megakernel.decoder import TorchBackend
-from qwen_megakernel.model import Talker
-from qwen_megakernel.synth_checkpoint import random_talker
-from qwen_megakernel.synth_config import shape_config
+from qwen_megakernel.decoding.torch_backend import TorchBackend
+from qwen_megakernel.engine import backends as backends_module
+from qwen_megakernel.engine.backends import Backends, memory_refusal
+from qwen_megakernel.model.talker import Talker
+from qwen_megakernel.synth.checkpoint import random_talker
+from qwen_megakernel.synth.config import shape_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16

@@ -16,7 +16,7 @@ from live_server import ROOT
 
 from qwen_megakernel import bench_tts
 from qwen_megakernel.__main__ import main
-from qwen_megakernel.bench_kernel import (
+from qwen_megakernel.bench.frame_kernel import (
     PARTS,
     BenchError,
     FrameFigures,
@@ -26,15 +26,15 @@ from qwen_megakernel.bench_kernel import (
     parts_of,
     run_chain,
 )
-from qwen_megakernel.bench_server import CHARS, SENTENCE, Player, Spread, mixed_texts
-from qwen_megakernel.bench_torch import TorchFrame
+from qwen_megakernel.bench.torch_graph import TorchFrame
+from qwen_megakernel.bench.turns import CHARS, SENTENCE, Player, Spread, mixed_texts
 from qwen_megakernel.build_tts import BuildError, find_nvcc
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, SamplingParams
-from qwen_megakernel.decoder import TorchBackend
-from qwen_megakernel.model import Talker
-from qwen_megakernel.sampling import SamplingBatch
-from qwen_megakernel.synth_checkpoint import random_talker
-from qwen_megakernel.synth_config import shape_config
+from qwen_megakernel.decoding.torch_backend import TorchBackend
+from qwen_megakernel.model.sampling import SamplingBatch
+from qwen_megakernel.model.talker import Talker
+from qwen_megakernel.synth.checkpoint import random_talker
+from qwen_megakernel.synth.config import shape_config
 
 CHAIN = """\
 talker x28, 1 stream, ring 3x3KB/warp (144KB/SM)              378.1 us  13.50 us/layer   2330 GB/s

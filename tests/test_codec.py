@@ -14,8 +14,8 @@ from codec_interpreter import Interpreter
 from codec_weights import TINY, TRUE, random_codes, shared_decoder
 from torch import Tensor, nn
 
-from qwen_megakernel.codec import CodecDecoder, CodecStream
-from qwen_megakernel.codec_plan import CodecPlan
+from qwen_megakernel.codec.cuda_plan import CodecPlan
+from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.config import HOP, CodecConfig
 
 SHORT_WINDOW = replace(TINY, sliding_window=8, num_kv_heads=2, max_positions=32)

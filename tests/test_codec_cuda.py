@@ -15,14 +15,14 @@ from codec_interpreter import Interpreter
 from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
 from torch import Tensor
 
-from qwen_megakernel import codec_cuda
 from qwen_megakernel.build_tts import KNOWN_ARCHES, BuildError, build, find_nvcc
-from qwen_megakernel.codec import CodecStream
-from qwen_megakernel.codec_cuda import CudaCodecStream, codec_library
-from qwen_megakernel.codec_ops import Rows
-from qwen_megakernel.codec_plan import CodecPlan
+from qwen_megakernel.codec import cuda_stream as codec_cuda
+from qwen_megakernel.codec.cuda_ops import Rows
+from qwen_megakernel.codec.cuda_plan import CodecPlan
+from qwen_megakernel.codec.cuda_stream import CudaCodecStream, codec_library
+from qwen_megakernel.codec.decoder import CodecStream
 from qwen_megakernel.config import HOP, CodecConfig
-from qwen_megakernel.machine_code import resources, system_calls
+from qwen_megakernel.tools.machine_code import resources, system_calls
 
 ROOT = Path(__file__).parents[1]
 C_TYPES = {

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_speaker import speech_like
+from test_speaker_encoder import speech_like
 
-from qwen_megakernel.codec_encoder import CodecEncoder
+from qwen_megakernel.codec.encoder import CodecEncoder
 from qwen_megakernel.config import ConfigError
 
 MIMI = {

@@ -10,11 +10,11 @@ from codec_interpreter import Interpreter, unpack_fragments
 from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
 from torch import Tensor
 
-from qwen_megakernel.codec import CodecStream
-from qwen_megakernel.codec_ops import GemmOp
-from qwen_megakernel.codec_pack import pack_fragments, upsample_matrix
-from qwen_megakernel.codec_plan import CodecPlan
-from qwen_megakernel.codec_tiling import choose_tile, choose_unit_shape, ring_shapes, segments_for
+from qwen_megakernel.codec.cuda_ops import GemmOp
+from qwen_megakernel.codec.cuda_packing import pack_fragments, upsample_matrix
+from qwen_megakernel.codec.cuda_plan import CodecPlan
+from qwen_megakernel.codec.cuda_tiling import choose_tile, choose_unit_shape, ring_shapes, segments_for
+from qwen_megakernel.codec.decoder import CodecStream
 from qwen_megakernel.config import HOP
 
 torch.set_grad_enabled(False)

@@ -10,7 +10,8 @@ import pytest
 from qwen_megakernel.serving import conversation
 from qwen_megakernel.serving.contexts import ContextOver
 from qwen_megakernel.serving.conversation import Conversation
-from qwen_megakernel.serving.messages import (
+from qwen_megakernel.serving.native import NativeDialect
+from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     Cancel,
     Done,
@@ -20,8 +21,7 @@ from qwen_megakernel.serving.messages import (
     encode,
     parse_server_message,
 )
-from qwen_megakernel.serving.messages import Started as ServerStarted
-from qwen_megakernel.serving.native import NativeDialect
+from qwen_megakernel.serving.native_messages import Started as ServerStarted
 from qwen_megakernel.serving.speech import Speech
 from qwen_megakernel.turn import Audio, Finished, Started, Turn
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from live_server import ROOT
 
-from qwen_megakernel.demo import TEXT, DemoError, run_step, running_server
+from qwen_megakernel.tools.demo import TEXT, DemoError, run_step, running_server
 from training.listening import word_errors
 
 

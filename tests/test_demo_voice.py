@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from live_server import ROOT
 
 from qwen_megakernel import build_tts
-from qwen_megakernel.codec import CodecDecoder
-from qwen_megakernel.codec_plan import CodecPlan
+from qwen_megakernel.codec.cuda_plan import CodecPlan
+from qwen_megakernel.codec.decoder import CodecDecoder
 from qwen_megakernel.config import HOP, GenerationParams, ModelConfig
-from qwen_megakernel.demo import VOICE
+from qwen_megakernel.prompt.voice import Voice, VoiceError
+from qwen_megakernel.tools.demo import VOICE
 from qwen_megakernel.tts_model import TTSDecoder
 from qwen_megakernel.turn import Finished
-from qwen_megakernel.voice import Voice, VoiceError
 from training import geometry
 from training.evaluate import speak
 from training.listening import word_errors

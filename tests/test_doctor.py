@@ -12,9 +12,9 @@ from importlib import metadata
 import pytest
 from live_server import ROOT
 
-from qwen_megakernel import machine
 from qwen_megakernel.__main__ import main
-from qwen_megakernel.doctor import (
+from qwen_megakernel.tools import machine
+from qwen_megakernel.tools.doctor import (
     DEFAULT_MODEL,
     SIZES,
     Check,
@@ -35,7 +35,15 @@ from qwen_megakernel.doctor import (
     read_requirements,
     report,
 )
-from qwen_megakernel.machine import Gpus, Model, Torch, ask_model, ask_nvidia_smi, ask_torch, run_tool
+from qwen_megakernel.tools.machine import (
+    Gpus,
+    Model,
+    Torch,
+    ask_model,
+    ask_nvidia_smi,
+    ask_torch,
+    run_tool,
+)
 
 SIZE = SIZES["0.6B"]
 RTX_5090 = "NVIDIA GeForce RTX 5090, 580.95.05, 12.0, 31642, 32607"

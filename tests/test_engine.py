@@ -12,11 +12,11 @@ import torch
 from listener import LONG, PARAMS, TEXT, Listener, always_says, speak, wait_idle
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
-from qwen_megakernel.active_turn import CHUNK_RAMP, RunawayGuard
 from qwen_megakernel.config import HOP, Guards
+from qwen_megakernel.engine.active_turn import CHUNK_RAMP, RunawayGuard
+from qwen_megakernel.prompt.voice import Voice
 from qwen_megakernel.tts_model import SynthesisError
 from qwen_megakernel.turn import Append, Audio, End, Finished, RequestError, Started
-from qwen_megakernel.voice import Voice
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from listener import LONG, TEXT, Listener, speak
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
 from qwen_megakernel.checkpoint import Checkpoint
-from qwen_megakernel.codec import CodecDecoder, CodecStream
-from qwen_megakernel.codec_cuda import CudaCodecStream
+from qwen_megakernel.codec.cuda_stream import CudaCodecStream
+from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.config import HOP, Guards
-from qwen_megakernel.megakernel import MegakernelBackend
-from qwen_megakernel.synth_checkpoint import write_checkpoint
+from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
+from qwen_megakernel.synth.checkpoint import write_checkpoint
 from qwen_megakernel.turn import Audio
 
 pytestmark = pytest.mark.gpu

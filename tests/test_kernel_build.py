@@ -23,8 +23,8 @@ from qwen_megakernel.build_tts import (
     find_nvcc,
     frame_library,
 )
-from qwen_megakernel.machine_code import resources, system_calls
-from qwen_megakernel.synth_config import shape_config
+from qwen_megakernel.synth.config import shape_config
+from qwen_megakernel.tools.machine_code import resources, system_calls
 
 SM_120_BYTES = 99 * 1024
 """Shared memory that a CTA may have on an RTX 50."""

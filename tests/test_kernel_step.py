@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, SamplingParams
-from qwen_megakernel.decoder import MAX_BATCH
-from qwen_megakernel.megakernel import FrameDumps, MegakernelBackend
-from qwen_megakernel.sampling import SamplingBatch, draw, gumbel_noise, process_logits, split_seed
-from qwen_megakernel.synth_checkpoint import random_talker
-from qwen_megakernel.synth_config import shape_config
+from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
+from qwen_megakernel.decoding.torch_backend import MAX_BATCH
+from qwen_megakernel.model.sampling import SamplingBatch, draw, gumbel_noise, process_logits, split_seed
+from qwen_megakernel.synth.checkpoint import random_talker
+from qwen_megakernel.synth.config import shape_config
 
 pytestmark = pytest.mark.gpu
 
@@ -316,9 +316,9 @@ import sys
 import torch
 from kernel_twins import make_kernel
 from qwen_megakernel.config import GenerationParams
-from qwen_megakernel.megakernel import KernelError
-from qwen_megakernel.synth_checkpoint import random_talker
-from qwen_megakernel.synth_config import shape_config
+from qwen_megakernel.decoding.kernel_backend import KernelError
+from qwen_megakernel.synth.checkpoint import random_talker
+from qwen_megakernel.synth.config import shape_config
 
 kernel = make_kernel("tiny", random_talker(shape_config("tiny"), "cuda"), max_spins=100_000)
 rows = torch.zeros(1, 128)

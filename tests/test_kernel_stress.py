@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from qwen_megakernel.config import GenerationParams
-from qwen_megakernel.decoder import MAX_BATCH
-from qwen_megakernel.megakernel import MegakernelBackend
-from qwen_megakernel.synth_checkpoint import random_talker
-from qwen_megakernel.synth_config import shape_config
+from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
+from qwen_megakernel.decoding.torch_backend import MAX_BATCH
+from qwen_megakernel.synth.checkpoint import random_talker
+from qwen_megakernel.synth.config import shape_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -149,10 +149,10 @@ SANITIZED = """
 import sys
 import torch
 from kernel_twins import make_kernel
-from qwen_megakernel import megakernel
+from qwen_megakernel.decoding import kernel_backend as megakernel
 from qwen_megakernel.config import GenerationParams
-from qwen_megakernel.synth_checkpoint import random_talker
-from qwen_megakernel.synth_config import shape_config
+from qwen_megakernel.synth.checkpoint import random_talker
+from qwen_megakernel.synth.config import shape_config
 
 megakernel.TalkerPrefill = lambda *_, **__: None  # PyTorch's kernels; racecheck fails on them
 config = shape_config("tiny")

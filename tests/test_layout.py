@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,55 +20,14 @@ from qwen_megakernel.__main__ import COMMANDS
 
 PACKAGE = "qwen_megakernel"
 
-LEVELS = (
-    ("config", "cubin"),
-    ("machine_code", "turn", "frame_codec", "cuda_graphs", "small_products"),
-    ("checkpoint", "build_tts", "prefix_cache", "codec_layers"),
-    ("tokenizer", "sampling", "model", "codec", "codec_pack", "speaker", "ref_audio", "codec_encoder"),
-    ("codec_ops", "codec_tiling", "packing", "joined_layers"),
-    ("codec_plan",),
-    ("codec_cuda",),
-    ("voice",),
-    ("prompt",),
-    ("decoder", "active_turn", "talker_prefill"),
-    ("megakernel", "engine"),
-    ("backends",),
-    ("tts_model",),
-)
-"""A module imports only modules of earlier levels."""
-BESIDE = {
-    "__init__": {"config", "tts_model", "voice"},
-    "__main__": {"bench_tts", "build_kernels", "demo", "doctor", "synth_checkpoint"},
-    "bench_tts": {
-        "bench_against", "bench_kernel", "bench_parts", "bench_server", "checkpoint", "config",
-        "machine", "model", "synth_checkpoint", "synth_config", "tts_model",
-    },
-    "bench_against": {"backends", "bench_kernel", "synth_checkpoint"},
-    "bench_worker": set(),
-    "bench_kernel": {
-        "bench_torch", "build_tts", "config", "decoder", "machine_code", "megakernel", "model",
-        "prefix_cache",
-    },
-    "bench_torch": {"config", "cuda_graphs", "model", "sampling"},
-    "bench_parts": {
-        "backends", "checkpoint", "codec", "config", "decoder", "frame_codec", "model",
-    },
-    "bench_server": {"config", "demo", "serving.messages"},
-    "build_kernels": {
-        "build_tts", "checkpoint", "codec_cuda", "config", "cubin", "machine_code", "synth_config",
-    },
-    "demo": set(),
-    "doctor": {"config", "checkpoint", "machine"},
-    "machine": {"checkpoint"},
-    "synth_checkpoint": {
-        "config", "model", "codec", "codec_encoder", "speaker", "synth_config", "synth_tokenizer",
-    },
-    "synth_config": {"config", "synth_tokenizer"},
-    "synth_tokenizer": {"tokenizer"},
-}  # fmt: skip
-"""What stands beside the levels: what it may import. Nothing in the levels imports these."""
+ORDER = (
+    "config", "turn", "cuda_graphs", "checkpoint", "build_tts",
+    "model", "codec", "decoding", "prompt", "engine", "tts_model",
+    "serving", "synth", "tools", "bench", "bench_tts", "__main__",
+)  # fmt: skip
+"""Packages and top modules. Each imports only what stands before it, and its own package."""
 SERVING_MAY_IMPORT = {"__init__", "config", "turn"}
-SANS_IO = ("wire", "messages", "protocol")
+SANS_IO = ("wire", "native_messages", "simple_messages")
 """Of `serving`: standard library and each other only, so that clients can use them."""
 
 MAX_LINES = 500
@@ -139,13 +99,13 @@ def top_level(names: set[str]) -> set[str]:
 
 
 def own_modules(names: set[str], root: Path) -> set[str]:
-    """`checkpoint`, `serving.app`, ...: the modules of the package among imported names."""
+    """`checkpoint`, `serving.app`, ...: the package's modules and packages among imported names."""
     found = set()
     for name in names:
         parts = name.split(".")
         if parts[0] != PACKAGE:
             continue
-        while len(parts) > 1 and not (root / Path(*parts)).with_suffix(".py").is_file():
+        while not ((path := root / Path(*parts)).is_dir() or path.with_suffix(".py").is_file()):
             parts.pop()
         found.add(".".join(parts[1:]) or "__init__")
     return found
@@ -154,19 +114,37 @@ def own_modules(names: set[str], root: Path) -> set[str]:
 # ---------------------------------------------------------------------------- rules
 
 
+def package_files(root: Path) -> Iterator[tuple[str, Path]]:
+    """`model.talker`, its path: every module of the package but the one that hands on public names."""
+    folder = root / PACKAGE
+    for path in sorted(folder.rglob("*.py")):
+        name = ".".join(path.relative_to(folder).with_suffix("").parts)
+        if name != "__init__":
+            yield name, path
+
+
 def imports_run_one_way(root: Path) -> Iterator[str]:
-    level = {name: number for number, names in enumerate(LEVELS) for name in names}
-    for path in sorted((root / PACKAGE).glob("*.py")):
-        name = path.stem
-        imported = own_modules(imports_of(path, root), root) - {name}
-        if name in level:
-            for other in sorted(imported):
-                if level.get(other, len(LEVELS)) >= level[name]:
-                    yield f"{name} imports {other}, which is not before it in LEVELS"
-        elif name in BESIDE:
-            yield from (f"{name} imports {other}" for other in sorted(imported - BESIDE[name]))
-        else:
-            yield f"{path.name} has no place in LEVELS or BESIDE"
+    place = {name: number for number, name in enumerate(ORDER)}
+    for name, path in package_files(root):
+        room = name.split(".")[0]
+        if room not in place:
+            yield f"{name} has no place in ORDER"
+            continue
+        for other in sorted(own_modules(imports_of(path, root), root) - {"__init__"}):
+            target = other.split(".")[0]
+            if target != room and place.get(target, len(ORDER)) >= place[room]:
+                yield f"{name} imports {other}, which is not before it in ORDER"
+
+
+def imports_make_no_circle(root: Path) -> Iterator[str]:
+    """Between the modules of a package; between packages, ORDER allows none."""
+    needs = {
+        name: own_modules(imports_of(path, root), root) - {name} for name, path in package_files(root)
+    }
+    try:
+        tuple(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        yield "circle: " + " -> ".join(error.args[1])
 
 
 def serving_knows_only_turns(root: Path) -> Iterator[str]:
@@ -340,6 +318,7 @@ def code_of(text: str) -> list[str]:
 
 RULES = [
     imports_run_one_way,
+    imports_make_no_circle,
     serving_knows_only_turns,
     protocol_is_standard_library_only,
     client_stands_alone,
@@ -369,40 +348,50 @@ GOOD_TREE = {
     "requirements.txt": "# Numbers.\nnumpy>=2\n",
     "server.py": DOC + "import argparse\n",
     "qwen_megakernel/config.py": DOC + "import numpy\n",
-    "qwen_megakernel/model.py": DOC + "from .config import X\n",
-    "qwen_megakernel/serving/protocol.py": DOC + "import json\n",
+    "qwen_megakernel/model/talker.py": DOC + "from ..config import X\n",
+    "qwen_megakernel/model/sampling.py": DOC + "from .talker import X\n",
+    "qwen_megakernel/tools/demo.py": DOC,
+    "qwen_megakernel/serving/simple_messages.py": DOC + "import json\n",
     "pipecat_client/test_client.py": DOC + "import numpy\n",
     "training/tokens.py": DOC + "import argparse\n",
     "README.md": "[this](#here), `make test`\n# Here\n",
 }
 FAULTS = [
-    (imports_run_one_way, "qwen_megakernel/config.py", "from qwen_megakernel.model import X"),
-    (imports_run_one_way, "qwen_megakernel/config.py", "from . import model"),
-    (imports_run_one_way, "qwen_megakernel/config.py", "def f():\n    import qwen_megakernel.model"),
-    (imports_run_one_way, "qwen_megakernel/codec.py", "from .model import X"),
-    (imports_run_one_way, "qwen_megakernel/model.py", "from .demo import X"),
-    (imports_run_one_way, "qwen_megakernel/model.py", "from qwen_megakernel import serving"),
-    (imports_run_one_way, "qwen_megakernel/demo.py", "import_module('qwen_megakernel.config')"),
+    (imports_run_one_way, "qwen_megakernel/config.py", "from qwen_megakernel.model.talker import X"),
+    (imports_run_one_way, "qwen_megakernel/config.py", "from .model import talker"),
+    (
+        imports_run_one_way,
+        "qwen_megakernel/config.py",
+        "def f():\n    import qwen_megakernel.model.talker",
+    ),
+    (imports_run_one_way, "qwen_megakernel/model/talker.py", "from ..tools.demo import X"),
+    (imports_run_one_way, "qwen_megakernel/model/talker.py", "from qwen_megakernel import serving"),
+    (imports_run_one_way, "qwen_megakernel/config.py", "import_module('qwen_megakernel.model.talker')"),
     (imports_run_one_way, "qwen_megakernel/new.py", ""),
-    (serving_knows_only_turns, "qwen_megakernel/serving/app.py", "from qwen_megakernel.model import X"),
-    (serving_knows_only_turns, "qwen_megakernel/serving/app.py", "from ..model import X"),
+    (
+        serving_knows_only_turns,
+        "qwen_megakernel/serving/app.py",
+        "from qwen_megakernel.model.talker import X",
+    ),
+    (imports_make_no_circle, "qwen_megakernel/model/talker.py", "from .sampling import X"),
+    (serving_knows_only_turns, "qwen_megakernel/serving/app.py", "from ..model.talker import X"),
     (serving_knows_only_turns, "qwen_megakernel/serving/app.py", "from torch import nn"),
-    (protocol_is_standard_library_only, "qwen_megakernel/serving/protocol.py", "import numpy"),
-    (protocol_is_standard_library_only, "qwen_megakernel/serving/messages.py", "import soxr"),
+    (protocol_is_standard_library_only, "qwen_megakernel/serving/simple_messages.py", "import numpy"),
+    (protocol_is_standard_library_only, "qwen_megakernel/serving/native_messages.py", "import soxr"),
     (
         protocol_is_standard_library_only,
-        "qwen_megakernel/serving/messages.py",
+        "qwen_megakernel/serving/native_messages.py",
         "from qwen_megakernel.turn import X",
     ),
     (client_stands_alone, "pipecat_client/test_client.py", "from qwen_megakernel.turn import X"),
     (client_stands_alone, "pipecat_client/other.py", "import torch"),
-    (asyncio_stays_outside, "qwen_megakernel/model.py", "import asyncio"),
+    (asyncio_stays_outside, "qwen_megakernel/model/talker.py", "import asyncio"),
     (asyncio_stays_outside, "server.py", "import asyncio"),
-    (training_stays_behind, "qwen_megakernel/model.py", "from training.geometry import config"),
+    (training_stays_behind, "qwen_megakernel/model/talker.py", "from training.geometry import config"),
     (names_say_what_is_inside, "csrc/utils.cuh", ""),
-    (files_are_short, "qwen_megakernel/model.py", "\n" * 500),
+    (files_are_short, "qwen_megakernel/model/talker.py", "\n" * 500),
     (files_are_short, "tests/test_server.py", "\n"),
-    (imports_are_required, "qwen_megakernel/model.py", "import scipy.signal"),
+    (imports_are_required, "qwen_megakernel/model/talker.py", "import scipy.signal"),
     (imports_are_required, "qwen_megakernel/config.py", "import numpy.linalg\nimport scipy"),
     (imports_are_required, "requirements.txt", "numpy\nscipy"),
     (links_lead_somewhere, "README.md", "[there](docs/there.md)"),
@@ -434,8 +423,10 @@ def test_rules_can_fail(rule, name, text, tmp_path):
 
 
 def test_missing_docstring_is_found(tmp_path):
-    write_tree(tmp_path, GOOD_TREE | {"qwen_megakernel/model.py": "import numpy\n"})
-    assert list(modules_have_docstrings(tmp_path)) == ["qwen_megakernel/model.py has no docstring"]
+    write_tree(tmp_path, GOOD_TREE | {"qwen_megakernel/model/talker.py": "import numpy\n"})
+    assert list(modules_have_docstrings(tmp_path)) == [
+        "qwen_megakernel/model/talker.py has no docstring"
+    ]
 
 
 def test_imports_for_type_checkers_are_free(tmp_path):
@@ -463,7 +454,7 @@ def test_public_names_are_frozen():
     [
         "import qwen_megakernel",
         "import qwen_megakernel.__main__",
-        "import qwen_megakernel.doctor",
+        "import qwen_megakernel.tools.doctor",
         "import server",
     ],
 )

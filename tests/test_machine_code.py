@@ -8,12 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from qwen_megakernel import build_kernels, build_tts, machine_code
+from qwen_megakernel import build_tts
 from qwen_megakernel.__main__ import main
-from qwen_megakernel.build_kernels import KernelBuild, table_builds
 from qwen_megakernel.build_tts import BuildError, Library, build, compiler_release, find_nvcc
-from qwen_megakernel.cubin import CubinError, read_cubin
-from qwen_megakernel.machine_code import TABLE, UPDATE_COMMAND, Row, parse, render, rows, system_calls
+from qwen_megakernel.tools import build as build_kernels
+from qwen_megakernel.tools import machine_code
+from qwen_megakernel.tools.build import KernelBuild, table_builds
+from qwen_megakernel.tools.cubin import CubinError, read_cubin
+from qwen_megakernel.tools.machine_code import (
+    TABLE,
+    UPDATE_COMMAND,
+    Row,
+    parse,
+    render,
+    rows,
+    system_calls,
+)
 
 SMALL = {"read", "frame tiny"}
 """Compiled by every test run; the rest takes up to a minute each."""

@@ -12,7 +12,7 @@ from live_server import collect, send
 from native_client import LONG_TEXT, SENTENCES, WILD, NativeClient, assert_healthy, take
 from websockets.exceptions import ConnectionClosed
 
-from qwen_megakernel.serving.messages import (
+from qwen_megakernel.serving.native_messages import (
     ENCODINGS,
     SAMPLE_RATES,
     AudioChunk,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from native_client import LONG_TEXT, SENTENCES, WILD, DirectSocket, NativeClient, assert_healthy, take
 
-from qwen_megakernel.serving.messages import (
+from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     Cancel,
     End,

@@ -20,7 +20,7 @@ from native_client import (
 )
 from websockets.exceptions import ConnectionClosed
 
-from qwen_megakernel.serving.messages import (
+from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     Cancel,
     Done,

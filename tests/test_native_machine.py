@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 from native_client import WILD, DirectSocket, NativeClient
 
-from qwen_megakernel.serving.messages import Cancel, End, Error, Flush, Segment, Speak
+from qwen_megakernel.serving.native_messages import Cancel, End, Error, Flush, Segment, Speak
 
 TEXTS = ("Hi.", "Hello ", "there, ", "you", " ", "", "\n", "Ça va? ", "It is 3", ".14. ", "好。")
 FORMATS = st.sampled_from([("pcm_s16le", 24_000), ("pcm_f32le", 48_000), ("pcm_s16le", 8_000)])

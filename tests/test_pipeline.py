@@ -16,9 +16,9 @@ from listener import LONG, PARAMS, TEXT, Listener, always_says, speak, wait_idle
 from torch import Tensor
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
+from qwen_megakernel.codec.interface import LaunchedSound
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS, Guards
-from qwen_megakernel.decoder import MAX_BATCH, LaunchedFrame
-from qwen_megakernel.frame_codec import LaunchedSound
+from qwen_megakernel.decoding.torch_backend import MAX_BATCH, LaunchedFrame
 from qwen_megakernel.turn import Audio, Finished
 
 NONSENSE = 999_999

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from qwen_megakernel.config import GenerationParams
-from qwen_megakernel.decoder import TorchBackend
-from qwen_megakernel.prefix_cache import CAPACITY, PrefixCache, SharedRows
-from qwen_megakernel.synth_checkpoint import random_talker
-from qwen_megakernel.synth_config import shape_config
+from qwen_megakernel.decoding.prefix_cache import CAPACITY, PrefixCache, SharedRows
+from qwen_megakernel.decoding.torch_backend import TorchBackend
+from qwen_megakernel.synth.checkpoint import random_talker
+from qwen_megakernel.synth.config import shape_config
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_megakernel.checkpoint import Checkpoint
-from qwen_megakernel.model import Talker
-from qwen_megakernel.prompt import PromptBuilder, TextFeed, TextTokenizer
-from qwen_megakernel.tokenizer import load_tokenizer
+from qwen_megakernel.model.talker import Talker
+from qwen_megakernel.prompt.builder import PromptBuilder, TextFeed, TextTokenizer
+from qwen_megakernel.prompt.tokenizer import load_tokenizer
+from qwen_megakernel.prompt.voice import Voice
 from qwen_megakernel.turn import RequestError
-from qwen_megakernel.voice import Voice
 
 TRICKY = [
     "Hello there, how are you? It's 1234.5 fine!",

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from qwen_megakernel.checkpoint import Checkpoint
 from qwen_megakernel.config import GenerationParams, ModelConfig, SamplingParams
-from qwen_megakernel.decoder import MAX_BATCH, TorchBackend
-from qwen_megakernel.model import Talker, mrope_tables, rope_tables
-from qwen_megakernel.prompt import PromptBuilder
-from qwen_megakernel.tokenizer import load_tokenizer
-from qwen_megakernel.voice import Voice
+from qwen_megakernel.decoding.torch_backend import MAX_BATCH, TorchBackend
+from qwen_megakernel.model.talker import Talker, mrope_tables, rope_tables
+from qwen_megakernel.prompt.builder import PromptBuilder
+from qwen_megakernel.prompt.tokenizer import load_tokenizer
+from qwen_megakernel.prompt.voice import Voice
 
 TEXT = "Hello there, how are you doing today? It's 1234 fine."
 OTHER = "A second text that is quite a bit longer than the first one was, and goes on: and on, and on."

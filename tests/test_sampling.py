@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
 )
 
 from qwen_megakernel.config import SamplingParams
-from qwen_megakernel.sampling import (
+from qwen_megakernel.model.sampling import (
     SamplingBatch,
     draw,
     gumbel_noise,

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from qwen_megakernel.__main__ import main
 from qwen_megakernel.config import ModelConfig
-from qwen_megakernel.synth_checkpoint import SHAPES, SynthError, tensor_specs, write_checkpoint
-from qwen_megakernel.synth_config import root_config, speech_config
-from qwen_megakernel.synth_tokenizer import write_tokenizer
-from qwen_megakernel.tokenizer import load_tokenizer
+from qwen_megakernel.prompt.tokenizer import load_tokenizer
+from qwen_megakernel.synth.checkpoint import SHAPES, SynthError, tensor_specs, write_checkpoint
+from qwen_megakernel.synth.config import root_config, speech_config
+from qwen_megakernel.synth.tokenizer import write_tokenizer
 
 MODES = ("base", "custom_voice", "voice_design")
 LEAD = "<|im_start|>assistant\n"
@@ -163,7 +163,7 @@ def test_a_tensor_does_not_depend_on_what_else_is_written(tiny_base, tiny_custom
 
 
 def test_large_tensors_are_drawn_in_pieces_without_repeating(monkeypatch, tmp_path):
-    monkeypatch.setattr("qwen_megakernel.synth_checkpoint._CHUNK", 1000)
+    monkeypatch.setattr("qwen_megakernel.synth.checkpoint._CHUNK", 1000)
     steps = []
     write_checkpoint(
         tmp_path / "c",

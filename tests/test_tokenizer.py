@@ -12,8 +12,8 @@ from live_server import ROOT
 from transformers import Qwen2TokenizerFast
 
 from qwen_megakernel.checkpoint import TOKENIZER_FILES, CheckpointError
-from qwen_megakernel.synth_tokenizer import write_tokenizer
-from qwen_megakernel.tokenizer import load_tokenizer
+from qwen_megakernel.prompt.tokenizer import load_tokenizer
+from qwen_megakernel.synth.tokenizer import write_tokenizer
 
 TEXTS = (
     "Hello world, it's 42!  We'LL see\u2026\n\n", "Größe e\u0301lève", "今天 오늘 Поезд", "🙂\t\x00 ",

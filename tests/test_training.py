@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_megakernel.codec import CodecDecoder, CodecStream
-from qwen_megakernel.prompt import PromptBuilder
-from qwen_megakernel.synth_tokenizer import write_tokenizer
-from qwen_megakernel.tokenizer import load_tokenizer
-from qwen_megakernel.voice import Voice
+from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
+from qwen_megakernel.prompt.builder import PromptBuilder
+from qwen_megakernel.prompt.tokenizer import load_tokenizer
+from qwen_megakernel.prompt.voice import Voice
+from qwen_megakernel.synth.tokenizer import write_tokenizer
 from training import batches, corpus, geometry, ordinary
 from training.codec_model import TrainedCodec, decode_latents
 from training.listening import word_errors

@@ -10,14 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 from test_codec_encoder import MIMI
-from test_ref_audio import GOOD, file_bytes, tone
-from test_speaker import TINY
+from test_reference_audio import GOOD, file_bytes, tone
+from test_speaker_encoder import TINY
 
-from qwen_megakernel.codec_encoder import CodecEncoder
-from qwen_megakernel.ref_audio import VoiceError, decode_reference
-from qwen_megakernel.speaker import SpeakerEncoder
-from qwen_megakernel.tts_model import TTSDecoder
-from qwen_megakernel.voice import (
+from qwen_megakernel.codec.encoder import CodecEncoder
+from qwen_megakernel.prompt.reference_audio import VoiceError, decode_reference
+from qwen_megakernel.prompt.speaker_encoder import SpeakerEncoder
+from qwen_megakernel.prompt.voice import (
     MAX_REF_FRAMES,
     MAX_REF_TEXT,
     Voice,
@@ -25,6 +24,7 @@ from qwen_megakernel.voice import (
     load_voices,
     voice_name_ok,
 )
+from qwen_megakernel.tts_model import TTSDecoder
 
 EMBEDDING = torch.randn(24, generator=torch.Generator().manual_seed(1))
 CODES = torch.randint(0, 2048, (7, 16), generator=torch.Generator().manual_seed(2))
@@ -206,7 +206,7 @@ def test_clone_of_the_longest_and_shortest_reference(cloner):
 
 
 def test_clone_checks_the_text_first(cloner, monkeypatch):
-    monkeypatch.setattr("qwen_megakernel.voice.decode_reference", None)
+    monkeypatch.setattr("qwen_megakernel.prompt.voice.decode_reference", None)
     with pytest.raises(VoiceError, match="reference text"):
         cloner.clone(GOOD, "")
 

@@ -1,6 +1,6 @@
 """What the codec needs to be trained: an encoder, a quantiser that learns, a decoder with gradients.
 
-The decoder is the product's own (`qwen_megakernel.codec.CodecDecoder`). Encoder and quantiser are
+The decoder is the product's own (`codec.decoder.CodecDecoder`). Encoder and quantiser are
 the trainer's: they make the codes that the talker learns, and only the codebooks are exported.
 """
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_megakernel.codec import CodecDecoder, Recurrent, SnakeBeta
+from qwen_megakernel.codec.decoder import CodecDecoder, Recurrent, SnakeBeta
 from qwen_megakernel.config import NUM_CODEBOOKS, CodecConfig
 from training.spectra import log_mel
 

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from qwen_megakernel.codec import CodecStream
+from qwen_megakernel.codec.decoder import CodecStream
 from qwen_megakernel.config import HOP, SAMPLE_RATE, GenerationParams
-from qwen_megakernel.demo import VOICE
+from qwen_megakernel.prompt.voice import Voice
+from qwen_megakernel.tools.demo import VOICE
 from qwen_megakernel.tts_model import TTSDecoder
 from qwen_megakernel.turn import Audio, Finished, TurnEvent
-from qwen_megakernel.voice import Voice
 from training.codec_model import ENCODER_MARGIN, TrainedCodec
 from training.listening import Listener, word_errors
 from training.sentences import heldout

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwen_megakernel.checkpoint import SPEECH_FOLDER, Checkpoint
-from qwen_megakernel.voice import Voice
+from qwen_megakernel.prompt.voice import Voice
 from training import geometry
 from training.teacher import VOICES
 

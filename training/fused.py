@@ -2,7 +2,7 @@
 
 cuDNN trains convolutions of few channels over long signals at a fraction of the memory's speed;
 these kernels read each activation about once. They compute what `CausalConv`, `SnakeBeta` and
-`CausalUpsample` of `qwen_megakernel.codec` do for a stream that begins, in bf16 with float32 sums.
+`CausalUpsample` of `codec.decoder` do for a stream that begins, in bf16 with float32 sums.
 """
 
 from __future__ import annotations

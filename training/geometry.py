@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig
-from qwen_megakernel.synth_config import json_files
+from qwen_megakernel.synth.config import json_files
 
 CODEBOOK_SIZE = 128
 """Seven bits a code: four synthetic voices need no more, and embeddings and heads stay small."""

@@ -1,4 +1,4 @@
-"""Utterances as the talker's input rows: the prompt of `qwen_megakernel.prompt`, then the frames.
+"""Utterances as the talker's input rows: the prompt of `prompt.builder`, then the frames.
 
 Every row is a text embedding, a codec embedding or sixteen summed, and in one row the speaker's.
 Here rows are still integers, so that embedding them has gradients.

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from qwen_megakernel.synth_tokenizer import write_tokenizer
-from qwen_megakernel.tokenizer import load_tokenizer
+from qwen_megakernel.prompt.tokenizer import load_tokenizer
+from qwen_megakernel.synth.tokenizer import write_tokenizer
 from training import sentences as texts
 from training.corpus import write_tokens
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen_megakernel.config import SAMPLE_RATE
-from qwen_megakernel.speaker import SpeakerEncoder, log_mel
+from qwen_megakernel.prompt.speaker_encoder import SpeakerEncoder, log_mel
 from training import geometry
 from training.teacher import VOICES, Teacher
 

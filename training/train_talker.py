@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qwen_megakernel.config import NUM_CODEBOOKS, ModelConfig
-from qwen_megakernel.model import Attend, DecoderLayer, Talker, rope_tables
+from qwen_megakernel.model.talker import Attend, DecoderLayer, Talker, rope_tables
 from training import batches, corpus, geometry, teacher
 from training.batches import Material
 from training.graphs import Batch, Steps, clock
@@ -43,7 +43,7 @@ _CODE_WEIGHTS = tuple(1 / math.sqrt(k) for k in range(1, NUM_CODEBOOKS))
 
 
 def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention within each sequence; see `qwen_megakernel.model.Attend`."""
+    """Causal attention within each sequence; see `qwen_megakernel.model.talker.Attend`."""
     repeat = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeat, 2).transpose(1, 2).to(q.dtype) for x in (k, v))
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from qwen_megakernel.config import SAMPLE_RATE
-from qwen_megakernel.serving.messages import FinishReason, Speak
+from qwen_megakernel.serving.native_messages import FinishReason, Speak
 from qwen_megakernel.serving.observe import TurnRecord
 from qwen_megakernel.turn import Audio, Finished, Turn
 

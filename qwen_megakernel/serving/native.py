@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from qwen_megakernel import __version__
 from qwen_megakernel.serving.contexts import Context, ContextOver, OutEvent, SegmentOver
 from qwen_megakernel.serving.conversation import MAX_CONTEXTS, Conversation
-from qwen_megakernel.serving.messages import (
+from qwen_megakernel.serving.native_messages import (
     ENCODINGS,
     PROTOCOL,
     SAMPLE_RATES,

@@ -6,7 +6,7 @@ import numpy as np
 import soxr
 
 from qwen_megakernel.config import SAMPLE_RATE
-from qwen_megakernel.serving.messages import AudioFormat
+from qwen_megakernel.serving.native_messages import AudioFormat
 
 _NOTHING = np.zeros(0, dtype=np.float32)
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipecat_client.journal import Journal
-from qwen_megakernel.serving.messages import Cancel, End, Flush, Limits, Speak
+from qwen_megakernel.serving.native_messages import Cancel, End, Flush, Limits, Speak
 
 LIMITS = Limits(max_text_chars=100, max_contexts=2, max_message_bytes=65_536)
 

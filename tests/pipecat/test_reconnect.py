@@ -27,7 +27,7 @@ from pipecat.tests.utils import SleepFrame
 from pipecat.utils.errors import ErrorCategory
 from wire_tap import WireTap, num_chunks, num_segments
 
-from qwen_megakernel.serving.messages import AudioChunk, Done, Error, Progress, Segment, Started
+from qwen_megakernel.serving.native_messages import AudioChunk, Done, Error, Progress, Segment, Started
 
 SENTENCE, TOKEN = TextAggregationMode.SENTENCE, TextAggregationMode.TOKEN
 EXACT = {"seed": 11, "chunk_frames": 1, "temperature": 2.0}

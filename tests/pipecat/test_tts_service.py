@@ -43,7 +43,7 @@ from wire_tap import WireTap, num_chunks
 
 from pipecat_client.megakernel_tts import MegakernelTTSService
 from pipecat_client.settings import ServerTTSMetricsData
-from qwen_megakernel.serving.messages import AudioChunk, Cancel, Done, Hello, Segment, Speak
+from qwen_megakernel.serving.native_messages import AudioChunk, Cancel, Done, Hello, Segment, Speak
 
 WORDS = (TTSTextFrame, AggregatedTextProgressFrame, MetricsFrame)
 

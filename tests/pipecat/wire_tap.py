@@ -12,7 +12,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import Request, Response, Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from qwen_megakernel.serving.messages import (
+from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     Cancel,
     ClientMessage,

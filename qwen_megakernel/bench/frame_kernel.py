@@ -1,0 +1,368 @@
+"""The bench's kernel part: a frame's time by streams and positions, beside what bounds it.
+
+Every figure comes from one process on one GPU: the frame kernel, a plain streaming read of the
+same bytes, PyTorch eager and PyTorch as one CUDA graph, and the packet chain where its source is
+named.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import c_int64, c_void_p
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen_megakernel.bench.torch_graph import TorchFrame
+from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, find_nvcc, frame_library
+from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
+from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
+from qwen_megakernel.decoding.prefix_cache import SharedRows
+from qwen_megakernel.decoding.torch_backend import MAX_BATCH, TorchBackend
+from qwen_megakernel.model.talker import Talker
+from qwen_megakernel.tools.machine_code import resources
+
+STREAMS = (1, 2, 4, 8)
+POSITIONS = (100, 500, 1000, 2000)
+REPEATS = 200
+EAGER_REPEATS = 10
+"""An eager frame takes tens of milliseconds and varies little."""
+WARM_UP = 10
+PARTS = ("talker", "predictor", "sampling")
+
+Report = Callable[[str], None]
+_Backend = MegakernelBackend | TorchBackend
+
+
+class BenchError(RuntimeError):
+    """What keeps a part of the bench from running; one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameFigures:
+    """One frame kernel's figures for a number of streams at a position; times in microseconds."""
+
+    streams: int
+    position: int
+    median_us: float
+    """On the device, from the end of a frame to the end of the next, frames queued back to back."""
+    p95_us: float
+    decode_us: float
+    """`decode` on the host's clock, median: launch, frame, codes in host memory."""
+    parts_us: dict[str, float]
+    """`PARTS` by the kernel's own clock, medians; what is left is the launch, the first product and
+    the last sum."""
+    bytes: int
+    """That a frame must read: weights of talker and 15 passes, keys and values."""
+    gb_s: float
+    floor_us: float
+    """A plain streaming read of as many bytes."""
+    eager_us: float
+    """PyTorch bf16, host's clock: what the torch backend does."""
+    graph_us: float
+    """PyTorch bf16, the whole frame as one CUDA graph for just this position."""
+    chain_us: float | None
+    """The packet chain, where it was measured for as many streams."""
+
+    def ratios(self) -> dict[str, float | None]:
+        """This frame over the floor and the chain; PyTorch over this frame."""
+        return {
+            "over_floor": self.median_us / self.floor_us,
+            "over_chain": self.median_us / self.chain_us if self.chain_us else None,
+            "eager_over_this": self.eager_us / self.median_us,
+            "graph_over_this": self.graph_us / self.median_us,
+        }
+
+
+# --- what a frame is made of -------------------------------------------------------------------
+
+
+def exchange_parts(config: ModelConfig, streams: int) -> list[str]:
+    """The one of `PARTS` that each exchange of a frame belongs to, in order (csrc/predictor.cuh)."""
+    talker, predictor = 5 * config.talker.num_layers, 5 * config.predictor.num_layers
+    projects = config.talker.hidden_size != config.predictor.hidden_size
+    passes = ["predictor"] * (predictor + 1) + ["sampling"]
+    # Position 0 has a pass of its own, which ends with the last layer's QKV.
+    alone = predictor - 4 if streams > MAX_BATCH // 2 else 0
+    return [
+        *["talker"] * (talker + 1),
+        *["predictor"] * (projects + alone),
+        "sampling",
+        *passes,
+        *passes[1:] * (NUM_CODEBOOKS - 2),  # of later positions the first QKV is known
+    ]
+
+
+def parts_of(stamps: np.ndarray, parts: Sequence[str]) -> dict[str, float]:
+    """Median microseconds of each part.
+
+    Args:
+        stamps: int64 [frames, exchanges or more], nanoseconds at the end of each exchange.
+        parts: the part of each exchange.
+
+    Raises:
+        BenchError: stamps that are missing or run backwards.
+    """
+    if (stamps[:, len(parts) - 1] < stamps[:, 0]).any() or (stamps[:, : len(parts)] == 0).any():
+        raise BenchError("the kernel's stamps are not those of the exchanges that were expected")
+    lasted = np.diff(stamps[:, : len(parts)], axis=1) / 1000
+    of = np.array(parts[1:])
+    return {part: float(np.median(lasted[:, of == part].sum(1))) for part in PARTS}
+
+
+def frame_bytes(config: ModelConfig, streams: int, position: int) -> int:
+    """Bytes that a frame must read: bf16 weights once a pass, keys and values of the streams."""
+
+    def qkv_rows(c: Any) -> int:
+        return (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+
+    def layer(c: Any) -> int:
+        rows = qkv_rows(c) + c.num_heads * c.head_dim
+        return c.hidden_size * (rows + 3 * c.intermediate_size)
+
+    t, p = config.talker, config.predictor
+    weights = t.num_layers * layer(t) + t.vocab_size * t.hidden_size
+    weights += (NUM_CODEBOOKS - 1) * (p.num_layers * layer(p) + p.vocab_size * p.hidden_size)
+    # Of the passes after the first, the first layer's QKV comes from a table: a row a stream.
+    weights -= (NUM_CODEBOOKS - 2) * qkv_rows(p) * (p.hidden_size - streams)
+    if t.hidden_size != p.hidden_size:
+        weights += t.hidden_size * p.hidden_size
+    cached = streams * position * t.num_layers * 2 * t.num_kv_heads * t.head_dim
+    return 2 * (weights + cached)
+
+
+# --- measuring ---------------------------------------------------------------------------------
+
+
+def device_times(run: Callable[[], object], repeats: int) -> list[float]:
+    """Microseconds between the ends of runs that are queued back to back, the first ones left out."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for _ in range(WARM_UP):
+        run()
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return [1000 * a.elapsed_time(b) for a, b in pairwise(events)]
+
+
+def host_times(run: Callable[[], object], repeats: int) -> list[float]:
+    """Microseconds of each run, which must wait for the device itself."""
+    times = []
+    for _ in range(WARM_UP // 3 + repeats):
+        start = time.perf_counter()
+        run()
+        times.append(1e6 * (time.perf_counter() - start))
+    return times[-repeats:]
+
+
+class _Prompts:
+    """Fills slots up to a position; the keys and values of a length are computed once."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, longest: int) -> None:
+        generator = torch.Generator(device).manual_seed(1)
+        shape = (longest, config.talker.hidden_size)
+        self._rows = torch.randn(shape, device=device, generator=generator).bfloat16()
+
+    def fill(self, backend: _Backend, streams: int, rows: int) -> None:
+        """Start slots 0 to `streams` - 1 with as many rows."""
+        for slot in range(streams):
+            params = GenerationParams(seed=slot)
+            backend.prefill(slot, self._rows[:rows], params, SharedRows(rows, rows - 1))
+
+
+class KernelBench:
+    """The frame kernel and its rivals, on one GPU with one set of weights."""
+
+    def __init__(
+        self, config: ModelConfig, talker: Talker, positions: Sequence[int], repeats: int, report: Report
+    ) -> None:
+        """Build the kernels and pack the weights.
+
+        Args:
+            config: the shape.
+            talker: bf16, on the GPU.
+            positions: to be measured; the longest decides the size of the caches.
+            repeats: timed frames for each figure.
+            report: told what is being done.
+
+        Raises:
+            BuildError: there is no compiler, or the GPU is too old.
+        """
+        self._config, self._talker, self._repeats = config, talker, repeats
+        self._device = talker.codec_head.weight.device
+        self._gpu = torch.cuda.get_device_properties(self._device)
+        self.arch = detect_arch(self._device)
+        self.library = build(frame_library(config, self.arch), self.arch, report)
+        self._read = ctypes.CDLL(str(build(READ_LIBRARY, self.arch, report))).read_floor
+        most = max(positions) + repeats + 2 * WARM_UP
+        backend = {"num_slots": MAX_BATCH, "max_positions": most}
+        self._kernel = MegakernelBackend(
+            talker, config.talker, config.predictor, library=self.library, **backend
+        )
+        self._torch = TorchBackend(talker, config.talker, config.predictor, **backend)
+        self._prompts = _Prompts(config, self._device, most)
+        self._buffer = torch.zeros(
+            frame_bytes(config, MAX_BATCH, max(positions)), dtype=torch.uint8, device=self._device
+        )
+
+    def measure(self, streams: int, position: int, chain_us: float | None) -> FrameFigures:
+        """All figures of one row; the timed frames lie around `position`."""
+        text = torch.zeros(streams, self._config.talker.hidden_size, device=self._device)
+        slots = range(streams)
+        with self._running(self._kernel, streams, position, self._repeats):
+            device = device_times(lambda: self._kernel.launch(slots, text), self._repeats)
+        with self._running(self._kernel, streams, position, self._repeats):
+            host = host_times(lambda: self._kernel.decode(slots, text), self._repeats)
+        with self._running(self._torch, streams, position, EAGER_REPEATS):
+            eager = host_times(lambda: self._torch.decode(slots, text), EAGER_REPEATS)
+        rival = TorchFrame(self._talker, self._config, streams, position)
+        graph = rival.capture()
+        num_bytes, median = frame_bytes(self._config, streams, position), float(np.median(device))
+        return FrameFigures(
+            streams=streams,
+            position=position,
+            median_us=median,
+            p95_us=float(np.percentile(device, 95)),
+            decode_us=float(np.median(host)),
+            parts_us=self._parts(streams, position, text),
+            bytes=num_bytes,
+            gb_s=num_bytes / median / 1000,
+            floor_us=self._floor_us(num_bytes),
+            eager_us=float(np.median(eager)),
+            graph_us=float(np.median(device_times(graph.replay, max(self._repeats // 10, 3)))),
+            chain_us=chain_us,
+        )
+
+    def _running(self, backend: _Backend, streams: int, position: int, repeats: int) -> _Slots:
+        """Slots whose next `repeats` frames, after a warm-up, lie around `position`."""
+        return _Slots(self._prompts, backend, streams, max(2, position - repeats // 2 - WARM_UP))
+
+    def _parts(self, streams: int, position: int, text: torch.Tensor) -> dict[str, float]:
+        parts = exchange_parts(self._config, streams)
+        room = len(exchange_parts(self._config, MAX_BATCH))  # the most there are
+        stamps = torch.zeros(self._repeats, room, dtype=torch.int64, device=self._device)
+        with self._running(self._kernel, streams, position, self._repeats):
+            for row in stamps:
+                self._kernel.launch(range(streams), text, dumps=FrameDumps(stamps=row))
+            return parts_of(stamps.cpu().numpy(), parts)
+
+    def _floor_us(self, num_bytes: int) -> float:
+        out = torch.zeros(1, dtype=torch.int32, device=self._device)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+
+        def read() -> None:
+            error = self._read(
+                c_void_p(self._buffer.data_ptr()), c_int64(num_bytes // 16 * 16),
+                c_void_p(out.data_ptr()), self._gpu.multi_processor_count, c_void_p(stream),
+            )  # fmt: skip
+            if error:
+                raise BenchError(f"the streaming read was not launched: CUDA error {error}")
+
+        return float(np.median(device_times(read, self._repeats // 4 + 1)))
+
+
+@dataclass(slots=True)
+class _Slots:
+    """Live slots 0 to `streams` - 1, for as long as the context lasts."""
+
+    prompts: _Prompts
+    backend: _Backend
+    streams: int
+    rows: int
+
+    def __enter__(self) -> None:
+        self.prompts.fill(self.backend, self.streams, self.rows)
+        torch.cuda.synchronize()
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.synchronize()
+        for slot in range(self.streams):
+            self.backend.release(slot)
+
+
+# --- the packet chain --------------------------------------------------------------------------
+
+
+def run_chain(source: Path, arch: str, report: Report) -> dict[int, float]:
+    """Compile and run a `chain_packets.cu`: microseconds of a frame's bare chain by streams.
+
+    Raises:
+        BenchError: it does not compile, run or print what is expected; BuildError: no compiler.
+    """
+    report(f"compiling and running {source.name}")
+    with tempfile.TemporaryDirectory(prefix="chain-") as folder:
+        program = Path(folder) / "chain"
+        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        command = [find_nvcc(), "-O3", "-std=c++17", target, "-o", program, source]
+        for step in (command, [program]):
+            try:
+                done = subprocess.run(step, capture_output=True, text=True, timeout=300)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise BenchError(f"{source}: {error}") from None
+            if done.returncode:
+                words = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+                raise BenchError(f"{source}: {words[-1][:300]}")
+    return parse_chain(done.stdout)
+
+
+def parse_chain(output: str) -> dict[int, float]:
+    """Microseconds by streams: a talker's chain plus a predictor's, where both were printed."""
+    found: dict[str, dict[int, float]] = {"talker": {}, "predictor": {}}
+    for line in output.splitlines():
+        head = re.match(r"(talker|predictor)[^,]*, (\d+) streams?\b(.*?)\s+([\d.]+) us\b", line)
+        if head:  # the first of several is the one whose ring has its full size
+            found[head[1]].setdefault(int(head[2]), float(head[4]))
+    both = {n: found["talker"][n] + us for n, us in found["predictor"].items() if n in found["talker"]}
+    if not both:
+        raise BenchError("the chain printed no talker and predictor figures")
+    return both
+
+
+# --- the part ----------------------------------------------------------------------------------
+
+
+def run(
+    config: ModelConfig,
+    talker: Talker,
+    *,
+    streams: Sequence[int] = STREAMS,
+    positions: Sequence[int] = POSITIONS,
+    repeats: int = REPEATS,
+    chain: Path | None = None,
+    report: Report,
+) -> Iterator[dict[str, Any]]:
+    """The kernel part of the bench's JSON, again after every row, each time with one row more.
+
+    Args:
+        config, talker: what is decoded; bf16, on the GPU.
+        streams, positions: the rows of the table.
+        repeats: timed frames for each figure.
+        chain: the packet chain's source, or None.
+        report: told what is being done.
+    """
+    bench = KernelBench(config, talker, positions, repeats, report)
+    chains = run_chain(chain, bench.arch, report) if chain else {}
+    frames: list[dict[str, Any]] = []
+    for n in streams:
+        for position in positions:
+            row = bench.measure(n, position, chains.get(n))
+            report(f"{n} streams, position {position}: {row.median_us:.0f} us")
+            frames.append({**asdict(row), **row.ratios()})
+            yield {
+                "arch": bench.arch,
+                "build": [asdict(kernel) for kernel in resources(bench.library)],
+                "chain_us": {str(number): us for number, us in chains.items()},
+                "repeats": repeats,
+                "frames": list(frames),
+            }

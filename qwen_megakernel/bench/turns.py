@@ -1,0 +1,273 @@
+"""The bench's end-to-end part: a real server process, a real socket, turn after turn.
+
+Random weights almost never say EOS, so the client listens to as much as a voice would take for the
+text and then cancels; a trained voice mostly ends before that.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from websockets.sync.client import ClientConnection, connect
+
+from qwen_megakernel.config import SAMPLE_RATE
+from qwen_megakernel.serving.native_messages import (
+    AudioChunk,
+    Cancel,
+    Done,
+    End,
+    Error,
+    Hello,
+    ServerMessage,
+    Speak,
+    encode,
+    parse_server_message,
+)
+from qwen_megakernel.tools.demo import running_server
+
+SENTENCE = "The train to the coast leaves at nine, so please be on time."
+"""Of 60 characters: the text of the TTFC line."""
+WORDS = SENTENCE.replace(",", "").replace(".", "").lower().split()
+CHARS = (20, 140)
+"""Lengths of the mixed turns' texts: at most 9.3 s of speech, so that no turn runs into the server's
+limit of 10 s ahead of real time."""
+CHARS_PER_S = 15
+"""How fast English is spoken, about."""
+AUDIBLE_RMS = 10 ** (-50 / 20)
+_WINDOW = SAMPLE_RATE // 100
+TURN_S = 120.0
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TurnFigures:
+    """One turn as its client saw it; times in milliseconds but for seconds of audio."""
+
+    chars: int
+    ttfc_ms: float
+    """Server's clock: text accepted to first chunk handed to the socket."""
+    ttfb_ms: float
+    """Text sent to first chunk received."""
+    ttfa_ms: float | None
+    """Text sent to first audible sample played: the first 10 ms above -50 dBFS."""
+    rtf: float
+    """Server's clock: time of generation over audio."""
+    audio_s: float
+    """Received."""
+    underruns: int
+    """Chunks that came after all before them had been played."""
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a figure is spread over turns."""
+
+    p50: float
+    p95: float
+    p99: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Percentiles with linear interpolation between neighbours; of at least one value."""
+        p50, p95, p99 = (float(p) for p in np.percentile(values, (50, 95, 99)))
+        return cls(p50, p95, p99, len(values))
+
+
+class Player:
+    """Plays from the first chunk on, as it comes: when is something heard, how often is it dry."""
+
+    def __init__(self) -> None:
+        self.first_at: float | None = None
+        self.audible_at: float | None = None
+        self.num_samples = 0
+        self.underruns = 0
+        self._dry_at = 0.0
+
+    def add(self, samples: np.ndarray, now: float) -> None:
+        """Take a chunk, int16 [n], received at `now` (seconds of any clock)."""
+        if self.first_at is None:
+            self.first_at = self._dry_at = now
+        elif now > self._dry_at:
+            self.underruns += 1
+            self._dry_at = now
+        if self.audible_at is None:
+            windows = samples[: len(samples) // _WINDOW * _WINDOW].reshape(-1, _WINDOW) / 32768
+            loud = np.flatnonzero(np.sqrt(np.mean(np.square(windows), axis=1)) > AUDIBLE_RMS)
+            if len(loud):
+                self.audible_at = self._dry_at + loud[0] * _WINDOW / SAMPLE_RATE
+        self.num_samples += len(samples)
+        self._dry_at += len(samples) / SAMPLE_RATE
+
+
+class BenchClient:
+    """One connection of the native protocol, one turn at a time."""
+
+    def __init__(self, port: int) -> None:
+        url = f"ws://127.0.0.1:{port}/"
+        self._socket: ClientConnection = connect(url, compression=None, max_size=None, proxy=None)
+        self._num_turns = 0
+        self._send(Hello(client="bench"))
+        self._receive()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
+    def speak(self, text: str, seed: int) -> TurnFigures:
+        """One turn, cancelled when it has said enough for its text.
+
+        Raises:
+            RuntimeError: the server refused it or failed.
+        """
+        self._num_turns += 1
+        context = f"turn-{self._num_turns}"
+        enough = int(len(text) / CHARS_PER_S * SAMPLE_RATE)
+        player, cancelled = Player(), False
+        start = time.perf_counter()
+        self._send(Speak(context, text, language="english", seed=seed))
+        self._send(End(context))
+        while True:
+            message = self._receive()
+            if isinstance(message, AudioChunk):
+                player.add(np.frombuffer(message.samples, "<i2"), time.perf_counter())
+            elif isinstance(message, Error):
+                raise RuntimeError(f"the server refused a turn: {message.message}")
+            elif isinstance(message, Done):
+                return _figures(text, message, player, start)
+            if player.num_samples >= enough and not cancelled:
+                self._send(Cancel(context))
+                cancelled = True
+
+    def _send(self, message: Hello | Speak | End | Cancel) -> None:
+        self._socket.send(encode(message))
+
+    def _receive(self) -> ServerMessage:
+        return parse_server_message(self._socket.recv(timeout=TURN_S))
+
+
+def _figures(text: str, done: Done, player: Player, start: float) -> TurnFigures:
+    if done.ttfc_ms is None or done.rtf is None or player.first_at is None:
+        raise RuntimeError(f"a turn had no sound: {done.finish_reason}")
+    audible = player.audible_at
+    return TurnFigures(
+        chars=len(text),
+        ttfc_ms=done.ttfc_ms,
+        ttfb_ms=1000 * (player.first_at - start),
+        ttfa_ms=None if audible is None else 1000 * (audible - start),
+        rtf=done.rtf,
+        audio_s=player.num_samples / SAMPLE_RATE,
+        underruns=player.underruns,
+        finish_reason=done.finish_reason,
+    )
+
+
+def write_voice(path: Path, seconds: float = 3.0) -> None:
+    """A recording to clone: a buzz whose loudness comes and goes like syllables."""
+    t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    buzz = sum(np.sin(2 * np.pi * 120 * k * t) / k for k in range(1, 13))
+    soundfile.write(path, 0.18 * buzz * (0.6 + 0.4 * np.sin(2 * np.pi * 3 * t)), SAMPLE_RATE)
+
+
+def mixed_texts(count: int, seed: int = 0) -> list[str]:
+    """Texts of `CHARS` characters, the same for every backend."""
+    choose = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        length, text = choose.randint(*CHARS), choose.choice(WORDS).capitalize()
+        while len(text) < length - 1:
+            text += " " + choose.choice(WORDS)
+        texts.append(text[: length - 1].rstrip() + ".")
+    return texts
+
+
+def summary(turns: Sequence[TurnFigures]) -> dict[str, Any]:
+    """Spreads of the turns' figures, and what they added up to."""
+    audible = [turn.ttfa_ms for turn in turns if turn.ttfa_ms is not None]
+    return {
+        "ttfc_ms": asdict(Spread.of([turn.ttfc_ms for turn in turns])),
+        "ttfb_ms": asdict(Spread.of([turn.ttfb_ms for turn in turns])),
+        "ttfa_ms": asdict(Spread.of(audible)) if audible else None,
+        "rtf": asdict(Spread.of([turn.rtf for turn in turns])),
+        "audio_s": sum(turn.audio_s for turn in turns),
+        "underruns": sum(turn.underruns for turn in turns),
+        "finish_reasons": sorted({turn.finish_reason for turn in turns}),
+    }
+
+
+def speak_at_once(port: int, clients: int, turns: int) -> list[TurnFigures]:
+    """`SENTENCE` from several clients at the same time, each turn after turn, `turns` of them in all.
+
+    The clients share this process: under load their clocks (TTFB, TTFA) tell of it, too.
+    """
+
+    def speak(number: int) -> list[TurnFigures]:
+        client = BenchClient(port)
+        try:
+            return [client.speak(SENTENCE, seed) for seed in range(number, turns, clients)]
+        finally:
+            client.close()
+
+    with ThreadPoolExecutor(clients) as threads:
+        return [figures for of_one in threads.map(speak, range(clients)) for figures in of_one]
+
+
+def run(
+    checkpoint: Path,
+    backend: str,
+    *,
+    device: str,
+    turns: int,
+    at_once: Sequence[int] = (),
+    report: Report,
+) -> dict[str, Any]:
+    """Start a server on a checkpoint, measure its turns, stop it; one entry of the bench's JSON.
+
+    Args:
+        checkpoint: a Base checkpoint; a buzz is cloned as its voice by speaker embedding alone.
+        backend, device: as `server.py` takes them.
+        turns: of `SENTENCE`, then as many of mixed length, one at a time.
+        at_once: numbers of clients that then speak `SENTENCE` together, a turn each at least.
+        report: told what is being done.
+
+    Raises:
+        DemoError: the server did not start or stop; RuntimeError: a turn failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        voice = Path(folder) / "voice.wav"
+        write_voice(voice)
+        options = ("--model", checkpoint, "--speaker-ref", voice, "--backend", backend)
+        ready = threading.Event()
+        start = time.perf_counter()
+        # In JSON it prints no banner.
+        with running_server(
+            *options, "--device", device, "--log-format", "json",
+            show=lambda line: None if ready.is_set() else report(line),
+        ) as port:  # fmt: skip
+            ready_s = time.perf_counter() - start
+            ready.set()
+            report(f"{backend}: ready after {ready_s:.1f} s")
+            client = BenchClient(port)
+            fixed = [client.speak(SENTENCE, seed) for seed in range(turns)]
+            mixed = [client.speak(text, seed) for seed, text in enumerate(mixed_texts(turns))]
+            client.close()
+            together = {str(n): summary(speak_at_once(port, n, max(turns, n))) for n in at_once}
+    return {
+        "backend": backend,
+        "ready_s": ready_s,
+        "sentence": summary(fixed),
+        "mixed": summary(mixed),
+        "at_once": together,
+    }

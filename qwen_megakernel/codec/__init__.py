@@ -1,0 +1,1 @@
+"""Codes to samples and back: the streaming decoder in PyTorch and as CUDA kernels, and the encoder."""

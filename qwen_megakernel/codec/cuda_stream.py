@@ -1,0 +1,360 @@
+"""The codec on the GPU: one CUDA graph of hand-written kernels a frame, any slots, exact.
+
+`CudaCodecStream` stands where `CodecStream` does. The kernels are csrc/codec_*.cu; what they are
+launched on is `CodecPlan`'s to say. This module mirrors their parameters and captures the graphs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int64, c_void_p
+from functools import singledispatchmethod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_megakernel.build_tts import Library, Progress, build, detect_arch
+from qwen_megakernel.codec.cuda_ops import (
+    AttentionOp,
+    DepthwiseNormOp,
+    EmbedOp,
+    GemmOp,
+    LastConvOp,
+    Op,
+    Rows,
+)
+from qwen_megakernel.codec.cuda_plan import CodecPlan
+from qwen_megakernel.codec.cuda_tiling import choose_tile, choose_unit_shape
+from qwen_megakernel.codec.decoder import CodecDecoder, check_codes, check_slots
+from qwen_megakernel.codec.interface import LaunchedSound
+from qwen_megakernel.config import HOP, NUM_CODEBOOKS
+
+__all__ = ["BATCH_SIZES", "CudaCodecStream", "codec_library"]
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+"""A call is padded with the scratch slot to the next of these; longer ones are cut."""
+LIBRARY = Library("codec", ("codec_kernels.cu",), (), header="")
+
+
+def codec_library(device: torch.device, progress: Progress | None = None) -> Path:
+    """Build the codec's kernels for a GPU, or find them in the cache; raises `BuildError`.
+
+    They serve every checkpoint: shapes are parameters.
+    """
+    return build(LIBRARY, detect_arch(device), progress)
+
+
+# ---------------------------------------------------------------------------- csrc/codec_params.h
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p), ("stride", c_int64), ("frames", c_int), ("rows", c_int),
+        ("channels", c_int), ("by_slot", c_int),
+    )  # fmt: skip
+
+
+class _Embed(ctypes.Structure):
+    _fields_ = (
+        ("input", c_void_p), ("ages", c_void_p), ("calls", c_void_p), ("table", c_void_p),
+        ("codebook_size", c_int), ("out", _Rows),
+    )  # fmt: skip
+
+
+class _Gemm(ctypes.Structure):
+    _fields_ = (
+        ("weights", c_void_p), ("calls", c_void_p), ("source", _Rows), ("history", c_int),
+        ("dilation", c_int), ("taps", c_int), ("m", c_int), ("k_blocks", c_int),
+        ("columns", c_int), ("segments", c_int), ("mul", c_void_p), ("add", c_void_p),
+        ("squares_in", c_void_p), ("square_parts", c_int), ("inverse_dim", c_float),
+        ("eps", c_float), ("residual", _Rows), ("raw", _Rows), ("out", _Rows),
+        ("residual_fp32", c_int), ("raw_fp32", c_int), ("upsample", c_int),
+        ("out_channels", c_int), ("activation", c_int), ("act_a", c_void_p), ("act_b", c_void_p),
+        ("middle_add", c_void_p), ("middle_a", c_void_p), ("middle_b", c_void_p),
+        ("squares_out", c_void_p),
+    )  # fmt: skip
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        ("calls", c_void_p), ("qkv", c_void_p), ("kv", _Rows), ("rope", c_void_p),
+        ("out", c_void_p), ("heads", c_int), ("kv_heads", c_int), ("head_dim", c_int),
+        ("window", c_int), ("scale", c_float),
+    )  # fmt: skip
+
+
+class _DepthwiseNorm(ctypes.Structure):
+    _fields_ = (
+        ("calls", c_void_p), ("source", _Rows), ("taps", c_int), ("real_channels", c_int),
+        ("weights", c_void_p), ("bias", c_void_p), ("norm_weight", c_void_p),
+        ("norm_bias", c_void_p), ("eps", c_float), ("out", c_void_p),
+    )  # fmt: skip
+
+
+class _LastConv(ctypes.Structure):
+    _fields_ = (
+        ("calls", c_void_p), ("source", _Rows), ("weights", c_void_p),
+        ("bias", c_float), ("pcm", c_void_p),
+    )  # fmt: skip
+
+
+def _rows(rows: Rows | None) -> _Rows:
+    if rows is None:
+        return _Rows()
+    _, length, channels = rows.data.shape
+    return _Rows(
+        rows.data.data_ptr(), rows.data.stride(0), length // rows.rows, rows.rows, channels, rows.by_slot
+    )
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _is_fp32(rows: Rows | None) -> bool:
+    return rows is not None and rows.data.dtype == torch.float32
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for name, params in (
+        ("embed", _Embed), ("attention", _Attention), ("depthwise_norm", _DepthwiseNorm),
+        ("last_conv", _LastConv),
+    ):  # fmt: skip
+        getattr(library, f"codec_{name}").argtypes = (POINTER(params), c_int, c_void_p)
+    library.codec_gemm.argtypes = (POINTER(_Gemm), c_int, c_void_p)
+    library.codec_unit.argtypes = (POINTER(_Gemm), c_int, c_int, c_void_p)
+    library.codec_error.argtypes, library.codec_error.restype = (c_int,), c_char_p
+    structures = (_Embed, _Gemm, _Attention, _DepthwiseNorm, _LastConv)
+    if library.codec_param_bytes() != sum(ctypes.sizeof(params) for params in structures):
+        raise RuntimeError(f"{path} was built from other sources than this package's")
+    return library
+
+
+class Launcher:
+    """Puts the launches of a plan on the current stream."""
+
+    def __init__(self, plan: CodecPlan, library: Path) -> None:
+        device = plan.state.device
+        self._library = _load(library)
+        self._gpu = torch.cuda.get_device_properties(device)
+        self._ages = plan.ages
+        self.input = torch.zeros(plan.max_streams, 1 + NUM_CODEBOOKS, dtype=torch.int32, device=device)
+        """int32 [max_streams, 17]: slot and codes of every stream, read by the first launch."""
+        self._calls = torch.zeros(plan.max_streams, 2, dtype=torch.int32, device=device)
+
+    def launch(self, op: Op, streams: int) -> None:
+        """One launch for the first `streams` rows of `input`; raises RuntimeError."""
+        error = self._launch(op, streams, torch.cuda.current_stream(self.input.device).cuda_stream)
+        if error:
+            text = self._library.codec_error(error).decode()
+            raise RuntimeError(f"the codec's {type(op).__name__} was not launched: {text}")
+
+    @singledispatchmethod
+    def _launch(self, op: Op, streams: int, cuda_stream: int) -> int:
+        raise TypeError(type(op).__name__)
+
+    @_launch.register
+    def _(self, op: EmbedOp, streams: int, cuda_stream: int) -> int:
+        params = _Embed(
+            _pointer(self.input), _pointer(self._ages), _pointer(self._calls), _pointer(op.table),
+            op.codebook_size, _rows(op.out),
+        )  # fmt: skip
+        return self._library.codec_embed(byref(params), streams, cuda_stream)
+
+    @_launch.register
+    def _(self, op: GemmOp, streams: int, cuda_stream: int) -> int:
+        columns = streams * op.source.rows
+        params = _Gemm(
+            _pointer(op.weights), _pointer(self._calls), _rows(op.source), op.history, op.dilation,
+            op.taps, op.m, op.k_blocks, columns, op.segments, _pointer(op.mul), _pointer(op.add),
+            _pointer(op.squares_in), 0 if op.squares_in is None else op.squares_in.shape[1],
+            1 / op.norm_dim, op.eps, _rows(op.residual), _rows(op.raw), _rows(op.out),
+            _is_fp32(op.residual), _is_fp32(op.raw), op.upsample, op.m // op.upsample,
+            op.activation, _pointer(op.act_a), _pointer(op.act_b),
+            *map(_pointer, op.middle or (None,) * 3), _pointer(op.squares_out),
+        )  # fmt: skip
+        if op.middle:
+            shape = choose_unit_shape(
+                op.m, op.source.rows, streams, self._gpu.multi_processor_count,
+                self._gpu.shared_memory_per_multiprocessor,
+            )  # fmt: skip
+            return self._library.codec_unit(byref(params), *shape, cuda_stream)
+        tile_n = choose_tile(op.m, columns, op.segments, self._gpu.multi_processor_count)
+        return self._library.codec_gemm(byref(params), tile_n, cuda_stream)
+
+    @_launch.register
+    def _(self, op: AttentionOp, streams: int, cuda_stream: int) -> int:
+        params = _Attention(
+            _pointer(self._calls), _pointer(op.qkv.data), _rows(op.kv), _pointer(op.rope),
+            _pointer(op.out.data), op.heads, op.kv_heads, op.head_dim, op.window, op.scale,
+        )  # fmt: skip
+        return self._library.codec_attention(byref(params), streams, cuda_stream)
+
+    @_launch.register
+    def _(self, op: DepthwiseNormOp, streams: int, cuda_stream: int) -> int:
+        params = _DepthwiseNorm(
+            _pointer(self._calls), _rows(op.source), len(op.weights), op.real_channels,
+            _pointer(op.weights), _pointer(op.bias), _pointer(op.norm_weight),
+            _pointer(op.norm_bias), op.eps, _pointer(op.out.data),
+        )  # fmt: skip
+        return self._library.codec_depthwise_norm(byref(params), streams, cuda_stream)
+
+    @_launch.register
+    def _(self, op: LastConvOp, streams: int, cuda_stream: int) -> int:
+        params = _LastConv(
+            _pointer(self._calls), _rows(op.source), _pointer(op.weights), op.bias,
+            _pointer(op.pcm),
+        )  # fmt: skip
+        return self._library.codec_last_conv(byref(params), streams, cuda_stream)
+
+
+# ---------------------------------------------------------------------------- the stream
+
+
+class _HostBuffers:
+    """Host memory of a launch, its own until the one after the next; pinned, so that no copy waits."""
+
+    def __init__(self, streams: int) -> None:
+        self.slots = torch.zeros(streams, dtype=torch.int32, pin_memory=True)
+        self.pcm = torch.zeros(streams, HOP, pin_memory=True)
+        self.copied = torch.cuda.Event()
+
+    def take(self, streams: int) -> np.ndarray:
+        """Wait, and copy the samples out."""
+        self.copied.synchronize()
+        return self.pcm[:streams].numpy().copy()
+
+
+class CudaCodecStream:
+    """Decodes the codes of many slots as they come; each slot goes on where it stopped.
+
+    The same as `CodecStream` in bf16, bit for bit the same for any split and any company: the
+    order of every sum belongs to the layer. All state and buffers are allocated here, once.
+    Calls must come from one stream at a time.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decoder: CodecDecoder, num_slots: int, library: Path) -> None:
+        """Pack the weights and capture a graph for every batch size; runs each once.
+
+        Args:
+            decoder: on CUDA with its weights loaded, of any dtype; not needed afterwards.
+            num_slots: how many streams have state.
+            library: what `codec_library` gives for the decoder's device.
+
+        Raises:
+            ValueError: `num_slots` is below 1.
+            RuntimeError: the library is of other sources, or CUDA refuses a launch.
+        """
+        if num_slots < 1:
+            raise ValueError(f"num_slots is {num_slots}, allowed: at least 1")
+        self.num_slots = num_slots
+        self._codebook_size = decoder.config.codebook_size
+        self._sizes = [n for n in BATCH_SIZES if n < 2 * num_slots]
+        self._plan = CodecPlan(decoder, num_slots, max_streams=self._sizes[-1])
+        self._device = self._plan.state.device
+        self._launcher = Launcher(self._plan, library)
+        self._launcher.input[:, 0] = num_slots
+        self._slots: list[int] | None = None
+        """What the first column of the input says, where a launch has written it."""
+        with torch.cuda.device(self._device):
+            self._graphs = {size: self._capture(size) for size in self._sizes}
+            self._hosts = tuple(_HostBuffers(self._sizes[-1]) for _ in range(2))
+
+    def reset(self, slot: int) -> None:
+        """Make `slot` as new."""
+        check_slots([slot], self.num_slots)
+        self._plan.state[slot].zero_()
+        self._plan.ages[slot] = 0
+
+    @torch.no_grad()
+    def decode(self, slots: Sequence[int], codes: Tensor) -> Tensor:
+        """The next frames of `slots`, all of them by the same number.
+
+        Args:
+            slots: n different slots.
+            codes: int64 [n, frames, 16], on any device. Their range is checked, which waits
+                for the device where they are not in host memory.
+
+        Returns:
+            float32 [n, frames * 1920] in [-1, 1], on the device; not waited for.
+
+        Raises:
+            ValueError: a slot or a code out of range, a slot twice, codes of another shape.
+                No slot has moved. After any other error the slots need a reset.
+        """
+        check_slots(slots, self.num_slots)
+        check_codes(codes, len(slots), self._codebook_size)
+        column = torch.tensor(slots, dtype=torch.int64, device=codes.device)[:, None, None]
+        inputs = torch.cat((column.expand(-1, codes.shape[1], 1), codes), 2).to(torch.int32)
+        most = self._sizes[-1]
+        if codes.shape[1] == 1 and len(slots) <= most:
+            return self.step(inputs[:, 0]).clone()
+        pcm = torch.empty(len(slots), codes.shape[1], HOP, device=self._device)
+        for first in range(0, len(slots), most):
+            for frame in range(codes.shape[1]):
+                part = slice(first, first + most)
+                pcm[part, frame] = self.step(inputs[part, frame])
+        return pcm.flatten(1)
+
+    @torch.no_grad()
+    def step(self, inputs: Tensor) -> Tensor:
+        """One frame of `decode`, for callers that keep their codes on the device: nothing is checked.
+
+        A slot out of range or twice is undefined; a code out of range counts as the nearest one.
+
+        Args:
+            inputs: int32 [n, 17], slot and codes; n at most 32, and at most the next batch size
+                from `num_slots` on.
+
+        Returns:
+            float32 [n, 1920] on the device, overwritten by the next step; not waited for.
+        """
+        streams = len(inputs)
+        size = next(n for n in self._sizes if n >= streams)
+        self._slots = None
+        self._launcher.input[:streams].copy_(inputs, non_blocking=True)
+        if streams < size:
+            self._launcher.input[streams:size, 0] = self.num_slots
+        self._graphs[size].replay()
+        return self._plan.pcm[:streams]
+
+    @torch.no_grad()
+    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedSound:
+        """See `FrameCodec.launch`; codes on the device. Raises `ValueError` for bad slots."""
+        check_slots(slots, self.num_slots)
+        streams = len(slots)
+        size = next(n for n in self._sizes if n >= streams)
+        with torch.cuda.device(self._device):
+            self._hosts = self._hosts[::-1]
+            host = self._hosts[0]
+            self._write_slots([*slots, *[self.num_slots] * (size - streams)], host)
+            self._launcher.input[:streams, 1:].copy_(codes)
+            self._graphs[size].replay()
+            host.pcm[:streams].copy_(self._plan.pcm[:streams], non_blocking=True)
+            host.copied.record()
+        return LaunchedSound(host.copied.query, lambda: host.take(streams))
+
+    def _write_slots(self, slots: list[int], host: _HostBuffers) -> None:
+        if slots != self._slots:
+            host.slots[: len(slots)] = torch.tensor(slots)
+            column = self._launcher.input[: len(slots), 0]
+            column.copy_(host.slots[: len(slots)], non_blocking=True)
+            self._slots = slots
+
+    def _launch_all(self, streams: int) -> None:
+        for op in self._plan.ops:
+            self._launcher.launch(op, streams)
+
+    def _capture(self, streams: int) -> torch.cuda.CUDAGraph:
+        self._launch_all(streams)  # loads the kernels, which a capture must not
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use CUDA meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._launch_all(streams)
+        return graph

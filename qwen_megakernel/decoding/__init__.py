@@ -1,0 +1,1 @@
+"""Prompt rows to codes: decoder backends and their KV cache."""

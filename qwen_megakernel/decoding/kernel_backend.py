@@ -1,0 +1,379 @@
+"""The decoder backend that runs one persistent CUDA kernel a frame (csrc/kernel_tts.cu).
+
+What a stream is between frames lies on the device, by slot: keys and values, the codes it has
+produced, the sum of its last frame's embeddings. The host keeps each stream's position, frame
+count and sampling parameters, and passes them with every launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_megakernel.build_tts import library_name
+from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, PredictorConfig, TalkerConfig
+from qwen_megakernel.decoding.prefill_graph import ROWS, TalkerPrefill
+from qwen_megakernel.decoding.prefix_cache import PrefixCache, SharedRows
+from qwen_megakernel.decoding.torch_backend import (
+    MAX_BATCH,
+    LaunchedFrame,
+    check_decode,
+    check_max_positions,
+    check_prefill,
+)
+from qwen_megakernel.decoding.weight_packing import (
+    known_qkv,
+    pack_layers,
+    pack_product,
+    pack_qk_norms,
+    pack_rope,
+    swizzled,
+    with_norm,
+)
+from qwen_megakernel.model.sampling import split_seed
+from qwen_megakernel.model.talker import Talker, mrope_tables, rope_tables
+
+MAX_POSITIONS = 8192
+"""Positions that the kernel's attention can split (kMaxSplits in csrc/params.h)."""
+_LONG_PROMPT = 49
+"""Rows from which a prompt goes through PyTorch in one go: 2.9 ms whatever their number up to 128, where
+the kernel takes 0.46 ms for each eight (H200, 0.6B shape; csrc/EXPERIMENTS.md)."""
+_MAX_SPINS = 4_000_000
+"""Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
+_PHASES = ("input", "attention", "combine", "O", "MLP", "logits", "code")
+"""Names of csrc/packets.cuh's Phase."""
+
+_COLUMN = np.dtype(
+    [
+        ("slot", "<i4"), ("position", "<i4"), ("first", "<i4"), ("frame", "<i4"),
+        ("suppress_eos", "<i4"),
+        ("seed", "<u4", 2), ("talker_temperature", "<f4"), ("talker_tail_mass", "<f4"),
+        ("talker_penalty", "<f4"), ("predictor_temperature", "<f4"), ("predictor_tail_mass", "<f4"),
+        ("talker_top_k", "<i4"), ("predictor_top_k", "<i4"),
+    ]
+)  # fmt: skip
+"""`Column` of csrc/params.h."""
+
+
+class KernelError(RuntimeError):
+    """A frame that the GPU did not finish. The CUDA context is lost: nothing runs in this process."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A live slot's state on the host."""
+
+    params: GenerationParams
+    position: int
+    frame: int
+
+
+@dataclass(slots=True)
+class FrameDumps:
+    """What tests look at; tensors on the device that a launch fills."""
+
+    logits: Tensor | None = None
+    """fp32 [8, 16, talker vocabulary]."""
+    exchanges: Tensor | None = None
+    """fp32 [exchanges, rows, 8], every published value; see `MegakernelBackend.exchange_dump`."""
+    stamps: Tensor | None = None
+    """int64 [exchanges], when CTA 0 had done its part of each, ns."""
+
+
+class MegakernelBackend:
+    """`DecoderBackend` on one CUDA GPU; weights and caches in bf16, sums in fp32.
+
+    A stream's codes are the same, bit for bit, alone and in any company, in every slot, and for
+    every grid. One instance may launch at a time on a GPU: its CTAs wait for each other.
+    """
+
+    def __init__(
+        self,
+        talker: Talker,
+        talker_config: TalkerConfig,
+        predictor_config: PredictorConfig,
+        *,
+        library: Path,
+        num_slots: int = MAX_BATCH,
+        max_positions: int = 3072,
+        grid: int | None = None,
+        max_spins: int = _MAX_SPINS,
+    ) -> None:
+        """Pack the weights and reserve the caches.
+
+        Args:
+            talker: bf16, on the GPU; read here, the layers' tensors partly kept for long prompts.
+            talker_config, predictor_config: the shapes that `library` was built for.
+            library: from `build_tts.build`.
+            num_slots: streams that can be live.
+            max_positions: prompt rows plus frames of a stream, at most MAX_POSITIONS.
+            grid: CTAs of a launch, from MAX_BATCH to one an SM; None is as many as there are SMs.
+            max_spins: polls of a wait before it is given up.
+
+        Raises:
+            ValueError: a number out of range.
+        """
+        check_max_positions(num_slots, max_positions, min(MAX_POSITIONS, talker_config.max_positions))
+        self.num_slots, self.max_positions = num_slots, max_positions
+        self._config, self._predictor_config = talker_config, predictor_config
+        self._device = talker.codec_head.weight.device
+        self._streams: dict[int, _Stream] = {}
+        self._columns = np.zeros(num_slots, dtype=_COLUMN)
+        """By slot; position, first, frame and suppress_eos are filled in for each launch."""
+        torch.ops.load_library(str(library))
+        self._ops = getattr(torch.ops, library_name(library))
+        if self._ops.column_bytes() != _COLUMN.itemsize:
+            raise ValueError(
+                f"the kernel's columns have {self._ops.column_bytes()} bytes, not {_COLUMN.itemsize}"
+            )
+        self._grid = self._choose_grid(grid)
+        self._tensors = self._pack(talker) | self._reserve()
+        caches = self._tensors["k_cache"], self._tensors["v_cache"]
+        self._prefixes = PrefixCache(*caches)
+        self._long_prompts = TalkerPrefill(talker, talker_config, *caches, order=swizzled)
+        kernel_class = getattr(torch.classes, library_name(library)).FrameKernel
+        self._kernel = kernel_class(self._tensors, num_slots, max_positions, self._grid, max_spins)
+        self._epoch, self._num_tags = 1, self._ops.num_tags()
+        self._codes_host = torch.zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int32, pin_memory=True)
+        self._copied = torch.cuda.Event()
+        # Half of L2, measured best on an H100 (csrc/EXPERIMENTS.md), for what every pass reads again.
+        l2_bytes = torch.cuda.get_device_properties(self._device).L2_cache_size
+        self._kernel.keep_in_l2(l2_bytes // 2 // predictor_config.num_layers)
+
+    def _choose_grid(self, grid: int | None) -> int:
+        sms = torch.cuda.get_device_properties(self._device).multi_processor_count
+        most = min(sms, self._ops.max_grid())
+        if grid is None:
+            return most
+        if not MAX_BATCH <= grid <= most:  # each stream has a CTA that draws for it
+            raise ValueError(f"grid is {grid}, allowed: {MAX_BATCH} to {most}")
+        return grid
+
+    @torch.no_grad()
+    def _pack(self, talker: Talker) -> dict[str, Tensor]:
+        """The weights, under the kernel's names."""
+        predictor = talker.code_predictor
+        tables = torch.stack([e.weight for e in predictor.model.codec_embedding])
+        norm, predictor_norm = talker.model.norm, predictor.model.norm
+        head = [pack_product(with_norm(talker.codec_head.weight, norm))]
+        none = torch.zeros(0, dtype=torch.bfloat16, device=self._device)
+        projected, bias = none, none
+        projection = predictor.small_to_mtp_projection
+        if isinstance(projection, torch.nn.Linear):
+            head.append(pack_product(projection.weight))
+            bias = projection.bias.to(torch.bfloat16)
+            first = talker.model.codec_embedding.weight[: self._predictor_config.vocab_size]
+            rows = torch.cat([first[None], tables[:-1]]).float()
+            projected = (rows @ projection.weight.float().T + projection.bias.float()).to(torch.bfloat16)
+        fed = projected[1:] if len(projected) else tables[:-1]  # of codes 1 to 14
+        first_layer = predictor.model.layers[0]
+        axes = torch.arange(self.max_positions, device=self._device).expand(3, -1)
+        positions = torch.arange(NUM_CODEBOOKS, device=self._device)
+        packed = {
+            "talker_layers": pack_layers(talker.model.layers),
+            "talker_head": torch.cat(head),
+            "predictor_layers": pack_layers(predictor.model.layers),
+            "predictor_heads": torch.cat(
+                [pack_product(with_norm(head.weight, predictor_norm)) for head in predictor.lm_head]
+            ),
+            "talker_norm": norm.weight.detach(),
+            "talker_qk_norms": pack_qk_norms(talker.model.layers),
+            # Codebook by codebook: what is computed is fp32.
+            "predictor_first_qkv": torch.stack([known_qkv(first_layer, rows) for rows in fed]),
+            "predictor_qk_norms": pack_qk_norms(predictor.model.layers),
+            "codec_embedding": talker.model.codec_embedding.weight.detach(),
+            "predictor_embeddings": tables,
+            "projected_embeddings": projected,
+            "projection_bias": bias,
+        }
+        if wrong := [name for name, tensor in packed.items() if tensor.dtype != torch.bfloat16]:
+            raise ValueError(f"the kernel needs bf16 weights; {wrong[0]} is {packed[wrong[0]].dtype}")
+        return packed | {
+            "talker_rope": pack_rope(*mrope_tables(self._config, axes)),
+            "predictor_rope": pack_rope(*rope_tables(self._predictor_config, positions)),
+        }
+
+    def _reserve(self) -> dict[str, Tensor]:
+        """Caches, state and exchange buffers, under the kernel's names."""
+        c, p = self._config, self._predictor_config
+        cache = (c.num_layers, self.num_slots, c.num_kv_heads, self.max_positions, c.head_dim)
+        scratch = (p.num_layers, MAX_BATCH, p.num_kv_heads, 2, NUM_CODEBOOKS, p.head_dim)
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        return {
+            "k_cache": zeros(*cache, dtype=torch.bfloat16),
+            "v_cache": zeros(*cache, dtype=torch.bfloat16),
+            "predictor_kv": zeros(*scratch, dtype=torch.bfloat16),
+            "next_rows": zeros(self.num_slots, c.hidden_size, dtype=torch.float32),
+            "seen": zeros(self.num_slots, c.vocab_size // 32, dtype=torch.int32),
+            "codes": zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int32),
+            "noise_aside": zeros(MAX_BATCH, self._ops.noise_floats(), dtype=torch.float32),
+            "packets": zeros(self._ops.num_packets(), dtype=torch.int64),
+            "watchdog": torch.zeros(4, dtype=torch.int32, pin_memory=True),
+        }
+
+    @torch.inference_mode()
+    def prefill(
+        self, slot: int, rows: Tensor, params: GenerationParams, shared: SharedRows | None = None
+    ) -> None:
+        """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
+        check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size, shared)
+        rows = rows.to(self._device, torch.float32)
+        self._columns[slot] = self._column(slot, params)
+        with self._named(0):
+            begin = self._prefixes.begin(
+                slot, shared, lambda count: self._prefill_rows(slot, rows[:count], 0)
+            )
+            self._prefill_rows(slot, rows[begin:-1], begin)
+            self._tensors["next_rows"][slot] = rows[-1]
+            self._tensors["seen"][slot] = 0
+        self._streams[slot] = _Stream(params, position=len(rows) - 1, frame=0)
+
+    def _prefill_rows(self, slot: int, rows: Tensor, begin: int) -> None:
+        """Rows [p, hidden] through the talker's layers, the first at `begin`."""
+        while len(rows) >= _LONG_PROMPT and self._long_prompts.fits(begin):
+            self._long_prompts.run(slot, rows[:ROWS], begin)
+            begin += len(rows[:ROWS])
+            rows = rows[ROWS:]
+        for first in range(0, len(rows), MAX_BATCH):
+            part = rows[first : first + MAX_BATCH]
+            columns = self._columns[[slot] * len(part)]
+            columns["position"] = begin + first + np.arange(len(part))
+            self._launch(columns, part, prefill=True)
+
+    def release(self, slot: int) -> None:
+        """See `DecoderBackend.release`. Raises `ValueError` for a slot that is not live."""
+        if self._streams.pop(slot, None) is None:
+            raise ValueError(f"slot {slot} is not in use")
+
+    def decode(
+        self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None, **tests: object
+    ) -> Tensor:
+        """`launch`, waited for: int64 [n, 16] on the CPU."""
+        return self.launch(slots, text_rows, noise, **tests).codes()
+
+    @torch.inference_mode()
+    def launch(
+        self,
+        slots: Sequence[int],
+        text_rows: Tensor,
+        noise: Tensor | None = None,
+        forced_codes: Tensor | None = None,
+        dumps: FrameDumps | None = None,
+    ) -> LaunchedFrame:
+        """See `DecoderBackend.launch`.
+
+        Args:
+            slots, text_rows, noise: see `DecoderBackend.launch`.
+            forced_codes: int64 [n, 16] to go on with; what is drawn is still returned (tests).
+            dumps: filled with what the frame computes (tests).
+
+        Raises:
+            ValueError: slots not live, repeated, too many or full.
+            KernelError: also from `LaunchedFrame.codes`: the frame was not finished.
+        """
+        check_decode(self, slots, self._streams, text_rows, self._config.hidden_size)
+        streams = [self._streams[slot] for slot in slots]
+        columns = self._columns[list(slots)]
+        columns["position"] = [s.position for s in streams]
+        columns["first"] = np.arange(len(streams))
+        columns["frame"] = [s.frame for s in streams]
+        columns["suppress_eos"] = [s.frame < s.params.min_frames for s in streams]
+        codes, host = self._tensors["codes"][: len(slots)], self._codes_host[: len(slots)]
+        frame = streams[0].frame
+        with self._named(frame):
+            self._launch(
+                columns,
+                text_rows.to(self._device, torch.float32),
+                noise=None if noise is None else noise.to(self._device, torch.float32).contiguous(),
+                forced_codes=None
+                if forced_codes is None
+                else forced_codes.to(self._device, torch.int32).contiguous(),
+                dumps=dumps,
+            )
+            host.copy_(codes, non_blocking=True)
+            self._copied.record(torch.cuda.current_stream(self._device))
+        for stream in streams:
+            stream.position += 1
+            stream.frame += 1
+
+        def wait() -> Tensor:
+            with self._named(frame):
+                self._copied.synchronize()
+            return host.to(torch.int64)
+
+        return LaunchedFrame(codes, wait)
+
+    def exchange_dump(self) -> Tensor:
+        """A tensor for `FrameDumps.exchanges`, fp32 [exchanges, rows, 8]; not-a-number until written."""
+        shape = (self._num_tags, self._ops.dump_rows(), MAX_BATCH)
+        return torch.full(shape, torch.nan, device=self._device)
+
+    def _column(self, slot: int, params: GenerationParams) -> np.ndarray:
+        """A column with all that does not change from frame to frame."""
+        column = np.zeros((), dtype=_COLUMN)
+        column["slot"], column["seed"] = slot, split_seed(params.seed)
+        vocab = {"talker": self._config.vocab_size, "predictor": self._predictor_config.vocab_size}
+        for name, sampling in (("talker", params.talker), ("predictor", params.predictor)):
+            column[f"{name}_temperature"] = sampling.temperature
+            column[f"{name}_tail_mass"] = 1.0 - sampling.top_p
+            column[f"{name}_top_k"] = min(sampling.top_k, vocab[name]) or vocab[name]
+        column["talker_penalty"] = params.talker.repetition_penalty
+        return column
+
+    def _launch(
+        self,
+        columns: np.ndarray,
+        text_rows: Tensor,
+        *,
+        prefill: bool = False,
+        noise: Tensor | None = None,
+        forced_codes: Tensor | None = None,
+        dumps: FrameDumps | None = None,
+    ) -> None:
+        if self._epoch + self._num_tags >= 2**32:  # tags begin anew: no old one may be left
+            self._tensors["packets"].zero_()
+            self._epoch = 1
+        self._kernel.launch(
+            torch.from_numpy(columns.view(np.uint8)),
+            prefill,
+            self._epoch,
+            text_rows,
+            noise,
+            forced_codes,
+            dumps.logits if dumps else None,
+            dumps.exchanges if dumps else None,
+            dumps.stamps if dumps else None,
+            torch.cuda.current_stream(self._device).cuda_stream,
+        )
+        self._epoch += self._num_tags
+
+    @contextmanager
+    def _named(self, frame: int) -> Iterator[None]:
+        """The device's errors become ones that name the frame and, of a hang, the phase."""
+        try:
+            with torch.cuda.device(self._device):
+                yield
+        except RuntimeError as error:
+            state, cta, phase, exchange = self._tensors["watchdog"].tolist()
+            if not state:
+                raise KernelError(f"the GPU failed in frame {frame}: {error}") from error
+            raise KernelError(
+                f"frame {frame} hung: CTA {cta} waited for {_PHASES[phase]} in exchange {exchange} "
+                f"({self._describe(exchange)})"
+            ) from error
+
+    def _describe(self, exchange: int) -> str:
+        """Where in the frame an exchange is."""
+        talker = 5 * self._config.num_layers
+        if exchange < talker:
+            return f"talker layer {exchange // 5}"
+        return "code predictor" if exchange > talker + 1 else "codec head"

@@ -1,0 +1,435 @@
+"""The decoder seam, and its PyTorch backend.
+
+All decode state of a stream lives in a numbered slot: KV cache, position, sampling state, draw
+key and the codes fed back. A backend knows nothing of text, voices, turns or audio:
+
+    prefill(slot, rows, params)      the prompt goes in; the slot is live
+    launch(slots, text_rows)         begin one frame for each of them -> its codes, once they are there
+    release(slot)                    the slot is free
+
+A row is fed before it is decoded: `prefill` runs all rows but the last, and every `launch`
+runs one row, which is the last prompt row at first and the sum of the 16 code embeddings of
+the previous frame after that, plus the text row that the caller passes. So a stream whose next
+text is late is simply left out of `launch`, and a frame is always talker, then predictor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_megakernel.config import (
+    NUM_CODEBOOKS,
+    NUM_CONTROL_CODES,
+    GenerationParams,
+    PredictorConfig,
+    TalkerConfig,
+    TransformerConfig,
+)
+from qwen_megakernel.decoding.prefix_cache import PrefixCache, SharedRows
+from qwen_megakernel.model.fused_layers import JoinedLayers, joined_rope
+from qwen_megakernel.model.sampling import Draws, draw, gather_sampling, process_logits
+from qwen_megakernel.model.talker import Attend, Talker, causal_attention, mrope_tables, rope_tables
+
+MAX_BATCH = 8
+"""Streams a frame can decode at once, on every backend."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedFrame:
+    """A frame that the device may still be at."""
+
+    device_codes: Tensor
+    """Integers [n, 16] where the backend computes, for what is queued on the current stream behind
+    this frame and before the next."""
+    codes: Callable[[], Tensor]
+    """Waits for the frame: int64 [n, 16] on the CPU. To be called before the next launch."""
+
+
+class DecoderBackend(Protocol):
+    """What the engine drives; `TorchBackend` is the specification.
+
+    Work is done in the order of the calls. On a GPU `prefill` and `launch` may return before it is.
+    """
+
+    num_slots: int
+    max_positions: int
+    """Prompt rows plus frames that a slot can hold."""
+
+    def prefill(
+        self, slot: int, rows: Tensor, params: GenerationParams, shared: SharedRows | None = None
+    ) -> None:
+        """Start a stream in a free slot.
+
+        Args:
+            slot: 0 .. num_slots - 1.
+            rows: [p, hidden] prompt rows in the model's dtype, 1 <= p < max_positions.
+            params: sampling of talker and predictor, seed, minimum length.
+            shared: the rows' beginning that other prompts share, at most p - 1 rows.
+        """
+
+    def launch(
+        self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None
+    ) -> LaunchedFrame:
+        """Begin one frame of each slot. Where its code 0 is EOS it is the end, not sound.
+
+        Args:
+            slots: 1 to 8 different live slots.
+            text_rows: [n, hidden], added to the rows fed now; zeros for a slot's first frame.
+            noise: fp32 [n, 16, talker vocabulary] to use instead of the slots' own draws (tests).
+        """
+
+    def release(self, slot: int) -> None:
+        """Free a slot; its next `prefill` sees nothing of this stream. A frame may still be running."""
+
+
+def check_max_positions(num_slots: int, max_positions: int, limit: int) -> None:
+    """Sizes of a backend. Raises `ValueError`."""
+    if num_slots < 1:
+        raise ValueError(f"num_slots is {num_slots}, allowed: at least 1")
+    if not 2 <= max_positions <= limit:
+        raise ValueError(f"max_positions is {max_positions}, allowed: 2 to {limit}")
+
+
+def check_prefill(
+    backend: DecoderBackend,
+    slot: int,
+    in_use: bool,
+    rows: Tensor,
+    hidden: int,
+    shared: SharedRows | None,
+) -> None:
+    """What `DecoderBackend.prefill` may be given. Raises `ValueError`."""
+    if not 0 <= slot < backend.num_slots:
+        raise ValueError(f"slot is {slot}, allowed: 0 to {backend.num_slots - 1}")
+    if in_use:
+        raise ValueError(f"slot {slot} is in use")
+    if rows.ndim != 2 or rows.shape[1] != hidden:
+        raise ValueError(f"rows is {list(rows.shape)}, expected [p, {hidden}]")
+    if not 1 <= rows.shape[0] < backend.max_positions:
+        raise ValueError(
+            f"the prompt has {rows.shape[0]} rows, allowed: 1 to {backend.max_positions - 1}"
+        )
+    if shared and not 0 <= shared.count < rows.shape[0]:
+        raise ValueError(f"{shared.count} rows are shared, allowed: 0 to {rows.shape[0] - 1}")
+
+
+class HasPosition(Protocol):
+    """A live stream."""
+
+    position: int
+    """Rows in its KV cache."""
+
+
+def check_decode(
+    backend: DecoderBackend,
+    slots: Sequence[int],
+    streams: Mapping[int, HasPosition],
+    text_rows: Tensor,
+    hidden: int,
+) -> None:
+    """What `DecoderBackend.launch` may be given; `streams` by live slot. Raises `ValueError`."""
+    if not 1 <= len(slots) <= MAX_BATCH:
+        raise ValueError(f"{len(slots)} slots in a frame, allowed: 1 to {MAX_BATCH}")
+    if len(set(slots)) != len(slots):
+        raise ValueError(f"slots {list(slots)} repeat")
+    for slot in slots:
+        if slot not in streams:
+            raise ValueError(f"slot {slot} is not in use")
+        if streams[slot].position >= backend.max_positions:
+            raise ValueError(f"slot {slot} is full: {backend.max_positions} positions")
+    expected = (len(slots), hidden)
+    if tuple(text_rows.shape) != expected:
+        raise ValueError(f"text_rows is {list(text_rows.shape)}, expected {list(expected)}")
+
+
+@dataclass(slots=True)
+class Frame:
+    """All a frame computes, for tests and comparisons; `launch` gives the codes alone."""
+
+    codes: Tensor
+    """int64 [n, 16]."""
+    hidden: Tensor
+    """[n, hidden], the talker's normed hidden row that the predictor starts from."""
+    talker_logits: Tensor
+    """fp32 [n, talker vocabulary], before any processing."""
+    predictor_logits: Tensor
+    """fp32 [n, 15, predictor vocabulary]."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    """The live state of a slot outside the caches."""
+
+    params: GenerationParams
+    position: int
+    """Rows in the KV cache."""
+    frame: int
+    """Frames decoded."""
+    next_row: Tensor
+    """[hidden], what the next frame is fed, less its text row."""
+    caches: list[tuple[Tensor, Tensor]]
+    """By layer: its keys and values, [1, kv_heads, positions, head_dim] each."""
+    draws: Draws
+
+
+class TorchBackend:
+    """Talker and predictor in PyTorch, fp32 or bf16, CPU or CUDA.
+
+    A stream's codes do not depend on its company (see `linear_by_stream`): on a GPU every frame has
+    MAX_BATCH rows, whatever the number of streams, and attention runs slot by slot over that
+    slot's own length.
+    """
+
+    def __init__(
+        self,
+        talker: Talker,
+        talker_config: TalkerConfig,
+        predictor_config: PredictorConfig,
+        *,
+        num_slots: int = MAX_BATCH,
+        max_positions: int = 3072,
+    ) -> None:
+        check_max_positions(num_slots, max_positions, talker_config.max_positions)
+        self.num_slots, self.max_positions = num_slots, max_positions
+        self._talker, self._config, self._predictor_config = talker, talker_config, predictor_config
+        weight = talker.codec_head.weight
+        self._device, self._dtype = weight.device, weight.dtype
+        predictor = talker.code_predictor
+        self._layers = JoinedLayers(talker.model.layers, talker.model.norm.weight, talker_config)
+        self._predictor_layers = JoinedLayers(
+            predictor.model.layers, predictor.model.norm.weight, predictor_config
+        )
+        self._embeddings = [
+            table.weight.detach()
+            for table in (talker.model.codec_embedding, *predictor.model.codec_embedding)
+        ]
+        self._k_cache, self._v_cache = self._caches(talker_config, num_slots, max_positions)
+        self._prefixes = PrefixCache(self._k_cache, self._v_cache)
+        self._predictor_caches = self._caches(predictor_config, MAX_BATCH, NUM_CODEBOOKS)
+        axes = torch.arange(max_positions, device=self._device).expand(3, -1)
+        self._cos, self._sin = joined_rope(*mrope_tables(talker_config, axes), self._dtype)
+        positions = torch.arange(NUM_CODEBOOKS, device=self._device)
+        tables = joined_rope(*rope_tables(predictor_config, positions), self._dtype)
+        passes = [slice(0, 2), *(slice(i, i + 1) for i in range(2, NUM_CODEBOOKS))]
+        self._predictor_ropes = [tuple(table[None, rows] for table in tables) for rows in passes]
+        vocab = talker_config.vocab_size
+        self._suppress = torch.zeros(1, vocab, dtype=torch.bool, device=self._device)
+        self._suppress[:, vocab - NUM_CONTROL_CODES :] = True
+        self._suppress[:, talker_config.codec_eos_id] = False
+        self._seen = torch.zeros(num_slots, vocab, dtype=torch.bool, device=self._device)
+        self._streams: dict[int, _Stream] = {}
+
+    def _caches(self, config: TransformerConfig, batch: int, positions: int) -> tuple[Tensor, Tensor]:
+        """K and V, each [layers, batch, kv_heads, positions, head_dim]."""
+        shape = (config.num_layers, batch, config.num_kv_heads, positions, config.head_dim)
+        return (
+            torch.empty(shape, dtype=self._dtype, device=self._device),
+            torch.empty(shape, dtype=self._dtype, device=self._device),
+        )
+
+    @torch.inference_mode()
+    def prefill(
+        self, slot: int, rows: Tensor, params: GenerationParams, shared: SharedRows | None = None
+    ) -> None:
+        """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
+        check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size, shared)
+        rows = rows.to(self._device, self._dtype)
+        begin = self._prefixes.begin(
+            slot, shared, lambda count: self._prefill_rows(slot, rows[:count], 0)
+        )
+        self._prefill_rows(slot, rows[begin:-1], begin)
+        self._seen[slot] = False
+        self._streams[slot] = _Stream(
+            params=params,
+            position=len(rows) - 1,
+            frame=0,
+            next_row=rows[-1].clone(),
+            caches=self._slot_caches(slot),
+            draws=Draws(
+                params.seed, self._config.vocab_size, self._predictor_config.vocab_size, self._device
+            ),
+        )
+
+    def _slot_caches(self, slot: int) -> list[tuple[Tensor, Tensor]]:
+        """By layer: a slot's keys and values, [1, kv_heads, positions, head_dim] each."""
+        own = (cache[:, slot : slot + 1].unbind(0) for cache in (self._k_cache, self._v_cache))
+        return list(zip(*own, strict=True))
+
+    def _prefill_rows(self, slot: int, rows: Tensor, begin: int) -> None:
+        """Rows [p, hidden] through the talker, the first at position `begin`."""
+        if not len(rows):
+            return
+        end = begin + len(rows)
+        rope = self._cos[None, begin:end], self._sin[None, begin:end]
+        self._layers(rows[None], rope, _attend(self._slot_caches(slot), begin))
+
+    def release(self, slot: int) -> None:
+        """See `DecoderBackend.release`. Raises `ValueError` for a slot that is not live."""
+        if self._streams.pop(slot, None) is None:
+            raise ValueError(f"slot {slot} is not in use")
+
+    def launch(
+        self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None
+    ) -> LaunchedFrame:
+        """See `DecoderBackend.launch`."""
+        codes = self.decode_frame(slots, text_rows, noise).codes
+        return LaunchedFrame(codes, codes.cpu)
+
+    def decode(self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`launch`, waited for: int64 [n, 16] on the CPU."""
+        return self.launch(slots, text_rows, noise).codes()
+
+    @torch.inference_mode()
+    def decode_frame(
+        self,
+        slots: Sequence[int],
+        text_rows: Tensor,
+        noise: Tensor | None = None,
+        forced_codes: Tensor | None = None,
+    ) -> Frame:
+        """`decode` with everything it computes.
+
+        Args:
+            slots, text_rows, noise: see `DecoderBackend.launch`.
+            forced_codes: int64 [n, 16] to take instead of the drawn codes (teacher forcing).
+
+        Raises:
+            ValueError: slots not live, repeated, too many or full.
+        """
+        check_decode(self, slots, self._streams, text_rows, self._config.hidden_size)
+        streams = [self._streams[slot] for slot in slots]
+        n = len(streams)
+        num_rows = n if self._device.type == "cpu" else MAX_BATCH
+        rows = torch.zeros(num_rows, self._config.hidden_size, dtype=self._dtype, device=self._device)
+        rows[:n] = torch.stack([s.next_row for s in streams]) + text_rows.to(rows)
+        hidden = self._talker_step(streams, rows)
+        talker_logits = self._talker.codec_head(hidden)[:n].float()
+        if noise is None:
+            noises = _joined([s.draws.of(s.frame) for s in streams])
+        else:
+            noises = noise[:, 0].to(self._device), noise[:, 1:].to(self._device)
+        ids = torch.tensor(slots, device=self._device)
+        code0 = self._sample_code0(ids, streams, talker_logits, noises[0])
+        forced = None if forced_codes is None else forced_codes.to(self._device)
+        if forced is not None:
+            code0 = forced[:, 0]
+        codes, next_rows, predictor_logits = self._predict(hidden, code0, streams, noises[1], forced)
+        self._seen[ids, codes[:, 0]] = True
+        for i, stream in enumerate(streams):
+            stream.next_row = next_rows[i]
+            stream.position += 1
+            stream.frame += 1
+        return Frame(codes, hidden[:n], talker_logits, predictor_logits)
+
+    def _talker_step(self, streams: list[_Stream], rows: Tensor) -> Tensor:
+        """Rows [n or MAX_BATCH, hidden] -> normed hidden states of the same shape."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            heard = [
+                _attend(s.caches, s.position)(layer, *(x.narrow(0, i, 1) for x in (q, k, v)))
+                for i, s in enumerate(streams)
+            ]
+            if len(heard) < len(q):
+                heard.append(torch.zeros_like(q[len(heard) :]))
+            return torch.cat(heard) if len(heard) > 1 else heard[0]
+
+        spare = [0] * (len(rows) - len(streams))
+        positions = torch.tensor([*(s.position for s in streams), *spare], device=self._device)
+        rope = self._cos[positions, None], self._sin[positions, None]
+        return self._layers(rows[:, None], rope, attend)[:, 0]
+
+    def _sample_code0(
+        self, slots: Tensor, streams: list[_Stream], logits: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Code 0 of each stream, int64 [n], from logits and noise [n, vocabulary]."""
+        batch = gather_sampling(tuple(s.params.talker for s in streams), logits.shape[-1], self._device)
+        suppress = self._suppress
+        if young := [i for i, s in enumerate(streams) if s.frame < s.params.min_frames]:
+            suppress = suppress.repeat(len(streams), 1)
+            suppress[young, self._config.codec_eos_id] = True
+        scores = process_logits(logits, batch, self._seen[slots], suppress)
+        return draw(scores, batch.temperature, noise)
+
+    def _predict(
+        self,
+        hidden: Tensor,
+        code0: Tensor,
+        streams: list[_Stream],
+        noise: Tensor,
+        forced_codes: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The 15 passes.
+
+        Args:
+            hidden: [n or MAX_BATCH, hidden].
+            code0: int64 [n].
+            streams: n of them.
+            noise: fp32 [n, 15, vocabulary or more].
+            forced_codes: see `decode_frame`.
+
+        Returns:
+            Codes int64 [n, 16]; the sum of their embeddings [n, hidden]; logits fp32
+            [n, 15, vocabulary].
+        """
+        n, predictor = len(streams), self._talker.code_predictor
+        vocab = self._predictor_config.vocab_size
+        batch = gather_sampling(tuple(s.params.predictor for s in streams), vocab, self._device)
+        caches = [
+            tuple(cache[layer, : len(hidden)] for cache in self._predictor_caches)
+            for layer in range(self._predictor_config.num_layers)
+        ]
+        codes, logits, position = [code0], [], 0
+        embedded = [self._embed(0, code0, len(hidden))]
+        rows = torch.stack([hidden, embedded[0]], dim=1)
+        for rope, head in zip(self._predictor_ropes, predictor.lm_head, strict=True):
+            x = predictor.small_to_mtp_projection(rows)
+            x = self._predictor_layers(x, rope, _attend(caches, position))
+            position += rows.shape[1]
+            logits.append(head(x[:, -1])[:n].float())
+            if forced_codes is None:
+                scores = process_logits(logits[-1], batch)
+                codes.append(draw(scores, batch.temperature, noise[:, len(codes) - 1, :vocab]))
+            else:
+                codes.append(forced_codes[:, len(codes)])
+            embedded.append(self._embed(len(codes) - 1, codes[-1], len(hidden)))
+            rows = embedded[-1][:, None]
+        sums = torch.stack(embedded, dim=1).sum(1)
+        return torch.stack(codes, dim=1), sums[:n], torch.stack(logits, dim=1)
+
+    def _embed(self, codebook: int, codes: Tensor, num_rows: int) -> Tensor:
+        """Embeddings [num_rows, hidden] of a codebook's codes int64 [n]; rows beyond n do not count."""
+        codes = F.pad(codes, (0, num_rows - len(codes))) if len(codes) < num_rows else codes
+        return self._embeddings[codebook].index_select(0, codes)
+
+
+def _attend(caches: Sequence[tuple[Tensor, Tensor]], position: int) -> Attend:
+    """Attention of rows at `position` and after, over all up to them.
+
+    Args:
+        caches: by layer, keys and values [n, kv_heads, positions, head_dim]; the rows' are put there.
+        position: of the first row.
+    """
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        count = q.shape[1]
+        keys, values = caches[layer]
+        keys.narrow(2, position, count).copy_(k.transpose(1, 2))
+        values.narrow(2, position, count).copy_(v.transpose(1, 2))
+        end = position + count
+        return causal_attention(q, keys.narrow(2, 0, end), values.narrow(2, 0, end))
+
+    return attend
+
+
+def _joined(noises: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The streams' noise, one below the other."""
+    if len(noises) == 1:
+        return noises[0]
+    talker, predictor = zip(*noises, strict=True)
+    return torch.cat(talker), torch.cat(predictor)

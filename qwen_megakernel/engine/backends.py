@@ -1,0 +1,185 @@
+"""Which decoder and which codec run: the CUDA kernels where they can, PyTorch elsewhere, and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from qwen_megakernel.build_tts import BuildError, build, detect_arch, frame_library
+from qwen_megakernel.checkpoint import CheckpointError
+from qwen_megakernel.codec.cuda_stream import LIBRARY as CODEC_LIBRARY
+from qwen_megakernel.codec.cuda_stream import CudaCodecStream
+from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
+from qwen_megakernel.codec.interface import FrameCodec
+from qwen_megakernel.config import ModelConfig
+from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
+from qwen_megakernel.decoding.torch_backend import DecoderBackend, TorchBackend
+from qwen_megakernel.model.talker import Talker
+
+BACKENDS = ("auto", "torch", "megakernel")
+Progress = Callable[[str], None]
+_Made = TypeVar("_Made")
+_TELL_EVERY_S = 10.0
+_KERNELS = {"backend": "the megakernel", "codec": "the codec's kernels"}
+
+
+def in_daemon_thread(function: Callable[..., _Made], *args: Any) -> Future[_Made]:
+    """Run a function aside. Unlike an executor's, the thread keeps no process from ending."""
+    future: Future[_Made] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=work, name=function.__name__, daemon=True).start()
+    return future
+
+
+def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps all kernels from running, as far as that shows before they are built."""
+    if device.type != "cuda":
+        return "the kernels need a CUDA GPU"
+    if dtype != torch.bfloat16:
+        return f"the kernels compute in bf16, not in {str(dtype).removeprefix('torch.')}"
+    try:
+        detect_arch(device)
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+class Backends:
+    """Makes the decoder and the codec of one checkpoint.
+
+    `auto` takes the frame kernel and the codec's kernels, each where it can, PyTorch where not, and
+    says why. `megakernel` is both kernels or an error, `torch` neither.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        """Begin to build what is missing, in threads: weights can be read meanwhile.
+
+        Args:
+            name: one of `BACKENDS`.
+            config: the checkpoint's.
+            device, dtype: where and in what it will run.
+            progress: told what is being done, a line each, from any thread.
+
+        Raises:
+            CheckpointError: no such backend, or kernels are asked for that cannot run here.
+        """
+        if name not in BACKENDS:
+            raise CheckpointError(f"backend is {name!r}, allowed: {', '.join(BACKENDS)}")
+        self._name, self._config, self._progress = name, config, progress
+        self._builds: dict[str, Future[Path]] = {}
+        self._runs: dict[str, str] = {}
+        self._notes: list[str] = []
+        if name == "torch":
+            return
+        if reason := why_no_kernels(device, dtype):
+            self._refuse("the kernels", reason)
+            return
+        arch = detect_arch(device)
+
+        def build_frame() -> Path:
+            return build(frame_library(config, arch), arch, progress)
+
+        self._builds["backend"] = in_daemon_thread(build_frame)
+        self._builds["codec"] = in_daemon_thread(build, CODEC_LIBRARY, arch, progress)
+
+    def make_decoder(self, talker: Talker, *, num_slots: int, max_positions: int) -> DecoderBackend:
+        """The decoder of frames; where it is the kernel, `talker` keeps only what prompts need.
+
+        Raises:
+            CheckpointError: the kernel is asked for and cannot run.
+        """
+        shape = (talker, self._config.talker, self._config.predictor)
+        sizes = {"num_slots": num_slots, "max_positions": max_positions}
+
+        def kernel(library: Path) -> MegakernelBackend:
+            self._progress("packing the weights for the frame kernel")
+            made = MegakernelBackend(*shape, library=library, **sizes)
+            _forget_layers(talker)
+            return made
+
+        return self._make("backend", "megakernel", kernel, lambda: TorchBackend(*shape, **sizes))
+
+    def make_codec(self, decoder: CodecDecoder, num_slots: int) -> FrameCodec:
+        """The codec. Raises `CheckpointError` where its kernels are asked for and cannot run."""
+
+        def kernels(library: Path) -> CudaCodecStream:
+            self._progress("capturing the codec's graphs")
+            return CudaCodecStream(decoder, num_slots, library)
+
+        return self._make("codec", "kernels", kernels, lambda: CodecStream(decoder, num_slots))
+
+    @property
+    def description(self) -> dict[str, str]:
+        """What runs: `backend`, `codec`, and `note` where `auto` could not take the kernels."""
+        return self._runs | ({"note": "; ".join(self._notes)} if self._notes else {})
+
+    def _make(
+        self, part: str, label: str, kernel: Callable[[Path], _Made], plain: Callable[[], _Made]
+    ) -> _Made:
+        if part in self._builds:
+            try:
+                made = kernel(self._built(part))
+            except torch.OutOfMemoryError:
+                raise  # PyTorch needs as much
+            except (BuildError, RuntimeError, OSError, ValueError) as error:
+                self._refuse(_KERNELS[part], " ".join(str(error).split()))
+            else:
+                self._runs[part] = label
+                return made
+        self._runs[part] = "torch"
+        return plain()
+
+    def _built(self, part: str) -> Path:
+        """Wait for a build. Raises what it raised."""
+        build, started = self._builds[part], time.monotonic()
+        while not wait([build], timeout=_TELL_EVERY_S).done:
+            self._progress(f"compiling {_KERNELS[part]}, {time.monotonic() - started:.0f} s more")
+        return build.result()
+
+    def _refuse(self, what: str, reason: str) -> None:
+        """Say why not the kernels; the end, where they are asked for by name."""
+        if self._name == "megakernel":
+            raise CheckpointError(
+                f"backend megakernel cannot run: {reason} (--backend auto runs without it)"
+            )
+        self._notes.append(f"PyTorch instead of {what}: {reason}")
+        self._progress(self._notes[-1])
+
+
+def _forget_layers(talker: Talker) -> None:
+    """Free the weights that the kernel has its own copy of."""
+    predictor = talker.code_predictor
+    talker.model.layers = predictor.model.layers = predictor.lm_head = nn.ModuleList()
+    torch.cuda.empty_cache()
+
+
+def memory_refusal(device: torch.device, config: ModelConfig, num_slots: int, max_positions: int) -> str:
+    """A sentence for when the GPU's memory has not sufficed."""
+    free, total = (size / 1e9 for size in torch.cuda.mem_get_info(device))
+    talker = config.talker
+    cells = talker.num_layers * talker.num_kv_heads * talker.head_dim * 2 * num_slots * max_positions
+    return (
+        f"the GPU has too little memory: {free:.1f} of {total:.1f} GB are left, and {num_slots} slots "
+        f"take {cells * 2 / 1e9:.1f} GB in bf16 beside the weights; use fewer (--num-slots), "
+        "or end what else runs there (nvidia-smi lists it)"
+    )

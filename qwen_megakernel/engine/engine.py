@@ -1,0 +1,355 @@
+"""The engine: one thread owns the device and decides what runs next.
+
+Each tick takes what callers said (new turns, text, cancels), prefills turns that wait for a slot,
+launches one frame for the up to eight turns whose playback runs out first with the codec behind
+it, hands out the sound of the frame before, and waits for the new frame's codes. A turn whose
+next text row has not come, or that is further ahead of its playback than its lead, is left out.
+Nothing else decides order.
+
+    device    frame n   codec n   frame n+1   codec n+1
+    host           codes n^  launch n+1   sound n^    codes n+1^
+
+So what the host does, launching included, is done while the codec runs, EOS is known before the
+next frame is launched, and only a turn that ends by its sound or is cancelled has a frame in
+flight that nobody hears. Where the codec is done at once (on a CPU) its sound is handed out
+before the next frame begins.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qwen_megakernel.codec.interface import FrameCodec, LaunchedSound
+from qwen_megakernel.config import HOP
+from qwen_megakernel.decoding.torch_backend import MAX_BATCH, DecoderBackend, LaunchedFrame
+from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
+from qwen_megakernel.prompt.builder import PromptBuilder
+from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
+
+log = logging.getLogger(__name__)
+
+_PREFILL_LEAD_S = 0.05
+"""Audio ahead of its playback that a turn has to have while several others are prefilled."""
+_DECODER_FAILED = "the decoder has failed; the process must be restarted"
+
+
+@dataclass(slots=True)
+class _Fed:
+    """One turn's part of a launched frame."""
+
+    turn: ActiveTurn
+    text_exhausted: bool
+    """Whether its text, EOS included, was fed with this frame."""
+    ending: FinishReason | None
+    """What the turn ends with after this frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A launched frame, from its launch until its sound is handed out."""
+
+    fed: list[_Fed]
+    frame: LaunchedFrame
+    sound: LaunchedSound
+
+
+class Engine:
+    """Runs turns on one decoder backend and one codec stream, many at a time."""
+
+    def __init__(
+        self,
+        backend: DecoderBackend,
+        codec: FrameCodec,
+        prompts: PromptBuilder,
+        *,
+        eos_id: int,
+        max_waiting: int = 64,
+        max_text_wait_s: float = 60.0,
+        cpu_threads: int | None = None,
+    ) -> None:
+        """Start the engine's thread.
+
+        Args:
+            backend: has at least as many slots as may speak at a time.
+            codec: has the same number of slots.
+            prompts: of the same checkpoint.
+            eos_id: code 0 that ends an utterance.
+            max_waiting: turns that may wait for a slot; one more is refused as overloaded.
+            max_text_wait_s: a turn whose text is later than this is ended as an error.
+            cpu_threads: that PyTorch computes with; None is its own choice.
+        """
+        self._backend, self._codec, self._prompts, self._eos_id = backend, codec, prompts, eos_id
+        self._max_waiting, self._max_text_wait_s = max_waiting, max_text_wait_s
+        self._cpu_threads = cpu_threads
+        self._zero_row = torch.zeros_like(prompts.pad_row)
+        self._free_slots = list(range(backend.num_slots))
+        self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
+        self._waiting: list[ActiveTurn] = []
+        self._speaking: list[ActiveTurn] = []
+        self._sounding: _Flight | None = None
+        """The frame whose codes are known and whose sound is not handed out."""
+        self._wake = threading.Event()
+        self._open_lock = threading.Lock()  # no turn slips in once the engine has failed or closed
+        self._closing = False
+        self._cancel_all = False
+        self.error: Exception | None = None
+        """What killed the engine; it serves no turn after that."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Turns without a slot."""
+        return len(self._opened) + len(self._waiting)
+
+    @property
+    def num_speaking(self) -> int:
+        """Turns that hold a slot."""
+        return len(self._speaking)
+
+    def open_turn(self, request: TurnRequest, sink: Sink, text: str = "", *, end: bool = False) -> Turn:
+        """Begin a turn.
+
+        Args:
+            request: voice, language and parameters.
+            sink: takes the turn's events on the engine's thread; it must return at once.
+            text: the first text; more may follow by `Turn.append`.
+            end: whether the text is complete.
+
+        Raises:
+            RequestError: a request that cannot be served, too many turns waiting, or no engine.
+        """
+        self._prompts.check(request.voice, request.language, instruct=request.instruct)
+        if end and not text.strip():
+            raise RequestError("bad_request", "the text is empty")
+        if request.chunk_frames is not None and request.chunk_frames < 1:
+            raise RequestError("bad_request", f"chunk_frames is {request.chunk_frames}, allowed: 1 up")
+        turn = Turn(self._wake.set)
+        if text:
+            turn.append(text)
+        if end:
+            turn.end()
+        with self._open_lock:
+            self._check_open()
+            self._opened.append((turn, request, sink))
+        self._wake.set()
+        return turn
+
+    def _check_open(self) -> None:
+        if self.error is not None:
+            raise RequestError("internal", _DECODER_FAILED)
+        if self._closing:
+            raise RequestError("overloaded", "shutting down")
+        if self.num_waiting >= self._max_waiting:
+            raise RequestError("overloaded", f"{self._max_waiting} turns are waiting already")
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Let running turns speak on for `drain_s`, cancel the rest, and end the thread."""
+        with self._open_lock:
+            self._closing = True
+        deadline = time.monotonic() + drain_s
+        while time.monotonic() < deadline and (self.num_waiting or self.num_speaking):
+            time.sleep(0.01)
+        self._cancel_all = True
+        self._wake.set()
+        self._thread.join()
+
+    # -- the engine's thread ----------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._cpu_threads is not None:
+            torch.set_num_threads(self._cpu_threads)  # of this thread, and of those that begin later
+        try:
+            while True:
+                self._wake.clear()
+                worked = self._tick()
+                if self._closing and not self.num_waiting and not self.num_speaking:
+                    return
+                if not worked:
+                    self._wake.wait(self._idle_timeout())
+        except Exception as error:
+            log.exception("the decoder failed")
+            with self._open_lock:
+                self.error = error
+            self._fail_all()
+
+    def _tick(self) -> bool:
+        """One round; whether anything was computed."""
+        self._take_opened()
+        for active in [*self._waiting, *self._speaking]:
+            self._listen(active)
+        prefilled = self._prefill_waiting()
+        batch = self._choose()
+        launched = self._launch(batch) if batch else None
+        heard = self._hand_out()
+        if launched is not None:
+            self._read_codes(launched)
+        return prefilled or heard or launched is not None
+
+    def _take_opened(self) -> None:
+        while self._opened:
+            turn, request, sink = self._opened[0]  # which counts as waiting until it is there
+            try:
+                prompt = self._prompts.open(
+                    request.voice,
+                    request.language,
+                    instruct=request.instruct,
+                    streaming=request.streaming,
+                )
+            except Exception:
+                log.exception("a turn's prompt could not be made")
+                self._opened.popleft()
+                turn.mark_finished()
+                sink(Finished("error", 0, 0, None, 0.0, "the prompt could not be made"))
+                continue
+            with self._open_lock:
+                self._opened.popleft()
+                self._waiting.append(ActiveTurn(turn, request, prompt, sink))
+
+    def _listen(self, active: ActiveTurn) -> None:
+        """Take a turn's text and cancel; end it where that ends it."""
+        now = time.monotonic()
+        if active.turn.cancelled or self._cancel_all:
+            self._finish(active, "cancelled")
+            return
+        try:
+            active.take_text()
+        except Exception:
+            log.exception("a turn's text could not be taken")
+            self._finish(active, "error", "the text could not be tokenised")
+            return
+        if active.prompt.empty:
+            self._finish(active, "stop")
+            return
+        if active.slot is None:
+            active.mark_idle(active.text_late, now)
+        if active.text_late and active.idle_for_s(now) > self._max_text_wait_s:
+            self._finish(active, "error", f"no text for {self._max_text_wait_s:g} s")
+
+    def _prefill_waiting(self) -> bool:
+        """Give waiting turns a slot: those that the next frame has room for, so that turns opened
+        together are heard together; only one where somebody's playback would run out meanwhile."""
+        if not self._prefill_next():
+            return False
+        now = time.monotonic()
+        if all(a.lead_s(now) > _PREFILL_LEAD_S for a in self._speaking if a.num_fed):
+            while sum(not a.num_fed for a in self._speaking) < MAX_BATCH and self._prefill_next():
+                pass
+        return True
+
+    def _prefill_next(self) -> bool:
+        """Give the first waiting turn that has its text a slot; whether one could be served."""
+        if not self._free_slots:
+            return False
+        active = next((a for a in self._waiting if a.prompt.ready), None)
+        if active is None:
+            return False
+        rows = active.prompt.rows()
+        room = self._backend.max_positions - len(rows)
+        if room < 1:
+            self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
+            return True
+        slot = self._free_slots.pop(0)
+        self._speaking.append(active)  # before it leaves the others: who counts must find it
+        self._waiting.remove(active)
+        active.slot, active.max_frames = slot, min(active.request.params.max_frames, room)
+        self._codec.reset(slot)
+        self._backend.prefill(slot, rows, active.request.params, active.prompt.shared)
+        active.emit(Started())
+        return True
+
+    def _choose(self) -> list[ActiveTurn]:
+        """The turns to decode now: those whose playback runs out first."""
+        now = time.monotonic()
+        runnable = []
+        for active in self._speaking:
+            if active.last_fed:
+                continue
+            waits = active.wait_s(now) > 0
+            active.mark_idle(waits and not active.in_flight, now)
+            if waits:
+                active.hand_out()  # what was held for a fuller chunk is not held while waiting
+            else:
+                runnable.append(active)
+        return sorted(runnable, key=lambda a: a.lead_s(now))[:MAX_BATCH]
+
+    def _launch(self, batch: list[ActiveTurn]) -> _Flight:
+        """Begin one frame for each turn of the batch, and its sound behind it."""
+        slots = [a.slot for a in batch]
+        rows = [self._zero_row if row is None else row for row in (a.feed() for a in batch)]
+        frame = self._backend.launch(slots, torch.stack(rows) if len(rows) > 1 else rows[0][None])
+        sound = self._codec.launch(slots, frame.device_codes)
+        fed = [_Fed(a, a.prompt.text_exhausted, "length" if a.last_fed else None) for a in batch]
+        return _Flight(fed, frame, sound)
+
+    def _read_codes(self, flight: _Flight) -> None:
+        """Wait for a frame's codes: end what has said EOS, and know what must end after its sound."""
+        for fed, code0 in zip(flight.fed, flight.frame.codes()[:, 0].tolist(), strict=True):
+            active = fed.turn
+            if active.turn.finished:
+                continue
+            if code0 == self._eos_id:
+                self._finish(active, "cancelled" if active.turn.cancelled else "stop")
+            elif active.guard.repeats_after(code0):
+                fed.ending, active.last_fed = "repeat", True
+        self._sounding = flight
+        if flight.sound.ready():
+            self._hand_out()
+
+    def _hand_out(self) -> bool:
+        """Wait for the sound of the frame whose codes are known, and give it to its turns."""
+        flight, self._sounding = self._sounding, None
+        if flight is None:
+            return False
+        for fed, samples in zip(flight.fed, flight.sound.samples(), strict=True):
+            if not fed.turn.turn.finished:
+                self._hear(fed, samples[:HOP])
+        return True
+
+    def _hear(self, fed: _Fed, samples: np.ndarray) -> None:
+        """Take a frame's sound, float32 [1920], and end the turn where it ends."""
+        active = fed.turn
+        if active.turn.cancelled:
+            self._finish(active, "cancelled")
+            return
+        active.add_frame(samples)
+        silent = active.guard.silent_after(samples, text_exhausted=fed.text_exhausted)
+        ending = "silence" if silent and fed.ending != "repeat" else fed.ending
+        if ending is not None:
+            self._finish(active, ending)
+
+    def _finish(self, active: ActiveTurn, reason: FinishReason, error: str | None = None) -> None:
+        if active.slot is None:
+            self._waiting.remove(active)
+        else:
+            self._speaking.remove(active)
+            self._backend.release(active.slot)
+            self._free_slots.append(active.slot)
+        active.finish(reason, error)
+
+    def _idle_timeout(self) -> float | None:
+        """How long nothing can happen unless somebody calls; None when nothing is open."""
+        if not self._speaking and not self._waiting:
+            return None
+        now = time.monotonic()
+        waits: Iterable[float] = (a.wait_s(now) for a in self._speaking)
+        return min([*waits, self._max_text_wait_s, 1.0])
+
+    def _fail_all(self) -> None:
+        """The device is lost: say so to every turn."""
+        self._sounding = None
+        for _, _, sink in self._opened:
+            sink(Finished("error", 0, 0, None, 0.0, _DECODER_FAILED))
+        for active in [*self._waiting, *self._speaking]:
+            active.finish("error", _DECODER_FAILED)
+        self._opened.clear()
+        self._waiting.clear()
+        self._speaking.clear()

@@ -1,0 +1,1 @@
+"""Talker and code predictor in PyTorch, and how codes are drawn."""

@@ -1,0 +1,1 @@
+"""Text, voice and language to prompt rows."""

@@ -1,0 +1,367 @@
+"""Text and voice to rows: the prompt that is prefilled, and one text row for each frame after.
+
+Layouts as in the official `Qwen3TTSForConditionalGeneration.generate`: every row is a text
+embedding plus a codec embedding. With C codec rows (the bos, in ICL mode followed by the
+reference's frames) and the text rows T (in ICL mode after the reference's text, at the end EOS):
+
+    streaming       prefix, T[:C] + codec rows        then one of T[C:] a frame, then padding
+    non-streaming   prefix, T + pad, pad + codec rows  then padding
+
+A turn's text may still be growing: `Prompt` says when enough is there to start, and answers
+None where the next text row has not come yet. It never pads in place of late text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import unicodedata
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from qwen_megakernel.config import ModelConfig
+from qwen_megakernel.decoding.prefix_cache import SharedRows
+from qwen_megakernel.model.talker import Talker
+from qwen_megakernel.prompt.voice import Voice
+from qwen_megakernel.turn import RequestError
+
+_MAX_CACHED_PREFIXES = 64
+
+
+class TextTokenizer:
+    """The checkpoint's byte-level BPE; control tokens spelt out in a text stay plain text."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend = Tokenizer.from_str(backend.to_str())
+        self._backend.encode_special_tokens = True
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, no control tokens added."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def normalise(self, text: str) -> str:
+        """The form that is tokenised (NFC)."""
+        normaliser = self._backend.normalizer
+        return normaliser.normalize_str(text) if normaliser else text
+
+    def stable_length(self, text: str) -> int:
+        """How many leading characters tokenise the same whatever text follows.
+
+        BPE works within pre-tokens, so it is enough to know which of these are final. The last
+        one may grow; white space before it may join with more white space, or turn out to be
+        the end of the text, which is dropped; and a combining mark at its start may still be
+        reordered into the character before.
+        """
+        spans = [span for _, span in self._backend.pre_tokenizer.pre_tokenize_str(text)]
+        keep = len(spans) - 1
+        while keep > 0:
+            last, following = text[spans[keep - 1][1] - 1], text[spans[keep][0]]
+            if not last.isspace() and not unicodedata.combining(following):
+                break
+            keep -= 1
+        return spans[keep - 1][1] if keep > 0 else 0
+
+
+class TextFeed:
+    """Turns text that arrives in pieces into exactly the tokens of the whole text.
+
+    White space around the whole text is dropped.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._held = ""
+        self._begun = False
+
+    def append(self, text: str) -> list[int]:
+        """Take more text; the tokens that can no longer change."""
+        if not self._begun:
+            text = text.lstrip()
+            self._begun = bool(text)
+        self._held = self._tokenizer.normalise(self._held + text)
+        return self._commit(self._tokenizer.stable_length(self._held))
+
+    def flush(self) -> list[int]:
+        """The tokens of all held text, as if the text ended here; more may follow."""
+        return self._commit(len(self._held.rstrip()))
+
+    def _commit(self, length: int) -> list[int]:
+        ready, self._held = self._held[:length], self._held[length:]
+        return self._tokenizer.encode(ready) if ready else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    """The part of a prompt that depends on voice and language alone."""
+
+    voice: Voice
+    key: int
+    """One of its own."""
+    rows: Tensor
+    """[p, hidden]: template, language and speaker tags."""
+    codec_rows: Tensor
+    """[C, hidden]: bos, then the reference's frames in ICL mode."""
+    ref_text_rows: Tensor
+    """[r, hidden]: the reference's text in ICL mode, else none."""
+
+
+class Prompt:
+    """The rows of one turn, growing with its text."""
+
+    def __init__(self, builder: PromptBuilder, prefix: _Prefix, *, streaming: bool) -> None:
+        self._builder, self._prefix, self._streaming = builder, prefix, streaming
+        self._feed = TextFeed(builder.tokenizer)
+        self._text_rows = list(prefix.ref_text_rows)
+        self._next = 0
+        self._ended = False
+        self.num_text_tokens = 0
+        """Tokens of the turn's own text so far."""
+
+    def append(self, text: str) -> None:
+        """More text."""
+        self._extend(self._feed.append(text))
+
+    def flush(self) -> None:
+        """Commit the text held back at an unstable boundary."""
+        self._extend(self._feed.flush())
+
+    def end(self) -> None:
+        """No more text: what is held is committed and EOS follows."""
+        self.flush()
+        self._text_rows.append(self._builder.eos_row)
+        self._ended = True
+
+    def _extend(self, token_ids: list[int]) -> None:
+        if token_ids:
+            self.num_text_tokens += len(token_ids)
+            self._text_rows.extend(self._builder.each_text_row(token_ids))
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text is complete."""
+        return self._ended
+
+    @property
+    def empty(self) -> bool:
+        """Complete, and there is nothing to say."""
+        return self._ended and not self.num_text_tokens
+
+    @property
+    def ready(self) -> bool:
+        """Whether enough text is there for `rows`."""
+        if not self._streaming:
+            return self._ended
+        return self._ended or len(self._text_rows) >= len(self._prefix.codec_rows)
+
+    def rows(self) -> Tensor:
+        """Prompt rows [p, hidden] to prefill; call once, when `ready`."""
+        prefix, codec, builder = self._prefix, self._prefix.codec_rows, self._builder
+        if not self._streaming:
+            text = torch.stack(self._text_rows) + builder.codec_pad_row
+            self._next = len(self._text_rows)
+            return torch.cat([prefix.rows, text, builder.pad_row + codec])
+        text = self._text_rows[: len(codec)]
+        self._next = len(text)
+        text = text + [builder.pad_row] * (len(codec) - len(text))
+        return torch.cat([prefix.rows, torch.stack(text) + codec])
+
+    @property
+    def shared(self) -> SharedRows:
+        """The beginning of `rows` that every text has with this voice and language."""
+        count = len(self._prefix.rows)
+        if self._streaming:  # the reference's text, but for the last row, which is decoded
+            count += min(len(self._prefix.ref_text_rows), len(self._prefix.codec_rows) - 1)
+        return SharedRows(self._prefix.key, count)
+
+    def next_text_row(self) -> Tensor | None:
+        """The text row [hidden] of the next frame; None when the text is late.
+
+        Taken by `advance`, so that a caller may ask again.
+        """
+        if self._next < len(self._text_rows):
+            return self._text_rows[self._next]
+        return self._builder.pad_row if self._ended else None
+
+    def advance(self) -> None:
+        """The row of `next_text_row` was used."""
+        self._next += 1
+
+    @property
+    def text_exhausted(self) -> bool:
+        """Whether all text rows, EOS included, were fed."""
+        return self._ended and self._next >= len(self._text_rows)
+
+
+class PromptBuilder:
+    """Makes prompts; holds what all of them share, computed once."""
+
+    def __init__(self, talker: Talker, config: ModelConfig, tokenizer: Tokenizer) -> None:
+        self._talker, self._config = talker, config
+        self.tokenizer = TextTokenizer(tokenizer)
+        weight = talker.codec_head.weight
+        self._device, self._dtype = weight.device, weight.dtype
+        # On a CPU the table takes longer to make than a thousand turns to speak.
+        self._text_table = talker.tabulate_text() if self._device.type == "cuda" else None
+        special = self.text_rows([config.tts_bos_id, config.tts_eos_id, config.tts_pad_id])
+        self._bos_row, self.eos_row, self.pad_row = special
+        self.codec_pad_row = self._codec_rows([config.talker.codec_pad_id])[0]
+        self._newline = self.tokenizer.encode("\n")
+        self._role_rows = self.text_rows([config.im_start_id, *self.tokenizer.encode("assistant\n")])
+        self._keys = itertools.count()
+        self._prefixes: OrderedDict[tuple[int, str], _Prefix] = OrderedDict()
+
+    @torch.inference_mode()
+    def text_rows(self, token_ids: list[int]) -> Tensor:
+        """Rows [t, hidden] of text tokens."""
+        return self._talker.text_rows(self._on_device(token_ids))
+
+    @torch.inference_mode()
+    def each_text_row(self, token_ids: list[int]) -> Sequence[Tensor]:
+        """The rows [hidden] of text tokens, one by one; of a table, they are only looked at."""
+        if self._text_table is None:
+            return self.text_rows(token_ids).unbind()
+        return [self._text_table[token] for token in token_ids]
+
+    @torch.inference_mode()
+    def _codec_rows(self, codec_ids: list[int]) -> Tensor:
+        return self._talker.model.codec_embedding(self._on_device(codec_ids))
+
+    def _on_device(self, ids: list[int]) -> Tensor:
+        ids_on_host = torch.tensor(ids, dtype=torch.int64)
+        if self._device.type != "cuda":
+            return ids_on_host.to(self._device)
+        # From memory that is not pinned the copy would wait for the frame that runs.
+        return ids_on_host.pin_memory().to(self._device, non_blocking=True)
+
+    def check(self, voice: Voice, language: str = "auto", *, instruct: str | None = None) -> None:
+        """Whether `open` would take this; touches no tensors, so any thread may ask.
+
+        Raises:
+            RequestError: unknown language or preset; voice or instruct that the checkpoint lacks.
+        """
+        self._check_voice(voice)
+        allowed = self._config.talker.languages
+        if language.lower() not in allowed:
+            raise RequestError(
+                "unknown_language", f"language {language[:40]!r}, allowed: {', '.join(allowed)}"
+            )
+        config = self._config
+        no_instruct = config.mode == "base" or (config.mode == "custom_voice" and config.size == "0b6")
+        if instruct and instruct.strip() and no_instruct:
+            raise RequestError(
+                "unsupported", "instruct needs a VoiceDesign or a 1.7B CustomVoice checkpoint"
+            )
+
+    @torch.inference_mode()
+    def open(
+        self,
+        voice: Voice,
+        language: str = "auto",
+        *,
+        instruct: str | None = None,
+        streaming: bool | None = None,
+    ) -> Prompt:
+        """An empty prompt, to be fed with text.
+
+        Args:
+            voice: of the kind the checkpoint takes.
+            language: one of `TalkerConfig.languages`, in any case.
+            instruct: a description of how to speak (VoiceDesign, 1.7B CustomVoice).
+            streaming: text layout; default as the official package: streaming for Base.
+
+        Raises:
+            RequestError: see `check`.
+        """
+        self.check(voice, language, instruct=instruct)
+        prefix = self._prefix(voice, language.lower())
+        if instruct and instruct.strip():
+            prefix = self._with_instruct(prefix, instruct.strip())
+        if streaming is None:
+            streaming = self._config.mode == "base"
+        return Prompt(self, prefix, streaming=streaming)
+
+    def _prefix(self, voice: Voice, language: str) -> _Prefix:
+        key = (id(voice), language)
+        if key not in self._prefixes:
+            self._prefixes[key] = self._build_prefix(voice, language)
+            if len(self._prefixes) > _MAX_CACHED_PREFIXES:
+                self._prefixes.popitem(last=False)
+        self._prefixes.move_to_end(key)
+        return self._prefixes[key]
+
+    def _build_prefix(self, voice: Voice, language: str) -> _Prefix:
+        codec = self._config.talker
+        tags = [self._codec_rows(self._language_tags(voice, language))]
+        speaker = self._speaker_row(voice)
+        if speaker is not None:
+            tags.append(speaker)
+        tags.append(self.codec_pad_row[None])
+        codec_side = torch.cat(tags)
+        text_side = torch.cat([self.pad_row.expand(len(codec_side) - 1, -1), self._bos_row[None]])
+        codec_rows, ref_text_rows = (
+            self._codec_rows([codec.codec_bos_id]),
+            self.pad_row[:0].reshape(0, 0),
+        )
+        if voice.mode == "icl":
+            ref_codes = voice.ref_codes.to(self._device)
+            codec_rows = torch.cat([codec_rows, self._talker.code_rows(ref_codes)])
+            ref_text_rows = self.text_rows(self.tokenizer.encode(voice.ref_text.strip()))
+        rows = torch.cat([self._role_rows, text_side + codec_side])
+        return _Prefix(voice, next(self._keys), rows, codec_rows, ref_text_rows)
+
+    def _check_voice(self, voice: Voice) -> None:
+        config = self._config
+        allowed = {
+            "base": ("x_vector", "icl", "designed"),
+            "custom_voice": ("preset",),
+            "voice_design": ("designed",),
+        }[config.mode]
+        if voice.mode not in allowed:
+            raise RequestError(
+                "unsupported",
+                f"a {config.mode} checkpoint cannot take a voice of kind {voice.mode}, "
+                f"only {' or '.join(allowed)}",
+            )
+        if voice.mode == "preset" and voice.speaker.lower() not in config.talker.speaker_ids:
+            known = ", ".join(sorted(config.talker.speaker_ids))
+            raise RequestError("unknown_voice", f"preset {voice.speaker!r}, allowed: {known}")
+        if voice.mode in ("x_vector", "icl"):
+            width, hidden = voice.speaker_embedding.shape[0], config.talker.hidden_size
+            if width != hidden:
+                raise RequestError(
+                    "unsupported", f"the voice is for a model of width {width}, this one has {hidden}"
+                )
+
+    def _language_tags(self, voice: Voice, language: str) -> list[int]:
+        """Codec ids [think, think_bos, language, think_eos], or the untagged form for auto."""
+        codec = self._config.talker
+        name = language
+        if voice.mode == "preset" and language in ("auto", "chinese"):
+            name = codec.speaker_dialects.get(voice.speaker.lower(), language)
+        if name == "auto":
+            return [codec.codec_nothink_id, codec.codec_think_bos_id, codec.codec_think_eos_id]
+        tag = codec.language_ids[name]
+        return [codec.codec_think_id, codec.codec_think_bos_id, tag, codec.codec_think_eos_id]
+
+    def _speaker_row(self, voice: Voice) -> Tensor | None:
+        """[1, hidden] of the voice's speaker, None when it has none."""
+        if voice.mode == "designed":
+            return None
+        if voice.mode == "preset":
+            return self._codec_rows([self._config.talker.speaker_ids[voice.speaker.lower()]])
+        return voice.speaker_embedding.to(self._device, self._dtype)[None]
+
+    def _with_instruct(self, prefix: _Prefix, instruct: str) -> _Prefix:
+        config = self._config
+        if config.mode == "base" or (config.mode == "custom_voice" and config.size == "0b6"):
+            raise RequestError(
+                "unsupported", "instruct needs a VoiceDesign or 1.7B CustomVoice checkpoint"
+            )
+        ids = self.tokenizer.encode(f"user\n{instruct}")
+        rows = self.text_rows([config.im_start_id, *ids, config.im_end_id, *self._newline])
+        rows = torch.cat([rows, prefix.rows])
+        return _Prefix(prefix.voice, next(self._keys), rows, prefix.codec_rows, prefix.ref_text_rows)

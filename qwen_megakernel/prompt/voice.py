@@ -1,0 +1,315 @@
+"""Voices: what a prompt needs to know of a speaker, and how that is made from a recording.
+
+A `Voice` is a preset of the checkpoint, a vector, or a vector with the recording's codes and
+transcript. `VoiceCloner` makes the latter two from WAV or FLAC bytes. What a client sends is
+only ever bytes or a name, and names are looked up in the dict that `load_voices` filled at the
+start. No name and no text here becomes a path or an address.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Literal, Self
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qwen_megakernel.codec.encoder import CODEBOOK_SIZE, CodecEncoder
+from qwen_megakernel.config import FRAME_S, NUM_CODEBOOKS
+from qwen_megakernel.prompt.reference_audio import (
+    MAX_REFERENCE_S,
+    VoiceError,
+    decode_reference,
+    read_reference,
+)
+from qwen_megakernel.prompt.speaker_encoder import SpeakerEncoder
+
+MAX_REF_TEXT = 2_000
+"""Characters of a reference transcript; 30 s of fast speech are about 700."""
+MAX_REF_FRAMES = ceil(MAX_REFERENCE_S / FRAME_S) + 1
+"""Resampling may add a sample to the longest reference, and that sample a frame."""
+MAX_VOICE_FILE_BYTES = 1024 * 1024
+"""A saved voice is below 100 kB."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_FILE_FORMAT = {"format": "qwen-megakernel-voice", "version": "1"}
+
+VoiceKind = Literal["preset", "x_vector", "icl", "designed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Voice:
+    """A speaker, in the form that the prompt takes; made by the constructors below, on the CPU.
+
+    Compared by identity. Raises `VoiceError` for parts that do not fit together.
+    """
+
+    speaker: str | None = None
+    """Lower-case name of a preset of the checkpoint."""
+    speaker_embedding: Tensor | None = None
+    """`[hidden_size]` float32: it takes one row of the talker's prompt."""
+    ref_codes: Tensor | None = None
+    """`[frames, 16]` int64, the codes of the reference recording."""
+    ref_text: str | None = None
+    """What is said in the reference recording."""
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """A speaker of a CustomVoice checkpoint; whether the checkpoint has it, the prompt checks."""
+        return cls(speaker=name.lower())
+
+    @classmethod
+    def x_vector(cls, embedding: Tensor) -> Self:
+        """The voice of a recording, by its speaker embedding alone."""
+        return cls(speaker_embedding=_detached(embedding, torch.float32))
+
+    @classmethod
+    def icl(cls, embedding: Tensor, ref_codes: Tensor, ref_text: str) -> Self:
+        """The voice of a recording that the model continues (in-context learning): closest, slowest."""
+        return cls(
+            speaker_embedding=_detached(embedding, torch.float32),
+            ref_codes=_detached(ref_codes, torch.int64),
+            ref_text=ref_text.strip(),
+        )
+
+    @classmethod
+    def designed(cls) -> Self:
+        """No speaker: a VoiceDesign checkpoint makes one up from the instruction."""
+        return cls()
+
+    def __post_init__(self) -> None:
+        if self.speaker is not None and self.speaker_embedding is not None:
+            raise VoiceError("a voice is a preset or has a speaker embedding, both are given")
+        if self.speaker is not None and not voice_name_ok(self.speaker):
+            raise VoiceError(f"preset {self.speaker[:80]!r}, allowed: {_NAME.pattern}")
+        if (self.ref_codes is None) != (self.ref_text is None):
+            raise VoiceError("reference codes and reference text go together, one of them is missing")
+        if self.speaker_embedding is not None:
+            _check_embedding(self.speaker_embedding)
+        elif self.ref_codes is not None:
+            raise VoiceError("reference codes need a speaker embedding, it is missing")
+        if self.ref_codes is not None:
+            _check_codes(self.ref_codes)
+            _check_ref_text(self.ref_text)
+
+    @property
+    def mode(self) -> VoiceKind:
+        """Which of the constructors this voice is from."""
+        if self.speaker is not None:
+            return "preset"
+        if self.speaker_embedding is None:
+            return "designed"
+        return "x_vector" if self.ref_codes is None else "icl"
+
+    def save(self, path: Path) -> None:
+        """Write a cloned voice as safetensors, in full precision.
+
+        Raises:
+            VoiceError: a preset or designed voice, which has nothing to write.
+            OSError: the file cannot be written.
+        """
+        if self.speaker_embedding is None:
+            raise VoiceError(f"a {self.mode} voice is not saved, allowed: x_vector or icl")
+        tensors = {"speaker_embedding": self.speaker_embedding}
+        metadata = _FILE_FORMAT | {"mode": self.mode, "hidden_size": str(len(self.speaker_embedding))}
+        if self.ref_codes is not None:
+            tensors["ref_codes"] = self.ref_codes
+            metadata["ref_text"] = self.ref_text
+        path.write_bytes(safetensors.torch.save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote; for files of the operator.
+
+        Raises:
+            VoiceError: not such a file, or one whose parts do not fit together; it names the file.
+        """
+        try:
+            if not path.is_file() or path.stat().st_size > MAX_VOICE_FILE_BYTES:
+                raise VoiceError(f"not a file of up to {MAX_VOICE_FILE_BYTES} bytes")
+            return cls._from_file(path)
+        except (OSError, SafetensorError) as error:
+            raise VoiceError(f"{path}: not a readable voice file ({_one_line(error)})") from None
+        except VoiceError as error:
+            raise VoiceError(f"{path}: {error}") from None
+
+    @classmethod
+    def _from_file(cls, path: Path) -> Self:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            for key, expected in _FILE_FORMAT.items():
+                if metadata.get(key) != expected:
+                    raise VoiceError(f"{key} is {metadata.get(key)!r:.80}, expected {expected!r}")
+            expected_names = {"speaker_embedding"}
+            if metadata.get("mode") == "icl":
+                expected_names.add("ref_codes")
+            if set(file.keys()) != expected_names:
+                raise VoiceError(f"its tensors are not {sorted(expected_names)}")
+            tensors = {name: file.get_tensor(name) for name in expected_names}
+        voice = cls(**tensors, ref_text=metadata.get("ref_text"))
+        stated = (metadata.get("mode"), metadata.get("hidden_size"))
+        actual = (voice.mode, str(len(voice.speaker_embedding)))
+        if stated != actual:
+            raise VoiceError(f"its mode and hidden_size are stated as {stated!r:.80} but are {actual}")
+        return voice
+
+
+def _detached(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _check_embedding(embedding: Tensor) -> None:
+    if embedding.dtype != torch.float32 or embedding.dim() != 1 or not len(embedding):
+        raise VoiceError(
+            f"speaker embedding is {_describe(embedding)}, expected float32 of one dimension"
+        )
+    if not embedding.isfinite().all():
+        raise VoiceError("speaker embedding has values that are not finite numbers")
+
+
+def _check_codes(codes: Tensor) -> None:
+    if codes.dtype != torch.int64 or codes.dim() != 2 or codes.shape[1] != NUM_CODEBOOKS:
+        raise VoiceError(
+            f"reference codes are {_describe(codes)}, expected int64 of [frames, {NUM_CODEBOOKS}]"
+        )
+    if not 1 <= len(codes) <= MAX_REF_FRAMES:
+        raise VoiceError(f"reference codes have {len(codes)} frames, allowed: 1 to {MAX_REF_FRAMES}")
+    low, high = int(codes.min()), int(codes.max())
+    if low < 0 or high >= CODEBOOK_SIZE:
+        raise VoiceError(f"reference codes are {low} to {high}, allowed: 0 to {CODEBOOK_SIZE - 1}")
+
+
+def _check_ref_text(text: str) -> None:
+    if not text.strip() or len(text) > MAX_REF_TEXT:
+        raise VoiceError(
+            f"reference text has {len(text)} characters, allowed: 1 to {MAX_REF_TEXT}, not blank"
+        )
+    if any("\ud800" <= char <= "\udfff" for char in text):  # JSON can carry it, UTF-8 cannot
+        raise VoiceError("reference text has half of a surrogate pair")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of {list(tensor.shape)}"
+
+
+class VoiceCloner:
+    """Recordings to voices, with the two encoders of a Base checkpoint.
+
+    Stateless, so threads may share it. The embedding and the codes come out on the CPU.
+    """
+
+    def __init__(self, speaker_encoder: SpeakerEncoder, codec_encoder: CodecEncoder | None) -> None:
+        """Without a codec encoder, which a checkpoint may lack, there are only x-vector voices."""
+        self.speaker_encoder = speaker_encoder.eval()
+        self.codec_encoder = codec_encoder.eval() if codec_encoder is not None else None
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the embeddings it makes, and of the talker that they are for."""
+        return self.speaker_encoder.config.enc_dim
+
+    def clone(self, data: bytes, ref_text: str | None = None) -> Voice:
+        """A voice from a WAV or FLAC file (see `decode_reference`).
+
+        Args:
+            data: the file's bytes.
+            ref_text: what is said in it, which makes an ICL voice; None makes an x-vector voice.
+
+        Raises:
+            VoiceError: a recording or a transcript that cannot be used.
+        """
+        if ref_text is not None:
+            if self.codec_encoder is None:
+                raise VoiceError(
+                    "this checkpoint has no codec encoder, so it cannot clone in context: "
+                    "leave the transcript away"
+                )
+            _check_ref_text(ref_text)  # before the expensive part
+        audio = torch.from_numpy(decode_reference(data))
+        embedding = self.speaker_encoder.embed(audio)
+        if ref_text is None:
+            return Voice.x_vector(embedding)
+        return Voice.icl(embedding, self.codec_encoder.encode(audio), ref_text)
+
+
+# --- the operator's folder ---------------------------------------------------------------------
+
+
+def voice_name_ok(name: str) -> bool:
+    """Whether `name` can name a voice: 1 to 64 letters, digits, `-` and `_`, beginning with no sign."""
+    return _NAME.fullmatch(name) is not None
+
+
+def load_voices(folder: Path, cloner: VoiceCloner) -> dict[str, Voice]:
+    """All voices of a folder of the operator, by name; read once, so that a lookup touches no file.
+
+    `NAME.safetensors` is a saved voice, `NAME.wav` or `NAME.flac` a recording: an x-vector voice,
+    or with its transcript beside it in `NAME.txt` an ICL voice. Other files and hidden ones
+    are left alone.
+
+    Raises:
+        VoiceError: the first file that is not usable, by name: a bad or doubled name, a link
+            that leads out of the folder, a voice for a model of another width, bad content.
+    """
+    if not folder.is_dir():
+        raise VoiceError(f"{folder}: not a folder")
+    voices: dict[str, Voice] = {}
+    for path in sorted(folder.iterdir()):
+        suffix = path.suffix.lower()
+        if path.name.startswith(".") or suffix not in (".safetensors", ".wav", ".flac"):
+            continue
+        if not voice_name_ok(path.stem):
+            raise VoiceError(f"{folder}: voice file {path.name!r}, allowed names: {_NAME.pattern}")
+        if path.stem in voices:
+            raise VoiceError(f"{path}: a second file for the voice {path.stem!r}")
+        if suffix == ".safetensors":
+            voice = Voice.load(_resolve_inside(path, folder))
+        else:
+            voice = _clone_file(path, folder, cloner)
+        if len(voice.speaker_embedding) != cloner.hidden_size:
+            raise VoiceError(
+                f"{path}: a voice for a model of width {len(voice.speaker_embedding)}, "
+                f"this one has {cloner.hidden_size}"
+            )
+        voices[path.stem] = voice
+    return voices
+
+
+def _clone_file(path: Path, folder: Path, cloner: VoiceCloner) -> Voice:
+    data = read_reference(_resolve_inside(path, folder))
+    transcript = path.with_suffix(".txt")
+    ref_text = None
+    if transcript.exists() or transcript.is_symlink():
+        ref_text = _read_transcript(_resolve_inside(transcript, folder))
+    try:
+        return cloner.clone(data, ref_text)
+    except VoiceError as error:
+        raise VoiceError(f"{path}: {error}") from None
+
+
+def _read_transcript(path: Path) -> str:
+    try:
+        if path.stat().st_size > 4 * MAX_REF_TEXT + 4:  # UTF-8's longest, and a byte order mark
+            raise VoiceError(f"{path}: too long, allowed: {MAX_REF_TEXT} characters")
+        return path.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VoiceError(f"{path}: not readable as UTF-8 ({_one_line(error)})") from None
+
+
+def _resolve_inside(path: Path, folder: Path) -> Path:
+    try:
+        resolved = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # a dangling link; a loop of links
+        raise VoiceError(f"{path}: {_one_line(error)}") from None
+    if not resolved.is_relative_to(folder.resolve()) or not resolved.is_file():
+        raise VoiceError(f"{path}: leads out of the folder, or is not a file")
+    return resolved
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

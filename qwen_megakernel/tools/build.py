@@ -1,0 +1,193 @@
+"""`python -m qwen_megakernel build`: compile the kernels ahead of time, also where there is no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwen_megakernel.build_tts import (
+    KNOWN_ARCHES,
+    MIN_ARCH,
+    READ_LIBRARY,
+    BuildError,
+    Library,
+    build,
+    cache_folder,
+    compiler_release,
+    detect_arch,
+    find_nvcc,
+    frame_library,
+)
+from qwen_megakernel.checkpoint import CheckpointError, resolve
+from qwen_megakernel.codec.cuda_stream import LIBRARY as CODEC_LIBRARY
+from qwen_megakernel.config import ConfigError, ModelConfig
+from qwen_megakernel.synth.config import SHAPES, shape_config
+from qwen_megakernel.tools import machine_code
+from qwen_megakernel.tools.cubin import CubinError
+from qwen_megakernel.tools.machine_code import resources
+
+DEFAULT_MODEL = "0.6b"
+
+
+def find_config(model: str) -> ModelConfig:
+    """The configuration of a shape's name, a folder, or a Hugging Face id that is in the cache.
+
+    Raises:
+        CheckpointError, ConfigError: there is none.
+    """
+    if model in SHAPES and not Path(model).exists():
+        return shape_config(model)
+    return ModelConfig.from_folder(resolve(model, offline=True))
+
+
+def find_arches(named: list[str] | None) -> list[str]:
+    """The architectures to build for; the GPU's own where none is named. Raises `BuildError`."""
+    if named:
+        return list(dict.fromkeys(named))
+    if not torch.cuda.is_available():
+        raise BuildError(f"torch finds no CUDA GPU: name one, --arch {' '.join(KNOWN_ARCHES)}")
+    return [detect_arch(torch.device("cuda"))]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelBuild:
+    """One library to compile, and what it is compiled for."""
+
+    library: Library
+    arch: str
+    shape: str = "-"
+    """Of the model; `-` where the library does not depend on it, or the shape has no name."""
+
+    def __str__(self) -> str:
+        return f"{self.library.name} sm_{self.arch}" + ("" if self.shape == "-" else f" {self.shape}")
+
+
+def table_builds() -> list[KernelBuild]:
+    """All builds that the table of the machine code covers, in its order."""
+    frames = [
+        KernelBuild(frame_library(shape_config(shape), arch), arch, shape)
+        for shape in SHAPES
+        for arch in KNOWN_ARCHES
+    ]
+    others = [
+        KernelBuild(library, arch) for library in (CODEC_LIBRARY, READ_LIBRARY) for arch in KNOWN_ARCHES
+    ]
+    return frames + others
+
+
+def build_all(builds: Sequence[KernelBuild]) -> list[Path | None]:
+    """Build libraries side by side, telling of each; None for one that failed."""
+    width = max(14, *(len(str(build)) + 2 for build in builds))
+    with ThreadPoolExecutor(min(len(builds), os.cpu_count() or 1)) as threads:
+        return list(threads.map(lambda one: _build(one, width), builds))
+
+
+def _build(one: KernelBuild, width: int) -> Path | None:
+    started, done = time.monotonic(), threading.Event()
+
+    def tell(line: str) -> None:
+        print(f"{one!s:{width}}{time.monotonic() - started:5.1f} s  {line}", flush=True)
+
+    def tick() -> None:
+        while not done.wait(10):
+            tell("...")
+
+    threading.Thread(target=tick, daemon=True).start()
+    try:
+        product = build(one.library, one.arch, tell)
+    except (BuildError, OSError) as error:
+        tell(f"failed: {error}")
+        return None
+    finally:
+        done.set()
+    used = resources(product)
+    most, spilled = max(r.registers for r in used), sum(r.spill_bytes for r in used)
+    tell(f"{product} ({len(used)} kernels, at most {most} registers, {spilled} bytes of spills)")
+    return product
+
+
+def _write_table(builds: Sequence[KernelBuild], products: Sequence[Path]) -> None:
+    """Write the table of the machine code, and tell how it differs from the one before."""
+    made = [
+        row
+        for one, product in zip(builds, products, strict=True)
+        for row in machine_code.rows(product, one.shape, one.arch)
+    ]
+    release = compiler_release(find_nvcc())
+    differences: list[str] = []
+    with suppress(FileNotFoundError, ValueError):  # there is none, or a merge left it in pieces
+        differences = machine_code.parse(machine_code.TABLE.read_text()).differences(made)
+    machine_code.TABLE.write_text(machine_code.render(made, release))
+    print(f"wrote {machine_code.TABLE}: {len(made)} kernels, nvcc {release}")
+    for line in differences:
+        print(f"  {line}")
+
+
+def _arch(text: str) -> str:
+    match = re.fullmatch(r"(?:sm_)?(\d{2,3})a?", text)
+    if match is None or int(match[1]) < MIN_ARCH:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected sm_{MIN_ARCH}a or newer, such as " + " or ".join(KNOWN_ARCHES)
+        )
+    return f"{match[1]}a"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m qwen_megakernel build`."""
+    parser.add_argument(
+        "--arch", nargs="+", type=_arch, metavar="ARCH",
+        help="GPU architectures, such as sm_90a sm_120a (default: this machine's GPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", metavar="NAME",
+        help=f"{', '.join(SHAPES)}, a checkpoint on disk, or a Hugging Face id in the cache "
+        f"(default: {DEFAULT_MODEL})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--table", action="store_true",
+        help="for developers: build all shapes for all known architectures, and write "
+        "csrc/machine_code.md",
+    )  # fmt: skip
+
+
+def _chosen(args: argparse.Namespace) -> list[KernelBuild]:
+    if args.table:
+        if args.arch or args.model:
+            raise BuildError("--table covers all shapes and architectures: leave out --arch and --model")
+        return table_builds()
+    config, arches = find_config(args.model or DEFAULT_MODEL), find_arches(args.arch)
+    return [
+        KernelBuild(library, arch)
+        for arch in arches
+        for library in (frame_library(config, arch), CODEC_LIBRARY)
+    ]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build; 1 if something failed."""
+    try:
+        builds = _chosen(args)
+        what = "all shapes" if args.table else args.model or DEFAULT_MODEL
+        print(f"kernels of {what} go to {cache_folder()}", flush=True)
+        products = build_all(builds)
+        built = [product for product in products if product]
+        if args.table and len(built) == len(builds):
+            _write_table(builds, built)
+    except (BuildError, CheckpointError, ConfigError, CubinError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    failed = len(builds) - len(built)
+    if failed:
+        print(f"error: {failed} of {len(builds)} could not be built", file=sys.stderr)
+    return 1 if failed else 0

@@ -1,0 +1,196 @@
+"""The whole way once, on any machine: the demonstration voice, a real server, the real client.
+
+For checkouts only: `server.py`, the client and the voice are not part of the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVER = ROOT / "server.py"
+CLIENT = ROOT / "pipecat_client" / "test_client.py"
+
+CHECKPOINT = ROOT / "demo_voice"
+"""The tiny checkpoint that the repository carries; see its README.md."""
+VOICE = "rms"
+SEED = 3
+"""The demo sounds the same each time, so that who hears something else knows that it is."""
+
+TEXT = "Hello, and thank you for trying this. How can I help you today?"
+READY_S = 180.0
+"""The first import of torch from a cold disk can take a minute."""
+CLIENT_S = 300.0
+STOP_S = 30.0
+
+_LISTENING = re.compile(r"listening on \S+ port (\d+)")
+
+CLOSING = """\
+{out} was spoken by the demonstration voice, a tiny model that knows four synthetic voices and
+plain English ({card}). The real model sounds like a person. With a recording of the voice to
+clone (3 to 30 s of one speaker; downloads 2.5 GB once):
+
+  {python} server.py --model Qwen/Qwen3-TTS-12Hz-0.6B-Base --speaker-ref voice.wav
+"""
+
+
+class DemoError(RuntimeError):
+    """A step that failed; one line."""
+
+
+def run_step(*arguments: str | Path, limit_s: float) -> None:
+    """Run one of our programs to its end and show how it was called; raises `DemoError`."""
+    shown = " ".join(["$ python", *(shlex.quote(_short(argument)) for argument in arguments)])
+    print(shown, flush=True)
+    command = [sys.executable, *map(str, arguments)]
+    try:
+        status = subprocess.run(
+            command, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, timeout=limit_s
+        ).returncode
+    except subprocess.TimeoutExpired:
+        raise DemoError(f"not done after {limit_s:.0f} s: {shown[2:]}") from None
+    if status:
+        raise DemoError(f"exit status {status}: {shown[2:]}")
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextmanager
+def running_server(*arguments: str | Path, show: Callable[[str], None] = _print) -> Iterator[int]:
+    """A server on a free port, ready; gives the port. Stopped at the end, whatever happens.
+
+    Args:
+        arguments: of `server.py`.
+        show: takes the command line and the lines of the server's log, from any thread.
+
+    Raises:
+        DemoError: it did not get ready, or did not stop cleanly.
+    """
+    show(" ".join(["$ python server.py --port 0", *(shlex.quote(_short(a)) for a in arguments)]))
+    process = subprocess.Popen(
+        [sys.executable, str(SERVER), "--port", "0", *map(str, arguments)],
+        cwd=ROOT,
+        env=_environment(),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    ports: queue.SimpleQueue[int] = queue.SimpleQueue()
+    reader = threading.Thread(target=_show_log, args=(process, ports, show), daemon=True)
+    reader.start()
+    try:
+        yield _wait_until_ready(process, ports)
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        raise DemoError(f"the server did not stop within {STOP_S:.0f} s") from None
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        reader.join(5)
+    if status:
+        raise DemoError(f"the server ended with exit status {status}")
+
+
+def _show_log(
+    process: subprocess.Popen[str], ports: queue.SimpleQueue[int], show: Callable[[str], None]
+) -> None:
+    """Pass the server's log on, and the port that it names."""
+    for line in process.stderr or ():
+        show(f"  {line.rstrip()}")
+        if match := _LISTENING.search(line):
+            ports.put(int(match[1]))
+
+
+def _wait_until_ready(process: subprocess.Popen[str], ports: queue.SimpleQueue[int]) -> int:
+    port = None
+    deadline = time.monotonic() + READY_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise DemoError(f"the server ended with exit status {process.returncode}")
+        if port is None and not ports.empty():
+            port = ports.get()
+        if port is not None and _is_ready(port):
+            return port
+        time.sleep(0.05)
+    raise DemoError(f"the server was not ready after {READY_S:.0f} s")
+
+
+def _is_ready(port: int) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows our port
+    try:
+        with opener.open(f"http://127.0.0.1:{port}/ready", timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _environment() -> dict[str, str]:
+    """Ours, less what would configure the server behind the demo's back, and proxies."""
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("QWEN_MEGAKERNEL_") or k == "QWEN_MEGAKERNEL_CACHE"
+    }
+    return {**kept, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+
+
+def _short(argument: str | Path) -> str:
+    """A path as seen from the checkout."""
+    if isinstance(argument, Path) and argument.is_relative_to(ROOT):
+        return str(argument.relative_to(ROOT))
+    return str(argument)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m qwen_megakernel demo`."""
+    parser.add_argument("--text", default=TEXT, help="what to say")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=ROOT / "build",
+        metavar="DIR",
+        help="where demo.wav goes (default: build)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Server, client; the exit status."""
+    # By default SIGTERM would end us without the cleaning up, and leave a server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    folder = args.folder.absolute()
+    out = folder / "demo.wav"
+    try:
+        for needed in (SERVER, CHECKPOINT):
+            if not needed.exists():
+                raise DemoError(f"{needed} is missing; the demo needs a checkout of the repository")
+        folder.mkdir(parents=True, exist_ok=True)
+        out.unlink(missing_ok=True)
+        with running_server("--model", CHECKPOINT, "--voices", CHECKPOINT / "voices") as port:
+            url = f"ws://127.0.0.1:{port}"
+            options = ("--url", url, "--voice", VOICE, "--seed", SEED, "--text", args.text)
+            run_step(CLIENT, *options, "--out", out, limit_s=CLIENT_S)
+    except (DemoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    card, python = _short(CHECKPOINT / "README.md"), _short(Path(sys.executable))
+    print("\n" + CLOSING.format(out=_short(out), card=card, python=python), end="")
+    return 0

@@ -1,0 +1,243 @@
+"""What the compiler made of the kernels: the figures of a build, and the table that keeps them.
+
+`csrc/machine_code.md` has a row for each kernel, shape and architecture. A test compares it with a
+fresh build, so that no change of the machine code goes unseen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from qwen_megakernel.tools.cubin import CubinError, read_cubin
+
+TABLE = Path(__file__).resolve().parents[2] / "csrc" / "machine_code.md"
+UPDATE_COMMAND = "python -m qwen_megakernel build --table"
+INSTRUCTION_BYTES = 16
+"""Of every architecture since sm_70."""
+DIGEST_DIGITS = 12
+_KEY_COLUMNS = 4
+_RELEASE = re.compile(r"^Compiler: nvcc ([\d.]+)$", re.MULTILINE)
+_HEAD = """# Machine code of the kernels
+
+`{command}` writes this file, and the tests compare it with a
+fresh build. A difference means that the GPU runs other instructions than before. Commit the new table
+together with the change that caused it.
+
+The figures belong to one release of the compiler. With another release the tests skip the comparison.
+
+Compiler: nvcc {release}
+
+- registers: of a thread, as ptxas reports them. `setmaxnreg` changes them while the frame kernel runs.
+- spills: bytes of stores to local memory plus bytes of loads from it, for want of registers.
+- static shared: bytes of shared memory that the kernel declares, without the 1024 that CUDA reserves.
+- dynamic shared: bytes that a launch asks for. `-` means none, or a number that depends on the launch.
+- instructions: the size of the kernel's code, divided by 16 bytes. Functions that are not inlined count,
+  and so does the padding at the end.
+- digest: the first 12 hexadecimal digits of the SHA-256 of the code and of the kernel's constant banks.
+  It does not depend on paths, comments, line numbers or the time of the build.
+
+"""
+
+
+# ---------------------------------------------------------------------------- the figures of a build
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What ptxas reports of one kernel."""
+
+    kernel: str
+    registers: int
+    spill_bytes: int
+    """Stores and loads to local memory for want of registers."""
+    static_shared_bytes: int
+    """Shared memory that the kernel declares."""
+
+
+def resources(product: Path) -> list[Resources]:
+    """What ptxas said of the kernels of a built library, and of the functions that they call."""
+    found = []
+    for log in sorted(product.parent.glob("*.cu.log")):
+        for entry in log.read_text().split("Compiling entry function")[1:]:
+            # A function that is not inlined has a line of spills of its own.
+            spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+            used = re.search(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?", entry)
+            if spills and used:
+                spilled = sum(int(stores) + int(loads) for stores, loads in spills)
+                found.append(Resources(entry.split("'")[1], int(used[1]), spilled, int(used[2] or 0)))
+    return found
+
+
+def system_calls(product: Path) -> list[str]:
+    """Instructions of a built library that ptxas replaced by a call of a routine in the driver.
+
+    Raises:
+        CubinError: there is no machine code beside the library.
+    """
+    undefined = {name for path in _objects(product) for name in read_cubin(path).undefined}
+    return sorted(name for name in undefined if name.startswith("__cuda_syscall"))
+
+
+def _objects(product: Path) -> list[Path]:
+    objects = sorted(product.parent.glob("*.cu.o"))
+    if not objects:
+        raise CubinError(f"{product.parent} has no object files of CUDA sources")
+    return objects
+
+
+# ---------------------------------------------------------------------------- rows of the table
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kernel of one build. The first four fields name it."""
+
+    library: str
+    shape: str
+    """Of the model; `-` where the library does not depend on it."""
+    arch: str
+    kernel: str
+    registers: int
+    spills: int
+    static_shared: int
+    dynamic_shared: int | None
+    instructions: int
+    digest: str
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as the table shows it."""
+        return tuple("-" if value is None else str(value) for value in asdict(self).values())
+
+
+COLUMNS = tuple(name.replace("_", " ") for name in Row.__dataclass_fields__)
+
+
+def rows(product: Path, shape: str, arch: str) -> list[Row]:
+    """The table's rows for a built library, in the order of its kernels' names.
+
+    Args:
+        product: what `build` gives.
+        shape: the model's shape, or `-`.
+        arch: such as `90a`.
+
+    Raises:
+        CubinError: the machine code is missing beside the library, or cannot be read, or two
+            kernels would have the same name in the table.
+    """
+    cubins = [read_cubin(path) for path in _objects(product)]
+    functions = {name.removeprefix(".text."): c for c in cubins for name in c.sections if _is_code(name)}
+    used = {kernel.kernel: kernel for kernel in resources(product)}
+    if functions.keys() != used.keys():
+        odd = ", ".join(sorted(functions.keys() ^ used.keys()))
+        raise CubinError(f"{product}: only one of ptxas's log and the machine code has {odd}")
+    dynamic = _dynamic_shared_bytes(product)
+    made = []
+    for name, kernel in used.items():
+        code = functions[name].code(name)
+        digest = hashlib.sha256(code + functions[name].constants(name)).hexdigest()[:DIGEST_DIGITS]
+        made.append(
+            Row(
+                product.stem, shape, f"sm_{arch}", _short_name(name), kernel.registers,
+                kernel.spill_bytes, kernel.static_shared_bytes, dynamic,
+                len(code) // INSTRUCTION_BYTES, digest,
+            )
+        )  # fmt: skip
+    if len({row.kernel for row in made}) < len(made):  # one row would hide the other
+        raise CubinError(f"{product}: two kernels have the same name but for namespace and parameters")
+    return sorted(made, key=lambda row: _natural(row.kernel))
+
+
+def _is_code(section: str) -> bool:
+    return section.startswith(".text.")
+
+
+def _dynamic_shared_bytes(product: Path) -> int | None:
+    """What a library of one kernel, such as `frame`, says by a function `frame_shared_bytes`."""
+    function = getattr(ctypes.CDLL(str(product)), f"{product.stem}_shared_bytes", None)
+    return None if function is None else function()
+
+
+def _short_name(mangled: str) -> str:
+    """A kernel's name with its template arguments, without namespaces and parameters.
+
+    nvcc needs a host compiler, and that one needs binutils, which has c++filt.
+    """
+    said = subprocess.run(["c++filt", "-p", mangled], capture_output=True, text=True, check=True).stdout
+    return re.sub(r"(?:\w+|\(anonymous namespace\))::", "", said.strip()).replace(" >", ">")
+
+
+def _natural(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+# ---------------------------------------------------------------------------- the table
+
+
+def render(made: Sequence[Row], release: str) -> str:
+    """The file's text: what it says, the compiler's release, and the rows, padded to columns."""
+    quoted = [replace(row, kernel=f"`{row.kernel}`") for row in made]  # `<` begins a tag in Markdown
+    lines = [COLUMNS, *(row.cells() for row in quoted)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    padded = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    head = _HEAD.format(command=UPDATE_COMMAND, release=release)
+    return head + "\n".join([padded[0], rule, *padded[1:]]) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The table as it was read from the file."""
+
+    release: str
+    """The compiler's, such as 13.0.88."""
+    rows: tuple[tuple[str, ...], ...]
+    """Cells, as in `Row.cells`."""
+
+    def builds(self) -> set[tuple[str, ...]]:
+        """Library, shape and architecture of every build that has rows."""
+        return {cells[: _KEY_COLUMNS - 1] for cells in self.rows}
+
+    def differences(self, made: Sequence[Row]) -> list[str]:
+        """How a build's rows differ from those kept for it, a line a kernel; empty if they agree."""
+        new = {row.cells()[:_KEY_COLUMNS]: row.cells()[_KEY_COLUMNS:] for row in made}
+        builds = {key[:-1] for key in new}
+        old = {
+            cells[:_KEY_COLUMNS]: cells[_KEY_COLUMNS:]
+            for cells in self.rows
+            if cells[: _KEY_COLUMNS - 1] in builds
+        }
+        return list(_differences(old, new))
+
+
+def _differences(
+    old: dict[tuple[str, ...], tuple[str, ...]], new: dict[tuple[str, ...], tuple[str, ...]]
+) -> Iterator[str]:
+    for key in old | new:
+        name = " ".join(key)
+        if key not in new:
+            yield f"{name}: in the table, not in the build"
+        elif key not in old:
+            yield f"{name}: in the build, not in the table"
+        elif old[key] != new[key]:
+            changes = zip(COLUMNS[_KEY_COLUMNS:], old[key], new[key], strict=True)
+            yield f"{name}: " + ", ".join(f"{c} {a} -> {b}" for c, a, b in changes if a != b)
+
+
+def parse(text: str) -> Table:
+    """Read what `render` wrote.
+
+    Raises:
+        ValueError: the text has no compiler's release, or other columns.
+    """
+    release = _RELEASE.search(text)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    header, *cells = (tuple(cell.strip(" `") for cell in line.strip("|").split("|")) for line in lines)
+    if release is None or header != COLUMNS or any(len(row) != len(COLUMNS) for row in cells):
+        raise ValueError(f"not a table of the machine code: write it anew with {UPDATE_COMMAND}")
+    return Table(release[1], tuple(cells))
