@@ -21,7 +21,7 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
   using S = HeadShape<D>;
   const FrameParams& p = c.p;
   const int warp = warp_index();
-  const Column& own = p.columns[item.column()];
+  const Stream& own = p.streams[item.column()];
   const __nv_bfloat16* qk_norm = p.talker_qk_norms + c.layer() * 2 * S::kDim;
   const uint64_t* vector = p.packets + PacketLayout::kQkv;
   // By the last warps, whose tiles are the last to fill.
@@ -37,7 +37,7 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
   const int column = own.first + (kWarps - 1 - warp);
   if (column <= item.column()) {
     HeadRow<S::kDim> kv[2];
-    const int position = p.columns[column].position;
+    const int position = p.streams[column].position;
     const NormRope<S::kDim> by(qk_norm + S::kDim, p.talker_rope + int64_t(position) * S::kDim);
     const uint64_t* from = row_packets<S::kDim>(vector, S::kQRows + item.kv_head() * S::kDim, column);
     wait_rows(kv, 2, [&](int i) { return from + 4 * i * S::kKRows; }, c.tag - 1, c.dog);
@@ -53,7 +53,7 @@ __device__ __forceinline__ void keep_new_row(const Context& c, const NewRowsShar
   constexpr int kWords = D::kHeadDim / 8;
   const FrameParams& p = c.p;
   if (warp_index() != kWarps - 1) return;
-  const int position = p.columns[item.column()].position, row = position - item.rows(c).first_new;
+  const int position = p.streams[item.column()].position, row = position - item.rows(c).first_new;
   if (!item.leads_to(c.scratch.items, position / kSplitPositions) || lane_index() >= 2 * kWords) return;
   const bool of_keys = lane_index() < kWords;
   const int word = lane_index() % kWords;
@@ -69,7 +69,7 @@ template <class D>
 __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>& sh, const AttentionItem& item) {
   using S = HeadShape<D>;
   const FrameParams& p = c.p;
-  const bool whole = p.columns[item.column()].position < kSplitPositions;
+  const bool whole = p.streams[item.column()].position < kSplitPositions;
   uint64_t* part = p.packets + PacketLayout::kPartials +
                    (int64_t(item.column() * D::kKvHeads + item.kv_head()) * kMaxSplits + item.split()) * PacketLayout::kPartial;
   constexpr int kPairs = S::kGroupSize * S::kDim / 2;
@@ -84,7 +84,7 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
   // 0 for a warp without positions
   const float share[kPerPart] = {expf(m.x - maximum), expf(m.y - maximum), expf(m.z - maximum), expf(m.w - maximum)};
   const float total = sum_of_four(share[0] * sums.x + share[1] * sums.y + share[2] * sums.z + share[3] * sums.w);
-  const int low = Weighed<D>::at_dim(first, dim), high = Weighed<D>::at_dim(first, dim + 1);  // the same for all of a part
+  const int low = ValueOrder<D>::at_dim(first, dim), high = ValueOrder<D>::at_dim(first, dim + 1);  // the same for all of a part
   float2 out = make_float2(0.f, 0.f);
 #pragma unroll
   for (int j = 0; j < kPerPart; ++j) {
@@ -134,16 +134,16 @@ __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, Attention
     tile.take_new_keys(fresh, item.first_position(), rows.first_new, rows.end);
   }
   tile.scores(fresh, sh.score[warp_index()]);
-  opaque(item.bits);
+  item.forget_derived();
   {
     const ItemRows rows = item.rows(c);
     uint32_t p_low, p_high;
-    soften<D>(sh, item.first_position(), rows.end, p_low, p_high);
-    weigh<D>(c, rows, item.first_position(), fresh, p_low, p_high, sh.out[warp_index()]);
+    softmax<D>(sh, item.first_position(), rows.end, p_low, p_high);
+    attend_values<D>(c, rows, item.first_position(), fresh, p_low, p_high, sh.out[warp_index()]);
   }
-  opaque(item.bits);
+  item.forget_derived();
   sync_compute();
-  opaque(item.bits);
+  item.forget_derived();
   finish_item<D>(c, sh, item);
   c.take_buffer();
 }
@@ -204,7 +204,7 @@ __device__ __forceinline__ void attend_talker(Context& c) {
   Tile<D> tile;
   read_item_keys<D>(c, tile, 0);
 #pragma unroll 1
-  for (AttentionItem item{c.scratch.items[0].bits}; item.bits != AttentionItem::kNone;
+  for (AttentionItem item{c.scratch.items[0].bits}; item.exists();
        item.bits = c.scratch.items[item.place() + 1].bits) {
     if (item.place() == 0 || !item.same_rows(AttentionItem{c.scratch.items[item.place() - 1].bits})) {
       read_new_rows<D>(c, new_rows<D>(c, item), item);
@@ -216,7 +216,7 @@ __device__ __forceinline__ void attend_talker(Context& c) {
   }
   // From the last CTA on, which has the fewest items.
   for (int i = gridDim.x - 1 - block_index(); i < c.p.num_columns * D::kKvHeads; i += gridDim.x)
-    if (c.p.columns[i / D::kKvHeads].position >= kSplitPositions) combine_splits<D>(c, i / D::kKvHeads, i % D::kKvHeads);
+    if (c.p.streams[i / D::kKvHeads].position >= kSplitPositions) combine_splits<D>(c, i / D::kKvHeads, i % D::kKvHeads);
 }
 
 }  // namespace qwen_tts

@@ -3,7 +3,7 @@
 // the warp that fetches.
 #pragma once
 
-#include "layer.cuh"
+#include "context.cuh"
 
 namespace qwen_tts {
 
@@ -13,6 +13,8 @@ struct AttentionItem {
   static constexpr uint32_t kNone = ~0u;
   uint32_t bits;  // one register over all waits: column, key-value head, split, place in the CTA's list
 
+  __device__ __forceinline__ bool exists() const { return bits != kNone; }
+  __device__ __forceinline__ void forget_derived() { opaque(bits); }  // computed from it: not kept in registers
   __device__ __forceinline__ int column() const { return bits & 0xff; }
   __device__ __forceinline__ int kv_head() const { return bits >> 8 & 0xff; }
   __device__ __forceinline__ int split() const { return bits >> 16 & 0xff; }
@@ -33,7 +35,7 @@ struct AttentionItem {
   __device__ __forceinline__ bool leads_to(const ItemRows* items, int other_split) const {
     if (other_split < split()) return false;
     const AttentionItem other{items[min(place() + other_split - split(), kMaxItems - 1)].bits};
-    return other.bits != kNone && same_rows(other);
+    return other.exists() && same_rows(other);
   }
 
   // The one at a place in this CTA's list, or kNone. Each CTA has a run of them, the splits of one head first:
@@ -52,7 +54,7 @@ struct AttentionItem {
     return kNone;
   }
   static __device__ __forceinline__ int splits(const FrameParams& p, int column) {
-    return p.columns[column].position / kSplitPositions + 1;
+    return p.streams[column].position / kSplitPositions + 1;
   }
 };
 static_assert(kMaxSplits <= 256 && kMaxColumns <= 256 && kMaxItems <= 257, "an item's numbers have eight bits");
@@ -63,11 +65,11 @@ __device__ __forceinline__ void list_items(const FrameParams& p, Scratch& scratc
   for (int place = thread_index(); place < kMaxItems; place += kThreads) {
     const AttentionItem item{AttentionItem::find(p, D::kKvHeads, place)};
     ItemRows rows{item.bits, 0, 0, 0};  // of none, no rows
-    if (item.bits != AttentionItem::kNone) {
-      const Column& own = p.columns[item.column()];
+    if (item.exists()) {
+      const Stream& own = p.streams[item.column()];
       rows.head = own.slot * D::kKvHeads + item.kv_head();
       rows.end = min((item.split() + 1) * kSplitPositions, own.position + 1);
-      rows.first_new = p.columns[own.first].position;
+      rows.first_new = p.streams[own.first].position;
     }
     scratch.items[place] = rows;
   }
@@ -80,7 +82,7 @@ __device__ __forceinline__ int64_t cache_at(const FrameParams& p, int layer, con
 }
 
 // Of a warp's tile: rows that hold positions of the stream, and those of them that are in the cache and come
-// through the ring. None or fewer than none: none.
+// through the ring. Either may be zero or negative.
 __device__ __forceinline__ int used_rows(const ItemRows& rows, int first_position) {
   return min(kTilePositions, rows.end - first_position);
 }

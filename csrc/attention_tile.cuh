@@ -19,7 +19,7 @@ struct HeadShape {
   static constexpr int kQRows = D::kHeads * D::kHeadDim, kKRows = D::kKvHeads * D::kHeadDim;
   static constexpr int kBlocks = kDim / 32;      // of a key row: four lanes read 16 bytes each
   static constexpr int kValueTiles = kDim / 16;  // of a value row: sixteen dims are the m of one mma
-  static_assert(kGroupSize <= 8, "the heads of a group are the n of one mma");
+  static_assert(kGroupSize <= kMaxColumns, "the heads of a group are the n of one mma");
 };
 
 template <class D>
@@ -38,9 +38,9 @@ struct NewRowsShared {
   __nv_bfloat16 q[S::kGroupSize][S::kDim];
   __nv_bfloat16 k[kMaxColumns][S::kDim], v[kMaxColumns][S::kDim];
 };
-static_assert(sizeof(AttentionShared<TalkerDims>) + sizeof(NewRowsShared<TalkerDims>) <= sizeof(Scratch::partial) / 2,
+static_assert(sizeof(AttentionShared<T>) + sizeof(NewRowsShared<T>) <= sizeof(Scratch::partial) / 2,
               "attention borrows the partial buffers");
-static_assert(sizeof(AttentionShared<TalkerDims>) % 16 == 0, "rows are read 16 bytes at once");
+static_assert(sizeof(AttentionShared<T>) % 16 == 0, "rows are read 16 bytes at once");
 
 // One warp's sixteen positions. Lane (g, t) = (lane / 4, lane % 4) holds of the keys rows g and g + 8,
 // of each block of 32 dims the t-th eight. Values stay in the ring until they are used.
@@ -54,25 +54,25 @@ struct Tile {
   // The first `rows` rows, from the ring. Of others, keys may be anything: their scores are not used.
   template <class Ring>
   __device__ __forceinline__ void read_keys(Ring& ring, int rows) {
-    using P = TilePieces<D>;
+    using Pieces = TilePieces<D>;
     const int warp = warp_index(), lane = lane_index();
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
       for (int b = 0; b < S::kBlocks; ++b) k[r][b] = make_uint4(0, 0, 0, 0);
 #pragma unroll
-    for (int first = 0; first < kTilePositions; first += P::kRows) {
+    for (int first = 0; first < kTilePositions; first += Pieces::kRows) {
       if (first >= rows) break;
-      const uint32_t piece = ring.template wait<P::kBytes>(warp, 0);
+      const uint32_t piece = ring.template wait<Pieces::kBytes>(warp, 0);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        if (key_row(r) / P::kRows == first / P::kRows)
+        if (key_row(r) / Pieces::kRows == first / Pieces::kRows)
 #pragma unroll
           for (int b = 0; b < S::kBlocks; ++b) {
-            const uint32_t row = piece + (key_row(r) - first) * P::kRowBytes + 16 * ((lane & 3) ^ swizzle(lane >> 2));
+            const uint32_t row = piece + (key_row(r) - first) * Pieces::kRowBytes + 16 * ((lane & 3) ^ swizzle(lane >> 2));
             k[r][b] = load_shared(row ^ 64 * b);
           }
-      ring.template release<P::kBytes>(warp, lane);
+      ring.template release<Pieces::kBytes>(warp, lane);
     }
   }
 
@@ -113,7 +113,7 @@ struct Tile {
 // The order in which a warp's weighed values lie, of each head: lane g of a tile has dims g, g + 8, g + 16, ..., and
 // eight lanes store, as the lanes of finish_item read, to as many banks as can be.
 template <class D>
-struct Weighed {
+struct ValueOrder {
   using S = HeadShape<D>;
   static constexpr int kWords = S::kDim / 32;  // of 16 bytes, a lane and head
   // Where the i-th four of lane g's dims stand, in floats.
@@ -131,13 +131,13 @@ struct Weighed {
 template <class D>
 __device__ __forceinline__ void complete_values(uint32_t piece, int first, int cached, int used,
                                                 const __nv_bfloat16 (*fresh)[D::kHeadDim]) {
-  using P = TilePieces<D>;
-  constexpr int kWords = P::kRowBytes / 16;
-  for (int i = max(cached - first, 0) * kWords + lane_index(); i < P::kRows * kWords; i += 32) {
+  using Pieces = TilePieces<D>;
+  constexpr int kWords = Pieces::kRowBytes / 16;
+  for (int i = max(cached - first, 0) * kWords + lane_index(); i < Pieces::kRows * kWords; i += 32) {
     const int row = i / kWords, word = i % kWords;
     uint4 x = make_uint4(0, 0, 0, 0);
     if (first + row < used) x = reinterpret_cast<const uint4*>(fresh[first + row - cached])[word];
-    store_shared(piece + row * P::kRowBytes + 16 * (word ^ swizzle(first + row)), x);
+    store_shared(piece + row * Pieces::kRowBytes + 16 * (word ^ swizzle(first + row)), x);
   }
   fence_copy_engine();  // which fills the piece again
   __syncwarp();
@@ -146,41 +146,41 @@ __device__ __forceinline__ void complete_values(uint32_t piece, int first, int c
 // A warp's values, weighed by p, which lane (g, t) holds for head g and rows 2t, 2t + 1; 2t + 8, 2t + 9: as
 // out^T = V^T p, with V^T as it comes from the ring by transposing loads.
 template <class D>
-__device__ __forceinline__ void weigh(Context& c, const ItemRows& rows, int first_position, const NewRowsShared<D>& fresh,
+__device__ __forceinline__ void attend_values(Context& c, const ItemRows& rows, int first_position, const NewRowsShared<D>& fresh,
                                       uint32_t p_low, uint32_t p_high, float (*to)[D::kHeadDim]) {
   using S = HeadShape<D>;
-  using P = TilePieces<D>;
-  using W = Weighed<D>;
+  using Pieces = TilePieces<D>;
+  using Order = ValueOrder<D>;
   const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
   float out[S::kValueTiles][4] = {};
   const int used = used_rows(rows, first_position), cached = cached_rows(rows, first_position);
 #pragma unroll
-  for (int first = 0; first < kTilePositions; first += P::kRows) {
+  for (int first = 0; first < kTilePositions; first += Pieces::kRows) {
     if (first >= used) break;
-    const uint32_t piece = c.ring.template wait<P::kBytes>(warp, 0);
-    if (cached < first + P::kRows) complete_values<D>(piece, first, cached, used, fresh.v);
+    const uint32_t piece = c.ring.template wait<Pieces::kBytes>(warp, 0);
+    if (cached < first + Pieces::kRows) complete_values<D>(piece, first, cached, used, fresh.v);
     // Instead of rows of other pieces some of this one, weighed with nothing.
     const int row = (lane & 7) + (lane & 16) / 2, word = (lane >> 3 & 1) ^ swizzle(lane);
-    const uint32_t from = piece + row % P::kRows * P::kRowBytes + 16 * word;
-    const bool low = 2 * t / P::kRows == first / P::kRows, high = (2 * t + 8) / P::kRows == first / P::kRows;
+    const uint32_t from = piece + row % Pieces::kRows * Pieces::kRowBytes + 16 * word;
+    const bool low = 2 * t / Pieces::kRows == first / Pieces::kRows, high = (2 * t + 8) / Pieces::kRows == first / Pieces::kRows;
 #pragma unroll
     for (int j = 0; j < S::kValueTiles; ++j)
-      mma(out[j], load_transposed(from ^ 32 * j), make_uint2(low ? p_low : 0u, high ? p_high : 0u));
-    c.ring.template release<P::kBytes>(warp, lane);
+      mma(out[j], ldmatrix_transposed(from ^ 32 * j), make_uint2(low ? p_low : 0u, high ? p_high : 0u));
+    c.ring.template release<Pieces::kBytes>(warp, lane);
   }
 #pragma unroll
   for (int n = 0; n < 2; ++n)
     if (2 * t + n < S::kGroupSize)
 #pragma unroll
-      for (int i = 0; i < W::kWords; ++i)
-        *reinterpret_cast<float4*>(to[2 * t + n] + W::at(warp, g, i)) =
+      for (int i = 0; i < Order::kWords; ++i)
+        *reinterpret_cast<float4*>(to[2 * t + n] + Order::at(warp, g, i)) =
             make_float4(out[2 * i][n], out[2 * i][n + 2], out[2 * i + 1][n], out[2 * i + 1][n + 2]);
 }
 
 // The softmax of a tile's scores: maximum and sum of each head into shared memory, weights as bf16 to
 // the lanes that need them.
 template <class D>
-__device__ __forceinline__ void soften(AttentionShared<D>& sh, int first, int end, uint32_t& p_low, uint32_t& p_high) {
+__device__ __forceinline__ void softmax(AttentionShared<D>& sh, int first, int end, uint32_t& p_low, uint32_t& p_high) {
   using S = HeadShape<D>;
   const int warp = warp_index(), g = lane_index() >> 2, t = lane_index() & 3;
   const float scale = rsqrtf(float(S::kDim));

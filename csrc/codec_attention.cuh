@@ -33,7 +33,7 @@ __device__ __forceinline__ float score_piece(const float* q, const bf16* key, co
 
 // The exponentials of the scores, each summed over its pieces, and their sum. Every warp works them
 // out for itself, in the same order.
-__device__ __forceinline__ float soften(float* scores, const float* parts, int pieces, int lived, int window) {
+__device__ __forceinline__ float softmax(float* scores, const float* parts, int pieces, int lived, int window) {
   float largest = -INFINITY, total = 0.f;
   const int lane = threadIdx.x & 31;
   for (int d = lane; d < lived; d += 32) {
@@ -61,7 +61,7 @@ __host__ __device__ constexpr int attention_floats(int head_dim, int window) {
 // grid (heads, streams)
 __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __grid_constant__ Attention p) {
   extern __shared__ __align__(16) float sums[];
-  let_next_start();
+  launch_dependents();
   const int head = blockIdx.x, stream = blockIdx.y, tid = threadIdx.x, dim = p.head_dim;
   const int group = p.heads / p.kv_heads, kv_head = head / group, kv_dim = p.kv_heads * dim;
   float* const q = sums + kAttentionThreads * 8;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
         *reinterpret_cast<const uint4*>(fresh + part);
   }
   __syncthreads();
-  const float total = soften(scores, parts, key_pieces, lived, p.window);
+  const float total = softmax(scores, parts, key_pieces, lived, p.window);
   __syncwarp();
 
   float acc[8] = {}, v[8];

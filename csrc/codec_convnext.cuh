@@ -22,7 +22,7 @@ __device__ __forceinline__ float sum_over_block(float v, float* scratch) {
 __global__ void __launch_bounds__(kNormThreads) depthwise_norm_kernel(const __grid_constant__ DepthwiseNorm p) {
   extern __shared__ __align__(16) float values[];
   __shared__ float scratch[kNormThreads / 32];
-  let_next_start();
+  launch_dependents();
   prefetch(p.weights, p.taps * p.source.channels * 4);
   prefetch(p.bias, p.source.channels * 4);
   prefetch(p.norm_weight, p.source.channels * 4);

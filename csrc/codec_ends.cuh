@@ -10,10 +10,10 @@ constexpr int kCodebooks = 16;
 
 // grid (streams). The slot's age is counted here and nowhere else: later launches read `calls`.
 __global__ void __launch_bounds__(kEndThreads) embed_kernel(const __grid_constant__ Embed p) {
-  let_next_start();
+  launch_dependents();
   wait_for_previous();
   const int* const input = p.input + blockIdx.x * (kCodebooks + 1);
-  const int slot = input[0], age = p.ages[slot];
+  const int slot = input[0], age = p.frame_counts[slot];
   const Call call{slot, age};
   for (int c = threadIdx.x * 4; c < p.out.channels; c += kEndThreads * 4) {
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -26,11 +26,11 @@ __global__ void __launch_bounds__(kEndThreads) embed_kernel(const __grid_constan
       sum.x += row.x, sum.y += row.y, sum.z += row.z, sum.w += row.w;
     }
     bf16* const out = static_cast<bf16*>(p.out.data) + element(p.out, blockIdx.x, call, 0);
-    *reinterpret_cast<uint2*>(out + c) = make_uint2(pack(sum.x, sum.y), pack(sum.z, sum.w));
+    *reinterpret_cast<uint2*>(out + c) = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
   }
   __syncthreads();  // all have read the age
   if (threadIdx.x == 0) {
-    p.ages[slot] = age + 1;
+    p.frame_counts[slot] = age + 1;
     p.calls[blockIdx.x] = call;
   }
 }
@@ -67,7 +67,7 @@ __device__ __forceinline__ void convolve_run(const LastConv& p, const bf16* in, 
 __global__ void __launch_bounds__(kEndThreads) last_conv_kernel(const __grid_constant__ LastConv p) {
   constexpr int kPieces = kEndThreads / kRuns;  // at a time
   __shared__ float parts[kPieces][kSamples];
-  let_next_start();
+  launch_dependents();
   prefetch(p.weights, kLastTaps * p.source.channels * 4);
   wait_for_previous();
   const int stream = blockIdx.y, run = threadIdx.x % kRuns, piece = threadIdx.x / kRuns;

@@ -29,7 +29,7 @@ __device__ __forceinline__ void sum_segments(uint32_t address, float (&v)[8]) {
     float4 parts[kSegments];
 #pragma unroll
     for (int rank = 0; rank < kSegments; ++rank)
-      parts[rank] = load_cluster((kSegments > 1 ? map_shared(address, rank) : address) + 16 * half);
+      parts[rank] = load_cluster((kSegments > 1 ? map_to_rank(address, rank) : address) + 16 * half);
     float4 sum = parts[0];
 #pragma unroll
     for (int rank = 1; rank < kSegments; ++rank)
@@ -103,8 +103,8 @@ __device__ __forceinline__ void finish(const Gemm& p, const Vectors& w, const De
   }
   if (p.activation == kGlu) {  // rows alternate: gate, up
     bf16* out = static_cast<bf16*>(p.out.data) + element(p.out, to.stream, to.call, to.t) + w.channel / 2;
-    *reinterpret_cast<uint2*>(out) = make_uint2(pack(silu(v[0]) * v[1], silu(v[2]) * v[3]),
-                                                pack(silu(v[4]) * v[5], silu(v[6]) * v[7]));
+    *reinterpret_cast<uint2*>(out) = make_uint2(pack_bf16(silu(v[0]) * v[1], silu(v[2]) * v[3]),
+                                                pack_bf16(silu(v[4]) * v[5], silu(v[6]) * v[7]));
     return;
   }
   if (p.residual.data) {

@@ -84,7 +84,7 @@ struct ColumnLoader {
       if (row >= ring) row -= ring;
       const bool valid = start[pass] >= 0 && tap < p.taps;
       const bf16* from = valid ? data[pass] + row * p.source.channels + piece * 8 : data[pass];
-      copy_piece(to + local * (2 * kBlock) + ((threadIdx.x ^ local) & 7) * 16, from, valid);
+      cp_async(to + local * (2 * kBlock) + ((threadIdx.x ^ local) & 7) * 16, from, valid);
     }
     for (piece += kBlock / 8; piece >= pieces; piece -= pieces) ++tap;
   }
@@ -109,18 +109,18 @@ __device__ __forceinline__ void multiply(float (&acc)[T::kMi][T::kNi][4], uint32
         columns + row * (2 * kBlock) + ((((first + step) * 2 + (lane / 8 & 1)) ^ row) & 7) * 16;
     if constexpr (T::kNi == 1) {
       uint32_t b[2];
-      load_matrices(b, b_from);
+      ldmatrix(b, b_from);
 #pragma unroll
-      for (int i = 0; i < T::kMi; ++i) mma(acc[i][0], a[i], b[0], b[1]);
+      for (int i = 0; i < T::kMi; ++i) mma(acc[i][0], a[i], make_uint2(b[0], b[1]));
     } else {
 #pragma unroll
       for (int j = 0; j < T::kNi; j += 2) {
         uint32_t b[4];
-        load_matrices(b, b_from + j * 8 * (2 * kBlock));
+        ldmatrix(b, b_from + j * 8 * (2 * kBlock));
 #pragma unroll
         for (int i = 0; i < T::kMi; ++i) {
-          mma(acc[i][j], a[i], b[0], b[1]);
-          mma(acc[i][j + 1], a[i], b[2], b[3]);
+          mma(acc[i][j], a[i], make_uint2(b[0], b[1]));
+          mma(acc[i][j + 1], a[i], make_uint2(b[2], b[3]));
         }
       }
     }
@@ -187,24 +187,24 @@ struct Pipeline {
                                       const uint64_t* full) {
     first = rank * p.k_blocks / p.segments;
     blocks = (rank + 1) * p.k_blocks / p.segments - first;
-    weights_at = shared_address(shared);
+    weights_at = smem_address(shared);
     columns_at = weights_at + T::kStages * T::kWeightBytes;
-    full_at = shared_address(full);
+    full_at = smem_address(full);
     weights = static_cast<const char*>(p.weights) +
               (static_cast<int64_t>(m_tile) * p.k_blocks + first) * T::kWeightBytes;
   }
 
   __device__ __forceinline__ void load_weights(int block) {
     const int stage = block % T::kStages;
-    expect_bytes(full_at + stage * 8, T::kWeightBytes);
-    copy_bulk(weights_at + stage * T::kWeightBytes, weights + block * T::kWeightBytes, T::kWeightBytes,
+    mbarrier_expect_tx(full_at + stage * 8, T::kWeightBytes);
+    bulk_copy(weights_at + stage * T::kWeightBytes, weights + block * T::kWeightBytes, T::kWeightBytes,
               full_at + stage * 8);
   }
 
   // One thread, before the previous kernel has finished.
   __device__ __forceinline__ void start_weights() {
-    for (int s = 0; s < T::kStages; ++s) init_barrier(full_at + s * 8);
-    publish_barriers();
+    for (int s = 0; s < T::kStages; ++s) mbarrier_init(full_at + s * 8, 1);
+    mbarrier_init_fence();
     for (int block = 0; block < min(blocks, T::kStages - 1); ++block) load_weights(block);
   }
 
@@ -212,7 +212,7 @@ struct Pipeline {
 #pragma unroll 1
     for (int block = 0; block < T::kStages - 1; ++block) {
       if (block < blocks) loader.load(p, columns_at + block * T::kColumnBytes);
-      commit_pieces();
+      cp_async_commit();
     }
   }
 
@@ -221,14 +221,14 @@ struct Pipeline {
 #pragma unroll 1
     for (int block = 0; block < blocks; ++block) {
       const int stage = block % T::kStages, next = block + T::kStages - 1;
-      wait_for_pieces<T::kStages - 2>();
-      wait_barrier(full_at + stage * 8, block / T::kStages & 1);
+      cp_async_wait<T::kStages - 2>();
+      mbarrier_wait(full_at + stage * 8, block / T::kStages & 1);
       __syncthreads();  // the stage is there for all, and all are done with the one before it
       if (next < blocks) {
         if (threadIdx.x == 0) load_weights(next);
         loader.load(p, columns_at + next % T::kStages * T::kColumnBytes);
       }
-      commit_pieces();
+      cp_async_commit();
       multiply<T>(acc, weights_at + stage * T::kWeightBytes, columns_at + stage * T::kColumnBytes);
     }
   }
@@ -237,7 +237,7 @@ struct Pipeline {
 // Both groups' sums in one tile, for all CTAs of the cluster to read.
 template <class T>
 __device__ __forceinline__ void share_sums(const float (&acc)[T::kMi][T::kNi][4], float* tile, bool alone) {
-  wait_for_pieces<0>();
+  cp_async_wait<0>();
   __syncthreads();
   const bool second = threadIdx.x >= T::kThreads / 2;
   if (second) spread<T, false>(acc, tile);
@@ -246,8 +246,8 @@ __device__ __forceinline__ void share_sums(const float (&acc)[T::kMi][T::kNi][4]
   if (alone) {
     __syncthreads();
   } else {
-    arrive_at_cluster();
-    wait_for_cluster();
+    cluster_arrive();
+    cluster_wait();
   }
 }
 
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_kernel(const __gri
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint64_t full[T::kStages];
   __shared__ float scale[T::kN];
-  let_next_start();
+  launch_dependents();
   const int rank = blockIdx.x % p.segments, m_tile = blockIdx.x / p.segments, m0 = m_tile * T::kM;
   const int n0 = blockIdx.y * T::kN, m = threadIdx.x % T::kParts * 8;
   Pipeline<T> pipeline(p, rank, m_tile, shared, full);
@@ -283,9 +283,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_kernel(const __gri
   const bool alone = p.segments == 1;
   share_sums<T>(acc, reinterpret_cast<float*>(shared), alone);
   finish_tile<T>(p, vectors, to, pipeline.weights_at + m * 4, n0, n, end, step, scale, [&] {
-    if (!alone) arrive_at_cluster();
+    if (!alone) cluster_arrive();
   });
-  if (!alone) wait_for_cluster();  // none leaves while another reads its tile
+  if (!alone) cluster_wait();  // none leaves while another reads its tile
 }
 
 }  // namespace codec

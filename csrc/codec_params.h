@@ -62,7 +62,7 @@ struct Gemm {
 
 struct Embed {
   const int* input;  // [stream][17]: slot, 16 codes
-  int* ages;         // [slot], counted on
+  int* frame_counts;  // [slot], counted on
   Call* calls;       // out
   const float* table;  // [16 * codebook_size][channels]
   int codebook_size;

@@ -5,7 +5,8 @@
 #pragma once
 
 #include "codec_params.h"
-#include "codec_ptx.cuh"
+#include "codec_prologue.cuh"
+#include "codec_vectors.cuh"
 
 namespace codec {
 

@@ -47,11 +47,11 @@ __device__ __forceinline__ void multiply_slab(float (&acc)[T::kMi][T::kNi][4], u
 #pragma unroll
     for (int j = 0; j < T::kNi; j += 2) {
       uint32_t b[4];
-      load_matrices(b, columns + step * 32 + j * 8 * T::kSlabPitch);
+      ldmatrix(b, columns + step * 32 + j * 8 * T::kSlabPitch);
 #pragma unroll
       for (int i = 0; i < T::kMi; ++i) {
-        mma(acc[i][j], a[i], b[0], b[1]);
-        mma(acc[i][j + 1], a[i], b[2], b[3]);
+        mma(acc[i][j], a[i], make_uint2(b[0], b[1]));
+        mma(acc[i][j + 1], a[i], make_uint2(b[2], b[3]));
       }
     }
   }
@@ -69,9 +69,9 @@ __device__ __forceinline__ void load_slab(const Gemm& p, const Call& call, int s
   for (int i = threadIdx.x; i < rows * kPieces; i += T::kThreads) {
     const int row = i / kPieces, piece = i - row * kPieces;
     const int from = start + row < ring ? start + row : start + row - ring;
-    copy_piece(to + row * T::kSlabPitch + piece * 16, in + from * T::kM + piece * 8, true);
+    cp_async(to + row * T::kSlabPitch + piece * 16, in + from * T::kM + piece * 8, true);
   }
-  commit_pieces();
+  cp_async_commit();
 }
 
 // What stands between the two products, for the rows of this thread's accumulators.
@@ -116,20 +116,20 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
   __shared__ uint64_t full[kMaxUnitStages];
   const Gemm& p = launch.gemm;
   const int stages = launch.stages, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  let_next_start();
-  const uint32_t slab_at = shared_address(shared), full_at = shared_address(full);
+  launch_dependents();
+  const uint32_t slab_at = smem_address(shared), full_at = smem_address(full);
   const uint32_t weights_at = slab_at + T::slab_bytes(p.history);
   const int conv_blocks = p.taps * T::kBlocksPerTap, blocks = conv_blocks + T::kBlocksPerTap;
 
   const auto load_weights = [&](int block, int stage) {
-    expect_bytes(full_at + stage * 8, T::kBlockBytes);
-    copy_bulk(weights_at + stage * T::kBlockBytes,
+    mbarrier_expect_tx(full_at + stage * 8, T::kBlockBytes);
+    bulk_copy(weights_at + stage * T::kBlockBytes,
               static_cast<const char*>(p.weights) + block * T::kBlockBytes, T::kBlockBytes,
               full_at + stage * 8);
   };
   if (threadIdx.x == 0) {
-    for (int s = 0; s < stages; ++s) init_barrier(full_at + s * 8);
-    publish_barriers();
+    for (int s = 0; s < stages; ++s) mbarrier_init(full_at + s * 8, 1);
+    mbarrier_init_fence();
     for (int block = 0; block < stages - 1; ++block) load_weights(block, block);
   }
   const int strip0 = warp % T::kWarpsM * T::kMi;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
   const int n0 = blockIdx.x * T::kN, stream = n0 / p.source.rows, m = threadIdx.x % T::kParts * 8;
   wait_for_previous();
   load_slab<T>(p, p.calls[stream], stream, n0 - stream * p.source.rows, slab_at);
-  wait_for_pieces<0>();
+  cp_async_wait<0>();
   __syncthreads();
 
   float acc[T::kMi][T::kNi][4] = {};
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
       __syncthreads();  // all are done with the slab
       middle.apply(acc, shared);
     }
-    wait_barrier(full_at + stage * 8, parity);
+    mbarrier_wait(full_at + stage * 8, parity);
     __syncthreads();  // all are done with the stage before
     if (threadIdx.x == 0 && block + stages - 1 < blocks)
       load_weights(block + stages - 1, stage ? stage - 1 : stages - 1);

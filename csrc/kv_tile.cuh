@@ -1,7 +1,7 @@
 // How keys and values of the talker lie in their caches, and come through the weight ring.
 #pragma once
 
-#include "gemv.cuh"
+#include "products.cuh"
 
 namespace qwen_tts {
 

@@ -18,16 +18,16 @@
 // The alternative that lost: grid barriers, 2.3 us each while weights stream (EXPERIMENTS.md).
 #pragma once
 
-#include "params.h"
+#include "encodings.cuh"
+#include "frame_schedule.cuh"
 #include "ptx.cuh"
 
 namespace qwen_tts {
 
+using namespace ptx;
+
 __device__ __forceinline__ int lane_index() { return thread_index() & 31; }
 __device__ __forceinline__ int warp_index() { return thread_index() >> 5; }
-
-// Where a wait stands, for the watchdog; decoding/kernel_backend.py has the names.
-enum class Phase : int { kInput, kAttention, kCombine, kOut, kMlp, kLogits, kCode };
 
 // Two neighbouring packets, read at once.
 struct TwoPackets {
@@ -51,7 +51,7 @@ __device__ __forceinline__ void store_packet(uint64_t* p, uint32_t payload, uint
 
 // Turns a wait that will never end into an error that names where it stood. Waits are counted in polls,
 // about half a microsecond each: a clock would cost registers in every loop.
-__device__ __noinline__ void bark(const FrameParams& p, Phase phase, uint32_t tag) {
+__device__ __noinline__ void trap_timeout(const FrameParams& p, Phase phase, uint32_t tag) {
   store_whole(p.watchdog, make_uint4(1, block_index(), unsigned(phase), tag - p.epoch));
   __threadfence_system();
   __trap();
@@ -61,7 +61,7 @@ struct Watchdog {
   const FrameParams& p;
 
   __device__ __forceinline__ void after(unsigned spin, Phase phase, uint32_t tag) const {
-    if (spin == p.max_spins) bark(p, phase, tag);
+    if (spin == p.max_spins) trap_timeout(p, phase, tag);
   }
 };
 
@@ -101,14 +101,10 @@ __device__ __forceinline__ uint32_t wait_packet(const uint64_t* p, uint32_t tag,
 // Where each exchange lies, in packets. A vector of K values for 8 columns takes
 // K / 16 chunks of 64 packets, in mma B-fragment order: lane n * 4 + t holds two packets, values
 // {2t, 2t + 1} and {2t + 8, 2t + 9} of column n.
-constexpr int max_of(int a, int b) { return a > b ? a : b; }
-constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int kStripPackets = 64;  // of sixteen values, for all columns
 constexpr int vector_packets(int k) { return (k + 15) / 16 * kStripPackets; }
 
 struct PacketLayout {
-  using T = TalkerDims;
-  using P = PredictorDims;
   static constexpr int kQkvRows =
       max_of((T::kHeads + 2 * T::kKvHeads) * T::kHeadDim, (P::kHeads + 2 * P::kKvHeads) * P::kHeadDim);
   static constexpr int kHeadRows = max_of(T::kHeads * T::kHeadDim, P::kHeads * P::kHeadDim);
@@ -128,31 +124,13 @@ struct PacketLayout {
   static constexpr int64_t kPartials = kCodes + kNumCodebooks * kMaxColumns;
   // [column * kv head][split][kPartial]
   static constexpr int64_t kProjected = kPartials + int64_t(kMaxColumns) * T::kKvHeads * kMaxSplits * kPartial;
-  static constexpr int64_t kLoneQkv = kProjected + vector_packets(P::kHidden);  // see predictor.cuh
-  static constexpr int64_t kTotal = kLoneQkv + vector_packets(kQkvRows);
+  static constexpr int64_t kFirstPositionQkv = kProjected + vector_packets(P::kHidden);  // see predictor.cuh
+  static constexpr int64_t kTotal = kFirstPositionQkv + vector_packets(kQkvRows);
 };
 
 // Packet of rows {2 * pair, 2 * pair + 1} of a 16-row strip for a column, in a vector's buffer.
 __device__ __forceinline__ int packet_index(int chunk, int pair, int column) {
   return (chunk * 32 + column * 4 + (pair & 3)) * 2 + (pair >> 2);
-}
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-__device__ __forceinline__ float2 unpack_bf16(uint32_t bits) {
-  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
-}
-
-// Bits of a float that compare as the float does.
-__device__ __forceinline__ uint32_t ordered_bits(uint32_t bits) {
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__device__ __forceinline__ float from_ordered_bits(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
 // Publish two neighbouring values of a vector as bf16, for the exchange `later` after this one. `dump_row` is where

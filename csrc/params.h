@@ -6,12 +6,24 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_bf16.h>
 
 #include "geometry.h"
 
+// What both the host and the device call.
+#ifdef __CUDACC__
+#define QWEN_TTS_BOTH __host__ __device__ __forceinline__
+#else
+#define QWEN_TTS_BOTH inline
+#endif
+
 namespace qwen_tts {
+
+constexpr int max_of(int a, int b) { return a > b ? a : b; }
+constexpr int min_of(int a, int b) { return a < b ? a : b; }
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 constexpr int kMaxColumns = 8;  // the n columns of one mma tile
 constexpr int kNumCodebooks = 16;
@@ -22,7 +34,7 @@ constexpr int kMaxSplits = 32;
 
 // One column: a row of one stream. A frame has one column a stream; a prefill has up to eight
 // consecutive rows of one stream.
-struct Column {
+struct Stream {
   int slot;          // of the KV cache and the sampling state
   int position;      // of the row in the slot's KV cache
   int first;         // the first column that holds a row of the same stream
@@ -38,7 +50,7 @@ struct FrameParams {
   int num_columns;
   int prefill;     // 1: the talker's layers alone, for their keys and values; rows are text_rows
   uint32_t epoch;  // tag of this launch's first exchange; see packets.cuh
-  Column columns[kMaxColumns];
+  Stream streams[kMaxColumns];
 
   // Weights in mma A-fragment order (decoding/weight_packing.py): per layer the items of QKV, O, gate-up, down.
   const char* talker_layers;
@@ -76,7 +88,7 @@ struct FrameParams {
   uint64_t* stamps;         // [exchanges], when CTA 0 had done its part of each, ns; or null
   const int* forced_codes;  // [columns][16] to go on with instead of the drawn ones, or null
 
-  float* noise_aside;  // [columns][Sampler::kNoise * 4], drawn before it is needed
+  float* noise_scratch;  // [columns][Sampler::kNoise * 4], drawn before it is needed
   uint64_t* packets;   // all exchange buffers, laid out by PacketLayout
   int* watchdog;       // host-mapped: {state, cta, phase, exchange}
   unsigned max_spins;  // polls after which a wait is given up

@@ -14,26 +14,22 @@ struct PredictorAttentionShared {
   float q[S::kGroupSize][S::kDim];
   float v[kWarps][S::kDim + 8];  // rows of neighbouring positions begin in different banks
 };
-static_assert(sizeof(PredictorAttentionShared<PredictorDims>) <= sizeof(Scratch::partial) / 2,
+static_assert(sizeof(PredictorAttentionShared<P>) <= sizeof(Scratch::partial) / 2,
               "attention borrows a partial buffer");
 static_assert(kWarps >= kNumCodebooks, "a warp takes a position");
 
 // The new rows of a pass: the one at `last`, of stream s in column first + s, and where first is
 // not 0 also the one before it, in column s. Where that one had a pass of its own, its last layer left keys and
-// values to this one (`lone`).
+// values to this one (`first_position`).
 struct NewRows {
   int last, first;
-  bool lone;
+  bool first_position;
 
   __device__ __forceinline__ int column(int stream, int position) const {
     return position == last ? first + stream : stream;
   }
-  __device__ __forceinline__ bool holds(int position) const { return position >= last - (first > 0 || lone ? 1 : 0); }
+  __device__ __forceinline__ bool holds(int position) const { return position >= last - (first > 0 || first_position ? 1 : 0); }
 };
-
-// Whether a layer's queries, keys and values are in the table: the first layer's input is a code's embedding,
-// from position 2 on in all columns.
-__device__ __forceinline__ bool qkv_known(int pass, int layer) { return layer == 0 && pass > 1; }
 
 // The table's row for the code that a stream feeds at this position.
 template <class D>
@@ -58,7 +54,7 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
 
   // Each query by a warp without a new position, for all.
   const int g = (warp - rows.last - 1) & (kWarps - 1);
-  const bool known = qkv_known(rows.last, c.layer()), is_new = warp <= rows.last && rows.holds(warp);
+  const bool known = qkv_from_table(rows.last, c.layer()), is_new = warp <= rows.last && rows.holds(warp);
   Row k, v;
   if (is_new) {
     const NormRope<S::kDim> by(qk_norm + S::kDim, p.predictor_rope + warp * S::kDim);
@@ -68,7 +64,7 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
       kv[0].load(from);
       kv[1].load(from + S::kKRows);
     } else {
-      const uint64_t* vector = p.packets + (rows.lone && warp == 0 ? PacketLayout::kLoneQkv : PacketLayout::kQkv);
+      const uint64_t* vector = p.packets + (rows.first_position && warp == 0 ? PacketLayout::kFirstPositionQkv : PacketLayout::kQkv);
       const uint64_t* from = row_packets<S::kDim>(vector, S::kQRows + kv_head * S::kDim, rows.column(stream, warp));
       wait_rows(kv, 2, [&](int i) { return from + 4 * i * S::kKRows; }, c.tag - 1, c.dog);
     }

@@ -1,11 +1,14 @@
-// Every instruction that C++ has no word for, and what the machine gives a CTA.
+// Every instruction that C++ has no word for, and what the machine gives a CTA: for both kernels, the frame's and the
+// codec's. Names are PTX's. Shared memory is addressed in 32 bits, half the registers of a generic pointer.
 #pragma once
 
 #include <cstdint>
 
 #include <cuda_bf16.h>
 
-namespace qwen_tts {
+namespace ptx {
+
+// ------------------------------------------------------------------ threads and registers
 
 // Read anew at each use: what is computed from it would else be kept in registers, and spilled, from
 // one end of the frame to the other.
@@ -25,13 +28,34 @@ __device__ __forceinline__ int block_index() {
 __device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
+// Registers a thread of this group of four warps has from here on.
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// A barrier of `count` threads, a multiple of 32, under a number other than __syncthreads' 0.
+template <int kNumber, int kCount>
+__device__ __forceinline__ void sync_some() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
+}
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
+  return t;
+}
+
+// ------------------------------------------------------------------ shared memory
+
 extern __shared__ char dynamic_shared_memory[];
 __device__ __forceinline__ char* shared_memory() { return dynamic_shared_memory; }
 
-// Shared memory is addressed in 32 bits below: half the registers of a generic pointer.
-__device__ __forceinline__ uint32_t smem_address(const void* p) {
-  return uint32_t(__cvta_generic_to_shared(p));
-}
+__device__ __forceinline__ uint32_t smem_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 __device__ __forceinline__ float load_shared_float(uint32_t address) {
   float x;
@@ -49,12 +73,22 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
 }
 
 __device__ __forceinline__ void store_shared(uint32_t address, const uint4& v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
-// Four 8 x 8 matrices of bf16, transposed: lane l has the address of row l % 8 of matrix l / 8, and gets of each two
-// neighbouring rows' values of one column.
-__device__ __forceinline__ uint4 load_transposed(uint32_t address) {
+// 8 x 8 matrices of bf16, four or two: lane l has the address of row l % 8 of matrix l / 8, and gets two neighbouring
+// values of a row of each.
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address));
+}
+// Four, transposed: of each two neighbouring rows' values of one column.
+__device__ __forceinline__ uint4 ldmatrix_transposed(uint32_t address) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -63,8 +97,7 @@ __device__ __forceinline__ uint4 load_transposed(uint32_t address) {
   return v;
 }
 
-// What this thread stored to shared memory comes before what the copy engine is told to write there after it.
-__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// ------------------------------------------------------------------ words that other CTAs read
 
 // 64-bit words that other CTAs read while they are written: whole, and never from L1.
 __device__ __forceinline__ uint64_t load_word(const uint64_t* p) {
@@ -90,51 +123,54 @@ __device__ __forceinline__ void store_whole(void* p, const uint4& x) {
   asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
-// A barrier of `count` threads, a multiple of 32, under a number other than __syncthreads' 0.
-template <int kNumber, int kCount>
-__device__ __forceinline__ void sync_some() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
-}
+// ------------------------------------------------------------------ mbarriers, and copies that count on them
 
-__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-__device__ __forceinline__ void mbarrier_init_done() {
+__device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(smem_address(barrier)), "r"(parity)
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier), "r"(parity)
       : "memory");
 }
-
-// Releases what this thread, and those it has met at __syncwarp, did before.
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ bool mbarrier_done(uint64_t* barrier, int parity) {
+__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
       : "=r"(done)
-      : "r"(smem_address(barrier)), "r"(parity)
+      : "r"(barrier), "r"(parity)
       : "memory");
   return done != 0;
 }
-
-// The barrier's phase ends when so many bytes have been copied.
-__device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes) : "memory");
+// Releases what this thread, and those it has met at __syncwarp, did before.
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
+// The barrier's phase ends when so many bytes have been copied.
+__device__ __forceinline__ void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 // Copy to shared memory by the copy engine, which counts on the barrier.
-__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier,
+                                          uint64_t policy) {
   asm volatile(
       "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-      ::"r"(smem_address(to)), "l"(from), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
+      ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
+// What this thread stored to shared memory comes before what the copy engine is told to write there after it.
+__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ uint64_t policy_evict_first() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -150,6 +186,18 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+
+// 16 bytes to shared memory, or zeros; in groups.
+__device__ __forceinline__ void cp_async(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;"); }
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ------------------------------------------------------------------ arithmetic
 
 // acc += A B; A: 16 x 16, B: 16 x 8, bf16 (PTX ISA, mma.m16n8k16 has the fragments).
 __device__ __forceinline__ void mma(float (&acc)[4], const uint4& a, const uint2& b) {
@@ -171,20 +219,30 @@ __device__ __forceinline__ float divide(float a, float b) {
   return fmaf(fmaf(-b, q, a), r, q);
 }
 
-// Registers a thread of this group of four warps has from here on.
-template <int kCount>
-__device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+// ------------------------------------------------------------------ launches and clusters
+
+// The next kernel of the stream may start now; and wait until the ones before have ended.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Every thread arrives once, in whatever branch, and waits once.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// `address` of this CTA, as seen in CTA `rank` of the cluster.
+__device__ __forceinline__ uint32_t map_to_rank(uint32_t address, int rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
 }
-template <int kCount>
-__device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+__device__ __forceinline__ float4 load_cluster(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
 }
 
-__device__ __forceinline__ uint64_t nanoseconds() {
-  uint64_t t;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)::"memory");
-  return t;
-}
-
-}  // namespace qwen_tts
+}  // namespace ptx

@@ -43,10 +43,10 @@ struct RingShared {
 
   __device__ void init() {  // by all threads, before a CTA-wide barrier
     for (int i = thread_index(); i < kWarps * kBarriers; i += blockDim.x) {
-      mbarrier_init(full[0] + i, 1);
-      mbarrier_init(empty[0] + i, kReaders);
+      mbarrier_init(smem_address(full[0] + i), 1);
+      mbarrier_init(smem_address(empty[0] + i), kReaders);
     }
-    mbarrier_init_done();
+    mbarrier_init_fence();
   }
 };
 
@@ -69,14 +69,14 @@ struct RingReader {
   template <int kPieceBytes>
   __device__ __forceinline__ uint32_t wait(int warp, int lane) {
     if (tail + kPieceBytes > Shared::kBytes) tail = 0;
-    mbarrier_wait(&sh.full[warp][pieces % Shared::kBarriers], pieces / Shared::kBarriers & 1);
+    mbarrier_wait(smem_address(&sh.full[warp][pieces % Shared::kBarriers]), pieces / Shared::kBarriers & 1);
     return smem_address(&sh.data[warp][tail + 16 * lane]);
   }
 
   template <int kPieceBytes>
   __device__ __forceinline__ void release(int warp, int lane) {
     __syncwarp();
-    if (lane < Shared::kReaders) mbarrier_arrive(&sh.empty[warp][pieces % Shared::kBarriers]);
+    if (lane < Shared::kReaders) mbarrier_arrive(smem_address(&sh.empty[warp][pieces % Shared::kBarriers]));
     tail += kPieceBytes;
     ++pieces;
   }
@@ -105,20 +105,21 @@ struct RingWriter {
  private:
   static __device__ __forceinline__ void fill(char* to, const char* from, int bytes, uint64_t* full, uint64_t policy) {
     if constexpr (!kRacecheck) {
-      mbarrier_expect(full, bytes);
-      if (bytes > 0) bulk_copy(to, from, bytes, full, policy);
+      mbarrier_expect_tx(smem_address(full), bytes);
+      if (bytes > 0) bulk_copy(smem_address(to), from, bytes, smem_address(full), policy);
     } else {
 #pragma unroll 1
       for (int i = 0; i < bytes; i += 16)
         *reinterpret_cast<uint4*>(to + i) = __ldg(reinterpret_cast<const uint4*>(from + i));
-      mbarrier_arrive(full);
+      mbarrier_arrive(smem_address(full));
     }
   }
   // Wait until `bytes` more fit.
   __device__ __forceinline__ void reclaim(int bytes) {
     while (used + bytes > Shared::kBytes) {
       // Asked, not waited for: other lanes fill other rings.
-      if (!mbarrier_done(&sh.empty[warp][reclaimed % Shared::kBarriers], reclaimed / Shared::kBarriers & 1)) continue;
+      const uint32_t empty = smem_address(&sh.empty[warp][reclaimed % Shared::kBarriers]);
+      if (!mbarrier_test(empty, reclaimed / Shared::kBarriers & 1)) continue;
       used -= sh.taken[warp][reclaimed % Shared::kBarriers];
       ++reclaimed;
     }

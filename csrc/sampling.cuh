@@ -7,7 +7,7 @@
 // twin is qwen_megakernel/model/sampling.py.
 #pragma once
 
-#include "layer.cuh"
+#include "context.cuh"
 
 namespace qwen_tts {
 
@@ -56,7 +56,7 @@ struct Sampler {
 
   // Drawn while the logits are still being made, for they do not need them, and laid aside until then: each
   // thread reads what it wrote.
-  static __device__ __forceinline__ void lay_noise(const Draw& d, int vocab, float4* aside) {
+  static __device__ __forceinline__ void store_noise(const Draw& d, int vocab, float4* aside) {
 #pragma unroll 1
     for (int i = 0; i * kThreads < vocab / 4; ++i) {
       uint2 key = d.key;  // the rounds' keys are not to be kept in registers over the loop

@@ -60,7 +60,10 @@ READ_LIBRARY = Library("read", ("read_floor.cu",), (), header="")
 def frame_library(config: ModelConfig, arch: str) -> Library:
     """The frame kernel for a checkpoint's shape."""
     return Library(
-        "frame", ("kernel_tts.cu",), ("torch_bindings_tts.cpp",), geometry_header(config, arch)
+        "frame",
+        ("kernel_tts.cu",),
+        ("torch_bindings_tts.cpp", "frame_exchanges.cpp"),
+        geometry_header(config, arch),
     )
 
 

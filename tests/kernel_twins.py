@@ -18,7 +18,7 @@ from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import Shape, shape_config
 
 DEVICE = torch.device("cuda")
-PHASES = ("qkv", "heads", "o", "inner", "down")
+PHASES = ("qkv", "attention", "out", "gate_up", "down")
 
 
 def build_kernel(shape: Shape, *, racecheck: bool = False) -> Path:
@@ -152,6 +152,6 @@ class Recorder:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         return [
             *(p.register_forward_hook(piece) for p in projections),
-            attention.o_proj.register_forward_hook(through("heads", "o")),
-            mlp.down_proj.register_forward_hook(through("inner", "down")),
+            attention.o_proj.register_forward_hook(through("attention", "out")),
+            mlp.down_proj.register_forward_hook(through("gate_up", "down")),
         ]

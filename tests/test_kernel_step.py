@@ -46,46 +46,34 @@ def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def kernel_exchanges(t: Twins, dump: torch.Tensor, n: int):
-    """The kernel's exchanges in PyTorch's order: (model, pass, layer) -> phase -> [n, t, values]."""
-    found = {}
+    """The kernel's exchanges in PyTorch's order: (model, step, layer) -> exchange -> [n, t, values].
+
+    PyTorch's first step of the predictor has positions 0 and 1. The kernel has them in one pass, side by
+    side in its columns, or position 0 in a pass of its own.
+    """
     sizes = {"talker": t.config.talker, "predictor": t.config.predictor}
-
-    def layer(key: tuple, at: int, columns: list[list[int]], phases: tuple[str, ...] = PHASES) -> int:
-        c = sizes[key[0]]
-        widths = {
-            "qkv": (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, "heads": c.num_heads * c.head_dim,
-            "o": 2 * c.hidden_size, "inner": c.intermediate_size, "down": 2 * c.hidden_size,
-        }  # fmt: skip
-        found[key] = {}
-        for i, phase in enumerate(phases):
-            values = dump[at + i, : widths[phase]].T[torch.tensor(columns)]  # [t, n, values]
-            if phase in ("o", "down"):  # the parts of k, one of which may not exist
-                values = values.unflatten(-1, (2, -1)).nan_to_num(0.0).sum(-2)
-            found[key][phase] = values.transpose(0, 1)
-        return at + len(phases)
-
-    at, streams = 0, list(range(n))
-    for i in range(t.config.talker.num_layers):
-        at = layer(("talker", 0, i), at, [streams])
-    at += 1 + (t.config.talker.hidden_size != t.config.predictor.hidden_size)
-    layers = t.config.predictor.num_layers
-    if n > MAX_BATCH // 2:  # position 0 in a pass of its own
-        for i in range(layers):  # which ends with its last QKV
-            at = layer(
-                ("predictor", "alone", i), at, [streams], PHASES if i < layers - 1 else PHASES[:1]
-            )
-    at += 1  # code 0
-    for step in range(NUM_CODEBOOKS - 1):
-        paired = step == 0 and n <= MAX_BATCH // 2
-        for i in range(layers):
-            columns = [streams, [4 + s for s in streams]] if paired else [streams]
-            known = step > 0 and i == 0  # its queries, keys and values come from a table
-            at = layer(("predictor", step, i), at, columns, PHASES[known:])
-        at += 2
-    for i in range(layers if n > MAX_BATCH // 2 else 0):
-        first = found.pop(("predictor", "alone", i))
-        second = found[("predictor", 0, i)]
-        found[("predictor", 0, i)] = second | {p: torch.cat([first[p], second[p]], 1) for p in first}
+    found: dict[tuple, dict[str, torch.Tensor]] = {}
+    paired = not any(e.predictor_pass == 0 for e in t.kernel.exchanges(n))
+    for index, exchange in enumerate(t.kernel.exchanges(n)):
+        if exchange.step not in PHASES:
+            continue
+        c = sizes[exchange.model]
+        width = {
+            "qkv": (c.num_heads + 2 * c.num_kv_heads) * c.head_dim,
+            "attention": c.num_heads * c.head_dim,
+            "out": 2 * c.hidden_size,
+            "gate_up": c.intermediate_size,
+            "down": 2 * c.hidden_size,
+        }[exchange.step]
+        side_by_side = exchange.predictor_pass == 1 and paired
+        columns = [list(range(n)), [t.kernel.max_batch // 2 + s for s in range(n)]]
+        values = dump[index, :width].T[torch.tensor(columns if side_by_side else columns[:1])]
+        if exchange.step in ("out", "down"):  # the parts of k, one of which may not exist
+            values = values.unflatten(-1, (2, -1)).nan_to_num(0.0).sum(-2)
+        step = max(exchange.predictor_pass - 1, 0)
+        layer = found.setdefault((exchange.model, step, exchange.layer), {})
+        before = [layer[exchange.step]] if exchange.step in layer else []
+        layer[exchange.step] = torch.cat([*before, values.transpose(0, 1)], 1)
     return found
 
 

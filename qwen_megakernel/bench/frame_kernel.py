@@ -25,6 +25,7 @@ import torch
 from qwen_megakernel.bench.torch_graph import TorchFrame
 from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, find_nvcc, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
+from qwen_megakernel.decoding.frame_schedule import Exchange
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
 from qwen_megakernel.decoding.prefix_cache import SharedRows
 from qwen_megakernel.decoding.torch_backend import MAX_BATCH, TorchBackend
@@ -86,20 +87,9 @@ class FrameFigures:
 # --- what a frame is made of -------------------------------------------------------------------
 
 
-def exchange_parts(config: ModelConfig, streams: int) -> list[str]:
-    """The one of `PARTS` that each exchange of a frame belongs to, in order (csrc/predictor.cuh)."""
-    talker, predictor = 5 * config.talker.num_layers, 5 * config.predictor.num_layers
-    projects = config.talker.hidden_size != config.predictor.hidden_size
-    passes = ["predictor"] * (predictor + 1) + ["sampling"]
-    # Position 0 has a pass of its own, which ends with the last layer's QKV.
-    alone = predictor - 4 if streams > MAX_BATCH // 2 else 0
-    return [
-        *["talker"] * (talker + 1),
-        *["predictor"] * (projects + alone),
-        "sampling",
-        *passes,
-        *passes[1:] * (NUM_CODEBOOKS - 2),  # of later positions the first QKV is known
-    ]
+def part_of(exchange: Exchange) -> str:
+    """The one of `PARTS` that an exchange belongs to."""
+    return "sampling" if exchange.step == "code" else exchange.model
 
 
 def parts_of(stamps: np.ndarray, parts: Sequence[str]) -> dict[str, float]:
@@ -249,9 +239,10 @@ class KernelBench:
         return _Slots(self._prompts, backend, streams, max(2, position - repeats // 2 - WARM_UP))
 
     def _parts(self, streams: int, position: int, text: torch.Tensor) -> dict[str, float]:
-        parts = exchange_parts(self._config, streams)
-        room = len(exchange_parts(self._config, MAX_BATCH))  # the most there are
-        stamps = torch.zeros(self._repeats, room, dtype=torch.int64, device=self._device)
+        parts = [part_of(exchange) for exchange in self._kernel.exchanges(streams)]
+        stamps = torch.zeros(
+            self._repeats, self._kernel.num_exchanges, dtype=torch.int64, device=self._device
+        )
         with self._running(self._kernel, streams, position, self._repeats):
             for row in stamps:
                 self._kernel.launch(range(streams), text, dumps=FrameDumps(stamps=row))

@@ -59,7 +59,7 @@ class _Rows(ctypes.Structure):
 
 class _Embed(ctypes.Structure):
     _fields_ = (
-        ("input", c_void_p), ("ages", c_void_p), ("calls", c_void_p), ("table", c_void_p),
+        ("input", c_void_p), ("frame_counts", c_void_p), ("calls", c_void_p), ("table", c_void_p),
         ("codebook_size", c_int), ("out", _Rows),
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qwen_megakernel.build_tts import library_name
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, PredictorConfig, TalkerConfig
+from qwen_megakernel.decoding.frame_schedule import Exchange, parse_exchanges
 from qwen_megakernel.decoding.prefill_graph import ROWS, TalkerPrefill
 from qwen_megakernel.decoding.prefix_cache import PrefixCache, SharedRows
 from qwen_megakernel.decoding.torch_backend import (
@@ -46,10 +47,8 @@ _LONG_PROMPT = 49
 the kernel takes 0.46 ms for each eight (H200, 0.6B shape; csrc/EXPERIMENTS.md)."""
 _MAX_SPINS = 4_000_000
 """Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
-_PHASES = ("input", "attention", "combine", "O", "MLP", "logits", "code")
-"""Names of csrc/packets.cuh's Phase."""
 
-_COLUMN = np.dtype(
+_STREAM = np.dtype(
     [
         ("slot", "<i4"), ("position", "<i4"), ("first", "<i4"), ("frame", "<i4"),
         ("suppress_eos", "<i4"),
@@ -58,7 +57,7 @@ _COLUMN = np.dtype(
         ("talker_top_k", "<i4"), ("predictor_top_k", "<i4"),
     ]
 )  # fmt: skip
-"""`Column` of csrc/params.h."""
+"""`Stream` of csrc/params.h."""
 
 
 class KernelError(RuntimeError):
@@ -79,11 +78,11 @@ class FrameDumps:
     """What tests look at; tensors on the device that a launch fills."""
 
     logits: Tensor | None = None
-    """fp32 [8, 16, talker vocabulary]."""
+    """fp32 [n, 16, talker vocabulary]."""
     exchanges: Tensor | None = None
     """fp32 [exchanges, rows, 8], every published value; see `MegakernelBackend.exchange_dump`."""
     stamps: Tensor | None = None
-    """int64 [exchanges], when CTA 0 had done its part of each, ns."""
+    """int64 [`num_exchanges`], when CTA 0 had done its part of each, ns."""
 
 
 class MegakernelBackend:
@@ -124,13 +123,13 @@ class MegakernelBackend:
         self._config, self._predictor_config = talker_config, predictor_config
         self._device = talker.codec_head.weight.device
         self._streams: dict[int, _Stream] = {}
-        self._columns = np.zeros(num_slots, dtype=_COLUMN)
+        self._stream_params = np.zeros(num_slots, dtype=_STREAM)
         """By slot; position, first, frame and suppress_eos are filled in for each launch."""
         torch.ops.load_library(str(library))
         self._ops = getattr(torch.ops, library_name(library))
-        if self._ops.column_bytes() != _COLUMN.itemsize:
+        if self._ops.stream_bytes() != _STREAM.itemsize:
             raise ValueError(
-                f"the kernel's columns have {self._ops.column_bytes()} bytes, not {_COLUMN.itemsize}"
+                f"the kernel's streams have {self._ops.stream_bytes()} bytes, not {_STREAM.itemsize}"
             )
         self._grid = self._choose_grid(grid)
         self._tensors = self._pack(talker) | self._reserve()
@@ -215,7 +214,7 @@ class MegakernelBackend:
             "next_rows": zeros(self.num_slots, c.hidden_size, dtype=torch.float32),
             "seen": zeros(self.num_slots, c.vocab_size // 32, dtype=torch.int32),
             "codes": zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int32),
-            "noise_aside": zeros(MAX_BATCH, self._ops.noise_floats(), dtype=torch.float32),
+            "noise_scratch": zeros(MAX_BATCH, self._ops.noise_floats(), dtype=torch.float32),
             "packets": zeros(self._ops.num_packets(), dtype=torch.int64),
             "watchdog": torch.zeros(4, dtype=torch.int32, pin_memory=True),
         }
@@ -227,7 +226,7 @@ class MegakernelBackend:
         """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
         check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size, shared)
         rows = rows.to(self._device, torch.float32)
-        self._columns[slot] = self._column(slot, params)
+        self._stream_params[slot] = self._params_of(slot, params)
         with self._named(0):
             begin = self._prefixes.begin(
                 slot, shared, lambda count: self._prefill_rows(slot, rows[:count], 0)
@@ -245,7 +244,7 @@ class MegakernelBackend:
             rows = rows[ROWS:]
         for first in range(0, len(rows), MAX_BATCH):
             part = rows[first : first + MAX_BATCH]
-            columns = self._columns[[slot] * len(part)]
+            columns = self._stream_params[[slot] * len(part)]
             columns["position"] = begin + first + np.arange(len(part))
             self._launch(columns, part, prefill=True)
 
@@ -282,17 +281,17 @@ class MegakernelBackend:
         """
         check_decode(self, slots, self._streams, text_rows, self._config.hidden_size)
         streams = [self._streams[slot] for slot in slots]
-        columns = self._columns[list(slots)]
+        columns = self._stream_params[list(slots)]
         columns["position"] = [s.position for s in streams]
         columns["first"] = np.arange(len(streams))
         columns["frame"] = [s.frame for s in streams]
         columns["suppress_eos"] = [s.frame < s.params.min_frames for s in streams]
         codes, host = self._tensors["codes"][: len(slots)], self._codes_host[: len(slots)]
         frame = streams[0].frame
-        with self._named(frame):
+        with self._named(frame, len(slots)):
             self._launch(
                 columns,
-                text_rows.to(self._device, torch.float32),
+                text_rows.to(self._device, torch.float32).contiguous(),
                 noise=None if noise is None else noise.to(self._device, torch.float32).contiguous(),
                 forced_codes=None
                 if forced_codes is None
@@ -306,28 +305,33 @@ class MegakernelBackend:
             stream.frame += 1
 
         def wait() -> Tensor:
-            with self._named(frame):
+            with self._named(frame, len(slots)):
                 self._copied.synchronize()
             return host.to(torch.int64)
 
         return LaunchedFrame(codes, wait)
+
+    @property
+    def num_exchanges(self) -> int:
+        """The most exchanges that a frame of any number of streams has."""
+        return self._num_tags
 
     def exchange_dump(self) -> Tensor:
         """A tensor for `FrameDumps.exchanges`, fp32 [exchanges, rows, 8]; not-a-number until written."""
         shape = (self._num_tags, self._ops.dump_rows(), MAX_BATCH)
         return torch.full(shape, torch.nan, device=self._device)
 
-    def _column(self, slot: int, params: GenerationParams) -> np.ndarray:
-        """A column with all that does not change from frame to frame."""
-        column = np.zeros((), dtype=_COLUMN)
-        column["slot"], column["seed"] = slot, split_seed(params.seed)
+    def _params_of(self, slot: int, params: GenerationParams) -> np.ndarray:
+        """A stream's parameters that do not change from frame to frame."""
+        stream = np.zeros((), dtype=_STREAM)
+        stream["slot"], stream["seed"] = slot, split_seed(params.seed)
         vocab = {"talker": self._config.vocab_size, "predictor": self._predictor_config.vocab_size}
         for name, sampling in (("talker", params.talker), ("predictor", params.predictor)):
-            column[f"{name}_temperature"] = sampling.temperature
-            column[f"{name}_tail_mass"] = 1.0 - sampling.top_p
-            column[f"{name}_top_k"] = min(sampling.top_k, vocab[name]) or vocab[name]
-        column["talker_penalty"] = params.talker.repetition_penalty
-        return column
+            stream[f"{name}_temperature"] = sampling.temperature
+            stream[f"{name}_tail_mass"] = 1.0 - sampling.top_p
+            stream[f"{name}_top_k"] = min(sampling.top_k, vocab[name]) or vocab[name]
+        stream["talker_penalty"] = params.talker.repetition_penalty
+        return stream
 
     def _launch(
         self,
@@ -357,7 +361,7 @@ class MegakernelBackend:
         self._epoch += self._num_tags
 
     @contextmanager
-    def _named(self, frame: int) -> Iterator[None]:
+    def _named(self, frame: int, num_streams: int = 1) -> Iterator[None]:
         """The device's errors become ones that name the frame and, of a hang, the phase."""
         try:
             with torch.cuda.device(self._device):
@@ -367,13 +371,15 @@ class MegakernelBackend:
             if not state:
                 raise KernelError(f"the GPU failed in frame {frame}: {error}") from error
             raise KernelError(
-                f"frame {frame} hung: CTA {cta} waited for {_PHASES[phase]} in exchange {exchange} "
-                f"({self._describe(exchange)})"
+                f"frame {frame} hung: CTA {cta} waited for {self._ops.phases().splitlines()[phase]} "
+                f"in exchange {exchange} ({self._describe(exchange, num_streams)})"
             ) from error
 
-    def _describe(self, exchange: int) -> str:
+    def exchanges(self, num_streams: int) -> list[Exchange]:
+        """The exchanges of a frame of so many streams, in the order of `FrameDumps`."""
+        return parse_exchanges(self._ops.exchanges(num_streams))
+
+    def _describe(self, exchange: int, num_streams: int) -> str:
         """Where in the frame an exchange is."""
-        talker = 5 * self._config.num_layers
-        if exchange < talker:
-            return f"talker layer {exchange // 5}"
-        return "code predictor" if exchange > talker + 1 else "codec head"
+        known = self.exchanges(num_streams)
+        return str(known[exchange]) if exchange < len(known) else "after the frame"

@@ -1,0 +1,75 @@
+// What a computing warp carries through the frame: the tag of the next exchange, its place in the schedule, its ring.
+#pragma once
+
+#include "shared_memory.cuh"
+
+namespace qwen_tts {
+
+// A bit for each column that holds a row of a stream.
+__device__ __forceinline__ uint32_t columns_of(const FrameParams& p) { return (1u << p.num_columns) - 1; }
+
+// A warp's place in the frame and a few flags, in one register over all waits.
+class PackedState {
+ public:
+  __device__ __forceinline__ PackedState(uint32_t columns, bool writes_stamps, bool dumps)
+      : bits_(columns | (writes_stamps ? kStamps : 0) | (dumps ? kDumps : 0)) {}
+
+  __device__ __forceinline__ int layer() const { return fresh() >> kLayerFrom & 0xff; }
+  __device__ __forceinline__ int pass() const { return fresh() >> kPassFrom; }
+  __device__ __forceinline__ void next_layer() { bits_ += 1u << kLayerFrom; }
+  __device__ __forceinline__ void begin_pass(int pass) {
+    bits_ = (bits_ & ((1u << kLayerFrom) - 1)) | uint32_t(pass) << kPassFrom;
+  }
+  __device__ __forceinline__ void use_columns(uint32_t columns) { bits_ = (bits_ & ~kColumns) | columns; }
+  __device__ __forceinline__ bool uses(int column) const { return bits_ >> column & 1; }
+  __device__ __forceinline__ int buffer() const { return bits_ / kBuffer & 1; }
+  __device__ __forceinline__ void take_buffer() { bits_ ^= kBuffer; }
+  __device__ __forceinline__ bool writes_stamps() const { return bits_ & kStamps; }
+  __device__ __forceinline__ bool dumps() const { return bits_ & kDumps; }
+
+ private:
+  // From bit 0 on: a bit for each column in use, the flags, the layer, the predictor's pass.
+  static constexpr uint32_t kColumns = (1u << kMaxColumns) - 1;
+  static constexpr uint32_t kBuffer = 1u << kMaxColumns, kStamps = 2 * kBuffer, kDumps = 4 * kBuffer;
+  static constexpr int kLayerFrom = 16, kPassFrom = 24;
+  static_assert(kDumps < 1u << kLayerFrom && max_of(T::kLayers, P::kLayers) < 256, "fields do not overlap");
+
+  // What is computed from the bits is not kept over a wait.
+  __device__ __forceinline__ uint32_t fresh() const {
+    uint32_t x = bits_;
+    opaque(x);
+    return x;
+  }
+
+  uint32_t bits_;
+};
+
+struct Context {
+  const FrameParams& p;
+  Scratch& scratch;
+  RingReader<FrameRing> ring;
+  Watchdog dog;
+  uint32_t tag;  // of the next exchange
+  PackedState state;
+
+  __device__ __forceinline__ int layer() const { return state.layer(); }
+  __device__ __forceinline__ int pass() const { return state.pass(); }
+  __device__ __forceinline__ int buffer() const { return state.buffer(); }  // of the partial sums, the free one
+  __device__ __forceinline__ void take_buffer() { state.take_buffer(); }
+  __device__ __forceinline__ bool dumps() const { return state.dumps(); }
+
+  static __device__ __forceinline__ int column() { return lane_index() >> 2; }  // this lane's
+  __device__ __forceinline__ bool uses(int column) const { return state.uses(column); }
+  // The lane whose values this one takes from the exchanges: its own, or one of column 0 where its column is
+  // not in use. Products keep columns apart, so what an unused one holds does not matter.
+  __device__ __forceinline__ int polled_lane() const { return uses(column()) ? lane_index() : lane_index() & 3; }
+
+  // This CTA has done its part of an exchange.
+  __device__ __forceinline__ void advance() {
+    if (state.writes_stamps()) p.stamps[tag - p.epoch] = nanoseconds();
+    ++tag;
+    opaque(tag);
+  }
+};
+
+}  // namespace qwen_tts

@@ -1,0 +1,111 @@
+// The visitor of the frame's schedule (frame_schedule.cuh) that computes: all warps but the fetching one.
+#pragma once
+#include "predictor.cuh"
+#include "predictor_attention.cuh"
+
+namespace qwen_tts {
+
+// The rows that a pass adds.
+__device__ __forceinline__ NewRows new_rows(const Context& c) {
+  const bool both = c.pass() == 1, paired = c.p.num_columns <= kPairedStreams;
+  return {c.pass(), both && paired ? kPairedStreams : 0, both && !paired && c.layer() == P::kLayers - 1};
+}
+
+struct FrameCompute {
+  Context c;
+  SamplerShared& sampler;
+  Residual<T> hidden;
+  Residual<P> row;
+  int own_code;  // the last one of this lane's stream
+
+  __device__ __forceinline__ int layer() const { return c.layer(); }
+  __device__ __forceinline__ int pass() const { return c.pass(); }
+  __device__ __forceinline__ void next_layer() { c.state.next_layer(); }
+  __device__ __forceinline__ void begin_pass(int pass) {
+    c.state.begin_pass(pass);
+    c.state.use_columns(columns_of(c.p) | columns_of(c.p) << new_rows(c).first);
+  }
+  __device__ __forceinline__ void advance(Step) { c.advance(); }
+
+  template <class D>
+  __device__ __forceinline__ Residual<D>& residual() {
+    if constexpr (std::is_same_v<D, T>) {
+      return hidden;
+    } else {
+      return row;
+    }
+  }
+  template <class D>
+  __device__ __forceinline__ void qkv() {
+    layer_step::qkv<D>(c, residual<D>(), [&] { return std::is_same_v<D, P> && ends_with_qkv(pass(), layer()); });
+  }
+  template <class D>
+  __device__ __forceinline__ void attention() {
+    if constexpr (std::is_same_v<D, T>) {
+      attend_talker<T>(c);
+    } else {
+      attend_predictor<P>(c, new_rows(c));
+    }
+  }
+  template <class D>
+  __device__ __forceinline__ void out() {
+    layer_step::out<D>(c);
+  }
+  template <class D>
+  __device__ __forceinline__ void gate_up() {
+    layer_step::gate_up<D>(c, residual<D>());
+  }
+  template <class D>
+  __device__ __forceinline__ void down() {
+    layer_step::down<D>(c);
+  }
+  // What follows is a QKV again, with the same sum of squares.
+  __device__ __forceinline__ void skip_to_next_pass() { sync_compute(); }
+
+  // Talker: the hidden row is left in the residual, normed.
+  template <class D>
+  __device__ __forceinline__ void head() {
+    if constexpr (std::is_same_v<D, T>) {
+      head_logits<T>(c, hidden, [] { return 0; });
+      norm_hidden(c, hidden);
+      if constexpr (!kProjects) {
+#pragma unroll
+        for (int j = 0; j < Residual<P>::kChunks; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) row.x[j][i] = hidden.x[j][i];
+      }
+    } else {
+      store_noise(c);
+      head_logits<P>(c, row, [&] { return new_rows(c).first; });
+    }
+  }
+  __device__ __forceinline__ void projection() { project_hidden(c, hidden, row); }
+
+  __device__ __forceinline__ void code() {
+    sample(c, sampler);
+    // This lane's stream, or where its column has none, one that is there.
+    const int own = min(c.column() % (new_rows(c).first > 0 ? kPairedStreams : kMaxColumns), c.p.num_columns - 1);
+    own_code = sampled_code(c, pass() - 1, own);
+  }
+  __device__ __forceinline__ void feed() {
+    if (lane_index() % 4 == 0) c.scratch.codes[warp_index()][c.column()] = own_code;
+    __syncwarp();
+    if (c.column() >= new_rows(c).first) feed_code(c.p, pass() - 1, own_code, row);
+  }
+};
+
+// A frame, or a prefill.
+__device__ __forceinline__ void compute_frame(const FrameParams& p, Scratch& scratch, FrameRing& ring,
+                                              SamplerShared& sampler) {
+  const bool writes_stamps = p.stamps != nullptr && block_index() == 0 && thread_index() == 0;
+  const PackedState state(columns_of(p), writes_stamps, p.dump_exchanges != nullptr);
+  FrameCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}, sampler};
+  if (!p.prefill) store_noise(compute.c);  // of code 0, while the first weights are on their way
+  feed_talker(compute.c, compute.hidden);
+  walk_frame(compute, p.num_columns, p.prefill);
+  if (p.prefill) return;
+  sync_compute();
+  sum_embeddings(p);
+}
+
+}  // namespace qwen_tts

@@ -1,0 +1,172 @@
+// The order of a frame's exchanges, written once. Everybody who must agree on it walks the frame with walk_frame and says
+// what to do at each step: the warp that fetches weights, the warps that compute, and the host, which counts and names
+// exchanges (frame_exchanges in kernel_tts.h). A mismatch between two of them would hang.
+//
+//   talker layers ─ codec head ─ projection ─ [pass 0] ─ code 0 ─ pass 1 ─ code 1 ─ ... ─ pass 15 ─ code 15
+//
+// An exchange is what the CTAs publish under one tag. A layer has five. A pass takes rows through the code predictor's
+// layers and is named by the position of its last row: pass p feeds the embedding of code p - 1, and its head gives
+// code p. Position 0 is the talker's hidden row.
+//
+// Positions 0 and 1 are both known when the predictor starts. Up to kPairedStreams streams take them together in
+// pass 1. More streams take position 0 in pass 0. Only its keys and values are wanted, so pass 0 ends with the last
+// layer's QKV, which pass 1 reads.
+#pragma once
+
+#include "params.h"
+
+namespace qwen_tts {
+
+using T = TalkerDims;
+using P = PredictorDims;
+
+// Where the two models' widths differ, a projection makes the predictor's input of the talker's hidden row.
+constexpr bool kProjects = T::kHidden != P::kHidden;
+
+// What an exchange publishes.
+enum class Step : int { kQkv, kAttention, kOut, kGateUp, kDown, kHead, kProjection, kCode };
+constexpr const char* kStepNames[] = {"qkv", "attention", "out", "gate_up", "down", "head", "projection", "code"};
+
+// What a wait is for, for the watchdog; and the names, in the same order.
+enum class Phase : int { kInput, kAttention, kCombine, kOut, kMlp, kLogits, kCode };
+constexpr char kPhaseNames[] = "input\nattention\ncombine\nO\nMLP\nlogits\ncode\n";
+
+constexpr int kPairedStreams = kMaxColumns / 2;  // that fit twice into the columns
+constexpr int kLastPass = kNumCodebooks - 1;
+
+QWEN_TTS_BOTH constexpr int first_pass(int streams) { return streams <= kPairedStreams ? 1 : 0; }
+
+// Whether a layer's queries, keys and values come from a table (FrameParams::predictor_first_qkv): the first layer's input
+// is a code's embedding, from position 2 on in all columns.
+QWEN_TTS_BOTH constexpr bool qkv_from_table(int pass, int layer) { return layer == 0 && pass > 1; }
+
+// Whether a layer ends with its QKV.
+QWEN_TTS_BOTH constexpr bool ends_with_qkv(int pass, int layer) { return pass == 0 && layer == P::kLayers - 1; }
+
+// A visitor of the walks has a place in the frame, and a member for each step:
+//   layer(), next_layer(), pass(), begin_pass(p)    the place; layer() is 0 at the start and after begin_pass
+//   qkv<D>(), attention<D>(), out<D>(), gate_up<D>(), down<D>()    the steps of a layer; D is T or P
+//   skip_to_next_pass()                             a layer has ended with its QKV
+//   head<D>(), projection()                         logits; the predictor's input
+//   code()                                          sample code pass() - 1
+//   feed()                                          that code becomes the input of pass()
+//   advance(Step)                                   the exchange of a step is published: the next one begins
+#pragma nv_exec_check_disable  // visitors are of the host or of the device
+template <class D, class Visitor>
+QWEN_TTS_BOTH constexpr void walk_layer(Visitor& v, bool from_table, bool qkv_only) {
+  if (!from_table) {
+    v.template qkv<D>();
+    v.advance(Step::kQkv);
+  }
+  if (qkv_only) {
+    v.skip_to_next_pass();
+    return;
+  }
+  v.template attention<D>();
+  v.advance(Step::kAttention);
+  v.template out<D>();
+  v.advance(Step::kOut);
+  v.template gate_up<D>();
+  v.advance(Step::kGateUp);
+  v.template down<D>();
+  v.advance(Step::kDown);
+}
+
+// A frame of `streams` streams; or a prefill, which is the talker's layers alone.
+#pragma nv_exec_check_disable
+template <class Visitor>
+QWEN_TTS_BOTH constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
+#pragma unroll 1
+  for (; v.layer() < T::kLayers; v.next_layer()) walk_layer<T>(v, false, false);
+  if (prefill) return;
+  v.template head<T>();
+  v.advance(Step::kHead);
+  if constexpr (kProjects) {
+    v.projection();
+    v.advance(Step::kProjection);
+  }
+#pragma unroll 1
+  for (v.begin_pass(first_pass(streams));; v.begin_pass(v.pass() + 1)) {
+    if (v.pass() > 0) {
+      v.code();
+      v.advance(Step::kCode);
+      if (v.pass() > kLastPass) return;
+      v.feed();
+    }
+#pragma unroll 1
+    for (; v.layer() < P::kLayers; v.next_layer())
+      walk_layer<P>(v, qkv_from_table(v.pass(), v.layer()), ends_with_qkv(v.pass(), v.layer()));
+    if (v.pass() > 0) {
+      v.template head<P>();
+      v.advance(Step::kHead);
+    }
+  }
+}
+
+constexpr int kTalkerPass = -1;  // FramePlace::pass() before the first pass
+
+// A place in the frame, and steps at which nothing is done: a base for visitors.
+struct FramePlace {
+  int at_layer = 0, at_pass = kTalkerPass;
+
+  QWEN_TTS_BOTH constexpr int layer() const { return at_layer; }
+  QWEN_TTS_BOTH constexpr int pass() const { return at_pass; }
+  QWEN_TTS_BOTH constexpr void next_layer() { ++at_layer; }
+  QWEN_TTS_BOTH constexpr void begin_pass(int pass) {
+    at_pass = pass;
+    at_layer = 0;
+  }
+  template <class D>
+  QWEN_TTS_BOTH constexpr void qkv() {}
+  template <class D>
+  QWEN_TTS_BOTH constexpr void attention() {}
+  template <class D>
+  QWEN_TTS_BOTH constexpr void out() {}
+  template <class D>
+  QWEN_TTS_BOTH constexpr void gate_up() {}
+  template <class D>
+  QWEN_TTS_BOTH constexpr void down() {}
+  template <class D>
+  QWEN_TTS_BOTH constexpr void head() {}
+  QWEN_TTS_BOTH constexpr void projection() {}
+  QWEN_TTS_BOTH constexpr void skip_to_next_pass() {}
+  QWEN_TTS_BOTH constexpr void code() {}
+  QWEN_TTS_BOTH constexpr void feed() {}
+  QWEN_TTS_BOTH constexpr void advance(Step) {}
+};
+
+// Counts exchanges, and finds one.
+struct ExchangeCounter : FramePlace {
+  Step wanted{};
+  int wanted_pass = 0, wanted_layer = 0;
+  int total = 0, found = -1;
+
+  constexpr void advance(Step step) {
+    if (step == wanted && at_pass == wanted_pass && at_layer == wanted_layer) found = total;
+    ++total;
+  }
+};
+// How many exchanges of a frame come before this one.
+constexpr int exchange_of(Step step, int pass, int layer, int streams) {
+  ExchangeCounter counter{{}, step, pass, layer};
+  walk_frame(counter, streams, false);
+  return counter.found;
+}
+constexpr int num_exchanges(int streams) {
+  ExchangeCounter counter{};
+  walk_frame(counter, streams, false);
+  return counter.total;
+}
+
+constexpr int kMaxExchanges = num_exchanges(kMaxColumns);
+static_assert(num_exchanges(1) < kMaxExchanges, "more streams, more exchanges");
+
+// The talker's logits; its head comes after all its layers.
+constexpr int kTalkerLogits = exchange_of(Step::kHead, kTalkerPass, T::kLayers, 1);
+
+// From the last QKV of pass 0 to that of pass 1, which reads both: what pass 0 publishes carries the later tag.
+constexpr int kFirstPositionDelay = exchange_of(Step::kQkv, 1, P::kLayers - 1, kMaxColumns) -
+                                    exchange_of(Step::kQkv, 0, P::kLayers - 1, kMaxColumns);
+static_assert(kTalkerLogits > 0 && kFirstPositionDelay > 0, "both are exchanges of a frame");
+
+}  // namespace qwen_tts

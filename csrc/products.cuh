@@ -1,0 +1,76 @@
+// The matrix products of a frame, and how each is cut into 16-row strips, items and pieces. decoding/weight_packing.py
+// lays weights out in this order.
+#pragma once
+
+#include "frame_schedule.cuh"
+
+namespace qwen_tts {
+
+// The tile of one mma: kStripRows x kChunk of weights, kChunk x kMaxColumns of the operand.
+constexpr int kStripRows = 16, kChunk = 16;
+constexpr int kChunkBytes = 2 * kStripRows * kChunk;
+constexpr bool kSmallShared = kSharedBytes < 128 * 1024;
+constexpr int kMaxPieceChunks = kSmallShared ? 2 : 6;
+
+// The largest piece of `chunks` that divides them evenly.
+constexpr int piece_chunks(int chunks) {
+  for (int n = kMaxPieceChunks; n > 1; --n)
+    if (chunks % n == 0) return n;
+  return 1;
+}
+
+// A product W x: rows of W in strips of 16, k cut in kSplit parts that different items take.
+template <int kRows_, int kK_, int kSplit_>
+struct Product {
+  static constexpr int kRows = kRows_, kK = kK_, kSplit = kSplit_;
+  static constexpr int kStrips = kRows / kStripRows;
+  static constexpr int kItems = kStrips * kSplit;
+  static constexpr int kRealChunks = kK / kSplit / kChunk;    // of all warps; the rest is padding
+  static constexpr int kChunks = ceil_div(kRealChunks, kWarps);  // of one warp
+  static constexpr int kPieceChunks = piece_chunks(kChunks);
+  static constexpr int kPieceBytes = kPieceChunks * kChunkBytes;
+  static constexpr int kPieces = kChunks / kPieceChunks;  // of one item, a warp
+  // Chunks of the B operand that registers hold at once; beyond 8 it is fetched piece by piece.
+  static constexpr int kHeld = kChunks <= 8 ? kChunks : kPieceChunks;
+  static constexpr bool kOneFill = kHeld == kChunks && kSplit == 1;  // one B operand serves all items
+  // Whether registers hold an item's weights, too, while its operand is waited for; of how many items.
+  static constexpr bool kAhead = kHeld == kChunks && kHeld <= 6;
+  static constexpr int kItemsAhead = kAhead && kOneFill && kHeld <= 4 ? 2 : 1;
+  static constexpr int64_t kItemBytes = int64_t(kWarps) * kChunks * kChunkBytes;
+  static constexpr int64_t kBytes = kItems * kItemBytes;
+  static_assert(kRows % kStripRows == 0, "rows come in whole strips");
+  static_assert(kRealChunks % kChunks == 0, "padding is whole warps");
+  // Whether a warp's chunks are not padding.
+  static __device__ __forceinline__ bool real(int warp) {
+    return kRealChunks == kWarps * kChunks || warp * kChunks < kRealChunks;
+  }
+  static_assert((kK / kSplit) % kChunk == 0, "k comes in whole chunks");
+};
+
+constexpr int split_of(int rows, int k) { return rows <= 64 * 16 && k >= 1024 ? 2 : 1; }
+
+template <class D>
+struct Products {
+  static constexpr int kHeadRows = D::kHeads * D::kHeadDim;
+  using Qkv = Product<kHeadRows + 2 * D::kKvHeads * D::kHeadDim, D::kHidden, 1>;
+  using Out = Product<D::kHidden, kHeadRows, split_of(D::kHidden, kHeadRows)>;
+  using GateUp = Product<2 * D::kIntermediate, D::kHidden, 1>;
+  using Down = Product<D::kHidden, D::kIntermediate, split_of(D::kHidden, D::kIntermediate)>;
+  using Head = Product<D::kVocab, D::kHidden, 1>;
+  // Where a layer's products begin, in its bytes.
+  static constexpr int64_t kOutFrom = Qkv::kBytes;
+  static constexpr int64_t kGateUpFrom = kOutFrom + Out::kBytes;
+  static constexpr int64_t kDownFrom = kGateUpFrom + GateUp::kBytes;
+  static constexpr int64_t kLayerBytes = kDownFrom + Down::kBytes;
+  static constexpr int kMaxPieceBytes = max_of(max_of(Qkv::kPieceBytes, Out::kPieceBytes), Down::kPieceBytes);
+  static constexpr int kMinPieceBytes = min_of(min_of(Qkv::kPieceBytes, Out::kPieceBytes), Down::kPieceBytes);
+};
+
+// The talker's hidden row becomes the predictor's input through this product where their widths differ, with a bias.
+// Codes come from tables that were projected when the weights were packed.
+using Projection = Product<P::kHidden, T::kHidden, 1>;
+
+using TalkerProducts = Products<T>;
+using PredictorProducts = Products<P>;
+
+}  // namespace qwen_tts
