@@ -57,8 +57,8 @@ __device__ __forceinline__ void keep_new_row(const Context& c, const NewRowsShar
   if (!item.leads_to(c.scratch.items, position / kSplitPositions) || lane_index() >= 2 * kWords) return;
   const bool of_keys = lane_index() < kWords;
   const int word = lane_index() % kWords;
-  const int64_t at = cache_at<D>(p, c.layer(), item.rows(c)) + int64_t(position) * D::kHeadDim +
-                     8 * (word ^ swizzle(position));
+  const int64_t at =
+      cache_at<D>(p, c.layer(), item.rows(c)) + int64_t(position) * D::kHeadDim + 8 * (word ^ swizzle(position));
   *reinterpret_cast<uint4*>((of_keys ? p.k_cache : p.v_cache) + at) =
       reinterpret_cast<const uint4*>((of_keys ? sh.k : sh.v)[row])[word];
 }
@@ -70,8 +70,9 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
   using S = HeadShape<D>;
   const FrameParams& p = c.p;
   const bool whole = p.streams[item.column()].position < kSplitPositions;
-  uint64_t* part = p.packets + PacketLayout::kPartials +
-                   (int64_t(item.column() * D::kKvHeads + item.kv_head()) * kMaxSplits + item.split()) * PacketLayout::kPartial;
+  uint64_t* part =
+      p.packets + PacketLayout::kPartials +
+      (int64_t(item.column() * D::kKvHeads + item.kv_head()) * kMaxSplits + item.split()) * PacketLayout::kPartial;
   constexpr int kPairs = S::kGroupSize * S::kDim / 2;
   constexpr int kParts = 4, kPerPart = kWarps / kParts;  // neighbouring lanes share out the warps
   static_assert(S::kDim / 2 % (32 / kParts) == 0, "a warp's pairs are of one head");
@@ -84,7 +85,8 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
   // 0 for a warp without positions
   const float share[kPerPart] = {expf(m.x - maximum), expf(m.y - maximum), expf(m.z - maximum), expf(m.w - maximum)};
   const float total = sum_of_four(share[0] * sums.x + share[1] * sums.y + share[2] * sums.z + share[3] * sums.w);
-  const int low = ValueOrder<D>::at_dim(first, dim), high = ValueOrder<D>::at_dim(first, dim + 1);  // the same for all of a part
+  const int low = ValueOrder<D>::at_dim(first, dim),
+            high = ValueOrder<D>::at_dim(first, dim + 1);  // the same for all of a part
   float2 out = make_float2(0.f, 0.f);
 #pragma unroll
   for (int j = 0; j < kPerPart; ++j) {
@@ -204,8 +206,7 @@ __device__ __forceinline__ void attend_talker(Context& c) {
   Tile<D> tile;
   read_item_keys<D>(c, tile, 0);
 #pragma unroll 1
-  for (AttentionItem item{c.scratch.items[0].bits}; item.exists();
-       item.bits = c.scratch.items[item.place() + 1].bits) {
+  for (AttentionItem item{c.scratch.items[0].bits}; item.exists(); item.bits = c.scratch.items[item.place() + 1].bits) {
     if (item.place() == 0 || !item.same_rows(AttentionItem{c.scratch.items[item.place() - 1].bits})) {
       read_new_rows<D>(c, new_rows<D>(c, item), item);
       sync_compute();
@@ -216,7 +217,8 @@ __device__ __forceinline__ void attend_talker(Context& c) {
   }
   // From the last CTA on, which has the fewest items.
   for (int i = gridDim.x - 1 - block_index(); i < c.p.num_columns * D::kKvHeads; i += gridDim.x)
-    if (c.p.streams[i / D::kKvHeads].position >= kSplitPositions) combine_splits<D>(c, i / D::kKvHeads, i % D::kKvHeads);
+    if (c.p.streams[i / D::kKvHeads].position >= kSplitPositions)
+      combine_splits<D>(c, i / D::kKvHeads, i % D::kKvHeads);
 }
 
 }  // namespace qwen_tts

@@ -69,7 +69,8 @@ struct Tile {
         if (key_row(r) / Pieces::kRows == first / Pieces::kRows)
 #pragma unroll
           for (int b = 0; b < S::kBlocks; ++b) {
-            const uint32_t row = piece + (key_row(r) - first) * Pieces::kRowBytes + 16 * ((lane & 3) ^ swizzle(lane >> 2));
+            const uint32_t row =
+                piece + (key_row(r) - first) * Pieces::kRowBytes + 16 * ((lane & 3) ^ swizzle(lane >> 2));
             k[r][b] = load_shared(row ^ 64 * b);
           }
       ring.template release<Pieces::kBytes>(warp, lane);
@@ -146,8 +147,9 @@ __device__ __forceinline__ void complete_values(uint32_t piece, int first, int c
 // A warp's values, weighed by p, which lane (g, t) holds for head g and rows 2t, 2t + 1; 2t + 8, 2t + 9: as
 // out^T = V^T p, with V^T as it comes from the ring by transposing loads.
 template <class D>
-__device__ __forceinline__ void attend_values(Context& c, const ItemRows& rows, int first_position, const NewRowsShared<D>& fresh,
-                                      uint32_t p_low, uint32_t p_high, float (*to)[D::kHeadDim]) {
+__device__ __forceinline__ void attend_values(Context& c, const ItemRows& rows, int first_position,
+                                              const NewRowsShared<D>& fresh, uint32_t p_low, uint32_t p_high,
+                                              float (*to)[D::kHeadDim]) {
   using S = HeadShape<D>;
   using Pieces = TilePieces<D>;
   using Order = ValueOrder<D>;
@@ -162,7 +164,8 @@ __device__ __forceinline__ void attend_values(Context& c, const ItemRows& rows, 
     // Instead of rows of other pieces some of this one, weighed with nothing.
     const int row = (lane & 7) + (lane & 16) / 2, word = (lane >> 3 & 1) ^ swizzle(lane);
     const uint32_t from = piece + row % Pieces::kRows * Pieces::kRowBytes + 16 * word;
-    const bool low = 2 * t / Pieces::kRows == first / Pieces::kRows, high = (2 * t + 8) / Pieces::kRows == first / Pieces::kRows;
+    const bool low = 2 * t / Pieces::kRows == first / Pieces::kRows,
+               high = (2 * t + 8) / Pieces::kRows == first / Pieces::kRows;
 #pragma unroll
     for (int j = 0; j < S::kValueTiles; ++j)
       mma(out[j], ldmatrix_transposed(from ^ 32 * j), make_uint2(low ? p_low : 0u, high ? p_high : 0u));

@@ -83,11 +83,9 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
   uint4 held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i)
-    if (team + i * teams < last)
-      held[i] = *reinterpret_cast<const uint4*>(row(team + i * teams) + kv_dim + piece * 8);
+    if (team + i * teams < last) held[i] = *reinterpret_cast<const uint4*>(row(team + i * teams) + kv_dim + piece * 8);
 
-  for (int d = tid; d < dim; d += kAttentionThreads)
-    q[d] = __bfloat162float(qkv[head * dim + d]) * p.scale;
+  for (int d = tid; d < dim; d += kAttentionThreads) q[d] = __bfloat162float(qkv[head * dim + d]) * p.scale;
   __syncthreads();
   const int key_pieces = dim / 16, key_piece = tid % key_pieces;
   const int at_once = kAttentionThreads / key_pieces;
@@ -97,8 +95,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
         score_piece(q + key_piece * 8, row(d) + key_piece * 8, p.rope + d * dim + key_piece * 16, dim / 2);
   if (head % group == 0 && tid < dim / 4) {  // keys then values, 16 bytes each
     const int part = tid % pieces * 8 + tid / pieces * kv_dim;
-    *reinterpret_cast<uint4*>(ring + here * p.kv.channels + part) =
-        *reinterpret_cast<const uint4*>(fresh + part);
+    *reinterpret_cast<uint4*>(ring + here * p.kv.channels + part) = *reinterpret_cast<const uint4*>(fresh + part);
   }
   __syncthreads();
   const float total = softmax(scores, parts, key_pieces, lived, p.window);

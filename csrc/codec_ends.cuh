@@ -40,13 +40,12 @@ constexpr int kRun = 8, kRuns = 8;  // samples of a thread, runs of a CTA
 constexpr int kSamples = kRun * kRuns;
 
 // Eight channels' part of a run of samples. Every row is fetched once, all of them together.
-__device__ __forceinline__ void convolve_run(const LastConv& p, const bf16* in, int first, int ring,
-                                             int channel, float (&sums)[kRun]) {
+__device__ __forceinline__ void convolve_run(const LastConv& p, const bf16* in, int first, int ring, int channel,
+                                             float (&sums)[kRun]) {
   float weights[kLastTaps][8];
   uint4 rows[kRun + kLastTaps - 1];
 #pragma unroll
-  for (int tap = 0; tap < kLastTaps; ++tap)
-    load8(p.weights + tap * p.source.channels + channel, weights[tap]);
+  for (int tap = 0; tap < kLastTaps; ++tap) load8(p.weights + tap * p.source.channels + channel, weights[tap]);
 #pragma unroll
   for (int r = 0; r < kRun + kLastTaps - 1; ++r) {
     const int row = first + r < ring ? first + r : first + r - ring;
@@ -79,8 +78,7 @@ __global__ void __launch_bounds__(kEndThreads) last_conv_kernel(const __grid_con
   if (first < 0) first += ring;
   if (first >= ring) first -= ring;
   float sums[kRun] = {};
-  for (int c = piece * 8; c < p.source.channels; c += kPieces * 8)
-    convolve_run(p, in, first, ring, c, sums);
+  for (int c = piece * 8; c < p.source.channels; c += kPieces * 8) convolve_run(p, in, first, ring, c, sums);
 #pragma unroll
   for (int s = 0; s < kRun; ++s) parts[piece][run * kRun + s] = sums[s];
   __syncthreads();

@@ -39,10 +39,14 @@ __device__ __forceinline__ void sum_segments(uint32_t address, float (&v)[8]) {
 }
 __device__ __forceinline__ void sum_segments(int segments, uint32_t address, float (&v)[8]) {
   switch (segments) {
-    case 1: return sum_segments<1>(address, v);
-    case 2: return sum_segments<2>(address, v);
-    case 4: return sum_segments<4>(address, v);
-    default: return sum_segments<8>(address, v);
+    case 1:
+      return sum_segments<1>(address, v);
+    case 2:
+      return sum_segments<2>(address, v);
+    case 4:
+      return sum_segments<4>(address, v);
+    default:
+      return sum_segments<8>(address, v);
   }
 }
 
@@ -93,8 +97,8 @@ __device__ __forceinline__ void activate(int activation, const Vectors& w, float
 }
 
 // Eight rows of one column, all segments summed.
-__device__ __forceinline__ void finish(const Gemm& p, const Vectors& w, const Destination& to,
-                                       float scale, float (&v)[8]) {
+__device__ __forceinline__ void finish(const Gemm& p, const Vectors& w, const Destination& to, float scale,
+                                       float (&v)[8]) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     if (p.mul) v[j] *= w.mul[j];
@@ -103,8 +107,8 @@ __device__ __forceinline__ void finish(const Gemm& p, const Vectors& w, const De
   }
   if (p.activation == kGlu) {  // rows alternate: gate, up
     bf16* out = static_cast<bf16*>(p.out.data) + element(p.out, to.stream, to.call, to.t) + w.channel / 2;
-    *reinterpret_cast<uint2*>(out) = make_uint2(pack_bf16(silu(v[0]) * v[1], silu(v[2]) * v[3]),
-                                                pack_bf16(silu(v[4]) * v[5], silu(v[6]) * v[7]));
+    *reinterpret_cast<uint2*>(out) =
+        make_uint2(pack_bf16(silu(v[0]) * v[1], silu(v[2]) * v[3]), pack_bf16(silu(v[4]) * v[5], silu(v[6]) * v[7]));
     return;
   }
   if (p.residual.data) {
@@ -133,8 +137,7 @@ __device__ __forceinline__ void finish(const Gemm& p, const Vectors& w, const De
 __device__ __forceinline__ float inverse_rms(const Gemm& p, int n) {
   const int lane = threadIdx.x & 31;
   float sum = 0.f;
-  for (int part = lane; part < p.square_parts; part += 32)
-    sum += p.squares_in[n * p.square_parts + part];
+  for (int part = lane; part < p.square_parts; part += 32) sum += p.squares_in[n * p.square_parts + part];
 #pragma unroll
   for (int offset = 16; offset; offset >>= 1) sum += __shfl_xor_sync(~0u, sum, offset);
   return rsqrtf(sum * p.inverse_dim + p.eps);

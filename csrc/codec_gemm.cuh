@@ -92,8 +92,7 @@ struct ColumnLoader {
 
 // One stage: acc += weights * columns.
 template <class T>
-__device__ __forceinline__ void multiply(float (&acc)[T::kMi][T::kNi][4], uint32_t weights,
-                                         uint32_t columns) {
+__device__ __forceinline__ void multiply(float (&acc)[T::kMi][T::kNi][4], uint32_t weights, uint32_t columns) {
   constexpr int kSteps = kBlock / 16 / kGroups;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int strip0 = warp % T::kWarpsM * T::kMi, n0 = warp / T::kWarpsM % T::kWarpsN * (8 * T::kNi);
@@ -105,8 +104,7 @@ __device__ __forceinline__ void multiply(float (&acc)[T::kMi][T::kNi][4], uint32
     uint4 a[T::kMi];
 #pragma unroll
     for (int i = 0; i < T::kMi; ++i) a[i] = load_shared(weights + i * kStripBytes + step * 512);
-    const uint32_t b_from =
-        columns + row * (2 * kBlock) + ((((first + step) * 2 + (lane / 8 & 1)) ^ row) & 7) * 16;
+    const uint32_t b_from = columns + row * (2 * kBlock) + ((((first + step) * 2 + (lane / 8 & 1)) ^ row) & 7) * 16;
     if constexpr (T::kNi == 1) {
       uint32_t b[2];
       ldmatrix(b, b_from);
@@ -146,9 +144,8 @@ __device__ __forceinline__ void spread(const float (&acc)[T::kMi][T::kNi][4], fl
 
 // Where columns n, n + step, .. of n0 on go.
 template <class T>
-__device__ __forceinline__ void find_destinations(const Gemm& p, const Vectors& vectors,
-                                                  Destination (&to)[T::kAtOnce], int n0, int n, int end,
-                                                  int step) {
+__device__ __forceinline__ void find_destinations(const Gemm& p, const Vectors& vectors, Destination (&to)[T::kAtOnce],
+                                                  int n0, int n, int end, int step) {
 #pragma unroll
   for (int i = 0; i < T::kAtOnce; ++i)
     if (n + i * step < end) to[i].load(p, vectors, n0 + n + i * step);
@@ -159,8 +156,8 @@ __device__ __forceinline__ void find_destinations(const Gemm& p, const Vectors& 
 // In batches, so that the fetches of one overlap.
 template <class T, class DoneReading>
 __device__ __forceinline__ void finish_tile(const Gemm& p, const Vectors& vectors, Destination (&to)[T::kAtOnce],
-                                            uint32_t rows_at, int n0, int n, int end, int step,
-                                            const float* scale, DoneReading&& done_reading) {
+                                            uint32_t rows_at, int n0, int n, int end, int step, const float* scale,
+                                            DoneReading&& done_reading) {
   if (n >= end) done_reading();
   while (n < end) {
     float v[T::kAtOnce][8];
@@ -190,8 +187,8 @@ struct Pipeline {
     weights_at = smem_address(shared);
     columns_at = weights_at + T::kStages * T::kWeightBytes;
     full_at = smem_address(full);
-    weights = static_cast<const char*>(p.weights) +
-              (static_cast<int64_t>(m_tile) * p.k_blocks + first) * T::kWeightBytes;
+    weights =
+        static_cast<const char*>(p.weights) + (static_cast<int64_t>(m_tile) * p.k_blocks + first) * T::kWeightBytes;
   }
 
   __device__ __forceinline__ void load_weights(int block) {
@@ -216,8 +213,7 @@ struct Pipeline {
     }
   }
 
-  __device__ __forceinline__ void run(const Gemm& p, ColumnLoader<T>& loader,
-                                      float (&acc)[T::kMi][T::kNi][4]) {
+  __device__ __forceinline__ void run(const Gemm& p, ColumnLoader<T>& loader, float (&acc)[T::kMi][T::kNi][4]) {
 #pragma unroll 1
     for (int block = 0; block < blocks; ++block) {
       const int stage = block % T::kStages, next = block + T::kStages - 1;

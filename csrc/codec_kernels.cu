@@ -9,10 +9,8 @@
 namespace codec {
 
 template <class P>
-cudaError_t launch(void (*kernel)(P), const P& params, dim3 grid, int threads, int shared, int cluster,
-                   void* stream) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+cudaError_t launch(void (*kernel)(P), const P& params, dim3 grid, int threads, int shared, int cluster, void* stream) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
@@ -42,8 +40,7 @@ cudaError_t launch_unit(const Gemm& p, int stages, void* stream) {
   if (p.source.rows % T::kN || stages < 2 || stages > kMaxUnitStages) return cudaErrorInvalidValue;
   const int pipeline = T::slab_bytes(p.history) + stages * T::kBlockBytes;
   const int shared = pipeline > T::kTileBytes ? pipeline : T::kTileBytes;
-  return launch(unit_kernel<T>, UnitLaunch{p, stages}, dim3(p.columns / T::kN), T::kThreads, shared, 1,
-                stream);
+  return launch(unit_kernel<T>, UnitLaunch{p, stages}, dim3(p.columns / T::kN), T::kThreads, shared, 1, stream);
 }
 
 }  // namespace codec
@@ -54,12 +51,18 @@ extern "C" {
 int codec_gemm(const codec::Gemm* p, int tile_n, void* stream) {
   using namespace codec;
   switch (tile_n) {
-    case 8: return launch_gemm<Tile<8, 4, 1, 6>>(*p, stream);
-    case 16: return launch_gemm<Tile<16, 4, 1, 6>>(*p, stream);
-    case 32: return launch_gemm<Tile<32, 4, 1, 6>>(*p, stream);
-    case 64: return launch_gemm<Tile<64, 2, 2, 5>>(*p, stream);
-    case 128: return launch_gemm<Tile<128, 2, 2, 4>>(*p, stream);
-    default: return cudaErrorInvalidValue;
+    case 8:
+      return launch_gemm<Tile<8, 4, 1, 6>>(*p, stream);
+    case 16:
+      return launch_gemm<Tile<16, 4, 1, 6>>(*p, stream);
+    case 32:
+      return launch_gemm<Tile<32, 4, 1, 6>>(*p, stream);
+    case 64:
+      return launch_gemm<Tile<64, 2, 2, 5>>(*p, stream);
+    case 128:
+      return launch_gemm<Tile<128, 2, 2, 4>>(*p, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -67,15 +70,24 @@ int codec_gemm(const codec::Gemm* p, int tile_n, void* stream) {
 int codec_unit(const codec::Gemm* p, int tile_n, int stages, void* stream) {
   using namespace codec;
   switch (p->m * 1000 + tile_n) {
-    case 96016: return launch_unit<UnitTile<96, 16, 6, 1>>(*p, stages, stream);
-    case 96032: return launch_unit<UnitTile<96, 32, 6, 1>>(*p, stages, stream);
-    case 96064: return launch_unit<UnitTile<96, 64, 3, 2>>(*p, stages, stream);
-    case 96128: return launch_unit<UnitTile<96, 128, 3, 2>>(*p, stages, stream);
-    case 192016: return launch_unit<UnitTile<192, 16, 12, 1>>(*p, stages, stream);
-    case 192032: return launch_unit<UnitTile<192, 32, 12, 1>>(*p, stages, stream);
-    case 192064: return launch_unit<UnitTile<192, 64, 6, 2>>(*p, stages, stream);
-    case 192128: return launch_unit<UnitTile<192, 128, 6, 2>>(*p, stages, stream);
-    default: return cudaErrorInvalidValue;
+    case 96016:
+      return launch_unit<UnitTile<96, 16, 6, 1>>(*p, stages, stream);
+    case 96032:
+      return launch_unit<UnitTile<96, 32, 6, 1>>(*p, stages, stream);
+    case 96064:
+      return launch_unit<UnitTile<96, 64, 3, 2>>(*p, stages, stream);
+    case 96128:
+      return launch_unit<UnitTile<96, 128, 3, 2>>(*p, stages, stream);
+    case 192016:
+      return launch_unit<UnitTile<192, 16, 12, 1>>(*p, stages, stream);
+    case 192032:
+      return launch_unit<UnitTile<192, 32, 12, 1>>(*p, stages, stream);
+    case 192064:
+      return launch_unit<UnitTile<192, 64, 6, 2>>(*p, stages, stream);
+    case 192128:
+      return launch_unit<UnitTile<192, 128, 6, 2>>(*p, stages, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -93,14 +105,14 @@ int codec_attention(const codec::Attention* p, int streams, void* stream) {
 
 int codec_depthwise_norm(const codec::DepthwiseNorm* p, int streams, void* stream) {
   using namespace codec;
-  return launch(depthwise_norm_kernel, *p, dim3(streams * p->source.rows), kNormThreads, 4 * p->source.channels,
-                1, stream);
+  return launch(depthwise_norm_kernel, *p, dim3(streams * p->source.rows), kNormThreads, 4 * p->source.channels, 1,
+                stream);
 }
 
 int codec_last_conv(const codec::LastConv* p, int streams, void* stream) {
   using namespace codec;
-  return launch(last_conv_kernel, *p, dim3((p->source.rows + kSamples - 1) / kSamples, streams), kEndThreads,
-                0, 1, stream);
+  return launch(last_conv_kernel, *p, dim3((p->source.rows + kSamples - 1) / kSamples, streams), kEndThreads, 0, 1,
+                stream);
 }
 
 // For the host to see that it mirrors the structures as they are.

@@ -35,14 +35,14 @@ enum Activation : int { kNone = 0, kSnake = 1, kGelu = 2, kGlu = 3, kNormWeight 
 struct Gemm {
   const void* weights;  // bf16, as codec_pack.py packs them: a stage's tile is contiguous
   const Call* calls;
-  Rows source;  // bf16
+  Rows source;                  // bf16
   int history, dilation, taps;  // first tap at t - history
-  int m;         // outputs: upsample * out_channels, or 2 * out_channels for kGlu
-  int k_blocks;  // of 64; weights are zero beyond taps * channels
+  int m;                        // outputs: upsample * out_channels, or 2 * out_channels for kGlu
+  int k_blocks;                 // of 64; weights are zero beyond taps * channels
   int columns;
-  int segments;  // of k, each to one CTA of a cluster; fixed for a layer, so that bits are
-  const float* mul;  // [m] or null
-  const float* add;  // [m] or null
+  int segments;             // of k, each to one CTA of a cluster; fixed for a layer, so that bits are
+  const float* mul;         // [m] or null
+  const float* add;         // [m] or null
   const float* squares_in;  // [column][square_parts]: sums that an RMSNorm before W needs, or null
   int square_parts;
   float inverse_dim, eps;
@@ -52,8 +52,8 @@ struct Gemm {
   int residual_fp32, raw_fp32;
   int upsample, out_channels;  // row m is step m / out_channels of `upsample`
   int activation;
-  const float* act_a;  // snake: frequency; norm weight
-  const float* act_b;  // snake: strength
+  const float* act_a;       // snake: frequency; norm weight
+  const float* act_b;       // snake: strength
   const float* middle_add;  // [m], residual units only
   const float* middle_a;
   const float* middle_b;
@@ -61,9 +61,9 @@ struct Gemm {
 };
 
 struct Embed {
-  const int* input;  // [stream][17]: slot, 16 codes
-  int* frame_counts;  // [slot], counted on
-  Call* calls;       // out
+  const int* input;    // [stream][17]: slot, 16 codes
+  int* frame_counts;   // [slot], counted on
+  Call* calls;         // out
   const float* table;  // [16 * codebook_size][channels]
   int codebook_size;
   Rows out;  // bf16
@@ -71,8 +71,8 @@ struct Embed {
 
 struct Attention {
   const Call* calls;
-  const void* qkv;  // bf16 [stream][(heads + 2 * kv_heads) * head_dim]
-  Rows kv;          // bf16 ring of `window` rows: keys before RoPE, then values
+  const void* qkv;    // bf16 [stream][(heads + 2 * kv_heads) * head_dim]
+  Rows kv;            // bf16 ring of `window` rows: keys before RoPE, then values
   const float* rope;  // [window][head_dim / 2][2]: cosine, sine by distance
   void* out;          // bf16 [stream][heads * head_dim]
   int heads, kv_heads, head_dim, window;

@@ -20,8 +20,8 @@ struct UnitTile {
   static constexpr int kPitch = kM + 4;  // floats between columns of the finished tile
   static constexpr int kTileBytes = kN * kPitch * 4;
   static constexpr int kParts = kM / 8, kColumnsAtOnce = kThreads / kParts;
-  static constexpr int kTapSteps = kM / 16;                // of 16 k in one tap
-  static constexpr int kSteps = kM % 64 ? kTapSteps : 4;   // in one stage
+  static constexpr int kTapSteps = kM / 16;               // of 16 k in one tap
+  static constexpr int kSteps = kM % 64 ? kTapSteps : 4;  // in one stage
   static constexpr int kBlocksPerTap = kTapSteps / kSteps;
   static constexpr int kStripBytes = kSteps * 512, kBlockBytes = kM / 16 * kStripBytes;
   static constexpr int kSlabPitch = 2 * kM + 16;  // an odd number of pieces: no bank conflicts
@@ -37,8 +37,7 @@ struct UnitLaunch {
 
 // acc += one stage of weights * columns; `columns` points at this lane's row and piece.
 template <class T>
-__device__ __forceinline__ void multiply_slab(float (&acc)[T::kMi][T::kNi][4], uint32_t weights,
-                                              uint32_t columns) {
+__device__ __forceinline__ void multiply_slab(float (&acc)[T::kMi][T::kNi][4], uint32_t weights, uint32_t columns) {
 #pragma unroll
   for (int step = 0; step < T::kSteps; ++step) {
     uint4 a[T::kMi];
@@ -59,8 +58,7 @@ __device__ __forceinline__ void multiply_slab(float (&acc)[T::kMi][T::kNi][4], u
 
 // Fetch the rows of all taps.
 template <class T>
-__device__ __forceinline__ void load_slab(const Gemm& p, const Call& call, int stream, int t0,
-                                          uint32_t to) {
+__device__ __forceinline__ void load_slab(const Gemm& p, const Call& call, int stream, int t0, uint32_t to) {
   constexpr int kPieces = T::kM / 8;
   const int ring = p.source.frames * p.source.rows, rows = T::kN + p.history;
   const bf16* const in = static_cast<const bf16*>(p.source.data) + part_of(p.source, stream, call);
@@ -123,9 +121,8 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
 
   const auto load_weights = [&](int block, int stage) {
     mbarrier_expect_tx(full_at + stage * 8, T::kBlockBytes);
-    bulk_copy(weights_at + stage * T::kBlockBytes,
-              static_cast<const char*>(p.weights) + block * T::kBlockBytes, T::kBlockBytes,
-              full_at + stage * 8);
+    bulk_copy(weights_at + stage * T::kBlockBytes, static_cast<const char*>(p.weights) + block * T::kBlockBytes,
+              T::kBlockBytes, full_at + stage * 8);
   };
   if (threadIdx.x == 0) {
     for (int s = 0; s < stages; ++s) mbarrier_init(full_at + s * 8, 1);

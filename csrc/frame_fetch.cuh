@@ -31,7 +31,8 @@ struct FrameFetch : FramePlace {
       items<Prod>(p.talker_layers + layer() * Layer::kLayerBytes + kFrom);
     } else {
       const int64_t kept_from = layer() > 0 ? 0 : Layer::Qkv::kBytes;
-      items<Prod>(p.predictor_layers + layer() * Layer::kLayerBytes + kFrom, p.predictor_kept_bytes + kept_from - kFrom);
+      items<Prod>(p.predictor_layers + layer() * Layer::kLayerBytes + kFrom,
+                  p.predictor_kept_bytes + kept_from - kFrom);
     }
   }
   template <class D>
@@ -84,7 +85,8 @@ struct FrameFetch : FramePlace {
 };
 
 __device__ __forceinline__ void fetch_frame(const FrameParams& p, FrameRing& ring, const ItemRows* attended) {
-  FrameFetch fetch{{}, {ring, lane_index()}, p, attended, policy_evict_first(), policy_evict_last(), policy_evict_normal()};
+  FrameFetch fetch{
+      {}, {ring, lane_index()}, p, attended, policy_evict_first(), policy_evict_last(), policy_evict_normal()};
   walk_frame(fetch, p.num_columns, p.prefill);
 }
 

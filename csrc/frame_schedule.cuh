@@ -34,14 +34,17 @@ constexpr char kPhaseNames[] = "input\nattention\ncombine\nO\nMLP\nlogits\ncode\
 constexpr int kPairedStreams = kMaxColumns / 2;  // that fit twice into the columns
 constexpr int kLastPass = kNumCodebooks - 1;
 
-QWEN_TTS_BOTH constexpr int first_pass(int streams) { return streams <= kPairedStreams ? 1 : 0; }
+QWEN_TTS_BOTH
+constexpr int first_pass(int streams) { return streams <= kPairedStreams ? 1 : 0; }
 
 // Whether a layer's queries, keys and values come from a table (FrameParams::predictor_first_qkv): the first layer's input
 // is a code's embedding, from position 2 on in all columns.
-QWEN_TTS_BOTH constexpr bool qkv_from_table(int pass, int layer) { return layer == 0 && pass > 1; }
+QWEN_TTS_BOTH
+constexpr bool qkv_from_table(int pass, int layer) { return layer == 0 && pass > 1; }
 
 // Whether a layer ends with its QKV.
-QWEN_TTS_BOTH constexpr bool ends_with_qkv(int pass, int layer) { return pass == 0 && layer == P::kLayers - 1; }
+QWEN_TTS_BOTH
+constexpr bool ends_with_qkv(int pass, int layer) { return pass == 0 && layer == P::kLayers - 1; }
 
 // A visitor of the walks has a place in the frame, and a member for each step:
 //   layer(), next_layer(), pass(), begin_pass(p)    the place; layer() is 0 at the start and after begin_pass
@@ -53,7 +56,8 @@ QWEN_TTS_BOTH constexpr bool ends_with_qkv(int pass, int layer) { return pass ==
 //   advance(Step)                                   the exchange of a step is published: the next one begins
 #pragma nv_exec_check_disable  // visitors are of the host or of the device
 template <class D, class Visitor>
-QWEN_TTS_BOTH constexpr void walk_layer(Visitor& v, bool from_table, bool qkv_only) {
+QWEN_TTS_BOTH
+constexpr void walk_layer(Visitor& v, bool from_table, bool qkv_only) {
   if (!from_table) {
     v.template qkv<D>();
     v.advance(Step::kQkv);
@@ -75,7 +79,8 @@ QWEN_TTS_BOTH constexpr void walk_layer(Visitor& v, bool from_table, bool qkv_on
 // A frame of `streams` streams; or a prefill, which is the talker's layers alone.
 #pragma nv_exec_check_disable
 template <class Visitor>
-QWEN_TTS_BOTH constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
+QWEN_TTS_BOTH
+constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
 #pragma unroll 1
   for (; v.layer() < T::kLayers; v.next_layer()) walk_layer<T>(v, false, false);
   if (prefill) return;
@@ -109,30 +114,45 @@ constexpr int kTalkerPass = -1;  // FramePlace::pass() before the first pass
 struct FramePlace {
   int at_layer = 0, at_pass = kTalkerPass;
 
-  QWEN_TTS_BOTH constexpr int layer() const { return at_layer; }
-  QWEN_TTS_BOTH constexpr int pass() const { return at_pass; }
-  QWEN_TTS_BOTH constexpr void next_layer() { ++at_layer; }
-  QWEN_TTS_BOTH constexpr void begin_pass(int pass) {
+  QWEN_TTS_BOTH
+  constexpr int layer() const { return at_layer; }
+  QWEN_TTS_BOTH
+  constexpr int pass() const { return at_pass; }
+  QWEN_TTS_BOTH
+  constexpr void next_layer() { ++at_layer; }
+  QWEN_TTS_BOTH
+  constexpr void begin_pass(int pass) {
     at_pass = pass;
     at_layer = 0;
   }
   template <class D>
-  QWEN_TTS_BOTH constexpr void qkv() {}
+  QWEN_TTS_BOTH
+  constexpr void qkv() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void attention() {}
+  QWEN_TTS_BOTH
+  constexpr void attention() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void out() {}
+  QWEN_TTS_BOTH
+  constexpr void out() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void gate_up() {}
+  QWEN_TTS_BOTH
+  constexpr void gate_up() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void down() {}
+  QWEN_TTS_BOTH
+  constexpr void down() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void head() {}
-  QWEN_TTS_BOTH constexpr void projection() {}
-  QWEN_TTS_BOTH constexpr void skip_to_next_pass() {}
-  QWEN_TTS_BOTH constexpr void code() {}
-  QWEN_TTS_BOTH constexpr void feed() {}
-  QWEN_TTS_BOTH constexpr void advance(Step) {}
+  QWEN_TTS_BOTH
+  constexpr void head() {}
+  QWEN_TTS_BOTH
+  constexpr void projection() {}
+  QWEN_TTS_BOTH
+  constexpr void skip_to_next_pass() {}
+  QWEN_TTS_BOTH
+  constexpr void code() {}
+  QWEN_TTS_BOTH
+  constexpr void feed() {}
+  QWEN_TTS_BOTH
+  constexpr void advance(Step) {}
 };
 
 // Counts exchanges, and finds one.
@@ -165,8 +185,8 @@ static_assert(num_exchanges(1) < kMaxExchanges, "more streams, more exchanges");
 constexpr int kTalkerLogits = exchange_of(Step::kHead, kTalkerPass, T::kLayers, 1);
 
 // From the last QKV of pass 0 to that of pass 1, which reads both: what pass 0 publishes carries the later tag.
-constexpr int kFirstPositionDelay = exchange_of(Step::kQkv, 1, P::kLayers - 1, kMaxColumns) -
-                                    exchange_of(Step::kQkv, 0, P::kLayers - 1, kMaxColumns);
+constexpr int kFirstPositionDelay =
+    exchange_of(Step::kQkv, 1, P::kLayers - 1, kMaxColumns) - exchange_of(Step::kQkv, 0, P::kLayers - 1, kMaxColumns);
 static_assert(kTalkerLogits > 0 && kFirstPositionDelay > 0, "both are exchanges of a frame");
 
 }  // namespace qwen_tts

@@ -57,7 +57,8 @@ __device__ __forceinline__ float squares_part(const Scratch& scratch, int norm) 
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < kWarps / 4; ++i)
-    sum += scratch.sum_of_squares[norm][lane_index() / kMaxColumns * (kWarps / 4) + i][lane_index() & (kMaxColumns - 1)];
+    sum +=
+        scratch.sum_of_squares[norm][lane_index() / kMaxColumns * (kWarps / 4) + i][lane_index() & (kMaxColumns - 1)];
   return sum;
 }
 

@@ -88,9 +88,7 @@ struct HeadRow {
     reinterpret_cast<float2*>(row)[kDim / 4 + lane()] = make_float2(x[2], x[3]);
   }
   // To what a bf16 cache will give back.
-  __device__ __forceinline__ void round() {
-    set(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]));
-  }
+  __device__ __forceinline__ void round() { set(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])); }
   __device__ __forceinline__ void norm_rope(const NormRope<kDim>& by, float eps) {
     float squares[1] = {dot(*this)};
     warp_sums(squares);

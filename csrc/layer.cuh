@@ -51,7 +51,8 @@ __device__ __forceinline__ void qkv(Context& c, Residual<D>& r, FirstPosition&& 
       [&](int strip, int /*split*/, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
         const float scale = rms_scale<D>(squares);
         if (!cell.holds(c)) return;
-        publish_at(c, packets + (first_position() ? L::kFirstPositionQkv : L::kQkv) + strip * kStripPackets + cell.packet,
+        publish_at(c,
+                   packets + (first_position() ? L::kFirstPositionQkv : L::kQkv) + strip * kStripPackets + cell.packet,
                    rows.x * scale, rows.y * scale, strip * kStripRows + 2 * cell.pair, cell.column,
                    first_position() ? kFirstPositionDelay : 0);
       });
@@ -67,8 +68,9 @@ __device__ __forceinline__ void deltas(Context& c, int64_t input, int64_t output
       },
       [&](int strip, int split, const Cell& cell, float2 rows, uint64_t* packets, float /*squares*/) {
         if (!cell.holds(c)) return;
-        publish_at(c, packets + output + split * vector_packets(PacketLayout::kHidden) + strip * kStripPackets + cell.packet,
-                   rows.x, rows.y, split * D::kHidden + strip * kStripRows + 2 * cell.pair, cell.column);
+        publish_at(
+            c, packets + output + split * vector_packets(PacketLayout::kHidden) + strip * kStripPackets + cell.packet,
+            rows.x, rows.y, split * D::kHidden + strip * kStripRows + 2 * cell.pair, cell.column);
       });
 }
 
@@ -99,8 +101,8 @@ __device__ __forceinline__ void gate_up(Context& c, Residual<D>& r) {
         if (cell.pair >= 4 || !cell.holds(c)) return;
         const float low = rows.x * scale, high = rows.y * scale;
         publish_at(c, packets + L::kMlpInner + strip / 2 * kStripPackets + strip % 2 + cell.packet,
-                   silu(low) * (up_low * scale), silu(high) * (up_high * scale), strip * (kStripRows / 2) + 2 * cell.pair,
-                   cell.column);
+                   silu(low) * (up_low * scale), silu(high) * (up_high * scale),
+                   strip * (kStripRows / 2) + 2 * cell.pair, cell.column);
       });
 }
 

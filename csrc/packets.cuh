@@ -89,8 +89,7 @@ __device__ __forceinline__ void wait_pairs(const uint64_t* p, int vector_stride,
   }
 }
 
-__device__ __forceinline__ uint32_t wait_packet(const uint64_t* p, uint32_t tag, const Watchdog& dog,
-                                                Phase phase) {
+__device__ __forceinline__ uint32_t wait_packet(const uint64_t* p, uint32_t tag, const Watchdog& dog, Phase phase) {
   for (unsigned spin = 0;; ++spin) {
     const uint2 v = load_packet(p);
     dog.after(spin, phase, tag);
@@ -107,7 +106,7 @@ constexpr int vector_packets(int k) { return (k + 15) / 16 * kStripPackets; }
 struct PacketLayout {
   static constexpr int kQkvRows =
       max_of((T::kHeads + 2 * T::kKvHeads) * T::kHeadDim, (P::kHeads + 2 * P::kKvHeads) * P::kHeadDim);
-  static constexpr int kHeadRows = max_of(T::kHeads * T::kHeadDim, P::kHeads * P::kHeadDim);
+  static constexpr int kHeadRows = max_of(T::kHeads * T::kHeadDim, P::kHeads* P::kHeadDim);
   static constexpr int kHidden = max_of(T::kHidden, P::kHidden);
   static constexpr int kInner = max_of(T::kIntermediate, P::kIntermediate);
   static constexpr int kVocab = max_of(T::kVocab, P::kVocab);
@@ -120,7 +119,7 @@ struct PacketLayout {
   static constexpr int64_t kDeltaDown = kDeltaO + 2 * vector_packets(kHidden);
   static constexpr int64_t kMlpInner = kDeltaDown + 2 * vector_packets(kHidden);
   static constexpr int64_t kLogits = kMlpInner + vector_packets(kInner);  // [column][vocab]
-  static constexpr int64_t kCodes = kLogits + kMaxColumns * kVocab;                // [codebook][column]
+  static constexpr int64_t kCodes = kLogits + kMaxColumns * kVocab;       // [codebook][column]
   static constexpr int64_t kPartials = kCodes + kNumCodebooks * kMaxColumns;
   // [column * kv head][split][kPartial]
   static constexpr int64_t kProjected = kPartials + int64_t(kMaxColumns) * T::kKvHeads * kMaxSplits * kPartial;
@@ -141,7 +140,8 @@ __device__ __forceinline__ void publish_at(const Context& c, uint64_t* to, float
   const uint32_t bits = pack_bf16(low, high);
   store_packet(to, bits, c.tag + later);
   if (c.dumps()) {
-    float* at = c.p.dump_exchanges + (((c.tag - c.p.epoch) * PacketLayout::kDumpRows + dump_row) * kMaxColumns + column);
+    float* at =
+        c.p.dump_exchanges + (((c.tag - c.p.epoch) * PacketLayout::kDumpRows + dump_row) * kMaxColumns + column);
     const float2 rounded = unpack_bf16(bits);
     at[0] = rounded.x;
     at[kMaxColumns] = rounded.y;

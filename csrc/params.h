@@ -54,16 +54,16 @@ struct FrameParams {
 
   // Weights in mma A-fragment order (decoding/weight_packing.py): per layer the items of QKV, O, gate-up, down.
   const char* talker_layers;
-  const char* talker_head;        // the codec head, then the projection where there is one
-  const char* predictor_layers;   // read again in every pass
-  const char* predictor_heads;    // the 15 heads, one a pass
-  int64_t predictor_kept_bytes;   // of each layer's start that shall stay in L2 over the passes
+  const char* talker_head;       // the codec head, then the projection where there is one
+  const char* predictor_layers;  // read again in every pass
+  const char* predictor_heads;   // the 15 heads, one a pass
+  int64_t predictor_kept_bytes;  // of each layer's start that shall stay in L2 over the passes
 
   const __nv_bfloat16* talker_norm;      // the final one, [hidden]; weights of others are in the products after them
   const __nv_bfloat16* talker_qk_norms;  // [layers][2][head_dim]
   const __nv_bfloat16* predictor_qk_norms;
-  const float* talker_rope;     // [positions][head_dim / 2][2]: cosine, sine
-  const float* predictor_rope;  // [16][head_dim / 2][2]
+  const float* talker_rope;                   // [positions][head_dim / 2][2]: cosine, sine
+  const float* predictor_rope;                // [16][head_dim / 2][2]
   const __nv_bfloat16* codec_embedding;       // [talker vocab][talker hidden]
   const __nv_bfloat16* predictor_embeddings;  // [15][predictor vocab][talker hidden]
   // Queries, keys and values of the predictor's first layer for the rows of codes 1..14, as its product would
@@ -89,10 +89,10 @@ struct FrameParams {
   const int* forced_codes;  // [columns][16] to go on with instead of the drawn ones, or null
 
   float* noise_scratch;  // [columns][Sampler::kNoise * 4], drawn before it is needed
-  uint64_t* packets;   // all exchange buffers, laid out by PacketLayout
-  int* watchdog;       // host-mapped: {state, cta, phase, exchange}
-  unsigned max_spins;  // polls after which a wait is given up
-  int withheld_cta;    // a CTA that does not take part (test of the watchdog), or -1
+  uint64_t* packets;     // all exchange buffers, laid out by PacketLayout
+  int* watchdog;         // host-mapped: {state, cta, phase, exchange}
+  unsigned max_spins;    // polls after which a wait is given up
+  int withheld_cta;      // a CTA that does not take part (test of the watchdog), or -1
 };
 
 }  // namespace qwen_tts

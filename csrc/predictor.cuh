@@ -38,8 +38,9 @@ __device__ __forceinline__ void feed_code(const FrameParams& p, int codebook, in
   row.clear();
   if (!Residual<P>::real()) return;
   // An EOS is beyond the projected table; what follows it in the frame is not used.
-  row.add_bf16(kProjects ? p.projected_embeddings + (int64_t(codebook) * P::kVocab + min(code, P::kVocab - 1)) * P::kHidden
-                         : embedding_row(p, codebook, code));
+  row.add_bf16(kProjects
+                   ? p.projected_embeddings + (int64_t(codebook) * P::kVocab + min(code, P::kVocab - 1)) * P::kHidden
+                   : embedding_row(p, codebook, code));
 }
 
 // The sum of a frame's embeddings, in the order of the codebooks, for the next frame; by one CTA a

@@ -28,7 +28,9 @@ struct NewRows {
   __device__ __forceinline__ int column(int stream, int position) const {
     return position == last ? first + stream : stream;
   }
-  __device__ __forceinline__ bool holds(int position) const { return position >= last - (first > 0 || first_position ? 1 : 0); }
+  __device__ __forceinline__ bool holds(int position) const {
+    return position >= last - (first > 0 || first_position ? 1 : 0);
+  }
 };
 
 // The table's row for the code that a stream feeds at this position.
@@ -64,7 +66,8 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
       kv[0].load(from);
       kv[1].load(from + S::kKRows);
     } else {
-      const uint64_t* vector = p.packets + (rows.first_position && warp == 0 ? PacketLayout::kFirstPositionQkv : PacketLayout::kQkv);
+      const uint64_t* vector =
+          p.packets + (rows.first_position && warp == 0 ? PacketLayout::kFirstPositionQkv : PacketLayout::kQkv);
       const uint64_t* from = row_packets<S::kDim>(vector, S::kQRows + kv_head * S::kDim, rows.column(stream, warp));
       wait_rows(kv, 2, [&](int i) { return from + 4 * i * S::kKRows; }, c.tag - 1, c.dog);
     }
@@ -87,7 +90,8 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
       if (known) {
         q[0].load(known_qkv<D>(c, stream, rows.last) + first);
       } else {
-        const uint64_t* from = row_packets<S::kDim>(p.packets + PacketLayout::kQkv, first, rows.column(stream, rows.last));
+        const uint64_t* from =
+            row_packets<S::kDim>(p.packets + PacketLayout::kQkv, first, rows.column(stream, rows.last));
         wait_rows(q, 1, [&](int) { return from; }, c.tag - 1, c.dog);
       }
       q[0].norm_rope(by, D::kEps);

@@ -25,7 +25,7 @@ struct Product {
   static constexpr int kRows = kRows_, kK = kK_, kSplit = kSplit_;
   static constexpr int kStrips = kRows / kStripRows;
   static constexpr int kItems = kStrips * kSplit;
-  static constexpr int kRealChunks = kK / kSplit / kChunk;    // of all warps; the rest is padding
+  static constexpr int kRealChunks = kK / kSplit / kChunk;       // of all warps; the rest is padding
   static constexpr int kChunks = ceil_div(kRealChunks, kWarps);  // of one warp
   static constexpr int kPieceChunks = piece_chunks(kChunks);
   static constexpr int kPieceBytes = kPieceChunks * kChunkBytes;

@@ -17,9 +17,7 @@ struct Residual {
 
   static __device__ __forceinline__ bool real() { return Products<D>::Qkv::real(warp_index()); }
   // Where in a row this lane's first pair stands; the others at fixed distances from it.
-  static __device__ __forceinline__ int first_k() {
-    return warp_index() * kChunks * kChunk + 2 * (thread_index() & 3);
-  }
+  static __device__ __forceinline__ int first_k() { return warp_index() * kChunks * kChunk + 2 * (thread_index() & 3); }
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
@@ -54,8 +52,8 @@ struct Residual {
   __device__ __forceinline__ void add_deltas(const Context& c, const uint64_t* vectors, uint32_t tag) {
     if (!real()) return;
     TwoPackets v[kSplit][kChunks];
-    wait_pairs(vectors + (warp_index() * kChunks * 32 + c.polled_lane()) * 2, vector_packets(PacketLayout::kHidden), tag, v,
-               c.dog, Phase::kInput);
+    wait_pairs(vectors + (warp_index() * kChunks * 32 + c.polled_lane()) * 2, vector_packets(PacketLayout::kHidden),
+               tag, v, c.dog, Phase::kInput);
 #pragma unroll
     for (int s = 0; s < kSplit; ++s)
 #pragma unroll
@@ -86,8 +84,7 @@ __device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& 
   }
   squares += __shfl_xor_sync(~0u, squares, 1);
   squares += __shfl_xor_sync(~0u, squares, 2);
-  if ((thread_index() & 3) == 0)
-    c.scratch.sum_of_squares[squares_at][warp_index()][lane_index() >> 2] = squares;
+  if ((thread_index() & 3) == 0) c.scratch.sum_of_squares[squares_at][warp_index()][lane_index() >> 2] = squares;
 }
 
 // 1 / rms of the column that a lane finishes rows of (Cell), for whole warps; from squares_part.

@@ -87,7 +87,7 @@ template <class Shared>
 struct RingWriter {
   Shared& sh;
   int warp;
-  int head = 0, used = 0;  // bytes; used with those passed over at the ring's end
+  int head = 0, used = 0;              // bytes; used with those passed over at the ring's end
   uint32_t issued = 0, reclaimed = 0;  // pieces
 
   // A piece that takes `bytes` of the ring, of which the first `copied` come from memory.

@@ -84,8 +84,7 @@ struct Sampler {
       seen[i] = words != nullptr && owns(i) ? __ldcg(words + quad(i) / 8) >> (quad(i) % 8 * 4) : 0u;
   }
 
-  __device__ __forceinline__ void read_logits(const uint64_t* packets, uint32_t tag, const Watchdog& dog,
-                                              float* dump) {
+  __device__ __forceinline__ void read_logits(const uint64_t* packets, uint32_t tag, const Watchdog& dog, float* dump) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
       TwoPackets v[2][1];
@@ -108,8 +107,7 @@ struct Sampler {
         const int v = quad(i) * 4 + j;
         if (!owns(i)) continue;
         float x = score[i][j];
-        if (seen[i] >> j & 1)
-          x = x < 0.f ? x * d.penalty : divide(x, d.penalty);
+        if (seen[i] >> j & 1) x = x < 0.f ? x * d.penalty : divide(x, d.penalty);
         if (d.control_suppressed && v >= vocab - kNumControlCodes && v != kEosCode) x = -INFINITY;
         if (d.eos_suppressed && v == kEosCode) x = -INFINITY;
         score[i][j] = d.temperature > 0.f && x > -INFINITY ? divide(x, d.temperature) : x;
@@ -190,9 +188,7 @@ struct Sampler {
     index = first;
   }
 
-  __device__ __forceinline__ uint32_t key(int i, int j) const {
-    return ordered_bits(__float_as_uint(score[i][j]));
-  }
+  __device__ __forceinline__ uint32_t key(int i, int j) const { return ordered_bits(__float_as_uint(score[i][j])); }
 
   // Put codes outside top-k and top-p out, explicitly.
   __device__ __forceinline__ void truncate(const Draw& d) {
@@ -205,7 +201,7 @@ struct Sampler {
     uint32_t top_key;
     winner(false, 0, top_key);
     const float top = from_ordered_bits(top_key);
-    float(&weight)[kQuads][4] = noise;  // which is read anew after this
+    float (&weight)[kQuads][4] = noise;  // which is read anew after this
 #pragma unroll
     for (int i = 0; i < kQuads; ++i)
 #pragma unroll
@@ -219,8 +215,7 @@ struct Sampler {
 #pragma unroll 1
     for (int bit = 31; bit >= 0; --bit) {
       const uint32_t candidate = edge | 1u << bit;
-      const float below =
-          sum_of([&](int i, int j) { return key(i, j) < candidate ? mass(i, j) : 0.f; });
+      const float below = sum_of([&](int i, int j) { return key(i, j) < candidate ? mass(i, j) : 0.f; });
       if (below <= limit) edge = candidate;
     }
     edge = min(edge, top_key);  // the most likely code always stays
@@ -234,16 +229,14 @@ struct Sampler {
 #pragma unroll 1
     for (int bit = 12; bit >= 0; --bit) {
       const int candidate = from | 1 << bit;
-      const int before =
-          count_if([&](int i, int j) { return key(i, j) == edge && quad(i) * 4 + j < candidate; });
+      const int before = count_if([&](int i, int j) { return key(i, j) == edge && quad(i) * 4 + j < candidate; });
       if (before <= removed && candidate < vocab) from = candidate;
     }
 #pragma unroll
     for (int i = 0; i < kQuads; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (key(i, j) < edge || (key(i, j) == edge && removed > 0 && quad(i) * 4 + j < from))
-          score[i][j] = -INFINITY;
+        if (key(i, j) < edge || (key(i, j) == edge && removed > 0 && quad(i) * 4 + j < from)) score[i][j] = -INFINITY;
   }
 
   // The code; the same in every thread. Noise is read again after a truncation, which needs its registers.

@@ -31,7 +31,7 @@ __device__ __forceinline__ void store_noise(const Context& c) {
   const int codebook = c.pass();
   if (p.noise != nullptr || own_stream() >= p.num_columns) return;
   Sampler::store_noise(draw_of(p.streams[own_stream()], codebook), codebook == 0 ? T::kVocab : P::kVocab,
-                     reinterpret_cast<float4*>(p.noise_scratch) + own_stream() * Sampler::kNoise);
+                       reinterpret_cast<float4*>(p.noise_scratch) + own_stream() * Sampler::kNoise);
 }
 
 // Sample the code that this pass begins with, of every stream, one CTA a stream, from the logits.

@@ -27,7 +27,8 @@ struct Expected {
 };
 
 void check_tensor(const std::string& name, const at::Tensor& tensor, const Expected& expected) {
-  TORCH_CHECK(tensor.scalar_type() == expected.dtype, name, " is ", tensor.scalar_type(), ", expected ", expected.dtype);
+  TORCH_CHECK(tensor.scalar_type() == expected.dtype, name, " is ", tensor.scalar_type(), ", expected ",
+              expected.dtype);
   TORCH_CHECK(tensor.is_cuda() != expected.on_host, name, " is on ", tensor.device(), ", expected ",
               expected.on_host ? "the host" : "a CUDA device");
   TORCH_CHECK(tensor.numel() == expected.count, name, " has ", tensor.numel(), " elements, expected ", expected.count,
@@ -47,7 +48,8 @@ class Tensors {
     TORCH_CHECK(tensors_.contains(name), "tensor ", name, " is missing");
     const at::Tensor& tensor = tensors_.at(name);
     check_tensor(name, tensor, expected);
-    TORCH_CHECK(expected.on_host || tensor.device() == device_, name, " is on ", tensor.device(), ", k_cache on ", device_);
+    TORCH_CHECK(expected.on_host || tensor.device() == device_, name, " is on ", tensor.device(), ", k_cache on ",
+                device_);
     return static_cast<X*>(tensor.data_ptr());
   }
 
@@ -137,16 +139,15 @@ class FrameKernel : public torch::CustomClassHolder {
     p_.next_rows = tensors_.take<float>("next_rows", {at::kFloat, int64_t(p_.num_slots) * T::kHidden});
     p_.seen = tensors_.take<uint32_t>("seen", {at::kInt, int64_t(p_.num_slots) * (T::kVocab / 32)});
     p_.codes = tensors_.take<int>("codes", {at::kInt, kMaxColumns * kNumCodebooks});
-    p_.noise_scratch =
-        tensors_.take<float>("noise_scratch", {at::kFloat, int64_t(kMaxColumns) * frame_noise_floats()});
+    p_.noise_scratch = tensors_.take<float>("noise_scratch", {at::kFloat, int64_t(kMaxColumns) * frame_noise_floats()});
     p_.packets = tensors_.take<uint64_t>("packets", {at::kLong, frame_num_packets()});
     p_.watchdog = tensors_.take<int>("watchdog", {at::kInt, 4, true});
   }
 
   void take_streams(const at::Tensor& streams) {
     const int64_t bytes = streams.numel();
-    TORCH_CHECK(bytes > 0 && bytes % sizeof(Stream) == 0 && bytes <= int64_t(sizeof(p_.streams)), "streams have ", bytes,
-                " bytes, expected 1 to ", kMaxColumns, " times ", sizeof(Stream));
+    TORCH_CHECK(bytes > 0 && bytes % sizeof(Stream) == 0 && bytes <= int64_t(sizeof(p_.streams)), "streams have ",
+                bytes, " bytes, expected 1 to ", kMaxColumns, " times ", sizeof(Stream));
     check_tensor("streams", streams, {at::kByte, bytes, true});
     p_.num_columns = int(bytes / sizeof(Stream));
     std::memcpy(p_.streams, streams.data_ptr(), bytes);
