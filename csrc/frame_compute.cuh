@@ -16,7 +16,6 @@ struct FrameCompute {
   SamplerShared& sampler;
   Residual<T> hidden;
   Residual<P> row;
-  int own_code;  // the last one of this lane's stream
 
   __device__ __forceinline__ int layer() const { return c.layer(); }
   __device__ __forceinline__ int pass() const { return c.pass(); }
@@ -81,13 +80,14 @@ struct FrameCompute {
   }
   __device__ __forceinline__ void projection() { project_hidden(c, hidden, row); }
 
-  __device__ __forceinline__ void code() {
+  // Of this lane's stream.
+  __device__ __forceinline__ int code() {
     sample(c, sampler);
     // This lane's stream, or where its column has none, one that is there.
     const int own = min(c.column() % (new_rows(c).first > 0 ? kPairedStreams : kMaxColumns), c.p.num_columns - 1);
-    own_code = sampled_code(c, pass() - 1, own);
+    return sampled_code(c, pass() - 1, own);
   }
-  __device__ __forceinline__ void feed() {
+  __device__ __forceinline__ void feed(int own_code) {
     if (lane_index() % 4 == 0) c.scratch.codes[warp_index()][c.column()] = own_code;
     __syncwarp();
     if (c.column() >= new_rows(c).first) feed_code(c.p, pass() - 1, own_code, row);

@@ -34,35 +34,33 @@ constexpr char kPhaseNames[] = "input\nattention\ncombine\nO\nMLP\nlogits\ncode\
 constexpr int kPairedStreams = kMaxColumns / 2;  // that fit twice into the columns
 constexpr int kLastPass = kNumCodebooks - 1;
 
-QWEN_TTS_BOTH
-constexpr int first_pass(int streams) { return streams <= kPairedStreams ? 1 : 0; }
+QWEN_TTS_BOTH constexpr int first_pass(int streams) { return streams <= kPairedStreams ? 1 : 0; }
 
 // Whether a layer's queries, keys and values come from a table (FrameParams::predictor_first_qkv): the first layer's input
 // is a code's embedding, from position 2 on in all columns.
-QWEN_TTS_BOTH
-constexpr bool qkv_from_table(int pass, int layer) { return layer == 0 && pass > 1; }
+QWEN_TTS_BOTH constexpr bool qkv_from_table(int pass, int layer) { return layer == 0 && pass > 1; }
 
 // Whether a layer ends with its QKV.
-QWEN_TTS_BOTH
-constexpr bool ends_with_qkv(int pass, int layer) { return pass == 0 && layer == P::kLayers - 1; }
+QWEN_TTS_BOTH constexpr bool ends_with_qkv(int pass, int layer) { return pass == 0 && layer == P::kLayers - 1; }
 
 // A visitor of the walks has a place in the frame, and a member for each step:
 //   layer(), next_layer(), pass(), begin_pass(p)    the place; layer() is 0 at the start and after begin_pass
 //   qkv<D>(), attention<D>(), out<D>(), gate_up<D>(), down<D>()    the steps of a layer; D is T or P
 //   skip_to_next_pass()                             a layer has ended with its QKV
 //   head<D>(), projection()                         logits; the predictor's input
-//   code()                                          sample code pass() - 1
-//   feed()                                          that code becomes the input of pass()
+//   code()                                          sample code pass() - 1, and return it
+//   feed(code)                                      that code becomes the input of pass()
 //   advance(Step)                                   the exchange of a step is published: the next one begins
 #pragma nv_exec_check_disable  // visitors are of the host or of the device
 template <class D, class Visitor>
-QWEN_TTS_BOTH
-constexpr void walk_layer(Visitor& v, bool from_table, bool qkv_only) {
-  if (!from_table) {
+QWEN_TTS_BOTH constexpr void walk_layer(Visitor& v) {
+  constexpr bool kPredictor = std::is_same_v<D, P>;
+  if (!kPredictor || !qkv_from_table(v.pass(), v.layer())) {
     v.template qkv<D>();
     v.advance(Step::kQkv);
   }
-  if (qkv_only) {
+  // Asked only now: an answer from before would take a register over the waits of QKV.
+  if (kPredictor && ends_with_qkv(v.pass(), v.layer())) {
     v.skip_to_next_pass();
     return;
   }
@@ -79,10 +77,9 @@ constexpr void walk_layer(Visitor& v, bool from_table, bool qkv_only) {
 // A frame of `streams` streams; or a prefill, which is the talker's layers alone.
 #pragma nv_exec_check_disable
 template <class Visitor>
-QWEN_TTS_BOTH
-constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
+QWEN_TTS_BOTH constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
 #pragma unroll 1
-  for (; v.layer() < T::kLayers; v.next_layer()) walk_layer<T>(v, false, false);
+  for (; v.layer() < T::kLayers; v.next_layer()) walk_layer<T>(v);
   if (prefill) return;
   v.template head<T>();
   v.advance(Step::kHead);
@@ -93,14 +90,13 @@ constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
 #pragma unroll 1
   for (v.begin_pass(first_pass(streams));; v.begin_pass(v.pass() + 1)) {
     if (v.pass() > 0) {
-      v.code();
+      const int code = v.code();
       v.advance(Step::kCode);
       if (v.pass() > kLastPass) return;
-      v.feed();
+      v.feed(code);
     }
 #pragma unroll 1
-    for (; v.layer() < P::kLayers; v.next_layer())
-      walk_layer<P>(v, qkv_from_table(v.pass(), v.layer()), ends_with_qkv(v.pass(), v.layer()));
+    for (; v.layer() < P::kLayers; v.next_layer()) walk_layer<P>(v);
     if (v.pass() > 0) {
       v.template head<P>();
       v.advance(Step::kHead);
@@ -114,45 +110,30 @@ constexpr int kTalkerPass = -1;  // FramePlace::pass() before the first pass
 struct FramePlace {
   int at_layer = 0, at_pass = kTalkerPass;
 
-  QWEN_TTS_BOTH
-  constexpr int layer() const { return at_layer; }
-  QWEN_TTS_BOTH
-  constexpr int pass() const { return at_pass; }
-  QWEN_TTS_BOTH
-  constexpr void next_layer() { ++at_layer; }
-  QWEN_TTS_BOTH
-  constexpr void begin_pass(int pass) {
+  QWEN_TTS_BOTH constexpr int layer() const { return at_layer; }
+  QWEN_TTS_BOTH constexpr int pass() const { return at_pass; }
+  QWEN_TTS_BOTH constexpr void next_layer() { ++at_layer; }
+  QWEN_TTS_BOTH constexpr void begin_pass(int pass) {
     at_pass = pass;
     at_layer = 0;
   }
   template <class D>
-  QWEN_TTS_BOTH
-  constexpr void qkv() {}
+  QWEN_TTS_BOTH constexpr void qkv() {}
   template <class D>
-  QWEN_TTS_BOTH
-  constexpr void attention() {}
+  QWEN_TTS_BOTH constexpr void attention() {}
   template <class D>
-  QWEN_TTS_BOTH
-  constexpr void out() {}
+  QWEN_TTS_BOTH constexpr void out() {}
   template <class D>
-  QWEN_TTS_BOTH
-  constexpr void gate_up() {}
+  QWEN_TTS_BOTH constexpr void gate_up() {}
   template <class D>
-  QWEN_TTS_BOTH
-  constexpr void down() {}
+  QWEN_TTS_BOTH constexpr void down() {}
   template <class D>
-  QWEN_TTS_BOTH
-  constexpr void head() {}
-  QWEN_TTS_BOTH
-  constexpr void projection() {}
-  QWEN_TTS_BOTH
-  constexpr void skip_to_next_pass() {}
-  QWEN_TTS_BOTH
-  constexpr void code() {}
-  QWEN_TTS_BOTH
-  constexpr void feed() {}
-  QWEN_TTS_BOTH
-  constexpr void advance(Step) {}
+  QWEN_TTS_BOTH constexpr void head() {}
+  QWEN_TTS_BOTH constexpr void projection() {}
+  QWEN_TTS_BOTH constexpr void skip_to_next_pass() {}
+  QWEN_TTS_BOTH constexpr int code() { return 0; }
+  QWEN_TTS_BOTH constexpr void feed(int) {}
+  QWEN_TTS_BOTH constexpr void advance(Step) {}
 };
 
 // Counts exchanges, and finds one.
