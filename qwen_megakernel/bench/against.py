@@ -21,7 +21,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Self
 
 import numpy as np
@@ -174,7 +176,8 @@ class WorkerProcess:
 
     def _kill(self) -> None:
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def __enter__(self) -> Self:
@@ -220,15 +223,19 @@ def resampled_medians(values: np.ndarray, resamples: int, seed: int) -> np.ndarr
 def ratio_bound(a: np.ndarray, b: np.ndarray, resamples: int = RESAMPLES) -> float:
     """Upper confidence bound (`CONFIDENCE`, one-sided) of the median of B over that of A.
 
-    It holds as often as it says from three instances on; with two it holds in about 84 % of cases,
-    because B's two are faster than A's two by chance once in six times.
+    It is a bootstrap percentile. With few instances n the bootstrap spreads too little, by a factor
+    of sqrt((n - 1) / n), so the percentile lies further out by as much. The bound holds as often as
+    it says from three instances on. With two it holds in five cases of six: in the sixth both of B's
+    happen to be faster than both of A's.
 
     Args:
-        a, b: [instances, measurements].
+        a, b: [instances, measurements], at least two instances.
         resamples: bootstrap samples.
     """
     ratios = resampled_medians(b, resamples, seed=1) / resampled_medians(a, resamples, seed=0)
-    return float(np.quantile(ratios, CONFIDENCE))
+    instances = min(len(a), len(b))
+    deviations = NormalDist().inv_cdf(CONFIDENCE) * sqrt(instances / (instances - 1))
+    return float(np.quantile(ratios, NormalDist().cdf(deviations)))
 
 
 def compare_figure(name: str, raw: dict[str, list[list[list[float]]]], plan: Plan) -> dict[str, Any]:
@@ -262,7 +269,7 @@ def first_difference(shape: str, a: dict[str, Any], b: dict[str, Any]) -> str | 
             place = (frame, stream, codebook)
             other = "" if a["weights"] == b["weights"] else "; the random weights differ, too"
             return (
-                f"shape {shape}, {streams} streams: stream {stream}, frame {frame}, codebook "
+                f"shape {shape}, streams {streams}: stream {stream}, frame {frame}, codebook "
                 f"{codebook}: A has {theirs[place]}, B has {ours[place]}{other}"
             )
     return None
@@ -300,19 +307,15 @@ def run(against: str, plan: Plan, report: Report, root: Path = ROOT) -> Iterator
                 processes.enter_context(worker)
             return workers
 
-        builds = plan.device != "cpu"
-        timed = range(plan.instances if "speed" in plan.parts else 0)
         # Every process starts now: it imports while kernels are compiled, and then waits.
-        first = start("codes") if builds or "codes" in plan.parts else {}
-        pairs = [start(f"instance {i + 1}") for i in timed]
-        _prepare(plan, first, pairs, folder / "checkpoint", report)
+        timed = "speed" in plan.parts
+        pairs = [start(f"instance {i + 1}") for i in range(plan.instances if timed else 1)]
+        _prepare(plan, pairs, folder / "checkpoint", report)
         found: dict[str, Any] = {"against": against, "device": plan.device}
         if "codes" in plan.parts:
-            for found["codes"] in _compare_codes(plan, first, report):
+            for found["codes"] in _compare_codes(plan, pairs[0], report):
                 yield found
-        for worker in first.values():
-            worker.close()
-        if pairs:
+        if timed:
             for speed in _compare_speed(plan, pairs, folder / "checkpoint", report):
                 yield found | speed
 
@@ -326,25 +329,25 @@ def passed(found: dict[str, Any]) -> bool:
     )
 
 
-def _prepare(plan: Plan, first: Pair, pairs: Sequence[Pair], checkpoint: Path, report: Report) -> None:
+def _prepare(plan: Plan, pairs: Sequence[Pair], checkpoint: Path, report: Report) -> None:
     """Wait for imports, kernels and the random checkpoint, which are made side by side."""
     started = time.monotonic()
-    shapes = [*plan.code_shapes] if "codes" in plan.parts else []
-    shapes += [plan.shape] if pairs else []
+    shapes = {*plan.code_shapes} if "codes" in plan.parts else set()
+    shapes |= {plan.shape} if "speed" in plan.parts else set()
 
     def build(worker: WorkerProcess) -> None:
         worker.ask("ready", START_TIMEOUT_S)
         if plan.device != "cpu":
-            worker.ask("build", BUILD_TIMEOUT_S, shapes=sorted({*shapes}))
+            worker.ask("build", BUILD_TIMEOUT_S, shapes=sorted(shapes))
 
     def write() -> None:
         write_checkpoint(checkpoint, shape=plan.shape, mode="custom_voice")
 
-    report(f"starting {len(first) + 2 * len(pairs)} processes, and building what they need")
-    jobs = {worker.name: in_daemon_thread(build, worker) for worker in first.values()}
-    for worker in (worker for pair in pairs for worker in pair.values()):
-        jobs[worker.name] = in_daemon_thread(worker.ask, "ready", START_TIMEOUT_S)
-    if pairs:
+    first, others = pairs[0].values(), [worker for pair in pairs[1:] for worker in pair.values()]
+    report(f"starting {2 * len(pairs)} processes, and building what they need")
+    jobs = {worker.name: in_daemon_thread(build, worker) for worker in first}
+    jobs |= {worker.name: in_daemon_thread(worker.ask, "ready", START_TIMEOUT_S) for worker in others}
+    if "speed" in plan.parts:
         jobs["the random checkpoint"] = in_daemon_thread(write)
     for name, job in jobs.items():
         job.result()
@@ -366,7 +369,7 @@ def _compare_codes(plan: Plan, pair: Pair, report: Report) -> Iterator[list[dict
 def _compare_speed(
     plan: Plan, pairs: Sequence[Pair], checkpoint: Path, report: Report
 ) -> Iterator[dict[str, Any]]:
-    """The JSON's `speech` and `figures`, an instance of each version more each time."""
+    """The JSON's `speech` and `figures`, from the second instances on with one of each more."""
     sizes = {"streams": plan.streams, "positions": plan.positions, "repeats": plan.repeats}
     request = {
         "shape": plan.shape, "checkpoint": str(checkpoint), "longest": max(plan.positions),
@@ -383,12 +386,13 @@ def _compare_speed(
         report(f"instance {number + 1} of {len(pairs)}: loaded, measuring")
         measured: dict[str, list[dict[str, list[float]]]] = {"A": [], "B": []}
         for version in ORDER.translate(turned):
-            turns = max(plan.repeats // 10, 3)
+            turns = max(plan.repeats // 10, 2)
             measured[version].append(pair[version].ask("measure", turns=turns, **sizes))
         for version, measurements in measured.items():
             for name in measurements[0]:
                 by_version = raw.setdefault(name, {"A": [], "B": []})
                 by_version[version].append([measurement[name] for measurement in measurements])
             pair[version].close()
-        figures = [compare_figure(name, values, plan) for name, values in raw.items()]
-        yield {"speech": speech, "figures": figures}
+        if number:  # one instance of each says nothing of their spread
+            figures = [compare_figure(name, values, plan) for name, values in raw.items()]
+            yield {"speech": speech, "figures": figures}
