@@ -124,6 +124,8 @@ def run_turns(
 
 def run_against(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """The comparison with another version, row by row."""
+    if args.model is not None:
+        raise ValueError("--against compares random weights: leave out --model")
     on_cpu = device.type == "cpu"
     plan = bench_against.Plan(
         device="cpu" if on_cpu else f"cuda:{device.index or 0}",

@@ -65,7 +65,7 @@ def test_a_tree_equals_itself(tmp_path, capsys):
         assert 0.25 < figure["ratio"] < 4
         assert figure["ratio"] <= figure["bound"] * 1.001
         for version in "AB":
-            assert np.shape(figure["raw_us"][version]) == (2, 4, repeats)
+            assert np.shape(figure["raw_us"][version]) == (2, 2, repeats)
             assert np.min(figure["raw_us"][version]) > 100
     assert "- codes of shape tiny: equal" in told.out
     assert "| TTFC | " in told.out
@@ -74,9 +74,9 @@ def test_a_tree_equals_itself(tmp_path, capsys):
 
 def test_other_numerics_are_found_in_the_codes(copied_tree, capsys):
     plant(copied_tree, "scores = scores / batch.divisor", "scores = scores / batch.divisor * 1.01")
-    assert bench("--against", str(copied_tree), "--only", "codes", "--streams", "2") == 1
+    assert bench("--against", str(copied_tree), "--only", "codes", "--streams", "1") == 1
     told = capsys.readouterr().out
-    assert "- codes of shape tiny: shape tiny, streams 2: stream " in told
+    assert "- codes of shape tiny: streams 1: stream 0, frame " in told
     assert "weights differ" not in told
     assert "TTFC" not in told
 
@@ -134,6 +134,11 @@ def test_what_is_neither_a_folder_nor_a_revision_is_an_error_of_one_line(tmp_pat
     assert told.out == ""
     assert told.err.startswith("error: no-such-revision: no folder with a checkout, and git says: ")
     assert len(told.err.splitlines()) == 1
+
+
+def test_a_named_checkpoint_is_refused(tiny_base, capsys):
+    assert bench("--against", str(ROOT), "--model", str(tiny_base)) == 1
+    assert capsys.readouterr().err == "error: --against compares random weights: leave out --model\n"
 
 
 def test_a_folder_without_the_package_is_no_version(tmp_path):
@@ -222,11 +227,11 @@ def test_the_first_difference_is_the_earliest_frame_of_the_fewest_streams():
     other[2, 0, 0] = 7
     other[1, 1, 5] = 9
     a, b = reply(n1=one, n2=two), reply(n1=one, n2=other)
-    assert first_difference("tiny", a, a) is None
-    where = "shape tiny, streams 2: stream 1, frame 1, codebook 5: A has 53, B has 9"
-    assert first_difference("tiny", a, b) == where
+    assert first_difference(a, a) is None
+    where = "streams 2: stream 1, frame 1, codebook 5: A has 53, B has 9"
+    assert first_difference(a, b) == where
     b["weights"] = 2
-    assert first_difference("tiny", a, b) == where + "; the random weights differ, too"
+    assert first_difference(a, b) == where + "; the random weights differ, too"
 
 
 def test_a_digest_sees_one_changed_weight():

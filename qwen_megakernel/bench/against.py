@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("worker.py")
 PARTS = ("codes", "speed")
 CODE_FRAMES = 64
-ORDER = "ABBAABBA"
+ORDER = "ABBA"
 """The measurements of a pair of instances: a drift of the clock meets both alike."""
 CONFIDENCE = 0.95
 RESAMPLES = 4000
@@ -260,8 +260,8 @@ def compare_figure(name: str, raw: dict[str, list[list[list[float]]]], plan: Pla
     }
 
 
-def first_difference(shape: str, a: dict[str, Any], b: dict[str, Any]) -> str | None:
-    """Where the codes of a shape first differ, or None. `a` and `b` are replies to `codes`."""
+def first_difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
+    """Where the codes of two versions first differ, or None. `a` and `b` are replies to `codes`."""
     for streams, codes in a["codes"].items():
         ours, theirs = np.array(b["codes"][streams]), np.array(codes)
         if (ours != theirs).any():
@@ -269,7 +269,7 @@ def first_difference(shape: str, a: dict[str, Any], b: dict[str, Any]) -> str | 
             place = (frame, stream, codebook)
             other = "" if a["weights"] == b["weights"] else "; the random weights differ, too"
             return (
-                f"shape {shape}, streams {streams}: stream {stream}, frame {frame}, codebook "
+                f"streams {streams}: stream {stream}, frame {frame}, codebook "
                 f"{codebook}: A has {theirs[place]}, B has {ours[place]}{other}"
             )
     return None
@@ -360,8 +360,8 @@ def _compare_codes(plan: Plan, pair: Pair, report: Report) -> Iterator[list[dict
     for shape in plan.code_shapes:
         request = {"shape": shape, "streams": plan.streams, "frames": CODE_FRAMES}
         a, b = (pair[version].ask("codes", **request) for version in "AB")
-        difference = first_difference(shape, a, b)
-        report(f"codes of shape {shape}: {'differ' if difference else 'equal'}")
+        difference = first_difference(a, b)
+        report(f"codes of shape {shape}: {difference or 'equal'}")
         compared.append({"shape": shape, "difference": difference})
         yield compared
 

@@ -8,6 +8,7 @@ on standard output; whatever the version itself prints goes to standard error.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -47,7 +48,7 @@ WARM_UP = 10
 WARM_UP_TURNS = 3
 TURN_FRAMES = 2
 """Of a timed turn: its first frame goes to the codec, and the second is launched meanwhile."""
-SPEECH_FRAMES = 24
+SPEECH_FRAMES = 12
 """Of the turn whose samples are compared."""
 TURN_TIMEOUT_S = 60.0
 SENTENCE = "The train to the coast leaves at nine, so please be on time."
@@ -98,7 +99,7 @@ def weights_digest(module: torch.nn.Module) -> int:
 
 
 class Worker:
-    """One version on one device. Every public method answers the request of its name."""
+    """One version on one device. A request names a public method."""
 
     def __init__(self, tree: Path, device: torch.device) -> None:
         """Import all that is needed, so that no request waits for it.
@@ -158,6 +159,7 @@ class Worker:
             for slot in range(n):
                 backend.release(slot)
         del backend
+        gc.collect()
         if self._on_gpu:
             torch.cuda.empty_cache()
         return {"weights": weights, "codes": found}
@@ -208,6 +210,11 @@ class Worker:
         if self._on_gpu:
             torch.cuda.synchronize()  # the next measurement has the GPU to itself
         return figures
+
+    def close(self) -> None:
+        """End the engine's thread."""
+        if self._tts is not None:
+            self._tts.close()
 
     def _config(self, shape: str) -> Any:
         return self._modules["shapes"].shape_config(shape)
@@ -282,6 +289,7 @@ def main() -> None:
         request = json.loads(line)
         reply = getattr(worker, request.pop("do"))(**request)
         print(json.dumps(reply), file=replies, flush=True)
+    worker.close()
 
 
 if __name__ == "__main__":
