@@ -22,7 +22,7 @@ PACKAGE = "qwen_megakernel"
 
 ORDER = (
     "config", "turn", "cuda_graphs", "checkpoint", "build_tts",
-    "model", "codec", "decoding", "prompt", "engine", "tts_model",
+    "model", "codec", "prompt", "decoding", "engine", "tts_model",
     "serving", "synth", "tools", "bench", "bench_tts", "__main__",
 )  # fmt: skip
 """Packages and top modules. Each imports only what stands before it, and its own package."""

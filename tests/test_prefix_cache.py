@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qwen_megakernel.config import GenerationParams
-from qwen_megakernel.decoding.prefix_cache import CAPACITY, PrefixCache, SharedRows
+from qwen_megakernel.decoding.prefix_cache import CAPACITY, PrefixCache
 from qwen_megakernel.decoding.torch_backend import TorchBackend
+from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config
 

@@ -27,9 +27,9 @@ from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, find_nvc
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoding.frame_schedule import Exchange
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
-from qwen_megakernel.decoding.prefix_cache import SharedRows
 from qwen_megakernel.decoding.torch_backend import MAX_BATCH, TorchBackend
 from qwen_megakernel.model.talker import Talker
+from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.tools.machine_code import resources
 
 STREAMS = (1, 2, 4, 8)

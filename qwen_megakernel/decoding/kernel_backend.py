@@ -20,7 +20,7 @@ from qwen_megakernel.build_tts import library_name
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, PredictorConfig, TalkerConfig
 from qwen_megakernel.decoding.frame_schedule import Exchange, parse_exchanges
 from qwen_megakernel.decoding.prefill_graph import ROWS, TalkerPrefill
-from qwen_megakernel.decoding.prefix_cache import PrefixCache, SharedRows
+from qwen_megakernel.decoding.prefix_cache import PrefixCache
 from qwen_megakernel.decoding.torch_backend import (
     MAX_BATCH,
     LaunchedFrame,
@@ -39,6 +39,7 @@ from qwen_megakernel.decoding.weight_packing import (
 )
 from qwen_megakernel.model.sampling import split_seed
 from qwen_megakernel.model.talker import Talker, mrope_tables, rope_tables
+from qwen_megakernel.prompt.shared_rows import SharedRows
 
 MAX_POSITIONS = 8192
 """Positions that the kernel's attention can split (kMaxSplits in csrc/params.h)."""

@@ -8,21 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
+from qwen_megakernel.prompt.shared_rows import SharedRows
+
 CAPACITY = 32
 """Beginnings kept; the least recently used goes first (0.115 MB a row at the 0.6B shape)."""
-
-
-@dataclass(frozen=True, slots=True)
-class SharedRows:
-    """How much of a prompt is shared, and with whom."""
-
-    key: int
-    """The same for prompts whose first `count` rows are the same."""
-    count: int
 
 
 class PrefixCache:

@@ -31,10 +31,11 @@ from qwen_megakernel.config import (
     TalkerConfig,
     TransformerConfig,
 )
-from qwen_megakernel.decoding.prefix_cache import PrefixCache, SharedRows
+from qwen_megakernel.decoding.prefix_cache import PrefixCache
 from qwen_megakernel.model.fused_layers import JoinedLayers, joined_rope
 from qwen_megakernel.model.sampling import Draws, draw, gather_sampling, process_logits
 from qwen_megakernel.model.talker import Attend, Talker, causal_attention, mrope_tables, rope_tables
+from qwen_megakernel.prompt.shared_rows import SharedRows
 
 MAX_BATCH = 8
 """Streams a frame can decode at once, on every backend."""

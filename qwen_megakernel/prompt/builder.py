@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from qwen_megakernel.config import ModelConfig
-from qwen_megakernel.decoding.prefix_cache import SharedRows
 from qwen_megakernel.model.talker import Talker
+from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.prompt.voice import Voice
 from qwen_megakernel.turn import RequestError
 
