@@ -25,7 +25,7 @@ from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, resolve
 from qwen_megakernel.codec.decoder import CodecDecoder
 from qwen_megakernel.codec.encoder import CodecEncoder
 from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
-from qwen_megakernel.decoding.torch_backend import MAX_BATCH
+from qwen_megakernel.decoding.interface import MAX_BATCH
 from qwen_megakernel.engine.active_turn import TurnRequest
 from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
 from qwen_megakernel.engine.engine import Engine

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, SamplingParams
+from qwen_megakernel.decoding.interface import MAX_BATCH
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
-from qwen_megakernel.decoding.torch_backend import MAX_BATCH
 from qwen_megakernel.model.sampling import SamplingBatch, draw, gumbel_noise, process_logits, split_seed
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from qwen_megakernel.config import GenerationParams
+from qwen_megakernel.decoding.interface import MAX_BATCH
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
-from qwen_megakernel.decoding.torch_backend import MAX_BATCH
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
 from qwen_megakernel.codec.interface import LaunchedSound
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS, Guards
-from qwen_megakernel.decoding.torch_backend import MAX_BATCH, LaunchedFrame
+from qwen_megakernel.decoding.interface import MAX_BATCH, LaunchedFrame
 from qwen_megakernel.turn import Audio, Finished
 
 NONSENSE = 999_999

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qwen_megakernel.checkpoint import Checkpoint
 from qwen_megakernel.config import GenerationParams, ModelConfig, SamplingParams
-from qwen_megakernel.decoding.torch_backend import MAX_BATCH, TorchBackend
+from qwen_megakernel.decoding.interface import MAX_BATCH
+from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.model.talker import Talker, mrope_tables, rope_tables
 from qwen_megakernel.prompt.builder import PromptBuilder
 from qwen_megakernel.prompt.tokenizer import load_tokenizer

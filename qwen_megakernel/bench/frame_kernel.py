@@ -26,8 +26,9 @@ from qwen_megakernel.bench.torch_graph import TorchFrame
 from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, find_nvcc, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoding.frame_schedule import Exchange
+from qwen_megakernel.decoding.interface import MAX_BATCH
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
-from qwen_megakernel.decoding.torch_backend import MAX_BATCH, TorchBackend
+from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.tools.machine_code import resources

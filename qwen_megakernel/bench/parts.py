@@ -13,7 +13,7 @@ from qwen_megakernel.checkpoint import Checkpoint
 from qwen_megakernel.codec.decoder import CodecDecoder
 from qwen_megakernel.codec.interface import FrameCodec
 from qwen_megakernel.config import GenerationParams
-from qwen_megakernel.decoding.torch_backend import DecoderBackend
+from qwen_megakernel.decoding.interface import DecoderBackend
 from qwen_megakernel.engine.backends import Backends
 from qwen_megakernel.model.talker import Talker
 

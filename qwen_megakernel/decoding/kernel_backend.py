@@ -19,15 +19,15 @@ from torch import Tensor
 from qwen_megakernel.build_tts import library_name
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, PredictorConfig, TalkerConfig
 from qwen_megakernel.decoding.frame_schedule import Exchange, parse_exchanges
-from qwen_megakernel.decoding.prefill_graph import ROWS, TalkerPrefill
-from qwen_megakernel.decoding.prefix_cache import PrefixCache
-from qwen_megakernel.decoding.torch_backend import (
+from qwen_megakernel.decoding.interface import (
     MAX_BATCH,
     LaunchedFrame,
     check_decode,
     check_max_positions,
     check_prefill,
 )
+from qwen_megakernel.decoding.prefill_graph import ROWS, TalkerPrefill
+from qwen_megakernel.decoding.prefix_cache import PrefixCache
 from qwen_megakernel.decoding.weight_packing import (
     known_qkv,
     pack_layers,

@@ -19,8 +19,9 @@ from qwen_megakernel.codec.cuda_stream import CudaCodecStream
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.codec.interface import FrameCodec
 from qwen_megakernel.config import ModelConfig
+from qwen_megakernel.decoding.interface import DecoderBackend
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
-from qwen_megakernel.decoding.torch_backend import DecoderBackend, TorchBackend
+from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.model.talker import Talker
 
 BACKENDS = ("auto", "torch", "megakernel")

@@ -29,7 +29,7 @@ import torch
 
 from qwen_megakernel.codec.interface import FrameCodec, LaunchedSound
 from qwen_megakernel.config import HOP
-from qwen_megakernel.decoding.torch_backend import MAX_BATCH, DecoderBackend, LaunchedFrame
+from qwen_megakernel.decoding.interface import MAX_BATCH, DecoderBackend, LaunchedFrame
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
 from qwen_megakernel.prompt.builder import PromptBuilder
 from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn

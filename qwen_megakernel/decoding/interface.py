@@ -1,0 +1,136 @@
+"""The decoder seam: what the engine asks of a decoder, frame by frame.
+
+All decode state of a stream lives in a numbered slot: KV cache, position, sampling state, draw
+key and the codes fed back. A backend knows nothing of text, voices, turns or audio:
+
+    prefill(slot, rows, params)      the prompt goes in; the slot is live
+    launch(slots, text_rows)         begin one frame for each of them -> its codes, once they are there
+    release(slot)                    the slot is free
+
+A row is fed before it is decoded: `prefill` runs all rows but the last, and every `launch`
+runs one row, which is the last prompt row at first and the sum of the 16 code embeddings of
+the previous frame after that, plus the text row that the caller passes. So a stream whose next
+text is late is simply left out of `launch`, and a frame is always talker, then predictor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from qwen_megakernel.config import GenerationParams
+from qwen_megakernel.prompt.shared_rows import SharedRows
+
+MAX_BATCH = 8
+"""Streams a frame can decode at once, on every backend."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedFrame:
+    """A frame that the device may still be at."""
+
+    device_codes: Tensor
+    """Integers [n, 16] where the backend computes, for what is queued on the current stream behind
+    this frame and before the next."""
+    codes: Callable[[], Tensor]
+    """Waits for the frame: int64 [n, 16] on the CPU. To be called before the next launch."""
+
+
+class DecoderBackend(Protocol):
+    """What the engine drives; `TorchBackend` is the specification.
+
+    Work is done in the order of the calls. On a GPU `prefill` and `launch` may return before it is.
+    """
+
+    num_slots: int
+    max_positions: int
+    """Prompt rows plus frames that a slot can hold."""
+
+    def prefill(
+        self, slot: int, rows: Tensor, params: GenerationParams, shared: SharedRows | None = None
+    ) -> None:
+        """Start a stream in a free slot.
+
+        Args:
+            slot: 0 .. num_slots - 1.
+            rows: [p, hidden] prompt rows in the model's dtype, 1 <= p < max_positions.
+            params: sampling of talker and predictor, seed, minimum length.
+            shared: the rows' beginning that other prompts share, at most p - 1 rows.
+        """
+
+    def launch(
+        self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None
+    ) -> LaunchedFrame:
+        """Begin one frame of each slot. Where its code 0 is EOS it is the end, not sound.
+
+        Args:
+            slots: 1 to 8 different live slots.
+            text_rows: [n, hidden], added to the rows fed now; zeros for a slot's first frame.
+            noise: fp32 [n, 16, talker vocabulary] to use instead of the slots' own draws (tests).
+        """
+
+    def release(self, slot: int) -> None:
+        """Free a slot; its next `prefill` sees nothing of this stream. A frame may still be running."""
+
+
+def check_max_positions(num_slots: int, max_positions: int, limit: int) -> None:
+    """Sizes of a backend. Raises `ValueError`."""
+    if num_slots < 1:
+        raise ValueError(f"num_slots is {num_slots}, allowed: at least 1")
+    if not 2 <= max_positions <= limit:
+        raise ValueError(f"max_positions is {max_positions}, allowed: 2 to {limit}")
+
+
+def check_prefill(
+    backend: DecoderBackend,
+    slot: int,
+    in_use: bool,
+    rows: Tensor,
+    hidden: int,
+    shared: SharedRows | None,
+) -> None:
+    """What `DecoderBackend.prefill` may be given. Raises `ValueError`."""
+    if not 0 <= slot < backend.num_slots:
+        raise ValueError(f"slot is {slot}, allowed: 0 to {backend.num_slots - 1}")
+    if in_use:
+        raise ValueError(f"slot {slot} is in use")
+    if rows.ndim != 2 or rows.shape[1] != hidden:
+        raise ValueError(f"rows is {list(rows.shape)}, expected [p, {hidden}]")
+    if not 1 <= rows.shape[0] < backend.max_positions:
+        raise ValueError(
+            f"the prompt has {rows.shape[0]} rows, allowed: 1 to {backend.max_positions - 1}"
+        )
+    if shared and not 0 <= shared.count < rows.shape[0]:
+        raise ValueError(f"{shared.count} rows are shared, allowed: 0 to {rows.shape[0] - 1}")
+
+
+class HasPosition(Protocol):
+    """A live stream."""
+
+    position: int
+    """Rows in its KV cache."""
+
+
+def check_decode(
+    backend: DecoderBackend,
+    slots: Sequence[int],
+    streams: Mapping[int, HasPosition],
+    text_rows: Tensor,
+    hidden: int,
+) -> None:
+    """What `DecoderBackend.launch` may be given; `streams` by live slot. Raises `ValueError`."""
+    if not 1 <= len(slots) <= MAX_BATCH:
+        raise ValueError(f"{len(slots)} slots in a frame, allowed: 1 to {MAX_BATCH}")
+    if len(set(slots)) != len(slots):
+        raise ValueError(f"slots {list(slots)} repeat")
+    for slot in slots:
+        if slot not in streams:
+            raise ValueError(f"slot {slot} is not in use")
+        if streams[slot].position >= backend.max_positions:
+            raise ValueError(f"slot {slot} is full: {backend.max_positions} positions")
+    expected = (len(slots), hidden)
+    if tuple(text_rows.shape) != expected:
+        raise ValueError(f"text_rows is {list(text_rows.shape)}, expected {list(expected)}")
