@@ -18,7 +18,7 @@ struct TilePieces {
 };
 
 // A row of the caches stands in 16-byte words, the word w of dims 8w to 8w + 7 at w ^ swizzle(position): so what a
-// warp reads at once of several rows lies in different banks. decoding/weight_packing.py has the same for PyTorch.
+// warp reads at once of several rows lies in different banks. decoding/kv_cache.py has the same for PyTorch.
 __device__ __forceinline__ int swizzle(int position) {
   return (position & 1) << 2 | (position & 2) | (position >> 2 & 1);
 }

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qwen_megakernel.config import GenerationParams
+from qwen_megakernel.decoding.kv_cache import swizzled
 from qwen_megakernel.decoding.prefill_graph import ROWS, TalkerPrefill
 from qwen_megakernel.decoding.torch_backend import TorchBackend
-from qwen_megakernel.decoding.weight_packing import swizzled
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config
 

@@ -26,6 +26,7 @@ from qwen_megakernel.decoding.interface import (
     check_max_positions,
     check_prefill,
 )
+from qwen_megakernel.decoding.kv_cache import swizzled
 from qwen_megakernel.decoding.prefill_graph import ROWS, TalkerPrefill
 from qwen_megakernel.decoding.prefix_cache import PrefixCache
 from qwen_megakernel.decoding.weight_packing import (
@@ -34,7 +35,6 @@ from qwen_megakernel.decoding.weight_packing import (
     pack_product,
     pack_qk_norms,
     pack_rope,
-    swizzled,
     with_norm,
 )
 from qwen_megakernel.model.sampling import split_seed
