@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from cached_rows import load_rows
 from live_server import ROOT
 
 from qwen_megakernel import bench_tts
@@ -175,8 +176,9 @@ def test_the_pytorch_rival_decodes_a_true_frame(shape):
     frame = TorchFrame(talker, config, 1, position=rows - 1)
     frame._sampling = SamplingBatch.gather([greedy], config.talker.vocab_size, torch.device("cpu"))
     frame.rows[0] = prompt[-1]
-    for ours, theirs in zip(frame._caches, (backend._k_cache, backend._v_cache), strict=True):
-        ours[:, :, :, :-1] = theirs[:, :, :, : rows - 1]
+    cached = load_rows(backend.kv_cache, config.talker, slot=0, count=rows - 1)
+    for ours, theirs in zip(frame._caches, cached, strict=True):
+        ours[:, 0, :, :-1] = theirs
     frame()
     assert torch.equal(frame.codes, backend.decode([0], torch.zeros(1, config.talker.hidden_size)))
     torch.testing.assert_close(frame.rows[0], talker.code_rows(frame.codes)[0])

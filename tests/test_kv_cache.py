@@ -1,11 +1,125 @@
-"""Keys and values: where they lie, and that every copy of them comes back as it was."""
+"""Keys and values: every copy comes back as it was, in both layouts, and no other slot is touched."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cached_rows import fill_with_nan, load_rows
+from torch import Tensor
 
-from qwen_megakernel.decoding.kv_cache import swizzled
+from qwen_megakernel.config import GenerationParams
+from qwen_megakernel.decoding.kv_cache import KvCache, plain, swizzled
+from qwen_megakernel.decoding.torch_backend import TorchBackend
+from qwen_megakernel.synth.checkpoint import random_talker
+from qwen_megakernel.synth.config import shape_config
+
+CONFIG = shape_config("tiny").talker
+CPU = torch.device("cpu")
+SLOTS, POSITIONS = 3, 40
+
+
+@pytest.fixture(params=[plain, swizzled], ids=["plain", "swizzled"])
+def cache(request) -> KvCache:
+    """Of which no row is written: all are NaN."""
+    made = KvCache(CONFIG, SLOTS, POSITIONS, dtype=torch.bfloat16, device=CPU, layout=request.param)
+    fill_with_nan(made)
+    return made
+
+
+def random_rows(count: int) -> tuple[Tensor, Tensor]:
+    shape = (CONFIG.num_layers, CONFIG.num_kv_heads, count, CONFIG.head_dim)
+    return torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
+
+
+def assert_holds(cache: KvCache, slot: int, keys: Tensor, values: Tensor) -> None:
+    """The slot's first rows are these, and nobody has written more."""
+    count = keys.shape[2]
+    for found, expected in zip(load_rows(cache, CONFIG, slot, POSITIONS), (keys, values), strict=True):
+        assert torch.equal(found[:, :, :count], expected)
+        assert found[:, :, count:].isnan().all()
+
+
+def assert_unwritten(cache: KvCache, *slots: int) -> None:
+    for slot in slots:
+        assert_holds(cache, slot, *random_rows(0))
+
+
+def test_stored_rows_are_loaded_as_they_were(cache):
+    keys, values = random_rows(29)
+    for begin, end in ((0, 11), (11, 12), (12, 29)):
+        cache.store(1, begin, keys[:, :, begin:end], values[:, :, begin:end])
+    assert_holds(cache, 1, keys, values)
+    assert_unwritten(cache, 0, 2)
+
+
+def test_rows_written_by_attention_are_the_stored_ones(cache):
+    """What a layer hands over row by row is what a copy brings out, and the other way round."""
+    keys, values = random_rows(21)
+    cache.store(2, 0, keys[:, :, :13], values[:, :, :13])
+    rows = cache.slot(2)
+    for layer in range(CONFIG.num_layers):
+        for begin, end in ((13, 20), (20, 21)):
+            new = (x[layer, None, :, begin:end].transpose(1, 2) for x in (keys, values))
+            so_far = rows.extend(layer, begin, *new)
+            for found, expected in zip(so_far, (keys, values), strict=True):
+                assert torch.equal(found, expected[layer, None, :, :end])
+    assert_holds(cache, 2, keys, values)
+    assert_unwritten(cache, 0, 1)
+
+
+def test_kept_rows_are_restored_into_any_slot(cache):
+    keys, values = random_rows(17)
+    cache.store(0, 0, keys, values)
+    kept = cache.keep(0, 9)
+    cache.store(0, 0, *random_rows(17))  # the slot goes on with another stream
+    cache.restore(2, kept)
+    assert_holds(cache, 2, keys[:, :, :9], values[:, :, :9])
+    assert_unwritten(cache, 1)
+
+
+def test_slots_do_not_disturb_each_other(cache):
+    written = [random_rows(POSITIONS) for _ in range(SLOTS)]
+    for slot in (1, 0, 2):
+        cache.store(slot, 0, *written[slot])
+    for slot, (keys, values) in enumerate(written):
+        assert_holds(cache, slot, keys, values)
+
+
+def test_both_layouts_take_the_bytes_that_are_reported(cache):
+    allocated = sum(tensor.nbytes for tensor in cache.tensors.values())
+    assert KvCache.num_bytes(CONFIG, SLOTS, POSITIONS, torch.bfloat16) == allocated
+    assert all(tensor.is_contiguous() for tensor in cache.tensors.values())
+    # Two bytes, keys and values.
+    row = 2 * 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim
+    assert allocated == SLOTS * POSITIONS * row
+
+
+def test_the_kernel_s_layout_is_the_swizzle_of_the_plain_one():
+    caches = [
+        KvCache(CONFIG, 1, POSITIONS, dtype=torch.bfloat16, device=CPU, layout=layout)
+        for layout in (plain, swizzled)
+    ]
+    keys, values = random_rows(POSITIONS)
+    for cache in caches:
+        cache.store(0, 0, keys[:, :, :5], values[:, :, :5])
+        cache.store(0, 5, keys[:, :, 5:], values[:, :, 5:])
+    for name, in_order in caches[0].tensors.items():
+        held = caches[1].tensors[name]
+        assert not torch.equal(held, in_order)
+        assert torch.equal(held, swizzled(in_order, 0))
+
+
+def test_a_stream_is_the_same_in_either_layout():
+    config = shape_config("tiny")
+    talker, codes = random_talker(config, "cpu"), []
+    rows = torch.randn(12, config.talker.hidden_size)
+    for layout in (plain, swizzled):
+        backend = TorchBackend(talker, config.talker, config.predictor, num_slots=2, max_positions=32)
+        backend.kv_cache = KvCache(config.talker, 2, 32, dtype=torch.bfloat16, device=CPU, layout=layout)
+        backend.prefill(1, rows, GenerationParams(seed=3))
+        text = torch.zeros(1, config.talker.hidden_size)
+        codes.append(torch.cat([backend.decode([1], text) for _ in range(5)]))
+    assert torch.equal(*codes)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cached_rows import fill_with_nan, load_rows
 
 from qwen_megakernel.config import GenerationParams
-from qwen_megakernel.decoding.kv_cache import swizzled
+from qwen_megakernel.decoding.kv_cache import KvCache, Layout, plain, swizzled
 from qwen_megakernel.decoding.prefill_graph import ROWS, TalkerPrefill
 from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.synth.checkpoint import random_talker
@@ -20,22 +21,29 @@ def config(request):
     return shape_config(request.param)
 
 
+def make_cache(config, device: str, dtype: torch.dtype, layout: Layout = plain) -> KvCache:
+    """Of which no row is written: all are NaN."""
+    cache = KvCache(config.talker, 3, POSITIONS, dtype=dtype, device=torch.device(device), layout=layout)
+    fill_with_nan(cache)
+    return cache
+
+
 def make(config, device: str, dtype: torch.dtype):
-    """The specification's backend with its caches, and the prefill with caches of its own."""
+    """The specification's backend with its cache, and the prefill with a cache of its own."""
     talker = random_talker(config, device)
     for parameter in talker.parameters():
         if not parameter.is_meta:
             parameter.data = parameter.data.to(dtype)
     backend = TorchBackend(talker, config.talker, config.predictor, num_slots=3, max_positions=POSITIONS)
-    caches = [torch.full_like(cache, torch.nan) for cache in (backend._k_cache, backend._v_cache)]
-    return backend, caches, TalkerPrefill(talker, config.talker, *caches)
+    cache = make_cache(config, device, dtype)
+    return backend, cache, TalkerPrefill(talker, config.talker, cache)
 
 
-def truth(backend, slot: int, rows: torch.Tensor) -> list[torch.Tensor]:
+def truth(backend, config, slot: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [layers, kv_heads, n, head_dim] of rows, by the specification."""
     backend.prefill(slot, torch.cat([rows, rows[:1]]), GenerationParams())
     backend.release(slot)
-    return [c[:, slot, :, : len(rows)].clone() for c in (backend._k_cache, backend._v_cache)]
+    return load_rows(backend.kv_cache, config.talker, slot, len(rows))
 
 
 @pytest.mark.parametrize(
@@ -43,42 +51,42 @@ def truth(backend, slot: int, rows: torch.Tensor) -> list[torch.Tensor]:
     [(1,), (40,), (ROWS,), (9, 60), (ROWS, ROWS), (200 - ROWS, ROWS, 50), (ROWS, ROWS, 30)],
 )  # the last one's last rows are beyond the shorter reach
 def test_keys_and_values_are_the_specification_s(config, parts):
-    backend, caches, prefill = make(config, "cpu", torch.float32)
+    backend, cache, prefill = make(config, "cpu", torch.float32)
     rows = torch.randn(sum(parts), config.talker.hidden_size)
     begin = 0
     for part in rows.split(parts):
         assert prefill.fits(begin)
         prefill.run(1, part, begin)
         begin += len(part)
-    for cache, expected in zip(caches, truth(backend, 2, rows), strict=True):
-        torch.testing.assert_close(cache[:, 1, :, :begin], expected, rtol=1e-4, atol=1e-4)
-        assert cache[:, 1, :, begin:].isnan().all(), "more was written than the rows given"
-        assert cache[:, [0, 2]].isnan().all(), "another slot was touched"
+    slots = [load_rows(cache, config.talker, slot, POSITIONS) for slot in range(3)]
+    for ours, expected in zip(slots[1], truth(backend, config, 2, rows), strict=True):
+        torch.testing.assert_close(ours[:, :, :begin], expected, rtol=1e-4, atol=1e-4)
+        assert ours[:, :, begin:].isnan().all(), "more was written than the rows given"
+    for other in (*slots[0], *slots[2]):
+        assert other.isnan().all(), "another slot was touched"
 
 
-def test_rows_are_kept_in_the_order_asked_for(config):
-    _, caches, _ = make(config, "cpu", torch.float32)
-    turned = [cache.clone() for cache in caches]
-    talker = random_talker(config, "cpu").float()
-    prefill = TalkerPrefill(talker, config.talker, *turned, order=swizzled)
-    plain = TalkerPrefill(talker, config.talker, *caches)
-    rows = torch.randn(100, config.talker.hidden_size)
-    for begin, end in ((0, 37), (37, 100)):  # what the second sees of the first is turned back
-        prefill.run(1, rows[begin:end], begin)
-        plain.run(1, rows[begin:end], begin)
-    for ours, expected in zip(turned, caches, strict=True):
-        assert not torch.equal(ours[:, 1, :, :100], expected[:, 1, :, :100])
-        assert torch.equal(swizzled(ours[:, 1, :, :100], 0), expected[:, 1, :, :100])
+def test_keys_and_values_are_the_same_in_the_kernel_s_layout(config):
+    talker, rows = random_talker(config, "cpu").float(), torch.randn(100, config.talker.hidden_size)
+    found = []
+    for layout in (plain, swizzled):
+        cache = make_cache(config, "cpu", torch.float32, layout)
+        prefill = TalkerPrefill(talker, config.talker, cache)
+        prefill.run(1, rows[:37], 0)
+        prefill.run(1, rows[37:], 37)  # attends to the stored rows of the first run
+        found.append(load_rows(cache, config.talker, 1, 100))
+    for in_order, in_layout in zip(*found, strict=True):
+        assert torch.equal(in_layout, in_order)
 
 
 def test_what_an_earlier_run_left_is_not_seen(config):
-    _, caches, prefill = make(config, "cpu", torch.float32)
+    _, cache, prefill = make(config, "cpu", torch.float32)
     rows = torch.randn(30, config.talker.hidden_size)
     prefill.run(0, rows, 0)
-    first = caches[0][:, 0, :, :30].clone()
     prefill.run(1, torch.randn(ROWS, config.talker.hidden_size) * 5, 0)
     prefill.run(2, rows, 0)
-    assert torch.equal(caches[0][:, 2, :, :30], first)
+    first, again = (load_rows(cache, config.talker, slot, 30) for slot in (0, 2))
+    assert torch.equal(torch.stack(again), torch.stack(first))
 
 
 def test_only_so_far_back(config):
@@ -92,14 +100,16 @@ def test_only_so_far_back(config):
 @pytest.mark.parametrize("shape", ["tiny", "0.6b"])
 def test_graph_is_as_close_to_fp32_as_bf16_pytorch(shape):
     config = shape_config(shape)
-    backend, caches, prefill = make(config, "cuda", torch.bfloat16)
+    backend, cache, prefill = make(config, "cuda", torch.bfloat16)
     exact, _, _ = make(config, "cuda", torch.float32)
     parts = (29, 121, ROWS)  # by both graphs: the last looks further back than the first reaches
     rows = torch.randn(sum(parts), config.talker.hidden_size, device="cuda").bfloat16()
     for begin, part in zip((0, 29, 150), rows.split(parts), strict=True):
         prefill.run(1, part, begin)
-    for cache, theirs, true in zip(
-        caches, truth(backend, 2, rows), truth(exact, 2, rows.float()), strict=True
+    for ours, theirs, true in zip(
+        load_rows(cache, config.talker, 1, len(rows)),
+        truth(backend, config, 2, rows),
+        truth(exact, config, 2, rows.float()),
+        strict=True,
     ):
-        ours = (cache[:, 1, :, : len(rows)].float() - true).norm()
-        assert ours <= 1.1 * (theirs.float() - true).norm()
+        assert (ours.float() - true).norm() <= 1.1 * (theirs.float() - true).norm()

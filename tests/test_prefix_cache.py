@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen_megakernel.config import GenerationParams
+from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.decoding.prefix_cache import CAPACITY, PrefixCache
 from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.prompt.shared_rows import SharedRows
@@ -50,7 +51,8 @@ def test_the_row_that_is_decoded_cannot_be_shared(backend):
 
 
 def test_the_least_recently_used_beginning_goes_first():
-    cache = PrefixCache(*torch.randn(2, 1, 1, 1, 4, 2))
+    config, device = shape_config("tiny").talker, torch.device("cpu")
+    cache = PrefixCache(KvCache(config, 1, 4, dtype=torch.bfloat16, device=device))
     for key in range(CAPACITY):
         cache.keep(0, SharedRows(key, 2))
     assert cache.restore(0, SharedRows(0, 2))

@@ -28,6 +28,7 @@ from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoding.frame_schedule import Exchange
 from qwen_megakernel.decoding.interface import MAX_BATCH
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
+from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.shared_rows import SharedRows
@@ -127,8 +128,7 @@ def frame_bytes(config: ModelConfig, streams: int, position: int) -> int:
     weights -= (NUM_CODEBOOKS - 2) * qkv_rows(p) * (p.hidden_size - streams)
     if t.hidden_size != p.hidden_size:
         weights += t.hidden_size * p.hidden_size
-    cached = streams * position * t.num_layers * 2 * t.num_kv_heads * t.head_dim
-    return 2 * (weights + cached)
+    return 2 * weights + KvCache.num_bytes(t, streams, position, torch.bfloat16)
 
 
 # --- measuring ---------------------------------------------------------------------------------

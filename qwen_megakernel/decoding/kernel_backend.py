@@ -26,7 +26,7 @@ from qwen_megakernel.decoding.interface import (
     check_max_positions,
     check_prefill,
 )
-from qwen_megakernel.decoding.kv_cache import swizzled
+from qwen_megakernel.decoding.kv_cache import KvCache, swizzled
 from qwen_megakernel.decoding.prefill_graph import ROWS, TalkerPrefill
 from qwen_megakernel.decoding.prefix_cache import PrefixCache
 from qwen_megakernel.decoding.weight_packing import (
@@ -133,10 +133,18 @@ class MegakernelBackend:
                 f"the kernel's streams have {self._ops.stream_bytes()} bytes, not {_STREAM.itemsize}"
             )
         self._grid = self._choose_grid(grid)
-        self._tensors = self._pack(talker) | self._reserve()
-        caches = self._tensors["k_cache"], self._tensors["v_cache"]
-        self._prefixes = PrefixCache(*caches)
-        self._long_prompts = TalkerPrefill(talker, talker_config, *caches, order=swizzled)
+        packed = self._pack(talker)
+        self.kv_cache = KvCache(
+            talker_config,
+            num_slots,
+            max_positions,
+            dtype=torch.bfloat16,
+            device=self._device,
+            layout=swizzled,
+        )
+        self._tensors = packed | self.kv_cache.tensors | self._reserve()
+        self._prefixes = PrefixCache(self.kv_cache)
+        self._long_prompts = TalkerPrefill(talker, talker_config, self.kv_cache)
         kernel_class = getattr(torch.classes, library_name(library)).FrameKernel
         self._kernel = kernel_class(self._tensors, num_slots, max_positions, self._grid, max_spins)
         self._epoch, self._num_tags = 1, self._ops.num_tags()
@@ -200,17 +208,14 @@ class MegakernelBackend:
         }
 
     def _reserve(self) -> dict[str, Tensor]:
-        """Caches, state and exchange buffers, under the kernel's names."""
+        """State, scratch and exchange buffers, under the kernel's names."""
         c, p = self._config, self._predictor_config
-        cache = (c.num_layers, self.num_slots, c.num_kv_heads, self.max_positions, c.head_dim)
         scratch = (p.num_layers, MAX_BATCH, p.num_kv_heads, 2, NUM_CODEBOOKS, p.head_dim)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
         return {
-            "k_cache": zeros(*cache, dtype=torch.bfloat16),
-            "v_cache": zeros(*cache, dtype=torch.bfloat16),
             "predictor_kv": zeros(*scratch, dtype=torch.bfloat16),
             "next_rows": zeros(self.num_slots, c.hidden_size, dtype=torch.float32),
             "seen": zeros(self.num_slots, c.vocab_size // 32, dtype=torch.int32),

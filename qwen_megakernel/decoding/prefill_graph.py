@@ -1,8 +1,8 @@
 """Long prompts through the talker in PyTorch: a CUDA graph for up to 128 rows at a time.
 
-The frame kernel takes eight rows a launch, and reads all weights for each. From a few dozen rows
-on it is faster to read them once. The graph has its own keys and values, as far as it can look
-back; a slot's are copied in before it runs, and the new ones out after.
+The frame kernel takes eight rows a launch and reads all weights for each launch. From a few dozen
+rows on it is faster to read them once. The graph has keys and values of its own, as many as it can
+look back over: a slot's rows are copied in before it runs, and the new rows out after.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwen_megakernel.config import TalkerConfig
 from qwen_megakernel.cuda_graphs import capture
+from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.model.fused_layers import JoinedLayer, joined_rope
 from qwen_megakernel.model.talker import Talker, mrope_tables
 
@@ -23,36 +24,25 @@ ROWS = 128
 """Rows of a run; fewer take as long."""
 REACHES = (256, 1024)
 """Positions that a graph looks back over, its own rows included: a graph for most prompts, and one for
-the longest. That fewer keys take less time was measured on an H200 (0.6B shape) before there were two:
-2.6 ms with 256, 3.2 ms with 1024."""
+the longest. Fewer keys take less time: 2.6 ms with 256, 3.2 ms with 1024 (H200, 0.6B shape)."""
 
 
 class TalkerPrefill:
-    """Keys and values of prompt rows, into the caches of a backend."""
+    """Computes the keys and values of prompt rows, into a backend's `KvCache`."""
 
     @torch.inference_mode()
-    def __init__(
-        self,
-        talker: Talker,
-        config: TalkerConfig,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        *,
-        order: Callable[[Tensor, int], Tensor] = lambda rows, _: rows,
-    ) -> None:
+    def __init__(self, talker: Talker, config: TalkerConfig, kv_cache: KvCache) -> None:
         """Join the weights; on a GPU, capture the graphs.
 
         Args:
             talker: its layers are read, and their weights kept.
             config: the talker's.
-            k_cache, v_cache: [layers, slots, kv_heads, positions, head_dim], of the weights' dtype.
-            order: of rows [..., n, head_dim] and the first one's position, the same in the order in
-                which the caches hold a row's dims, and back.
+            kv_cache: of the weights' dtype and device.
         """
-        self._config, self._caches, self._order = config, (k_cache, v_cache), order
+        self._config, self._kv_cache = config, kv_cache
         self._layers = [JoinedLayer(layer, config) for layer in talker.model.layers]
-        device, dtype = k_cache.device, k_cache.dtype
-        self.num_keys = min(REACHES[-1], max(k_cache.shape[3], ROWS))
+        device, dtype = kv_cache.device, kv_cache.dtype
+        self.num_keys = min(REACHES[-1], max(kv_cache.max_positions, ROWS))
         """Positions that a run can reach; it needs ROWS of them from its first on."""
         shape = (config.num_layers, config.num_kv_heads, self.num_keys, config.head_dim)
         self._keys, self._values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
@@ -72,31 +62,28 @@ class TalkerPrefill:
 
     @torch.inference_mode()
     def run(self, slot: int, rows: Tensor, begin: int) -> None:
-        """Compute and keep the keys and values of rows.
+        """Compute the keys and values of rows and store them.
 
         Args:
-            slot: of the caches; its positions before `begin` are filled.
+            slot: of the cache; its positions before `begin` are filled.
             rows: [n, hidden], 1 to ROWS of them.
-            begin: the first one's position; see `fits`.
+            begin: the first row's position; see `fits`.
         """
         end = begin + len(rows)
-        own = (self._keys, self._values)
-        for mine, cache in zip(own, self._caches, strict=True):
-            mine[:, :, :begin] = self._order(cache[:, slot, :, :begin], 0)
+        self._kv_cache.load(slot, self._keys[:, :, :begin], self._values[:, :, :begin])
         self._rows[0, : len(rows)] = rows
         self._begin.fill_(begin)
         next(run for reach, run in self._runs.items() if begin + ROWS <= reach)()
-        for mine, cache in zip(own, self._caches, strict=True):
-            cache[:, slot, :, begin:end] = self._order(mine[:, :, begin:end], begin)
+        self._kv_cache.store(slot, begin, self._keys[:, :, begin:end], self._values[:, :, begin:end])
 
     def _forward(self, reach: int) -> None:
-        """`_rows` at `_begin` and after, through all layers; rows beyond those given do no harm."""
+        """`_rows` at `_begin` and after, through all layers; rows beyond those given are ignored."""
         positions = self._begin + self._axes[:ROWS]
         rope = self._cos[None, positions], self._sin[None, positions]
-        hidden = torch.zeros(ROWS, reach, dtype=self._rows.dtype, device=self._rows.device)
-        hidden.masked_fill_(self._axes[:reach] > positions[:, None], -torch.inf)
-        # The query heads of a group share their keys: they stand in for more rows.
-        mask = hidden.repeat(self._config.num_heads // self._config.num_kv_heads, 1)
+        mask = torch.zeros(ROWS, reach, dtype=self._rows.dtype, device=self._rows.device)
+        mask.masked_fill_(self._axes[:reach] > positions[:, None], -torch.inf)
+        # The query heads of a group share their keys, so attention takes them as more rows.
+        mask = mask.repeat(self._config.num_heads // self._config.num_kv_heads, 1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self._keys[layer], self._values[layer]
@@ -104,8 +91,8 @@ class TalkerPrefill:
             values.index_copy_(1, positions, v[0].transpose(0, 1))
             # [ROWS, kv_heads * group, dim] -> [kv_heads, group * ROWS, dim] and back.
             grouped = q[0].unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3).flatten(1, 2)
-            seen = (cache[None, :, :reach] for cache in (keys, values))
-            out = F.scaled_dot_product_attention(grouped[None], *seen, attn_mask=mask)
+            in_reach = (rows[None, :, :reach] for rows in (keys, values))
+            out = F.scaled_dot_product_attention(grouped[None], *in_reach, attn_mask=mask)
             return out.unflatten(2, (-1, ROWS)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
         x = self._rows

@@ -1,7 +1,7 @@
 """Keys and values of prompt beginnings that many turns share: a voice in a language.
 
-A turn then starts with the rows that are its own. The beginning is always prefilled apart, kept
-or not, so that a turn's codes do not depend on whether another came before it.
+A turn then starts with the rows that are its own. The beginning is always prefilled separately,
+whether it is kept already or not, so a turn's codes do not depend on the turns before it.
 """
 
 from __future__ import annotations
@@ -9,29 +9,27 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from torch import Tensor
-
+from qwen_megakernel.decoding.kv_cache import KeptRows, KvCache
 from qwen_megakernel.prompt.shared_rows import SharedRows
 
 CAPACITY = 32
-"""Beginnings kept; the least recently used goes first (0.115 MB a row at the 0.6B shape)."""
+"""Beginnings kept; the least recently used is dropped first (0.115 MB a row at the 0.6B shape)."""
 
 
 class PrefixCache:
     """Copies of the first rows of slots, by key."""
 
-    def __init__(self, k_cache: Tensor, v_cache: Tensor) -> None:
-        """k_cache, v_cache: [layers, slots, kv_heads, positions, head_dim]."""
-        self._caches = k_cache, v_cache
-        self._kept: OrderedDict[SharedRows, tuple[Tensor, ...]] = OrderedDict()
+    def __init__(self, kv_cache: KvCache) -> None:
+        self._kv_cache = kv_cache
+        self._kept: OrderedDict[SharedRows, KeptRows] = OrderedDict()
 
     def begin(self, slot: int, shared: SharedRows | None, compute: Callable[[int], None]) -> int:
-        """Have a slot's shared rows in its first positions; how many there are.
+        """Put a slot's shared rows into its first positions; returns how many there are.
 
         Args:
-            slot: of the caches.
+            slot: of the cache.
             shared: None where nothing is shared.
-            compute: prefills that many of the prompt's rows; called where they are not kept yet.
+            compute: prefills that many of the prompt's rows; called if they are not kept yet.
         """
         if shared is None:
             return 0
@@ -45,13 +43,12 @@ class PrefixCache:
         kept = self._kept.get(shared)
         if kept is None:
             return False
-        for cache, rows in zip(self._caches, kept, strict=True):
-            cache[:, slot, :, : shared.count] = rows
+        self._kv_cache.restore(slot, kept)
         self._kept.move_to_end(shared)
         return True
 
     def keep(self, slot: int, shared: SharedRows) -> None:
         """Copy a slot's first rows."""
-        self._kept[shared] = tuple(cache[:, slot, :, : shared.count].clone() for cache in self._caches)
+        self._kept[shared] = self._kv_cache.keep(slot, shared.count)
         if len(self._kept) > CAPACITY:
             self._kept.popitem(last=False)

@@ -15,7 +15,6 @@ from qwen_megakernel.config import (
     GenerationParams,
     PredictorConfig,
     TalkerConfig,
-    TransformerConfig,
 )
 from qwen_megakernel.decoding.interface import (
     MAX_BATCH,
@@ -24,6 +23,7 @@ from qwen_megakernel.decoding.interface import (
     check_max_positions,
     check_prefill,
 )
+from qwen_megakernel.decoding.kv_cache import CachedRows, KvCache
 from qwen_megakernel.decoding.prefix_cache import PrefixCache
 from qwen_megakernel.model.fused_layers import JoinedLayers, joined_rope
 from qwen_megakernel.model.sampling import Draws, draw, gather_sampling, process_logits
@@ -47,7 +47,7 @@ class Frame:
 
 @dataclass(slots=True)
 class _Stream:
-    """The live state of a slot outside the caches."""
+    """The live state of a slot, beside its sampling history."""
 
     params: GenerationParams
     position: int
@@ -56,8 +56,7 @@ class _Stream:
     """Frames decoded."""
     next_row: Tensor
     """[hidden], what the next frame is fed, less its text row."""
-    caches: list[tuple[Tensor, Tensor]]
-    """By layer: its keys and values, [1, kv_heads, positions, head_dim] each."""
+    cached: CachedRows
     draws: Draws
 
 
@@ -92,9 +91,11 @@ class TorchBackend:
             table.weight.detach()
             for table in (talker.model.codec_embedding, *predictor.model.codec_embedding)
         ]
-        self._k_cache, self._v_cache = self._caches(talker_config, num_slots, max_positions)
-        self._prefixes = PrefixCache(self._k_cache, self._v_cache)
-        self._predictor_caches = self._caches(predictor_config, MAX_BATCH, NUM_CODEBOOKS)
+        self.kv_cache = KvCache(
+            talker_config, num_slots, max_positions, dtype=self._dtype, device=self._device
+        )
+        self._prefixes = PrefixCache(self.kv_cache)
+        self._predictor_keys, self._predictor_values = self._reserve_predictor()
         axes = torch.arange(max_positions, device=self._device).expand(3, -1)
         self._cos, self._sin = joined_rope(*mrope_tables(talker_config, axes), self._dtype)
         positions = torch.arange(NUM_CODEBOOKS, device=self._device)
@@ -108,13 +109,12 @@ class TorchBackend:
         self._seen = torch.zeros(num_slots, vocab, dtype=torch.bool, device=self._device)
         self._streams: dict[int, _Stream] = {}
 
-    def _caches(self, config: TransformerConfig, batch: int, positions: int) -> tuple[Tensor, Tensor]:
-        """K and V, each [layers, batch, kv_heads, positions, head_dim]."""
-        shape = (config.num_layers, batch, config.num_kv_heads, positions, config.head_dim)
-        return (
-            torch.empty(shape, dtype=self._dtype, device=self._device),
-            torch.empty(shape, dtype=self._dtype, device=self._device),
-        )
+    def _reserve_predictor(self) -> tuple[Tensor, Tensor]:
+        """Scratch of one frame: keys and values, [layers, MAX_BATCH, kv_heads, 16, head_dim] each."""
+        c = self._predictor_config
+        shape = (c.num_layers, MAX_BATCH, c.num_kv_heads, NUM_CODEBOOKS, c.head_dim)
+        keys, values = (torch.empty(shape, dtype=self._dtype, device=self._device) for _ in range(2))
+        return keys, values
 
     @torch.inference_mode()
     def prefill(
@@ -133,16 +133,11 @@ class TorchBackend:
             position=len(rows) - 1,
             frame=0,
             next_row=rows[-1].clone(),
-            caches=self._slot_caches(slot),
+            cached=self.kv_cache.slot(slot),
             draws=Draws(
                 params.seed, self._config.vocab_size, self._predictor_config.vocab_size, self._device
             ),
         )
-
-    def _slot_caches(self, slot: int) -> list[tuple[Tensor, Tensor]]:
-        """By layer: a slot's keys and values, [1, kv_heads, positions, head_dim] each."""
-        own = (cache[:, slot : slot + 1].unbind(0) for cache in (self._k_cache, self._v_cache))
-        return list(zip(*own, strict=True))
 
     def _prefill_rows(self, slot: int, rows: Tensor, begin: int) -> None:
         """Rows [p, hidden] through the talker, the first at position `begin`."""
@@ -150,7 +145,7 @@ class TorchBackend:
             return
         end = begin + len(rows)
         rope = self._cos[None, begin:end], self._sin[None, begin:end]
-        self._layers(rows[None], rope, _attend(self._slot_caches(slot), begin))
+        self._layers(rows[None], rope, _attend(self.kv_cache.slot(slot), begin))
 
     def release(self, slot: int) -> None:
         """See `DecoderBackend.release`. Raises `ValueError` for a slot that is not live."""
@@ -214,13 +209,13 @@ class TorchBackend:
         """Rows [n or MAX_BATCH, hidden] -> normed hidden states of the same shape."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            heard = [
-                _attend(s.caches, s.position)(layer, *(x.narrow(0, i, 1) for x in (q, k, v)))
+            outputs = [
+                _attend(s.cached, s.position)(layer, *(x.narrow(0, i, 1) for x in (q, k, v)))
                 for i, s in enumerate(streams)
             ]
-            if len(heard) < len(q):
-                heard.append(torch.zeros_like(q[len(heard) :]))
-            return torch.cat(heard) if len(heard) > 1 else heard[0]
+            if len(outputs) < len(q):
+                outputs.append(torch.zeros_like(q[len(outputs) :]))
+            return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
         spare = [0] * (len(rows) - len(streams))
         positions = torch.tensor([*(s.position for s in streams), *spare], device=self._device)
@@ -263,16 +258,21 @@ class TorchBackend:
         n, predictor = len(streams), self._talker.code_predictor
         vocab = self._predictor_config.vocab_size
         batch = gather_sampling(tuple(s.params.predictor for s in streams), vocab, self._device)
-        caches = [
-            tuple(cache[layer, : len(hidden)] for cache in self._predictor_caches)
-            for layer in range(self._predictor_config.num_layers)
-        ]
+        cached = CachedRows(
+            [
+                (
+                    self._predictor_keys[layer, : len(hidden)],
+                    self._predictor_values[layer, : len(hidden)],
+                )
+                for layer in range(self._predictor_config.num_layers)
+            ]
+        )
         codes, logits, position = [code0], [], 0
         embedded = [self._embed(0, code0, len(hidden))]
         rows = torch.stack([hidden, embedded[0]], dim=1)
         for rope, head in zip(self._predictor_ropes, predictor.lm_head, strict=True):
             x = predictor.small_to_mtp_projection(rows)
-            x = self._predictor_layers(x, rope, _attend(caches, position))
+            x = self._predictor_layers(x, rope, _attend(cached, position))
             position += rows.shape[1]
             logits.append(head(x[:, -1])[:n].float())
             if forced_codes is None:
@@ -291,21 +291,11 @@ class TorchBackend:
         return self._embeddings[codebook].index_select(0, codes)
 
 
-def _attend(caches: Sequence[tuple[Tensor, Tensor]], position: int) -> Attend:
-    """Attention of rows at `position` and after, over all up to them.
-
-    Args:
-        caches: by layer, keys and values [n, kv_heads, positions, head_dim]; the rows' are put there.
-        position: of the first row.
-    """
+def _attend(cached: CachedRows, position: int) -> Attend:
+    """Attention of rows at `position` and after over all up to them; stores their keys and values."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        count = q.shape[1]
-        keys, values = caches[layer]
-        keys.narrow(2, position, count).copy_(k.transpose(1, 2))
-        values.narrow(2, position, count).copy_(v.transpose(1, 2))
-        end = position + count
-        return causal_attention(q, keys.narrow(2, 0, end), values.narrow(2, 0, end))
+        return causal_attention(q, *cached.extend(layer, position, k, v))
 
     return attend
 

@@ -21,6 +21,7 @@ from qwen_megakernel.codec.interface import FrameCodec
 from qwen_megakernel.config import ModelConfig
 from qwen_megakernel.decoding.interface import DecoderBackend
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
+from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.model.talker import Talker
 
@@ -175,12 +176,11 @@ def _forget_layers(talker: Talker) -> None:
 
 
 def memory_refusal(device: torch.device, config: ModelConfig, num_slots: int, max_positions: int) -> str:
-    """A sentence for when the GPU's memory has not sufficed."""
+    """A sentence for a GPU whose memory did not suffice."""
     free, total = (size / 1e9 for size in torch.cuda.mem_get_info(device))
-    talker = config.talker
-    cells = talker.num_layers * talker.num_kv_heads * talker.head_dim * 2 * num_slots * max_positions
+    taken = KvCache.num_bytes(config.talker, num_slots, max_positions, torch.bfloat16) / 1e9
     return (
         f"the GPU has too little memory: {free:.1f} of {total:.1f} GB are left, and {num_slots} slots "
-        f"take {cells * 2 / 1e9:.1f} GB in bf16 beside the weights; use fewer (--num-slots), "
+        f"take {taken:.1f} GB in bf16 beside the weights; use fewer (--num-slots), "
         "or end what else runs there (nvidia-smi lists it)"
     )
