@@ -25,7 +25,6 @@ from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, resolve
 from qwen_megakernel.codec.decoder import CodecDecoder
 from qwen_megakernel.codec.encoder import CodecEncoder
 from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
-from qwen_megakernel.decoding.interface import MAX_BATCH
 from qwen_megakernel.engine.active_turn import TurnRequest
 from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
 from qwen_megakernel.engine.engine import Engine
@@ -148,7 +147,7 @@ class TTSDecoder:
         backend: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
-        num_slots: int = 2 * MAX_BATCH,
+        num_slots: int = 16,
         max_positions: int = 3072,
         revision: str | None = None,
         offline: bool = False,
@@ -161,7 +160,8 @@ class TTSDecoder:
             backend: `auto`, `torch` or `megakernel`.
             device: `auto`, `cpu`, `cuda`, `cuda:N`.
             dtype: `auto`, `bf16`, `fp32`.
-            num_slots: turns that can speak at a time; up to 8 of them share a frame.
+            num_slots: turns that can speak at a time; as many of them as the backend takes share a
+                frame.
             max_positions: prompt rows plus frames of one turn (12.5 frames a second).
             revision: commit of a Hugging Face id.
             offline: use only what is in the cache.

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 from live_server import ROOT
-
-from qwen_megakernel import bench_against, bench_worker
-from qwen_megakernel.__main__ import main
 from qwen_megakernel.bench_against import (
     WorkerProcess,
     baseline_tree,
@@ -22,6 +19,9 @@ from qwen_megakernel.bench_against import (
     resampled_medians,
 )
 from qwen_megakernel.bench_kernel import BenchError
+
+from qwen_megakernel import bench_against, bench_worker
+from qwen_megakernel.__main__ import main
 
 QUICK = ("--device", "cpu", "--repeats", "3", "--positions", "20", "--instances", "2")
 

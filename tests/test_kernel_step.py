@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, SamplingParams
-from qwen_megakernel.decoding.interface import MAX_BATCH
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
 from qwen_megakernel.model.sampling import SamplingBatch, draw, gumbel_noise, process_logits, split_seed
 from qwen_megakernel.synth.checkpoint import random_talker
@@ -114,7 +113,8 @@ def divergence(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("shape", "frames"), [("tiny", 32), ("0.6b", 32), ("1.7b", 8)])
 def test_teacher_forced_heads_are_as_close_to_fp32_as_bf16_pytorch(twins, shape, frames, report):
-    t, n = twins(shape), MAX_BATCH  # eight streams: 256 frames
+    t = twins(shape)
+    n = t.kernel.max_batch  # eight streams: 256 frames
     t.prefill([12 + 3 * s for s in range(n)], GenerationParams())
     ours, theirs = torch.zeros(NUM_CODEBOOKS), torch.zeros(NUM_CODEBOOKS)
     vocab = t.config.predictor.vocab_size
@@ -213,8 +213,8 @@ def test_codes_are_the_same_alone_in_company_in_any_slot_on_any_grid(shape, grid
     prompts = [
         torch.randn(k, config.talker.hidden_size, device="cuda", generator=generator) for k in lengths
     ]
-    text = torch.randn(4, MAX_BATCH, config.talker.hidden_size, device="cuda", generator=generator)
-    params = [GenerationParams(seed=seed) for seed in range(MAX_BATCH)]
+    text = torch.randn(4, len(lengths), config.talker.hidden_size, device="cuda", generator=generator)
+    params = [GenerationParams(seed=seed) for seed in range(len(lengths))]
     expected = None
     for grid in grids:
         kernel = make_kernel(shape, talker, num_slots=16, grid=grid)

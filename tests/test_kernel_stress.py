@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from qwen_megakernel.config import GenerationParams
-from qwen_megakernel.decoding.interface import MAX_BATCH
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config
@@ -50,7 +49,7 @@ class Crowd:
         self.kernel, self.random = kernel, random.Random(seed)
         generator = torch.Generator("cuda").manual_seed(seed)
         self.prompt = torch.randn(64, hidden, device="cuda", generator=generator)
-        self.text = torch.zeros(MAX_BATCH, hidden, device="cuda")
+        self.text = torch.zeros(kernel.max_batch, hidden, device="cuda")
         self.live: dict[int, Life] = {}
         self.gone: list[Life] = []
         self.joined = 0
@@ -60,7 +59,8 @@ class Crowd:
         free = [slot for slot in range(SLOTS) if slot not in self.live]
         if free and (not self.live or self.random.random() < 0.05):
             self.join(self.random.choice(free))
-        slots = self.random.sample(sorted(self.live), min(len(self.live), self.random.randint(1, 8)))
+        count = self.random.randint(1, self.kernel.max_batch)
+        slots = self.random.sample(sorted(self.live), min(len(self.live), count))
         codes = self.kernel.decode(slots, self.text[: len(slots)])
         for slot, row in zip(slots, codes, strict=True):
             life = self.live[slot]

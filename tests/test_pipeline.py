@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
 from qwen_megakernel.codec.interface import LaunchedSound
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS, Guards
-from qwen_megakernel.decoding.interface import MAX_BATCH, LaunchedFrame
+from qwen_megakernel.decoding.interface import LaunchedFrame
 from qwen_megakernel.turn import Audio, Finished
 
 NONSENSE = 999_999
@@ -29,7 +29,7 @@ class LateBackend:
 
     def __init__(self, real) -> None:
         self._real = real
-        self._codes = torch.zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int64)
+        self._codes = torch.zeros(real.max_batch, NUM_CODEBOOKS, dtype=torch.int64)
         self.batches: list[list[int]] = []
 
     def __getattr__(self, name: str):
@@ -48,7 +48,7 @@ class LateCodec:
 
     def __init__(self, real) -> None:
         self._real = real
-        self._buffers = [np.zeros((MAX_BATCH, HOP), np.float32) for _ in range(2)]
+        self._buffers = [np.zeros((real.num_slots, HOP), np.float32) for _ in range(2)]
         self.fail = False
 
     def __getattr__(self, name: str):
@@ -162,6 +162,22 @@ def test_turns_that_join_and_leave_sound_as_alone(late, serial):
         alone = speak(serial, **plan)
         assert listener.events[-1].num_frames == alone.events[-1].num_frames
         np.testing.assert_allclose(listener.samples, alone.samples, atol=1e-5)
+
+
+def test_no_frame_is_wider_than_the_backend(tiny_base, serial):
+    with TTSDecoder.load(tiny_base, num_slots=4) as tts:
+        make_late(tts)
+        backend = tts._engine._backend
+        backend.max_batch = 2
+        listeners = [Listener() for _ in range(4)]
+        for listener in listeners:
+            tts.open_turn(TEXT, sink=listener, ended=True, params=PARAMS)
+        for listener in listeners:
+            assert listener.wait().num_frames == PARAMS.max_frames
+        assert max(len(slots) for slots in backend.batches) == 2
+        alone = speak(serial)
+        for listener in listeners:
+            np.testing.assert_allclose(listener.samples, alone.samples, atol=1e-5)
 
 
 def test_live_text_waits_and_goes_on_the_same(late, serial):

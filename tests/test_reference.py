@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qwen_megakernel.checkpoint import Checkpoint
 from qwen_megakernel.config import GenerationParams, ModelConfig, SamplingParams
-from qwen_megakernel.decoding.interface import MAX_BATCH
 from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.model.talker import Talker, mrope_tables, rope_tables
 from qwen_megakernel.prompt.builder import PromptBuilder
@@ -378,7 +377,7 @@ def test_same_seed_gives_the_same_codes_in_any_company(base):
     assert torch.equal(sampled(base, backend, [11], [5], 24)[0], alone), "another slot"
     seeds = [9, 1, 5, 2, 3, 4, 6, 5]
     together = sampled(base, backend, [3, 4, 9, 1, 2, 0, 7, 6], seeds, 24)
-    assert len(seeds) == MAX_BATCH
+    assert len(seeds) == backend.max_batch
     assert torch.equal(together[2], alone), "among seven others"
     assert torch.equal(together[7], alone), "among seven others, last row"
     assert not torch.equal(together[0], alone), "another seed must differ"
@@ -430,6 +429,19 @@ def test_eos_only_after_the_minimum_and_control_codes_never(base):
     assert first[0] < 2048
     assert first[1] < 2048
     assert first[2] == eos
+
+
+def test_a_wider_frame_decodes_the_same_and_one_too_wide_is_refused(base):
+    narrow, wide = (base.backend(max_batch=n, max_positions=64) for n in (2, 11))
+    assert (narrow.num_slots, wide.num_slots) == (2, 11)
+    seeds = list(range(11))
+    together = sampled(base, wide, seeds, seeds, 3)
+    assert torch.equal(sampled(base, narrow, [0, 1], seeds[:2], 3), together[:2])
+    row = torch.zeros(3, base.config.talker.hidden_size)
+    with pytest.raises(ValueError, match="3 slots in a frame, allowed: 1 to 2"):
+        narrow.decode([0, 1, 2], row)
+    with pytest.raises(ValueError, match="max_batch is 0, allowed: at least 1"):
+        base.backend(max_batch=0)
 
 
 def test_wrong_calls_are_named(base):

@@ -26,7 +26,6 @@ from qwen_megakernel.bench.torch_graph import TorchFrame
 from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, find_nvcc, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoding.frame_schedule import Exchange
-from qwen_megakernel.decoding.interface import MAX_BATCH
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
 from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.decoding.torch_backend import TorchBackend
@@ -35,6 +34,7 @@ from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.tools.machine_code import resources
 
 STREAMS = (1, 2, 4, 8)
+"""Measured where no others are asked for; the last is the most that can be asked for."""
 POSITIONS = (100, 500, 1000, 2000)
 REPEATS = 200
 EAGER_REPEATS = 10
@@ -197,14 +197,13 @@ class KernelBench:
         self.library = build(frame_library(config, self.arch), self.arch, report)
         self._read = ctypes.CDLL(str(build(READ_LIBRARY, self.arch, report))).read_floor
         most = max(positions) + repeats + 2 * WARM_UP
-        backend = {"num_slots": MAX_BATCH, "max_positions": most}
-        self._kernel = MegakernelBackend(
-            talker, config.talker, config.predictor, library=self.library, **backend
-        )
-        self._torch = TorchBackend(talker, config.talker, config.predictor, **backend)
+        shape = (talker, config.talker, config.predictor)
+        self._kernel = MegakernelBackend(*shape, library=self.library, max_positions=most)
+        self._widest = self._kernel.max_batch
+        self._torch = TorchBackend(*shape, max_positions=most, max_batch=self._widest)
         self._prompts = _Prompts(config, self._device, most)
         self._buffer = torch.zeros(
-            frame_bytes(config, MAX_BATCH, max(positions)), dtype=torch.uint8, device=self._device
+            frame_bytes(config, self._widest, max(positions)), dtype=torch.uint8, device=self._device
         )
 
     def measure(self, streams: int, position: int, chain_us: float | None) -> FrameFigures:

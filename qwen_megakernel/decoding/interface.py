@@ -24,9 +24,6 @@ from torch import Tensor
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.prompt.shared_rows import SharedRows
 
-MAX_BATCH = 8
-"""Streams a frame can decode at once, on every backend."""
-
 
 @dataclass(frozen=True, slots=True)
 class LaunchedFrame:
@@ -46,6 +43,9 @@ class DecoderBackend(Protocol):
     """
 
     num_slots: int
+    """Streams that can be live."""
+    max_batch: int
+    """The most streams that one frame decodes."""
     max_positions: int
     """Prompt rows plus frames that a slot can hold."""
 
@@ -67,7 +67,7 @@ class DecoderBackend(Protocol):
         """Begin one frame of each slot. Where its code 0 is EOS it is the end, not sound.
 
         Args:
-            slots: 1 to 8 different live slots.
+            slots: 1 to `max_batch` different live slots.
             text_rows: [n, hidden], added to the rows fed now; zeros for a slot's first frame.
             noise: fp32 [n, 16, talker vocabulary] to use instead of the slots' own draws (tests).
         """
@@ -122,8 +122,8 @@ def check_decode(
     hidden: int,
 ) -> None:
     """What `DecoderBackend.launch` may be given; `streams` by live slot. Raises `ValueError`."""
-    if not 1 <= len(slots) <= MAX_BATCH:
-        raise ValueError(f"{len(slots)} slots in a frame, allowed: 1 to {MAX_BATCH}")
+    if not 1 <= len(slots) <= backend.max_batch:
+        raise ValueError(f"{len(slots)} slots in a frame, allowed: 1 to {backend.max_batch}")
     if len(set(slots)) != len(slots):
         raise ValueError(f"slots {list(slots)} repeat")
     for slot in slots:

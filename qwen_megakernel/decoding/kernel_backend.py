@@ -20,7 +20,6 @@ from qwen_megakernel.build_tts import library_name
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, PredictorConfig, TalkerConfig
 from qwen_megakernel.decoding.frame_schedule import Exchange, parse_exchanges
 from qwen_megakernel.decoding.interface import (
-    MAX_BATCH,
     LaunchedFrame,
     check_decode,
     check_max_positions,
@@ -41,6 +40,8 @@ from qwen_megakernel.model.sampling import split_seed
 from qwen_megakernel.model.talker import Talker, mrope_tables, rope_tables
 from qwen_megakernel.prompt.shared_rows import SharedRows
 
+MAX_BATCH = 8
+"""Streams of a frame (kMaxColumns in csrc/params.h). Other modules ask the backend's `max_batch`."""
 MAX_POSITIONS = 8192
 """Positions that the kernel's attention can split (kMaxSplits in csrc/params.h)."""
 _LONG_PROMPT = 49
@@ -100,7 +101,7 @@ class MegakernelBackend:
         predictor_config: PredictorConfig,
         *,
         library: Path,
-        num_slots: int = MAX_BATCH,
+        num_slots: int | None = None,
         max_positions: int = 3072,
         grid: int | None = None,
         max_spins: int = _MAX_SPINS,
@@ -111,14 +112,16 @@ class MegakernelBackend:
             talker: bf16, on the GPU; read here, the layers' tensors partly kept for long prompts.
             talker_config, predictor_config: the shapes that `library` was built for.
             library: from `build_tts.build`.
-            num_slots: streams that can be live.
+            num_slots: streams that can be live; None is `max_batch`.
             max_positions: prompt rows plus frames of a stream, at most MAX_POSITIONS.
-            grid: CTAs of a launch, from MAX_BATCH to one an SM; None is as many as there are SMs.
+            grid: CTAs of a launch, from `max_batch` to one an SM; None is as many as there are SMs.
             max_spins: polls of a wait before it is given up.
 
         Raises:
             ValueError: a number out of range.
         """
+        self.max_batch = MAX_BATCH
+        num_slots = self.max_batch if num_slots is None else num_slots
         check_max_positions(num_slots, max_positions, min(MAX_POSITIONS, talker_config.max_positions))
         self.num_slots, self.max_positions = num_slots, max_positions
         self._config, self._predictor_config = talker_config, predictor_config
@@ -148,7 +151,7 @@ class MegakernelBackend:
         kernel_class = getattr(torch.classes, library_name(library)).FrameKernel
         self._kernel = kernel_class(self._tensors, num_slots, max_positions, self._grid, max_spins)
         self._epoch, self._num_tags = 1, self._ops.num_tags()
-        self._codes_host = torch.zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int32, pin_memory=True)
+        self._codes_host = torch.zeros(self.max_batch, NUM_CODEBOOKS, dtype=torch.int32, pin_memory=True)
         self._copied = torch.cuda.Event()
         # Half of L2, measured best on an H100 (csrc/EXPERIMENTS.md), for what every pass reads again.
         l2_bytes = torch.cuda.get_device_properties(self._device).L2_cache_size
@@ -159,8 +162,8 @@ class MegakernelBackend:
         most = min(sms, self._ops.max_grid())
         if grid is None:
             return most
-        if not MAX_BATCH <= grid <= most:  # each stream has a CTA that draws for it
-            raise ValueError(f"grid is {grid}, allowed: {MAX_BATCH} to {most}")
+        if not self.max_batch <= grid <= most:  # each stream has a CTA that draws for it
+            raise ValueError(f"grid is {grid}, allowed: {self.max_batch} to {most}")
         return grid
 
     @torch.no_grad()
@@ -210,7 +213,7 @@ class MegakernelBackend:
     def _reserve(self) -> dict[str, Tensor]:
         """State, scratch and exchange buffers, under the kernel's names."""
         c, p = self._config, self._predictor_config
-        scratch = (p.num_layers, MAX_BATCH, p.num_kv_heads, 2, NUM_CODEBOOKS, p.head_dim)
+        scratch = (p.num_layers, self.max_batch, p.num_kv_heads, 2, NUM_CODEBOOKS, p.head_dim)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
@@ -219,8 +222,8 @@ class MegakernelBackend:
             "predictor_kv": zeros(*scratch, dtype=torch.bfloat16),
             "next_rows": zeros(self.num_slots, c.hidden_size, dtype=torch.float32),
             "seen": zeros(self.num_slots, c.vocab_size // 32, dtype=torch.int32),
-            "codes": zeros(MAX_BATCH, NUM_CODEBOOKS, dtype=torch.int32),
-            "noise_scratch": zeros(MAX_BATCH, self._ops.noise_floats(), dtype=torch.float32),
+            "codes": zeros(self.max_batch, NUM_CODEBOOKS, dtype=torch.int32),
+            "noise_scratch": zeros(self.max_batch, self._ops.noise_floats(), dtype=torch.float32),
             "packets": zeros(self._ops.num_packets(), dtype=torch.int64),
             "watchdog": torch.zeros(4, dtype=torch.int32, pin_memory=True),
         }
@@ -248,8 +251,8 @@ class MegakernelBackend:
             self._long_prompts.run(slot, rows[:ROWS], begin)
             begin += len(rows[:ROWS])
             rows = rows[ROWS:]
-        for first in range(0, len(rows), MAX_BATCH):
-            part = rows[first : first + MAX_BATCH]
+        for first in range(0, len(rows), self.max_batch):
+            part = rows[first : first + self.max_batch]
             columns = self._stream_params[[slot] * len(part)]
             columns["position"] = begin + first + np.arange(len(part))
             self._launch(columns, part, prefill=True)

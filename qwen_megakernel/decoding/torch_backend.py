@@ -17,7 +17,6 @@ from qwen_megakernel.config import (
     TalkerConfig,
 )
 from qwen_megakernel.decoding.interface import (
-    MAX_BATCH,
     LaunchedFrame,
     check_decode,
     check_max_positions,
@@ -63,9 +62,9 @@ class _Stream:
 class TorchBackend:
     """Talker and predictor in PyTorch, fp32 or bf16, CPU or CUDA.
 
-    A stream's codes do not depend on its company (see `linear_by_stream`): on a GPU every frame has
-    MAX_BATCH rows, whatever the number of streams, and attention runs slot by slot over that
-    slot's own length.
+    A stream's codes do not depend on the other streams of a frame (see `linear_by_stream`): on a GPU
+    every frame has `max_batch` rows, whatever the number of streams, and attention runs slot by slot
+    over that slot's own length.
     """
 
     def __init__(
@@ -74,11 +73,28 @@ class TorchBackend:
         talker_config: TalkerConfig,
         predictor_config: PredictorConfig,
         *,
-        num_slots: int = MAX_BATCH,
+        num_slots: int | None = None,
         max_positions: int = 3072,
+        max_batch: int = 8,
     ) -> None:
+        """Join the weights and allocate the cache.
+
+        Args:
+            talker: of either dtype, on any device; its weights are kept.
+            talker_config, predictor_config: of the same checkpoint.
+            num_slots: streams that can be live; None is `max_batch`.
+            max_positions: prompt rows plus frames of a stream.
+            max_batch: the most streams that one frame decodes. On a GPU every frame takes as long as one
+                of so many.
+
+        Raises:
+            ValueError: a number out of range.
+        """
+        if max_batch < 1:
+            raise ValueError(f"max_batch is {max_batch}, allowed: at least 1")
+        num_slots = max_batch if num_slots is None else num_slots
         check_max_positions(num_slots, max_positions, talker_config.max_positions)
-        self.num_slots, self.max_positions = num_slots, max_positions
+        self.num_slots, self.max_positions, self.max_batch = num_slots, max_positions, max_batch
         self._talker, self._config, self._predictor_config = talker, talker_config, predictor_config
         weight = talker.codec_head.weight
         self._device, self._dtype = weight.device, weight.dtype
@@ -110,9 +126,9 @@ class TorchBackend:
         self._streams: dict[int, _Stream] = {}
 
     def _reserve_predictor(self) -> tuple[Tensor, Tensor]:
-        """Scratch of one frame: keys and values, [layers, MAX_BATCH, kv_heads, 16, head_dim] each."""
+        """Scratch of one frame: keys and values, [layers, max_batch, kv_heads, 16, head_dim] each."""
         c = self._predictor_config
-        shape = (c.num_layers, MAX_BATCH, c.num_kv_heads, NUM_CODEBOOKS, c.head_dim)
+        shape = (c.num_layers, self.max_batch, c.num_kv_heads, NUM_CODEBOOKS, c.head_dim)
         keys, values = (torch.empty(shape, dtype=self._dtype, device=self._device) for _ in range(2))
         return keys, values
 
@@ -183,7 +199,7 @@ class TorchBackend:
         check_decode(self, slots, self._streams, text_rows, self._config.hidden_size)
         streams = [self._streams[slot] for slot in slots]
         n = len(streams)
-        num_rows = n if self._device.type == "cpu" else MAX_BATCH
+        num_rows = n if self._device.type == "cpu" else self.max_batch
         rows = torch.zeros(num_rows, self._config.hidden_size, dtype=self._dtype, device=self._device)
         rows[:n] = torch.stack([s.next_row for s in streams]) + text_rows.to(rows)
         hidden = self._talker_step(streams, rows)
@@ -206,7 +222,7 @@ class TorchBackend:
         return Frame(codes, hidden[:n], talker_logits, predictor_logits)
 
     def _talker_step(self, streams: list[_Stream], rows: Tensor) -> Tensor:
-        """Rows [n or MAX_BATCH, hidden] -> normed hidden states of the same shape."""
+        """Rows [n or max_batch, hidden] -> normed hidden states of the same shape."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             outputs = [
@@ -245,7 +261,7 @@ class TorchBackend:
         """The 15 passes.
 
         Args:
-            hidden: [n or MAX_BATCH, hidden].
+            hidden: [n or max_batch, hidden].
             code0: int64 [n].
             streams: n of them.
             noise: fp32 [n, 15, vocabulary or more].

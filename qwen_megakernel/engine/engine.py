@@ -1,18 +1,18 @@
 """The engine: one thread owns the device and decides what runs next.
 
 Each tick takes what callers said (new turns, text, cancels), prefills turns that wait for a slot,
-launches one frame for the up to eight turns whose playback runs out first with the codec behind
-it, hands out the sound of the frame before, and waits for the new frame's codes. A turn whose
-next text row has not come, or that is further ahead of its playback than its lead, is left out.
-Nothing else decides order.
+launches one frame, delivers the audio of the previous frame, and waits for the new frame's codes.
+A frame takes the turns whose playback runs out first, as many as the backend's `max_batch`. It leaves
+out a turn whose next text row has not come, and one that is further ahead of its playback than its
+lead. Nothing else decides order.
 
     device    frame n   codec n   frame n+1   codec n+1
-    host           codes n^  launch n+1   sound n^    codes n+1^
+    host           codes n^  launch n+1   audio n^    codes n+1^
 
-So what the host does, launching included, is done while the codec runs, EOS is known before the
-next frame is launched, and only a turn that ends by its sound or is cancelled has a frame in
-flight that nobody hears. Where the codec is done at once (on a CPU) its sound is handed out
-before the next frame begins.
+The codec runs behind its frame. So the host works, launches included, while the codec runs, and EOS
+is known before the next frame is launched: only a turn that is cancelled or stopped for silence
+discards one frame. Where the codec is done at once (on a CPU) its audio is delivered before the next
+frame is launched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 
 from qwen_megakernel.codec.interface import FrameCodec, LaunchedSound
 from qwen_megakernel.config import HOP
-from qwen_megakernel.decoding.interface import MAX_BATCH, DecoderBackend, LaunchedFrame
+from qwen_megakernel.decoding.interface import DecoderBackend, LaunchedFrame
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
 from qwen_megakernel.prompt.builder import PromptBuilder
 from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
@@ -241,7 +241,8 @@ class Engine:
             return False
         now = time.monotonic()
         if all(a.lead_s(now) > _PREFILL_LEAD_S for a in self._speaking if a.num_fed):
-            while sum(not a.num_fed for a in self._speaking) < MAX_BATCH and self._prefill_next():
+            room = self._backend.max_batch
+            while sum(not a.num_fed for a in self._speaking) < room and self._prefill_next():
                 pass
         return True
 
@@ -279,7 +280,7 @@ class Engine:
                 active.hand_out()  # what was held for a fuller chunk is not held while waiting
             else:
                 runnable.append(active)
-        return sorted(runnable, key=lambda a: a.lead_s(now))[:MAX_BATCH]
+        return sorted(runnable, key=lambda a: a.lead_s(now))[: self._backend.max_batch]
 
     def _launch(self, batch: list[ActiveTurn]) -> _Flight:
         """Begin one frame for each turn of the batch, and its sound behind it."""
