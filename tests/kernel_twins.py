@@ -54,7 +54,7 @@ class LayersAsRead:
 
 
 def run_as_read(backend: TorchBackend, talker: Talker) -> None:
-    """Have the modules compute, as `model.py` reads, and not what they were joined to."""
+    """Have the modules of `model/talker.py` compute, and not the layers that they were joined to."""
     predictor = talker.code_predictor.model
     backend._layers = LayersAsRead(talker.model.layers, talker.model.norm)
     backend._predictor_layers = LayersAsRead(predictor.layers, predictor.norm)

@@ -16,7 +16,7 @@ from listener import LONG, PARAMS, TEXT, Listener, always_says, speak, wait_idle
 from torch import Tensor
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
-from qwen_megakernel.codec.interface import LaunchedSound
+from qwen_megakernel.codec.interface import LaunchedAudio
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS, Guards
 from qwen_megakernel.decoding.interface import LaunchedFrame
 from qwen_megakernel.turn import Audio, Finished
@@ -54,7 +54,7 @@ class LateCodec:
     def __getattr__(self, name: str):
         return getattr(self._real, name)
 
-    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedSound:
+    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedAudio:
         self._buffers.reverse()
         buffer = self._buffers[0]
         buffer.fill(np.nan)
@@ -65,7 +65,7 @@ class LateCodec:
                 raise RuntimeError("device lost")
             return buffer[: len(slots)].copy()
 
-        return LaunchedSound(lambda: False, samples)
+        return LaunchedAudio(lambda: False, samples)
 
 
 def make_late(tts: TTSDecoder) -> None:

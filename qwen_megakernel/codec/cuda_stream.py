@@ -29,7 +29,7 @@ from qwen_megakernel.codec.cuda_ops import (
 from qwen_megakernel.codec.cuda_plan import CodecPlan
 from qwen_megakernel.codec.cuda_tiling import choose_tile, choose_unit_shape
 from qwen_megakernel.codec.decoder import CodecDecoder, check_codes, check_slots
-from qwen_megakernel.codec.interface import LaunchedSound
+from qwen_megakernel.codec.interface import LaunchedAudio
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS
 
 __all__ = ["BATCH_SIZES", "CudaCodecStream", "codec_library"]
@@ -324,7 +324,7 @@ class CudaCodecStream:
         return self._plan.pcm[:streams]
 
     @torch.no_grad()
-    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedSound:
+    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedAudio:
         """See `FrameCodec.launch`; codes on the device. Raises `ValueError` for bad slots."""
         check_slots(slots, self.num_slots)
         streams = len(slots)
@@ -337,7 +337,7 @@ class CudaCodecStream:
             self._graphs[size].replay()
             host.pcm[:streams].copy_(self._plan.pcm[:streams], non_blocking=True)
             host.copied.record()
-        return LaunchedSound(host.copied.query, lambda: host.take(streams))
+        return LaunchedAudio(host.copied.query, lambda: host.take(streams))
 
     def _write_slots(self, slots: list[int], host: _HostBuffers) -> None:
         if slots != self._slots:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_megakernel.codec.interface import LaunchedSound
+from qwen_megakernel.codec.interface import LaunchedAudio
 from qwen_megakernel.codec.layers import CausalConv, CausalUpsample, Recurrent, SlotStates, SnakeBeta
 from qwen_megakernel.config import NUM_CODEBOOKS, CodecConfig
 
@@ -387,13 +387,13 @@ class CodecStream:
         return self._step(slot_ids, codes.to(self._device))
 
     @torch.no_grad()
-    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedSound:
+    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedAudio:
         """See `FrameCodec.launch`. Raises `ValueError` for a slot out of range or twice."""
         check_slots(slots, self.num_slots)
         slot_ids = torch.tensor(slots, dtype=torch.int64, device=self._device)
         codes = codes.to(self._device, torch.int64).clamp(0, self._decoder.config.codebook_size - 1)
         pcm = self._step(slot_ids, codes[:, None])
-        return LaunchedSound(ready=lambda: True, samples=lambda: pcm.cpu().numpy())
+        return LaunchedAudio(ready=lambda: True, samples=lambda: pcm.cpu().numpy())
 
     def _step(self, slots: Tensor, codes: Tensor) -> Tensor:
         """`decode` on the device only: no check, no wait, the same launches for equal shapes."""

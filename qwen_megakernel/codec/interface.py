@@ -14,29 +14,29 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class LaunchedSound:
+class LaunchedAudio:
     """Samples that the device may still be computing."""
 
     ready: Callable[[], bool]
     """Whether `samples` would return at once."""
     samples: Callable[[], np.ndarray]
-    """Waits for them: float32 [n, 1920] in [-1, 1], the caller's own. To be called before the
-    second next launch."""
+    """Waits for them: float32 [n, 1920] in [-1, 1], owned by the caller. Call it before the launch after
+    the next."""
 
 
 class FrameCodec(Protocol):
-    """Codes to sound for many slots, each going on where it stopped."""
+    """Codes to audio for many slots; each slot goes on where it stopped."""
 
     num_slots: int
 
     def reset(self, slot: int) -> None:
-        """Make `slot` as new, behind all that was launched."""
+        """Forget what `slot` has decoded, once all earlier launches are done."""
 
-    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedSound:
+    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedAudio:
         """Begin the next frame of each slot.
 
         Args:
             slots: n different slots.
-            codes: integers [n, 16], on any device; read on the current stream. One that is no code
-                of a codebook, as EOS, counts as the nearest: it still makes samples.
+            codes: integers [n, 16], on any device; read on the current stream. A value outside the
+                codebook, such as EOS, is clamped to the nearest code: it still makes samples.
         """

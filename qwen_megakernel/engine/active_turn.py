@@ -1,4 +1,4 @@
-"""A turn as the engine sees it: its prompt, its slot, how far it is, and what ends it."""
+"""A turn as the engine sees it: its prompt, its slot, its progress, and what ends it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from qwen_megakernel.turn import (
 log = logging.getLogger(__name__)
 
 CHUNK_RAMP = (1, 1, 2, 4)
-"""Frames of a turn's first chunks; the last repeats. Small first, so that sound starts at once;
-larger later, because each message costs the same whatever its length."""
+"""Frames of a turn's first chunks; the last number repeats. The first are small so that audio starts at
+once; later ones are larger because a message costs the same whatever its length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class TurnRequest:
     chunk_frames: int | None = None
     """Frames a chunk; None is `CHUNK_RAMP`."""
     max_lead_s: float | None = None
-    """Seconds of audio the turn may be ahead of its playback; None is as fast as it goes."""
+    """Seconds of audio that the turn may be ahead of its playback; None is no limit."""
 
 
 @dataclass(slots=True)
 class RunawayGuard:
-    """Counts what an utterance that will not end looks like (`Guards`)."""
+    """Recognises an utterance that will not end, by repeats and silence (`Guards`)."""
 
     guards: Guards
     last_code0: int = -1
@@ -57,13 +57,13 @@ class RunawayGuard:
     silent_frames: int = 0
 
     def repeats_after(self, code0: int) -> bool:
-        """Whether the turn must stop for a frame's code 0; to be asked once a frame."""
+        """Whether the turn must stop for a frame's code 0; call it once a frame."""
         self.repeats = self.repeats + 1 if code0 == self.last_code0 else 1
         self.last_code0 = code0
         return bool(self.guards.repeat_frames) and self.repeats >= self.guards.repeat_frames
 
     def silent_after(self, samples: np.ndarray, *, text_exhausted: bool) -> bool:
-        """Whether the turn must stop for a frame's sound; to be asked once a frame."""
+        """Whether the turn must stop for a frame's audio; call it once a frame."""
         silent = float(samples @ samples) < self.guards.silence_rms**2 * len(samples)
         self.silent_frames = self.silent_frames + 1 if silent and text_exhausted else 0
         return bool(self.guards.silence_s) and self.silent_frames * FRAME_S >= self.guards.silence_s
@@ -81,9 +81,9 @@ class ActiveTurn:
         self.num_fed = 0
         """Frames launched."""
         self.num_frames = 0
-        """Frames that have become sound."""
+        """Frames whose audio has been delivered."""
         self.last_fed = False
-        """Whether the last frame is launched: the turn only waits for its sound."""
+        """Whether the last frame is launched: the turn only waits for its audio."""
         self._pending: list[np.ndarray] = []
         self._num_chunks = 0
         self._num_samples = 0
@@ -97,7 +97,7 @@ class ActiveTurn:
         return self.turn.first_text_at or self.opened_at
 
     def take_text(self) -> None:
-        """Move what the caller said into the prompt."""
+        """Move the caller's commands into the prompt."""
         for command in self.turn.take_commands():
             if isinstance(command, Append):
                 self.prompt.append(command.text)
@@ -115,18 +115,18 @@ class ActiveTurn:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a frame is launched that has not become sound."""
+        """Whether a frame is launched whose audio has not been delivered."""
         return self.num_fed > self.num_frames
 
     @property
     def text_late(self) -> bool:
-        """Whether the turn can do nothing before more text comes."""
+        """Whether the turn cannot go on before more text comes."""
         if self.slot is None:
             return not self.prompt.ready
         return bool(self.num_fed) and self.prompt.next_text_row() is None
 
     def wait_s(self, now: float) -> float:
-        """Seconds until this turn may decode: 0 now, infinite when its text is late or it is held."""
+        """Seconds until this turn may decode; infinity while its text is late or it is held."""
         if self.text_late or self.turn.held:
             return math.inf
         if self.request.max_lead_s is None:
@@ -134,7 +134,7 @@ class ActiveTurn:
         return max(0.0, self.lead_s(now) - self.request.max_lead_s)
 
     def mark_idle(self, idle: bool, now: float) -> None:
-        """Keep the time that is nobody's work out of `generation_s`."""
+        """Exclude from `generation_s` the time in which the turn cannot run."""
         if idle and self._idle_since is None:
             self._idle_since = now
         elif not idle and self._idle_since is not None:
@@ -146,7 +146,7 @@ class ActiveTurn:
         return now - self._idle_since if self._idle_since is not None else 0.0
 
     def feed(self) -> Tensor | None:
-        """Count a frame as launched; its text row [hidden], None for the first: that one has none."""
+        """Count a frame as launched; its text row [hidden], None for the first frame, which has none."""
         row = self.prompt.next_text_row() if self.num_fed else None
         if row is not None:
             self.prompt.advance()
@@ -161,7 +161,7 @@ class ActiveTurn:
         return min(self.max_frames, budget)
 
     def add_frame(self, samples: np.ndarray) -> None:
-        """Take a decoded frame, float32 [1920]; hand out a chunk when one is full."""
+        """Take a frame's audio, float32 [1920]; hand out a chunk when one is full."""
         self.num_frames += 1
         self._pending.append(samples)
         size = self.request.chunk_frames or CHUNK_RAMP[min(self._num_chunks, len(CHUNK_RAMP) - 1)]
@@ -169,7 +169,7 @@ class ActiveTurn:
             self.hand_out()
 
     def hand_out(self) -> None:
-        """Give the sink all audio that is decoded and not yet given."""
+        """Give the sink all audio that it has not been given."""
         if not self._pending:
             return
         samples = np.concatenate(self._pending)
@@ -184,7 +184,7 @@ class ActiveTurn:
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """Give the sink the last event."""
         if reason == "cancelled":
-            self._pending.clear()  # nothing is heard after a cancel
+            self._pending.clear()  # no audio follows a cancel
         self.hand_out()
         now = time.monotonic()
         self.mark_idle(False, now)
@@ -206,7 +206,7 @@ class ActiveTurn:
         return max(0.0, now - self.started_at - idle_s)
 
     def emit(self, event: TurnEvent) -> None:
-        """Call the sink; one that raises loses its turn, never the engine."""
+        """Call the sink; if it raises, its turn is cancelled and the engine goes on."""
         try:
             self._sink(event)
         except Exception:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qwen_megakernel.codec.interface import FrameCodec, LaunchedSound
+from qwen_megakernel.codec.interface import FrameCodec, LaunchedAudio
 from qwen_megakernel.config import HOP
 from qwen_megakernel.decoding.interface import DecoderBackend, LaunchedFrame
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
@@ -37,28 +37,29 @@ from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Sta
 log = logging.getLogger(__name__)
 
 _PREFILL_LEAD_S = 0.05
-"""Audio ahead of its playback that a turn has to have while several others are prefilled."""
+"""Seconds that every speaking turn must be ahead of its playback for several turns to be prefilled at
+once."""
 _DECODER_FAILED = "the decoder has failed; the process must be restarted"
 
 
 @dataclass(slots=True)
-class _Fed:
+class _FrameSlot:
     """One turn's part of a launched frame."""
 
     turn: ActiveTurn
     text_exhausted: bool
-    """Whether its text, EOS included, was fed with this frame."""
+    """Whether all of its text, EOS included, was fed by this frame."""
     ending: FinishReason | None
-    """What the turn ends with after this frame."""
+    """Why the turn ends after this frame, if it does."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Flight:
-    """A launched frame, from its launch until its sound is handed out."""
+class _InFlightFrame:
+    """A launched frame, from its launch until its audio is delivered."""
 
-    fed: list[_Fed]
+    slots: list[_FrameSlot]
     frame: LaunchedFrame
-    sound: LaunchedSound
+    audio: LaunchedAudio
 
 
 class Engine:
@@ -78,13 +79,13 @@ class Engine:
         """Start the engine's thread.
 
         Args:
-            backend: has at least as many slots as may speak at a time.
+            backend: its slots are the turns that can speak at a time.
             codec: has the same number of slots.
             prompts: of the same checkpoint.
             eos_id: code 0 that ends an utterance.
-            max_waiting: turns that may wait for a slot; one more is refused as overloaded.
-            max_text_wait_s: a turn whose text is later than this is ended as an error.
-            cpu_threads: that PyTorch computes with; None is its own choice.
+            max_waiting: turns that may wait for a slot; a further one is refused as overloaded.
+            max_text_wait_s: a turn that waits longer than this for text ends as an error.
+            cpu_threads: threads that PyTorch computes with; None leaves it the choice.
         """
         self._backend, self._codec, self._prompts, self._eos_id = backend, codec, prompts, eos_id
         self._max_waiting, self._max_text_wait_s = max_waiting, max_text_wait_s
@@ -94,14 +95,14 @@ class Engine:
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
         self._waiting: list[ActiveTurn] = []
         self._speaking: list[ActiveTurn] = []
-        self._sounding: _Flight | None = None
-        """The frame whose codes are known and whose sound is not handed out."""
+        self._pending_audio: _InFlightFrame | None = None
+        """The frame whose codes are known and whose audio is not delivered."""
         self._wake = threading.Event()
-        self._open_lock = threading.Lock()  # no turn slips in once the engine has failed or closed
+        self._open_lock = threading.Lock()  # no turn is opened once the engine has failed or closed
         self._closing = False
         self._cancel_all = False
         self.error: Exception | None = None
-        """What killed the engine; it serves no turn after that."""
+        """What stopped the engine; it serves no turn after that."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -120,7 +121,7 @@ class Engine:
 
         Args:
             request: voice, language and parameters.
-            sink: takes the turn's events on the engine's thread; it must return at once.
+            sink: called with the turn's events on the engine's thread; it must return at once.
             text: the first text; more may follow by `Turn.append`.
             end: whether the text is complete.
 
@@ -166,7 +167,7 @@ class Engine:
 
     def _run(self) -> None:
         if self._cpu_threads is not None:
-            torch.set_num_threads(self._cpu_threads)  # of this thread, and of those that begin later
+            torch.set_num_threads(self._cpu_threads)  # of this thread and of threads started later
         try:
             while True:
                 self._wake.clear()
@@ -185,18 +186,18 @@ class Engine:
         """One round; whether anything was computed."""
         self._take_opened()
         for active in [*self._waiting, *self._speaking]:
-            self._listen(active)
+            self._take_input(active)
         prefilled = self._prefill_waiting()
         batch = self._choose()
         launched = self._launch(batch) if batch else None
-        heard = self._hand_out()
+        delivered = self._hand_out()
         if launched is not None:
             self._read_codes(launched)
-        return prefilled or heard or launched is not None
+        return prefilled or delivered or launched is not None
 
     def _take_opened(self) -> None:
         while self._opened:
-            turn, request, sink = self._opened[0]  # which counts as waiting until it is there
+            turn, request, sink = self._opened[0]  # it counts as waiting while its prompt is made
             try:
                 prompt = self._prompts.open(
                     request.voice,
@@ -214,8 +215,8 @@ class Engine:
                 self._opened.popleft()
                 self._waiting.append(ActiveTurn(turn, request, prompt, sink))
 
-    def _listen(self, active: ActiveTurn) -> None:
-        """Take a turn's text and cancel; end it where that ends it."""
+    def _take_input(self, active: ActiveTurn) -> None:
+        """Take a turn's text and cancel; end the turn if that ends it."""
         now = time.monotonic()
         if active.turn.cancelled or self._cancel_all:
             self._finish(active, "cancelled")
@@ -235,8 +236,11 @@ class Engine:
             self._finish(active, "error", f"no text for {self._max_text_wait_s:g} s")
 
     def _prefill_waiting(self) -> bool:
-        """Give waiting turns a slot: those that the next frame has room for, so that turns opened
-        together are heard together; only one where somebody's playback would run out meanwhile."""
+        """Prefill waiting turns into slots; whether one could be served.
+
+        As many as the next frame has room for, so that turns opened together speak together; but only
+        one if another turn's playback would run out meanwhile.
+        """
         if not self._prefill_next():
             return False
         now = time.monotonic()
@@ -259,7 +263,7 @@ class Engine:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
             return True
         slot = self._free_slots.pop(0)
-        self._speaking.append(active)  # before it leaves the others: who counts must find it
+        self._speaking.append(active)  # before it leaves `_waiting`: it must always be counted
         self._waiting.remove(active)
         active.slot, active.max_frames = slot, min(active.request.params.max_frames, room)
         self._codec.reset(slot)
@@ -277,53 +281,53 @@ class Engine:
             waits = active.wait_s(now) > 0
             active.mark_idle(waits and not active.in_flight, now)
             if waits:
-                active.hand_out()  # what was held for a fuller chunk is not held while waiting
+                active.hand_out()  # audio held for a fuller chunk is not held while the turn waits
             else:
                 runnable.append(active)
         return sorted(runnable, key=lambda a: a.lead_s(now))[: self._backend.max_batch]
 
-    def _launch(self, batch: list[ActiveTurn]) -> _Flight:
-        """Begin one frame for each turn of the batch, and its sound behind it."""
+    def _launch(self, batch: list[ActiveTurn]) -> _InFlightFrame:
+        """Begin one frame for each turn of the batch, and the codec behind it."""
         slots = [a.slot for a in batch]
         rows = [self._zero_row if row is None else row for row in (a.feed() for a in batch)]
         frame = self._backend.launch(slots, torch.stack(rows) if len(rows) > 1 else rows[0][None])
-        sound = self._codec.launch(slots, frame.device_codes)
-        fed = [_Fed(a, a.prompt.text_exhausted, "length" if a.last_fed else None) for a in batch]
-        return _Flight(fed, frame, sound)
+        audio = self._codec.launch(slots, frame.device_codes)
+        parts = [_FrameSlot(a, a.prompt.text_exhausted, "length" if a.last_fed else None) for a in batch]
+        return _InFlightFrame(parts, frame, audio)
 
-    def _read_codes(self, flight: _Flight) -> None:
-        """Wait for a frame's codes: end what has said EOS, and know what must end after its sound."""
-        for fed, code0 in zip(flight.fed, flight.frame.codes()[:, 0].tolist(), strict=True):
-            active = fed.turn
+    def _read_codes(self, launched: _InFlightFrame) -> None:
+        """Wait for a frame's codes: end turns that said EOS, mark those that end after its audio."""
+        for part, code0 in zip(launched.slots, launched.frame.codes()[:, 0].tolist(), strict=True):
+            active = part.turn
             if active.turn.finished:
                 continue
             if code0 == self._eos_id:
                 self._finish(active, "cancelled" if active.turn.cancelled else "stop")
             elif active.guard.repeats_after(code0):
-                fed.ending, active.last_fed = "repeat", True
-        self._sounding = flight
-        if flight.sound.ready():
+                part.ending, active.last_fed = "repeat", True
+        self._pending_audio = launched
+        if launched.audio.ready():
             self._hand_out()
 
     def _hand_out(self) -> bool:
-        """Wait for the sound of the frame whose codes are known, and give it to its turns."""
-        flight, self._sounding = self._sounding, None
-        if flight is None:
+        """Wait for the pending audio and deliver it to its turns; whether there was any."""
+        pending, self._pending_audio = self._pending_audio, None
+        if pending is None:
             return False
-        for fed, samples in zip(flight.fed, flight.sound.samples(), strict=True):
-            if not fed.turn.turn.finished:
-                self._hear(fed, samples[:HOP])
+        for part, samples in zip(pending.slots, pending.audio.samples(), strict=True):
+            if not part.turn.turn.finished:
+                self._deliver_audio(part, samples[:HOP])
         return True
 
-    def _hear(self, fed: _Fed, samples: np.ndarray) -> None:
-        """Take a frame's sound, float32 [1920], and end the turn where it ends."""
-        active = fed.turn
+    def _deliver_audio(self, part: _FrameSlot, samples: np.ndarray) -> None:
+        """Give a turn a frame's audio, float32 [1920], and end the turn if it ends here."""
+        active = part.turn
         if active.turn.cancelled:
             self._finish(active, "cancelled")
             return
         active.add_frame(samples)
-        silent = active.guard.silent_after(samples, text_exhausted=fed.text_exhausted)
-        ending = "silence" if silent and fed.ending != "repeat" else fed.ending
+        silent = active.guard.silent_after(samples, text_exhausted=part.text_exhausted)
+        ending = "silence" if silent and part.ending != "repeat" else part.ending
         if ending is not None:
             self._finish(active, ending)
 
@@ -337,7 +341,7 @@ class Engine:
         active.finish(reason, error)
 
     def _idle_timeout(self) -> float | None:
-        """How long nothing can happen unless somebody calls; None when nothing is open."""
+        """Seconds until a turn may run without a call from outside; None when no turn is open."""
         if not self._speaking and not self._waiting:
             return None
         now = time.monotonic()
@@ -345,8 +349,8 @@ class Engine:
         return min([*waits, self._max_text_wait_s, 1.0])
 
     def _fail_all(self) -> None:
-        """The device is lost: say so to every turn."""
-        self._sounding = None
+        """Tell every turn that the device is lost."""
+        self._pending_audio = None
         for _, _, sink in self._opened:
             sink(Finished("error", 0, 0, None, 0.0, _DECODER_FAILED))
         for active in [*self._waiting, *self._speaking]:

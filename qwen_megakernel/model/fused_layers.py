@@ -1,8 +1,8 @@
-"""Decoder layers as they run: `model.DecoderLayer` in less than half of its operations.
+"""Decoder layers as they run: `talker.DecoderLayer` in less than half of its operations.
 
-A frame of a small model is a thousand operations that each take no longer than to be called, on a
-CPU as on a GPU. So products of one input are joined, and so are norm and RoPE of queries and keys.
-The modules keep their weights, as parts of the joined ones: nothing is in memory twice.
+A frame of a small model is a thousand operations, each of which takes no longer than its call, on a
+CPU as on a GPU. So products of the same input are joined, and so are the norms and RoPE of queries
+and keys. The modules' weights become views of the joined ones: nothing is in memory twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Rope = tuple[Tensor, Tensor]
 def joined_rope(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Rope:
     """Rotary tables [positions, head_dim] as `JoinedLayer` takes them: [positions, 1, head_dim].
 
-    Half of the sines are negative, so that turning the halves round is all that is left to do.
+    Half of the sines are negated, so that rotating a vector only has to swap its halves.
     """
     sign = torch.ones_like(sin)
     sign[:, : sin.shape[1] // 2] = -1
@@ -32,7 +32,7 @@ def joined_rope(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Rope:
 
 
 def _join(*products: nn.Linear) -> Tensor:
-    """The weights [out, in] of products of one input, one below the other."""
+    """The weights [out, in] of products of the same input, stacked along out."""
     joined = torch.cat([product.weight.detach() for product in products])
     for product, part in zip(
         products, joined.split([len(product.weight) for product in products]), strict=True
@@ -69,18 +69,18 @@ class JoinedLayer:
         qk = rms_norm(qkv.narrow(2, 0, rotated), self._qk_norm, self._eps)
         qk = torch.addcmul(qk * rope[0], qk.roll(self._half, -1), rope[1])
         q, k = qk.narrow(2, 0, self._heads), qk.narrow(2, self._heads, kv_heads)
-        heard = attend(layer, q, k, qkv.narrow(2, rotated, kv_heads))
-        x = add_by_stream(x, heard.flatten(2), self._o)
+        attention_output = attend(layer, q, k, qkv.narrow(2, rotated, kv_heads))
+        x = add_by_stream(x, attention_output.flatten(2), self._o)
         inner = linear_by_stream(rms_norm(x, self._post_norm, self._eps), self._gate_up)
         gate, up = inner.narrow(2, 0, self._inner), inner.narrow(2, self._inner, self._inner)
         return add_by_stream(x, F.silu(gate).mul_(up), self._down)
 
 
 class JoinedLayers:
-    """A stack of them and the norm at its end."""
+    """A stack of `JoinedLayer` and the final norm."""
 
     def __init__(self, layers: Iterable[DecoderLayer], norm: Tensor, config: TransformerConfig) -> None:
-        """norm: the last one's weight, [hidden]."""
+        """norm: the final norm's weight, [hidden]."""
         self._layers = [JoinedLayer(layer, config) for layer in layers]
         self._norm, self._eps = norm.detach(), config.rms_norm_eps
 
@@ -92,5 +92,5 @@ class JoinedLayers:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`model.RMSNorm`: computed in fp32, the weight [..., size] applied in x's dtype."""
+    """`talker.RMSNorm`: computed in fp32, the weight [..., size] applied in x's dtype."""
     return F.rms_norm(x, x.shape[-1:], None, eps) * weight
