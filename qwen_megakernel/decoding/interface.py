@@ -1,16 +1,16 @@
 """The decoder seam: what the engine asks of a decoder, frame by frame.
 
-All decode state of a stream lives in a numbered slot: KV cache, position, sampling state, draw
-key and the codes fed back. A backend knows nothing of text, voices, turns or audio:
+All decode state of a stream lives in a numbered slot: keys and values, position, sampling state,
+draw key and the codes fed back. A backend knows nothing of text, voices, turns or audio:
 
-    prefill(slot, rows, params)      the prompt goes in; the slot is live
-    launch(slots, text_rows)         begin one frame for each of them -> its codes, once they are there
-    release(slot)                    the slot is free
+    prefill(slot, rows, params)      takes the prompt; the slot is live
+    launch(slots, text_rows)         begins one frame of each slot -> its codes, once they are computed
+    release(slot)                    frees the slot
 
-A row is fed before it is decoded: `prefill` runs all rows but the last, and every `launch`
-runs one row, which is the last prompt row at first and the sum of the 16 code embeddings of
-the previous frame after that, plus the text row that the caller passes. So a stream whose next
-text is late is simply left out of `launch`, and a frame is always talker, then predictor.
+`prefill` runs all prompt rows but the last. Every `launch` runs one row of each slot plus the text
+row that the caller passes: at first the last prompt row, then the sum of the previous frame's 16 code
+embeddings. So a frame is always talker, then predictor, and a stream whose next text is late is
+simply left out of `launch`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from qwen_megakernel.prompt.shared_rows import SharedRows
 
 @dataclass(frozen=True, slots=True)
 class LaunchedFrame:
-    """A frame that the device may still be at."""
+    """A frame that the device may still be computing."""
 
     device_codes: Tensor
-    """Integers [n, 16] where the backend computes, for what is queued on the current stream behind
+    """Integers [n, 16] on the backend's device, for work that is queued on the current stream after
     this frame and before the next."""
     codes: Callable[[], Tensor]
-    """Waits for the frame: int64 [n, 16] on the CPU. To be called before the next launch."""
+    """Waits for the frame: int64 [n, 16] on the CPU. Call it before the next launch."""
 
 
 class DecoderBackend(Protocol):
     """What the engine drives; `TorchBackend` is the specification.
 
-    Work is done in the order of the calls. On a GPU `prefill` and `launch` may return before it is.
+    Work is done in the order of the calls. On a GPU, `prefill` and `launch` may return before theirs
+    is done.
     """
 
     num_slots: int
@@ -58,26 +59,26 @@ class DecoderBackend(Protocol):
             slot: 0 .. num_slots - 1.
             rows: [p, hidden] prompt rows in the model's dtype, 1 <= p < max_positions.
             params: sampling of talker and predictor, seed, minimum length.
-            shared: the rows' beginning that other prompts share, at most p - 1 rows.
+            shared: how many of the first rows other prompts share, at most p - 1; None is none.
         """
 
     def launch(
         self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None
     ) -> LaunchedFrame:
-        """Begin one frame of each slot. Where its code 0 is EOS it is the end, not sound.
+        """Begin one frame of each slot. A frame whose code 0 is EOS ends its stream and has no audio.
 
         Args:
             slots: 1 to `max_batch` different live slots.
-            text_rows: [n, hidden], added to the rows fed now; zeros for a slot's first frame.
+            text_rows: [n, hidden], added to the rows that this frame runs; zeros for a slot's first.
             noise: fp32 [n, 16, talker vocabulary] to use instead of the slots' own draws (tests).
         """
 
     def release(self, slot: int) -> None:
-        """Free a slot; its next `prefill` sees nothing of this stream. A frame may still be running."""
+        """Free a slot, even while its frame runs; its next stream sees nothing of this one."""
 
 
 def check_max_positions(num_slots: int, max_positions: int, limit: int) -> None:
-    """Sizes of a backend. Raises `ValueError`."""
+    """Check a backend's sizes. Raises `ValueError`."""
     if num_slots < 1:
         raise ValueError(f"num_slots is {num_slots}, allowed: at least 1")
     if not 2 <= max_positions <= limit:
@@ -92,7 +93,7 @@ def check_prefill(
     hidden: int,
     shared: SharedRows | None,
 ) -> None:
-    """What `DecoderBackend.prefill` may be given. Raises `ValueError`."""
+    """Check the arguments of `DecoderBackend.prefill`. Raises `ValueError`."""
     if not 0 <= slot < backend.num_slots:
         raise ValueError(f"slot is {slot}, allowed: 0 to {backend.num_slots - 1}")
     if in_use:
@@ -121,7 +122,7 @@ def check_decode(
     text_rows: Tensor,
     hidden: int,
 ) -> None:
-    """What `DecoderBackend.launch` may be given; `streams` by live slot. Raises `ValueError`."""
+    """Check the arguments of `DecoderBackend.launch`; `streams` by live slot. Raises `ValueError`."""
     if not 1 <= len(slots) <= backend.max_batch:
         raise ValueError(f"{len(slots)} slots in a frame, allowed: 1 to {backend.max_batch}")
     if len(set(slots)) != len(slots):

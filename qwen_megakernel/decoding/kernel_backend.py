@@ -1,8 +1,8 @@
 """The decoder backend that runs one persistent CUDA kernel a frame (csrc/kernel_tts.cu).
 
-What a stream is between frames lies on the device, by slot: keys and values, the codes it has
-produced, the sum of its last frame's embeddings. The host keeps each stream's position, frame
-count and sampling parameters, and passes them with every launch.
+Between frames a stream's state is on the device, by slot: keys and values, the codes it has
+produced, the sum of its last frame's embeddings. The host keeps each stream's position, frame count
+and sampling parameters, and passes them with every launch.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ MAX_BATCH = 8
 MAX_POSITIONS = 8192
 """Positions that the kernel's attention can split (kMaxSplits in csrc/params.h)."""
 _LONG_PROMPT = 49
-"""Rows from which a prompt goes through PyTorch in one go: 2.9 ms whatever their number up to 128, where
-the kernel takes 0.46 ms for each eight (H200, 0.6B shape; csrc/EXPERIMENTS.md)."""
+"""Rows from which a prompt goes through PyTorch, which takes 2.9 ms for up to 128 of them; the kernel
+takes 0.46 ms for every eight (H200, 0.6B shape; csrc/EXPERIMENTS.md)."""
 _MAX_SPINS = 4_000_000
 """Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
 
@@ -63,7 +63,7 @@ _STREAM = np.dtype(
 
 
 class KernelError(RuntimeError):
-    """A frame that the GPU did not finish. The CUDA context is lost: nothing runs in this process."""
+    """A frame that the GPU did not finish. The CUDA context is lost: restart the process."""
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class _Stream:
 
 @dataclass(slots=True)
 class FrameDumps:
-    """What tests look at; tensors on the device that a launch fills."""
+    """Tensors on the device that a launch fills, for tests."""
 
     logits: Tensor | None = None
     """fp32 [n, 16, talker vocabulary]."""
@@ -109,13 +109,13 @@ class MegakernelBackend:
         """Pack the weights and reserve the caches.
 
         Args:
-            talker: bf16, on the GPU; read here, the layers' tensors partly kept for long prompts.
+            talker: bf16, on the GPU; read here; the layers' weights are also kept, for long prompts.
             talker_config, predictor_config: the shapes that `library` was built for.
             library: from `build_tts.build`.
             num_slots: streams that can be live; None is `max_batch`.
             max_positions: prompt rows plus frames of a stream, at most MAX_POSITIONS.
             grid: CTAs of a launch, from `max_batch` to one an SM; None is as many as there are SMs.
-            max_spins: polls of a wait before it is given up.
+            max_spins: polls after which a wait inside the kernel is an error.
 
         Raises:
             ValueError: a number out of range.
@@ -153,7 +153,7 @@ class MegakernelBackend:
         self._epoch, self._num_tags = 1, self._ops.num_tags()
         self._codes_host = torch.zeros(self.max_batch, NUM_CODEBOOKS, dtype=torch.int32, pin_memory=True)
         self._copied = torch.cuda.Event()
-        # Half of L2, measured best on an H100 (csrc/EXPERIMENTS.md), for what every pass reads again.
+        # Half of L2 for the weights that every pass reads again: best on an H100 (csrc/EXPERIMENTS.md).
         l2_bytes = torch.cuda.get_device_properties(self._device).L2_cache_size
         self._kernel.keep_in_l2(l2_bytes // 2 // predictor_config.num_layers)
 
@@ -265,7 +265,7 @@ class MegakernelBackend:
     def decode(
         self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None, **tests: object
     ) -> Tensor:
-        """`launch`, waited for: int64 [n, 16] on the CPU."""
+        """`launch`, and wait for its codes: int64 [n, 16] on the CPU."""
         return self.launch(slots, text_rows, noise, **tests).codes()
 
     @torch.inference_mode()
@@ -281,8 +281,8 @@ class MegakernelBackend:
 
         Args:
             slots, text_rows, noise: see `DecoderBackend.launch`.
-            forced_codes: int64 [n, 16] to go on with; what is drawn is still returned (tests).
-            dumps: filled with what the frame computes (tests).
+            forced_codes: int64 [n, 16] that the frame goes on with; returned are the drawn ones (tests).
+            dumps: filled with values that the frame computes (tests).
 
         Raises:
             ValueError: slots not live, repeated, too many or full.
@@ -352,7 +352,7 @@ class MegakernelBackend:
         forced_codes: Tensor | None = None,
         dumps: FrameDumps | None = None,
     ) -> None:
-        if self._epoch + self._num_tags >= 2**32:  # tags begin anew: no old one may be left
+        if self._epoch + self._num_tags >= 2**32:  # tags start again: no old one may be left
             self._tensors["packets"].zero_()
             self._epoch = 1
         self._kernel.launch(

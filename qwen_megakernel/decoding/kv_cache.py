@@ -1,7 +1,7 @@
-"""The talker's keys and values: where they lie, and every copy of them in and out.
+"""The talker's keys and values: how they are stored, and every copy of them in and out.
 
-Nobody else knows their shape in memory. Callers speak of a slot, a layer and positions, and pass rows
-with their dims in the usual order; a layout says in which order a row's dims are stored.
+No other module knows their shape in memory. Callers name a slot, a layer and positions, and pass rows
+with their dims in the usual order; a layout decides in which order a row's dims are stored.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class KvCache:
         self.max_positions, self.dtype, self.device = max_positions, dtype, device
         self._layout = layout
         shape = _shape(config, num_slots, max_positions)
-        # On a CPU, memory that no row is written to is never taken. On a GPU it is taken anyway, and
-        # zeros keep out the NaNs that others may have left there.
+        # On a CPU, memory is only taken as rows are written. On a GPU it is taken at once, and zeros
+        # replace NaNs that other work may have left there.
         allocate = torch.empty if device.type == "cpu" else torch.zeros
         self._keys = allocate(shape, dtype=dtype, device=device)
         self._values = allocate(shape, dtype=dtype, device=device)
@@ -99,7 +99,7 @@ class KvCache:
     def num_bytes(
         config: TransformerConfig, num_slots: int, max_positions: int, dtype: torch.dtype
     ) -> int:
-        """What a cache of these sizes takes."""
+        """Bytes that a cache of these sizes takes."""
         return 2 * _shape(config, num_slots, max_positions).numel() * dtype.itemsize
 
     @property
@@ -146,7 +146,7 @@ class KvCache:
 
 
 def _shape(config: TransformerConfig, num_slots: int, max_positions: int) -> torch.Size:
-    """Of the keys, and of the values."""
+    """Of the keys; the values have the same."""
     return torch.Size(
         (config.num_layers, num_slots, config.num_kv_heads, max_positions, config.head_dim)
     )

@@ -1,4 +1,4 @@
-"""The decoder backend in plain PyTorch: the specification of the other."""
+"""The decoder backend in plain PyTorch: the specification of the frame kernel, and its oracle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from qwen_megakernel.prompt.shared_rows import SharedRows
 
 @dataclass(slots=True)
 class Frame:
-    """All a frame computes, for tests and comparisons; `launch` gives the codes alone."""
+    """All that a frame computes, for tests and comparisons; `launch` returns the codes alone."""
 
     codes: Tensor
     """int64 [n, 16]."""
@@ -54,7 +54,7 @@ class _Stream:
     frame: int
     """Frames decoded."""
     next_row: Tensor
-    """[hidden], what the next frame is fed, less its text row."""
+    """[hidden], the next frame's input row before its text row is added."""
     cached: CachedRows
     draws: Draws
 
@@ -176,7 +176,7 @@ class TorchBackend:
         return LaunchedFrame(codes, codes.cpu)
 
     def decode(self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None) -> Tensor:
-        """`launch`, waited for: int64 [n, 16] on the CPU."""
+        """`launch`, and wait for its codes: int64 [n, 16] on the CPU."""
         return self.launch(slots, text_rows, noise).codes()
 
     @torch.inference_mode()
@@ -187,11 +187,11 @@ class TorchBackend:
         noise: Tensor | None = None,
         forced_codes: Tensor | None = None,
     ) -> Frame:
-        """`decode` with everything it computes.
+        """`decode`, returning everything that the frame computes.
 
         Args:
             slots, text_rows, noise: see `DecoderBackend.launch`.
-            forced_codes: int64 [n, 16] to take instead of the drawn codes (teacher forcing).
+            forced_codes: int64 [n, 16], used instead of the drawn codes (teacher forcing).
 
         Raises:
             ValueError: slots not live, repeated, too many or full.
@@ -302,7 +302,7 @@ class TorchBackend:
         return torch.stack(codes, dim=1), sums[:n], torch.stack(logits, dim=1)
 
     def _embed(self, codebook: int, codes: Tensor, num_rows: int) -> Tensor:
-        """Embeddings [num_rows, hidden] of a codebook's codes int64 [n]; rows beyond n do not count."""
+        """Embeddings [num_rows, hidden] of a codebook's codes int64 [n]; rows beyond n are padding."""
         codes = F.pad(codes, (0, num_rows - len(codes))) if len(codes) < num_rows else codes
         return self._embeddings[codebook].index_select(0, codes)
 
@@ -317,7 +317,7 @@ def _attend(cached: CachedRows, position: int) -> Attend:
 
 
 def _joined(noises: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The streams' noise, one below the other."""
+    """The streams' noise, stacked along n."""
     if len(noises) == 1:
         return noises[0]
     talker, predictor = zip(*noises, strict=True)

@@ -33,7 +33,7 @@ _KERNELS = {"backend": "the megakernel", "codec": "the codec's kernels"}
 
 
 def in_daemon_thread(function: Callable[..., _Made], *args: Any) -> Future[_Made]:
-    """Run a function aside. Unlike an executor's, the thread keeps no process from ending."""
+    """Run a function in a thread. Unlike an executor's, it does not keep the process from ending."""
     future: Future[_Made] = Future()
 
     def work() -> None:
@@ -47,7 +47,7 @@ def in_daemon_thread(function: Callable[..., _Made], *args: Any) -> Future[_Made
 
 
 def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps all kernels from running, as far as that shows before they are built."""
+    """Why no kernel can run, as far as can be told before they are built; None if they can."""
     if device.type != "cuda":
         return "the kernels need a CUDA GPU"
     if dtype != torch.bfloat16:
@@ -62,7 +62,7 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
 class Backends:
     """Makes the decoder and the codec of one checkpoint.
 
-    `auto` takes the frame kernel and the codec's kernels, each where it can, PyTorch where not, and
+    `auto` takes the frame kernel and the codec's kernels, each if it can run, otherwise PyTorch, and
     says why. `megakernel` is both kernels or an error, `torch` neither.
     """
 
@@ -74,16 +74,16 @@ class Backends:
         dtype: torch.dtype,
         progress: Progress,
     ) -> None:
-        """Begin to build what is missing, in threads: weights can be read meanwhile.
+        """Begin to build missing libraries in threads, so that weights can be read meanwhile.
 
         Args:
             name: one of `BACKENDS`.
             config: the checkpoint's.
             device, dtype: where and in what it will run.
-            progress: told what is being done, a line each, from any thread.
+            progress: called with a line for each step, from any thread.
 
         Raises:
-            CheckpointError: no such backend, or kernels are asked for that cannot run here.
+            CheckpointError: an unknown backend, or `megakernel` where the kernels cannot run.
         """
         if name not in BACKENDS:
             raise CheckpointError(f"backend is {name!r}, allowed: {', '.join(BACKENDS)}")
@@ -105,10 +105,10 @@ class Backends:
         self._builds["codec"] = in_daemon_thread(build, CODEC_LIBRARY, arch, progress)
 
     def make_decoder(self, talker: Talker, *, num_slots: int, max_positions: int) -> DecoderBackend:
-        """The decoder of frames; where it is the kernel, `talker` keeps only what prompts need.
+        """The decoder backend; if it is the kernel, `talker` keeps only the weights that prompts need.
 
         Raises:
-            CheckpointError: the kernel is asked for and cannot run.
+            CheckpointError: `megakernel` was named and cannot run.
         """
         shape = (talker, self._config.talker, self._config.predictor)
         sizes = {"num_slots": num_slots, "max_positions": max_positions}
@@ -122,7 +122,7 @@ class Backends:
         return self._make("backend", "megakernel", kernel, lambda: TorchBackend(*shape, **sizes))
 
     def make_codec(self, decoder: CodecDecoder, num_slots: int) -> FrameCodec:
-        """The codec. Raises `CheckpointError` where its kernels are asked for and cannot run."""
+        """The codec. Raises `CheckpointError` if `megakernel` was named and its kernels cannot run."""
 
         def kernels(library: Path) -> CudaCodecStream:
             self._progress("capturing the codec's graphs")
@@ -159,7 +159,7 @@ class Backends:
         return build.result()
 
     def _refuse(self, what: str, reason: str) -> None:
-        """Say why not the kernels; the end, where they are asked for by name."""
+        """Note why the kernels do not run; raise, if they were asked for by name."""
         if self._name == "megakernel":
             raise CheckpointError(
                 f"backend megakernel cannot run: {reason} (--backend auto runs without it)"
@@ -176,7 +176,7 @@ def _forget_layers(talker: Talker) -> None:
 
 
 def memory_refusal(device: torch.device, config: ModelConfig, num_slots: int, max_positions: int) -> str:
-    """A sentence for a GPU whose memory did not suffice."""
+    """The error message for a GPU whose memory did not suffice."""
     free, total = (size / 1e9 for size in torch.cuda.mem_get_info(device))
     taken = KvCache.num_bytes(config.talker, num_slots, max_positions, torch.bfloat16) / 1e9
     return (
