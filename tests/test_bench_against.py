@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 from live_server import ROOT
-from qwen_megakernel.bench_against import (
+from qwen_megakernel.bench_kernel import BenchError
+
+from qwen_megakernel.__main__ import main
+from qwen_megakernel.bench import against as bench_against
+from qwen_megakernel.bench import worker as bench_worker
+from qwen_megakernel.bench.against import (
     WorkerProcess,
     baseline_tree,
     compare_figure,
@@ -18,10 +23,6 @@ from qwen_megakernel.bench_against import (
     ratio_bound,
     resampled_medians,
 )
-from qwen_megakernel.bench_kernel import BenchError
-
-from qwen_megakernel import bench_against, bench_worker
-from qwen_megakernel.__main__ import main
 
 QUICK = ("--device", "cpu", "--repeats", "3", "--positions", "20", "--instances", "2")
 

@@ -40,8 +40,6 @@ from qwen_megakernel.model.sampling import split_seed
 from qwen_megakernel.model.talker import Talker, mrope_tables, rope_tables
 from qwen_megakernel.prompt.shared_rows import SharedRows
 
-MAX_BATCH = 8
-"""Streams of a frame (kMaxColumns in csrc/params.h). Other modules ask the backend's `max_batch`."""
 MAX_POSITIONS = 8192
 """Positions that the kernel's attention can split (kMaxSplits in csrc/params.h)."""
 _LONG_PROMPT = 49
@@ -120,7 +118,9 @@ class MegakernelBackend:
         Raises:
             ValueError: a number out of range.
         """
-        self.max_batch = MAX_BATCH
+        torch.ops.load_library(str(library))
+        self._ops = getattr(torch.ops, library_name(library))
+        self.max_batch = self._ops.max_columns()
         num_slots = self.max_batch if num_slots is None else num_slots
         check_max_positions(num_slots, max_positions, min(MAX_POSITIONS, talker_config.max_positions))
         self.num_slots, self.max_positions = num_slots, max_positions
@@ -128,9 +128,7 @@ class MegakernelBackend:
         self._device = talker.codec_head.weight.device
         self._streams: dict[int, _Stream] = {}
         self._stream_params = np.zeros(num_slots, dtype=_STREAM)
-        """By slot; position, first, frame and suppress_eos are filled in for each launch."""
-        torch.ops.load_library(str(library))
-        self._ops = getattr(torch.ops, library_name(library))
+        """By slot; each launch fills in position, first, frame and suppress_eos."""
         if self._ops.stream_bytes() != _STREAM.itemsize:
             raise ValueError(
                 f"the kernel's streams have {self._ops.stream_bytes()} bytes, not {_STREAM.itemsize}"
@@ -327,7 +325,7 @@ class MegakernelBackend:
 
     def exchange_dump(self) -> Tensor:
         """A tensor for `FrameDumps.exchanges`, fp32 [exchanges, rows, 8]; not-a-number until written."""
-        shape = (self._num_tags, self._ops.dump_rows(), MAX_BATCH)
+        shape = (self._num_tags, self._ops.dump_rows(), self.max_batch)
         return torch.full(shape, torch.nan, device=self._device)
 
     def _params_of(self, slot: int, params: GenerationParams) -> np.ndarray:
@@ -371,7 +369,7 @@ class MegakernelBackend:
 
     @contextmanager
     def _named(self, frame: int, num_streams: int = 1) -> Iterator[None]:
-        """The device's errors become ones that name the frame and, of a hang, the phase."""
+        """Turn the device's errors into ones that name the frame and, for a hang, the phase."""
         try:
             with torch.cuda.device(self._device):
                 yield

@@ -3,7 +3,8 @@
 A product W x is cut into items: strips of 16 rows, times parts of k where rows are few. An item's
 bytes are [warp][chunk][lane][8 bf16]: each of the kernel's 16 warps takes a sixteenth of k in
 chunks of 16, and of a chunk each lane's 16 bytes are its mma.m16n8k16 A fragment, so that the
-kernel moves weights without looking at them. csrc/products.cuh says the same in C++. A norm's weight goes into the product that follows it.
+kernel moves weights without looking at them. csrc/products.cuh says the same in C++. A norm's
+weight goes into the product that follows it.
 """
 
 from __future__ import annotations
