@@ -82,7 +82,7 @@ def run_kernel(args: argparse.Namespace, device: torch.device) -> Iterator[dict[
         checkpoint.load("talker.", talker, dtype=torch.bfloat16, device=device)
     yield from bench_kernel.run(
         config, talker, streams=args.streams, positions=args.positions, repeats=args.repeats,
-        chain=args.chain, report=tell,
+        report=tell,
     )  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def kernel_table(kernel: dict[str, Any]) -> str:
     """A frame by streams and positions."""
     if "skipped" in kernel:
         return f"Frame kernel: not measured, {kernel['skipped']}."
-    header = ["streams", "position", "frame, us (p95)", *PARTS, "GB/s", "over read", "over chain",
+    header = ["streams", "position", "frame, us (p95)", *PARTS, "GB/s", "over read",
               "`decode()`, us", "PyTorch graph, us", "PyTorch eager, us"]  # fmt: skip
     rows = [
         [
@@ -204,7 +204,6 @@ def kernel_table(kernel: dict[str, Any]) -> str:
             *(number(f["parts_us"][part]) for part in PARTS),
             number(f["gb_s"]),
             number(f["over_floor"], 2),
-            number(f["over_chain"], 2),
             number(f["decode_us"]),
             number(f["graph_us"]),
             number(f["eager_us"]),
@@ -378,9 +377,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--turns", type=_count, default=200, metavar="N", help="of each kind, default 200"
-    )
-    parser.add_argument(
-        "--chain", type=_existing, metavar="FILE", help="source of the packet chain to time"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     against = parser.add_argument_group(

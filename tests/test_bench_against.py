@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from live_server import ROOT
-from qwen_megakernel.bench_kernel import BenchError
 
 from qwen_megakernel.__main__ import main
 from qwen_megakernel.bench import against as bench_against
@@ -23,6 +22,7 @@ from qwen_megakernel.bench.against import (
     ratio_bound,
     resampled_medians,
 )
+from qwen_megakernel.bench.frame_kernel import BenchError
 
 QUICK = ("--device", "cpu", "--repeats", "3", "--positions", "20", "--instances", "2")
 

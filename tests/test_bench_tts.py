@@ -1,4 +1,4 @@
-"""The bench: its arithmetic, what it reads of others, and the whole of it on a CPU."""
+"""The bench: its arithmetic, the PyTorch frame that it compares with, and all of it on a CPU."""
 
 from __future__ import annotations
 
@@ -22,14 +22,11 @@ from qwen_megakernel.bench.frame_kernel import (
     BenchError,
     FrameFigures,
     frame_bytes,
-    parse_chain,
     part_of,
     parts_of,
-    run_chain,
 )
 from qwen_megakernel.bench.torch_graph import TorchFrame
 from qwen_megakernel.bench.turns import CHARS, SENTENCE, Player, Spread, mixed_texts
-from qwen_megakernel.build_tts import BuildError, find_nvcc
 from qwen_megakernel.config import GenerationParams, SamplingParams
 from qwen_megakernel.decoding.frame_schedule import parse_exchanges
 from qwen_megakernel.decoding.torch_backend import TorchBackend
@@ -37,20 +34,6 @@ from qwen_megakernel.model.sampling import SamplingBatch
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config
-
-CHAIN = """\
-talker x28, 1 stream, ring 3x3KB/warp (144KB/SM)              378.1 us  13.50 us/layer   2330 GB/s
-talker, 4 streams                                             400.0 us  14.29 us/layer   2202 GB/s
-talker, 8 streams                                             418.0 us  14.93 us/layer   2107 GB/s
-talker, 1 stream, ring 1x3KB (48KB/SM)                        450.0 us  16.07 us/layer   1957 GB/s
-talker, no weights: the dependency chain alone                180.0 us   6.43 us/layer
-same, 8 streams                                               230.0 us   8.21 us/layer
-predictor 5x15, 1 stream                                      997.2 us  13.30 us/layer   2366 GB/s
-predictor 5x15, 8 streams                                    1092.0 us  14.56 us/layer   2160 GB/s
-predictor, no weights                                         480.0 us   6.40 us/layer
-"""
-"""As `chain_packets.cu` prints; figures of an H100."""
-
 
 # ---------------------------------------------------------------------------- arithmetic
 
@@ -133,34 +116,12 @@ def test_ratios():
     figures = FrameFigures(
         streams=1, position=200, median_us=1500.0, p95_us=1600.0, decode_us=1700.0,
         parts_us=dict.fromkeys(PARTS, 1.0), bytes=3_000_000_000, gb_s=2000.0, floor_us=1000.0,
-        eager_us=60_000.0, graph_us=15_000.0, chain_us=None,
+        eager_us=60_000.0, graph_us=15_000.0,
     )  # fmt: skip
-    assert figures.ratios() == {
-        "over_floor": 1.5, "over_chain": None, "eager_over_this": 40.0, "graph_over_this": 10.0,
-    }  # fmt: skip
+    assert figures.ratios() == {"over_floor": 1.5, "eager_over_this": 40.0, "graph_over_this": 10.0}
 
 
-# ---------------------------------------------------------------------------- others
-
-
-def test_the_chain_s_figures_are_those_of_the_full_ring():
-    assert parse_chain(CHAIN) == pytest.approx({1: 1375.3, 8: 1510.0})
-    with pytest.raises(BenchError, match="no talker and predictor"):
-        parse_chain("ERR cudaMalloc line 71: out of memory\n")
-
-
-def test_a_chain_that_does_not_compile_is_told_in_a_line(tmp_path):
-    try:
-        find_nvcc()
-    except BuildError:
-        pytest.skip("no nvcc")
-    source = tmp_path / "chain.cu"
-    source.write_text("int main() { return nothing; }\n")
-    with pytest.raises(BenchError, match=r"chain\.cu: .*error"):
-        run_chain(source, "90a", lambda line: None)
-    source.write_text('#include <cstdio>\nint main() { puts("no GPU"); return 3; }\n')
-    with pytest.raises(BenchError, match="no GPU"):
-        run_chain(source, "90a", lambda line: None)
+# ---------------------------------------------------------------------------- the PyTorch frame
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-1.7b"])

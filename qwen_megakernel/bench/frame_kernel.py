@@ -1,29 +1,24 @@
 """The bench's kernel part: a frame's time by streams and positions, beside what bounds it.
 
-Every figure comes from one process on one GPU: the frame kernel, a plain streaming read of the
-same bytes, PyTorch eager and PyTorch as one CUDA graph, and the packet chain where its source is
-named.
+One process on one GPU measures the frame kernel, a plain streaming read of the same bytes, PyTorch
+eager and PyTorch as one CUDA graph.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from qwen_megakernel.bench.torch_graph import TorchFrame
-from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, find_nvcc, frame_library
+from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoding.frame_schedule import Exchange
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
@@ -73,14 +68,11 @@ class FrameFigures:
     """PyTorch bf16, host's clock: what the torch backend does."""
     graph_us: float
     """PyTorch bf16, the whole frame as one CUDA graph for just this position."""
-    chain_us: float | None
-    """The packet chain, where it was measured for as many streams."""
 
-    def ratios(self) -> dict[str, float | None]:
-        """This frame over the floor and the chain; PyTorch over this frame."""
+    def ratios(self) -> dict[str, float]:
+        """This frame over the floor; PyTorch over this frame."""
         return {
             "over_floor": self.median_us / self.floor_us,
-            "over_chain": self.median_us / self.chain_us if self.chain_us else None,
             "eager_over_this": self.eager_us / self.median_us,
             "graph_over_this": self.graph_us / self.median_us,
         }
@@ -206,7 +198,7 @@ class KernelBench:
             frame_bytes(config, self._widest, max(positions)), dtype=torch.uint8, device=self._device
         )
 
-    def measure(self, streams: int, position: int, chain_us: float | None) -> FrameFigures:
+    def measure(self, streams: int, position: int) -> FrameFigures:
         """All figures of one row; the timed frames lie around `position`."""
         text = torch.zeros(streams, self._config.talker.hidden_size, device=self._device)
         slots = range(streams)
@@ -231,7 +223,6 @@ class KernelBench:
             floor_us=self._floor_us(num_bytes),
             eager_us=float(np.median(eager)),
             graph_us=float(np.median(device_times(graph.replay, max(self._repeats // 10, 3)))),
-            chain_us=chain_us,
         )
 
     def _running(self, backend: _Backend, streams: int, position: int, repeats: int) -> _Slots:
@@ -282,44 +273,6 @@ class _Slots:
             self.backend.release(slot)
 
 
-# --- the packet chain --------------------------------------------------------------------------
-
-
-def run_chain(source: Path, arch: str, report: Report) -> dict[int, float]:
-    """Compile and run a `chain_packets.cu`: microseconds of a frame's bare chain by streams.
-
-    Raises:
-        BenchError: it does not compile, run or print what is expected; BuildError: no compiler.
-    """
-    report(f"compiling and running {source.name}")
-    with tempfile.TemporaryDirectory(prefix="chain-") as folder:
-        program = Path(folder) / "chain"
-        target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-        command = [find_nvcc(), "-O3", "-std=c++17", target, "-o", program, source]
-        for step in (command, [program]):
-            try:
-                done = subprocess.run(step, capture_output=True, text=True, timeout=300)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise BenchError(f"{source}: {error}") from None
-            if done.returncode:
-                words = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-                raise BenchError(f"{source}: {words[-1][:300]}")
-    return parse_chain(done.stdout)
-
-
-def parse_chain(output: str) -> dict[int, float]:
-    """Microseconds by streams: a talker's chain plus a predictor's, where both were printed."""
-    found: dict[str, dict[int, float]] = {"talker": {}, "predictor": {}}
-    for line in output.splitlines():
-        head = re.match(r"(talker|predictor)[^,]*, (\d+) streams?\b(.*?)\s+([\d.]+) us\b", line)
-        if head:  # the first of several is the one whose ring has its full size
-            found[head[1]].setdefault(int(head[2]), float(head[4]))
-    both = {n: found["talker"][n] + us for n, us in found["predictor"].items() if n in found["talker"]}
-    if not both:
-        raise BenchError("the chain printed no talker and predictor figures")
-    return both
-
-
 # --- the part ----------------------------------------------------------------------------------
 
 
@@ -330,7 +283,6 @@ def run(
     streams: Sequence[int] = STREAMS,
     positions: Sequence[int] = POSITIONS,
     repeats: int = REPEATS,
-    chain: Path | None = None,
     report: Report,
 ) -> Iterator[dict[str, Any]]:
     """The kernel part of the bench's JSON, again after every row, each time with one row more.
@@ -339,21 +291,18 @@ def run(
         config, talker: what is decoded; bf16, on the GPU.
         streams, positions: the rows of the table.
         repeats: timed frames for each figure.
-        chain: the packet chain's source, or None.
         report: told what is being done.
     """
     bench = KernelBench(config, talker, positions, repeats, report)
-    chains = run_chain(chain, bench.arch, report) if chain else {}
     frames: list[dict[str, Any]] = []
     for n in streams:
         for position in positions:
-            row = bench.measure(n, position, chains.get(n))
+            row = bench.measure(n, position)
             report(f"{n} streams, position {position}: {row.median_us:.0f} us")
             frames.append({**asdict(row), **row.ratios()})
             yield {
                 "arch": bench.arch,
                 "build": [asdict(kernel) for kernel in resources(bench.library)],
-                "chain_us": {str(number): us for number, us in chains.items()},
                 "repeats": repeats,
                 "frames": list(frames),
             }
