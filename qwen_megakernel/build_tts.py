@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
+from qwen_megakernel.build_environment import cache_folder, find_nvcc
 from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig, TransformerConfig
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
-USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 MIN_ARCH = 90
 """Bulk copies to shared memory with mbarriers, and 64-bit tagged exchanges at their speed."""
 KNOWN_ARCHES = ("90a", "120a")
@@ -122,26 +122,15 @@ def detect_arch(device: torch.device) -> str:
     return f"{major}{minor}a"
 
 
-def find_nvcc() -> Path:
-    """The CUDA compiler: of CUDA_HOME, on the PATH, or in the usual place. Raises `BuildError`."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [Path(home) / "bin" / "nvcc"] if home else []
-    if on_path := shutil.which("nvcc"):
-        places.append(Path(on_path))
-    for place in [*places, USUAL_NVCC]:
-        if place.is_file():
-            return place
-    raise BuildError(
-        "nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda): install the CUDA toolkit 12.8 or newer"
-    )
-
-
-def cache_folder() -> Path:
-    """Where builds are kept: QWEN_MEGAKERNEL_CACHE, or the user's cache folder."""
-    if named := os.environ.get("QWEN_MEGAKERNEL_CACHE"):
-        return Path(named)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "qwen_megakernel"
+def require_nvcc() -> Path:
+    """The CUDA compiler. Raises `BuildError` where there is none."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError(
+            "nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda): "
+            "install the CUDA toolkit 12.8 or newer"
+        )
+    return nvcc
 
 
 def build(library: Library, arch: str, progress: Progress | None = None) -> Path:
@@ -161,7 +150,7 @@ def build(library: Library, arch: str, progress: Progress | None = None) -> Path
     report = progress or (lambda line: None)
     stem = f"{library.name}-sm_{arch}-{_digest(library, arch)}"
     try:
-        nvcc = find_nvcc()
+        nvcc = require_nvcc()
     except BuildError:
         if kept := sorted(cache_folder().glob(f"{stem}-nvcc*/{library.name}.so")):
             return kept[-1]  # a compiler is needed only to make one

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_megakernel import build_tts
+from qwen_megakernel import build_environment, build_tts
 from qwen_megakernel.__main__ import main
 from qwen_megakernel.build_tts import BuildError, build, frame_library
 from qwen_megakernel.checkpoint import CheckpointError
@@ -48,11 +48,10 @@ def hopper(monkeypatch, tmp_path):
     """An H100 as torch would describe it, an empty cache, no compiler."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(build_tts, "USUAL_NVCC", tmp_path / "nowhere")
+    monkeypatch.setattr(build_environment, "USUAL_NVCC", tmp_path / "nowhere")
     monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.setattr(build_tts.shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
 
 
 @pytest.fixture
@@ -126,7 +125,7 @@ def test_when_the_library_cannot_be_loaded(config, talker, nvcc):
 
 def test_a_long_compilation_shows_that_it_goes_on(config, talker, nvcc, monkeypatch):
     monkeypatch.setattr(backends_module, "_TELL_EVERY_S", 0.1)
-    nvcc("sleep 0.5; exit 1")
+    nvcc("/bin/sleep 0.5; exit 1")
     *_, lines = make_both("auto", config, talker)
     assert sum(line.startswith("compiling the megakernel, 0 s more") for line in lines) >= 2
 

@@ -15,7 +15,8 @@ from codec_interpreter import Interpreter
 from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
 from torch import Tensor
 
-from qwen_megakernel.build_tts import KNOWN_ARCHES, BuildError, build, find_nvcc
+from qwen_megakernel.build_environment import find_nvcc
+from qwen_megakernel.build_tts import KNOWN_ARCHES, build
 from qwen_megakernel.codec import cuda_stream as codec_cuda
 from qwen_megakernel.codec.cuda_ops import Rows
 from qwen_megakernel.codec.cuda_plan import CodecPlan
@@ -47,9 +48,7 @@ def test_structures_are_mirrored(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", KNOWN_ARCHES)
 def test_kernels_compile_without_spills(arch, shared_builds):
-    try:
-        find_nvcc()
-    except BuildError:
+    if find_nvcc() is None:
         pytest.skip("no nvcc")
     product = build(codec_cuda.LIBRARY, arch)
     assert [kernel for kernel in resources(product) if kernel.spill_bytes] == []

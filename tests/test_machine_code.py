@@ -10,7 +10,8 @@ import pytest
 
 from qwen_megakernel import build_tts
 from qwen_megakernel.__main__ import main
-from qwen_megakernel.build_tts import BuildError, Library, build, compiler_release, find_nvcc
+from qwen_megakernel.build_environment import find_nvcc
+from qwen_megakernel.build_tts import Library, build, compiler_release
 from qwen_megakernel.tools import build as build_kernels
 from qwen_megakernel.tools import machine_code
 from qwen_megakernel.tools.build import KernelBuild, table_builds
@@ -47,12 +48,7 @@ extern "C" __device__ void* __nv_aligned_device_malloc(size_t, size_t);
 extern "C" __global__ void aligned(void** x) { *x = __nv_aligned_device_malloc(64, 64); }
 """
 
-try:
-    find_nvcc()
-    no_nvcc = False
-except BuildError:
-    no_nvcc = True
-needs_nvcc = pytest.mark.skipif(no_nvcc, reason="no nvcc")
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 
 
 # ---------------------------------------------------------------------------- the repository's table

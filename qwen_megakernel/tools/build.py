@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from qwen_megakernel.build_environment import cache_folder
 from qwen_megakernel.build_tts import (
     KNOWN_ARCHES,
     MIN_ARCH,
@@ -23,11 +24,10 @@ from qwen_megakernel.build_tts import (
     BuildError,
     Library,
     build,
-    cache_folder,
     compiler_release,
     detect_arch,
-    find_nvcc,
     frame_library,
+    require_nvcc,
 )
 from qwen_megakernel.checkpoint import CheckpointError, resolve
 from qwen_megakernel.codec.cuda_stream import LIBRARY as CODEC_LIBRARY
@@ -124,7 +124,7 @@ def _write_table(builds: Sequence[KernelBuild], products: Sequence[Path]) -> Non
         for one, product in zip(builds, products, strict=True)
         for row in machine_code.rows(product, one.shape, one.arch)
     ]
-    release = compiler_release(find_nvcc())
+    release = compiler_release(require_nvcc())
     differences: list[str] = []
     with suppress(FileNotFoundError, ValueError):  # there is none, or a merge left it in pieces
         differences = machine_code.parse(machine_code.TABLE.read_text()).differences(made)

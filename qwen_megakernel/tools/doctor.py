@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from qwen_megakernel.build_environment import cache_folder, find_nvcc
 from qwen_megakernel.tools.machine import (
     Gpus,
     Model,
@@ -27,7 +28,6 @@ from qwen_megakernel.tools.machine import (
     ask_model,
     ask_nvidia_smi,
     ask_torch,
-    find_nvcc,
     parse_version,
     run_tool,
     usable_cores,
@@ -230,7 +230,7 @@ def check_nvcc(found: Gpus, torch: Torch) -> Check:
     path = find_nvcc()
     if path is None:
         return _absent("nvcc", found, "install the CUDA toolkit of torch's version, 12.8 or newer")
-    out, error = run_tool(path, "--version")
+    out, error = run_tool(str(path), "--version")
     match = re.search(r"release (\d+\.\d+)", out)
     if error or match is None:
         return Check(
@@ -279,7 +279,7 @@ def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None
     if capability < HOPPER:
         detail = f"{arch}: the kernels need sm_90 or newer (Hopper, Blackwell, RTX 50); PyTorch decodes"
         return Check("kernels", "warn", detail, "another GPU; this one works, more slowly")
-    folder = cache or kernel_cache()
+    folder = cache or cache_folder()
     kept = {name for name in ("frame", "codec") if any(folder.glob(f"{name}-{arch}a-*/{name}.so"))}
     missing = [tool.name for tool in tools if tool.status == "warn"]
     if kept == {"frame", "codec"}:
@@ -289,13 +289,6 @@ def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None
         return Check("kernels", "warn", detail, "see above; PyTorch works, more slowly")
     detail = f"{arch}: compiled at the first start, about a minute"
     return Check("kernels", "ok", f"{detail}, or before: python -m qwen_megakernel build")
-
-
-def kernel_cache() -> Path:
-    """Where builds are kept (`build_tts.cache_folder`, without torch)."""
-    if named := os.environ.get("QWEN_MEGAKERNEL_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen_megakernel"
 
 
 def _absent(name: str, found: Gpus, fix: str) -> Check:
@@ -352,7 +345,7 @@ def check_model_disk(model: Model, size: Size) -> Check:
 def check_kernel_disk(cache: Path | None = None) -> Check:
     """Space for built kernels."""
     fix = "export QWEN_MEGAKERNEL_CACHE=/a/larger/disk, or make room"
-    return _check_space("kernel-disk", cache or kernel_cache(), KERNEL_CACHE_GB, fix)
+    return _check_space("kernel-disk", cache or cache_folder(), KERNEL_CACHE_GB, fix)
 
 
 def _check_space(name: str, folder: Path, need_gb: float, fix: str) -> Check:

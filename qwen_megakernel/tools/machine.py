@@ -178,14 +178,6 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
         return cores
 
 
-def find_nvcc() -> str | None:
-    """Where torch's extension builder would find it."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home:
-        return shutil.which("nvcc", path=str(Path(home) / "bin"))
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-
-
 def ask_model(name: str) -> Model:
     """Where a checkpoint is, on disk or in the hub's cache; nothing is fetched."""
     from huggingface_hub import constants
