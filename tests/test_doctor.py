@@ -294,10 +294,25 @@ def test_packages_as_required():
     assert fine == Check("packages", "ok", "all 2 as required, torch 2.13.0+cpu")
     assert checked(torch="2.13", numpy="1.26.4").status == "ok"
     assert checked(torch="2.11.0", numpy="2.0").status == "warn"
-    assert "too old: numpy 1.26 (>=1.26.4)" in checked(torch="2.11.0", numpy="1.26").detail
+    old = checked(torch="2.11.0", numpy="1.26")
+    assert old.status == "fail"
+    assert "wrong version: numpy 1.26 (>=1.26.4)" in old.detail
+    assert "not the tested version: torch 2.11.0 (==2.13.0)" in old.detail
+    assert checked(torch="2.13.0", numpy="1.26.4rc1").status == "fail"
+    assert checked(torch="2.13.0", numpy="2.5.0rc1").status == "ok"
     missing = checked(numpy="2.0")
     assert (missing.status, missing.detail) == ("fail", "missing: torch")
     assert missing.fix == "pip install -r requirements.txt"
+
+
+def test_requirements_may_have_extras_markers_and_comments():
+    lines = "# all of it\nuvicorn[standard]>=0.52,<1  # a server\ntorch==2.13.0; extra == 'server'\n"
+    lines += "nothing>=1; extra == 'other'\n"
+    versions = {"uvicorn": "0.60", "torch": "2.13.0"}
+    assert check_packages(lines, versions.__getitem__).detail == "all 2 as required, torch 2.13.0"
+    too_new = check_packages(lines, (versions | {"uvicorn": "1.0"}).__getitem__)
+    assert too_new.status == "fail"
+    assert "uvicorn 1.0" in too_new.detail
 
 
 def test_every_requirement_is_checked():
@@ -427,6 +442,18 @@ def test_whole_command(tools, tiny_base):
     assert "FAIL    model       no-such-folder" in sick.stdout
     assert sick.stdout.splitlines()[-1].startswith("not fit to serve yet: ")
     assert "Traceback" not in sick.stdout + sick.stderr
+
+
+def test_whole_command_before_anything_is_installed(tools):
+    """-S leaves site-packages out, so that Python finds the standard library alone."""
+    tools("unused", "")
+    bare = subprocess.run(
+        [sys.executable, "-S", "-m", "qwen_megakernel", "doctor"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (bare.returncode, bare.stderr) == (1, "")
+    assert "FAIL    packages    missing: packaging, and perhaps others" in bare.stdout
+    assert "fix: pip install -r requirements.txt" in bare.stdout
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])

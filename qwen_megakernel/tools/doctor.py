@@ -13,7 +13,7 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -92,43 +92,36 @@ def check_python(version: Version = sys.version_info[:3]) -> Check:
 
 
 def check_packages(requirements: str, installed: Callable[[str], str] = metadata.version) -> Check:
-    """Every line of requirements.txt is satisfied.
+    """The installed packages satisfy every line of requirements.txt.
 
     Args:
         requirements: its text.
         installed: version by name; raises `PackageNotFoundError`.
     """
-    missing, old, other, pinned, count = [], [], [], [], 0
-    for name, relation, wanted in _parse_requirements(requirements):
-        count += 1
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # doctor also runs before anything is installed
+        return Check("packages", "fail", "missing: packaging, and perhaps others", INSTALL)
+    lines = (line.partition("#")[0].strip() for line in requirements.splitlines())
+    found = [Requirement(line) for line in lines if line]
+    wanted = [r for r in found if r.marker is None or r.marker.evaluate({"extra": "server"})]
+    missing, wrong, other, pinned = [], [], [], []
+    for each in wanted:
         try:
-            have = installed(name)
+            have = installed(each.name)
         except metadata.PackageNotFoundError:
-            missing.append(name)
+            missing.append(each.name)
             continue
-        note = f"{name} {have} ({relation}{wanted})"
-        if relation == "==" and _padded(have) != _padded(wanted):
-            other.append(note)
-        elif relation == ">=" and _padded(have) < _padded(wanted):
-            old.append(note)
-        elif relation == "==":
-            pinned.append(f"{name} {have}")
-    parts = (("missing: ", missing), ("too old: ", old), ("not the tested version: ", other))
+        is_pin = any(part.operator == "==" for part in each.specifier)
+        if not each.specifier.contains(have, prereleases=True):
+            (other if is_pin else wrong).append(f"{each.name} {have} ({each.specifier})")
+        elif is_pin:
+            pinned.append(f"{each.name} {have}")
+    parts = (("missing: ", missing), ("wrong version: ", wrong), ("not the tested version: ", other))
     detail = "; ".join(title + ", ".join(names) for title, names in parts if names)
     if detail:
-        return Check("packages", "fail" if missing or old else "warn", detail, INSTALL)
-    return Check("packages", "ok", f"all {count} as required, {', '.join(pinned)}")
-
-
-def _parse_requirements(text: str) -> Iterator[tuple[str, str, str]]:
-    for line in text.splitlines():
-        if match := re.match(r"([\w.-]+)\s*(==|>=)\s*([\d.]+)", line):
-            yield match[1], match[2], match[3]
-
-
-def _padded(version: str) -> Version:
-    numbers = parse_version(version)
-    return numbers + (0,) * (4 - len(numbers))
+        return Check("packages", "fail" if missing or wrong else "warn", detail, INSTALL)
+    return Check("packages", "ok", f"all {len(wanted)} as required, {', '.join(pinned)}")
 
 
 def check_cpu(torch: Torch, cores: float | None = None) -> Check:
