@@ -23,14 +23,16 @@ import torch  # noqa: E402
 from codec_weights import TRUE, lively_decoder, random_codes  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from qwen_megakernel.build_tts import build, detect_arch  # noqa: E402
 from qwen_megakernel.codec.cuda_ops import GemmOp  # noqa: E402
-from qwen_megakernel.codec.cuda_stream import BATCH_SIZES, CudaCodecStream, codec_library  # noqa: E402
+from qwen_megakernel.codec.cuda_stream import LIBRARY, CudaCodecStream, batch_sizes  # noqa: E402
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream  # noqa: E402
 from qwen_megakernel.cuda_graphs import capture  # noqa: E402
 
 GPU = torch.device("cuda", 0)
 
 REPEATS = 200
+STREAMS = 32
 
 
 def timed(run: Callable[[], object], repeats: int = REPEATS) -> float:
@@ -47,31 +49,32 @@ def timed(run: Callable[[], object], repeats: int = REPEATS) -> float:
 
 
 def fill(stream: CudaCodecStream) -> None:
-    """Warm slots: as old as the window, lively state."""
-    codes = random_codes(75, slots=stream.num_slots)
-    stream.decode(range(stream.num_slots), codes)
+    """Decode in every slot as many frames as the window holds, so that its state is lively."""
+    codes = random_codes(75, slots=STREAMS).cuda()
+    for frame in range(codes.shape[1]):
+        stream.launch(range(STREAMS), codes[:, frame]).samples()
 
 
 def frame_times(exact: CodecDecoder, library: Path) -> list[str]:
-    stream = CudaCodecStream(exact, 32, library)
+    stream = CudaCodecStream(exact, STREAMS, library)
     fill(stream)
-    torch_stream = CodecStream(copy.deepcopy(exact).bfloat16(), 32)
+    torch_stream = CodecStream(copy.deepcopy(exact).bfloat16(), STREAMS)
     lines = [
-        "streams | graph, us | decode() on the host's clock, us | PyTorch bf16 graph, us | eager, us"
+        "streams | graph, us | launch() and its samples on the host's clock, us | "
+        "PyTorch bf16 graph, us | eager, us"
     ]
-    for size in BATCH_SIZES:
-        codes = random_codes(1, slots=size)
-        inputs = torch.cat((torch.arange(size)[:, None], codes[:, 0]), 1).int().cuda()
-        stream.step(inputs)
+    for size in batch_sizes(STREAMS):
+        codes = random_codes(1, slots=size).cuda()
+        stream.launch(range(size), codes[:, 0]).samples()
         ours = timed(stream._graphs[size].replay)
         laps = []
         for _ in range(100):
             start = time.perf_counter()
-            stream.decode(range(size), codes).cpu()
+            stream.launch(range(size), codes[:, 0]).samples()
             laps.append(time.perf_counter() - start)
-        slots, on_device = torch.arange(size).cuda(), codes.cuda()
+        slots = torch.arange(size).cuda()
 
-        def step(slots: Tensor = slots, codes: Tensor = on_device) -> None:
+        def step(slots: Tensor = slots, codes: Tensor = codes) -> None:
             with torch.no_grad():
                 torch_stream._step(slots, codes)
 
@@ -92,9 +95,8 @@ def describe(op: object) -> str:
 
 def launch_times(exact: CodecDecoder, library: Path, streams: int) -> list[str]:
     """What each launch adds to the graph of those before it, microseconds."""
-    stream = CudaCodecStream(exact, 32, library)
+    stream = CudaCodecStream(exact, STREAMS, library)
     fill(stream)
-    stream._launcher.input[:, 0] = torch.arange(32)
     ops, before, lines = stream._plan.ops, 0.0, []
     for count in range(1, len(ops) + 1):
 
@@ -117,7 +119,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     torch.backends.cudnn.allow_tf32 = False
     start = time.perf_counter()
-    library = codec_library(torch.device("cuda"))
+    library = build(LIBRARY, detect_arch(GPU))
     print(f"kernels ready after {time.perf_counter() - start:.1f} s")
     exact = lively_decoder(TRUE, "cuda")
     if args.launches:

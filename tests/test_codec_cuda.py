@@ -6,7 +6,7 @@ import copy
 import ctypes
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,11 @@ from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
 from torch import Tensor
 
 from qwen_megakernel.build_environment import find_nvcc
-from qwen_megakernel.build_tts import KNOWN_ARCHES, build
+from qwen_megakernel.build_tts import KNOWN_ARCHES, build, detect_arch
 from qwen_megakernel.codec import cuda_stream as codec_cuda
 from qwen_megakernel.codec.cuda_ops import Rows
 from qwen_megakernel.codec.cuda_plan import CodecPlan
-from qwen_megakernel.codec.cuda_stream import CudaCodecStream, codec_library
+from qwen_megakernel.codec.cuda_stream import CudaCodecStream, batch_sizes
 from qwen_megakernel.codec.decoder import CodecStream
 from qwen_megakernel.config import HOP, CodecConfig
 from qwen_megakernel.tools.machine_code import resources, system_calls
@@ -57,12 +57,31 @@ def test_kernels_compile_without_spills(arch, shared_builds):
     assert codec_cuda._load(product), "the structures are of the same size there"
 
 
+@pytest.mark.parametrize(
+    ("max_streams", "sizes"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (32, [1, 2, 4, 8, 16, 32])],
+)
+def test_graphs_end_with_the_first_that_holds_all_streams(max_streams, sizes):
+    assert batch_sizes(max_streams) == sizes
+
+
 # ---------------------------------------------------------------------------- on a GPU
 
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    return codec_library(torch.device("cuda"))
+    return build(codec_cuda.LIBRARY, detect_arch(torch.device("cuda")))
+
+
+def decode(stream: CudaCodecStream, slots: Sequence[int], codes: Tensor) -> Tensor:
+    """`CodecStream.decode` by launches: one frame at a time of at most `max_streams` slots."""
+    slots, pcm = list(slots), torch.empty(*codes.shape[:2], HOP)
+    for first in range(0, len(slots), stream.max_streams):
+        part = slice(first, first + stream.max_streams)
+        for frame in range(codes.shape[1]):
+            launched = stream.launch(slots[part], codes[part, frame].cuda())
+            pcm[part, frame] = torch.from_numpy(launched.samples())
+    return pcm.flatten(1).cuda()
 
 
 def written_by(op: object) -> Iterator[tuple[str, Tensor]]:
@@ -105,7 +124,7 @@ def test_true_shape_is_as_close_as_pytorch_s_bf16(library, monkeypatch, capsys):
     exact, codes = lively_decoder(TRUE, "cuda"), random_codes(90, slots=3)
     truth = CodecStream(exact, 3).decode(range(3), codes)
     theirs = CodecStream(copy.deepcopy(exact).bfloat16(), 3).decode(range(3), codes)
-    pcm = CudaCodecStream(exact, 3, library).decode(range(3), codes)
+    pcm = decode(CudaCodecStream(exact, 3, library), range(3), codes)
     edges = torch.arange(1, 90) * HOP
     error, jump = pcm - truth, (pcm - truth).diff()[:, edges - 1].abs().max().item()
     ratio = rms(error) / rms(theirs - truth)
@@ -120,36 +139,53 @@ def test_true_shape_is_as_close_as_pytorch_s_bf16(library, monkeypatch, capsys):
 @pytest.mark.parametrize("config", [TRUE, ODD], ids=["true", "odd"])
 @torch.no_grad()
 def test_splits_and_company_do_not_change_a_bit(config, library):
-    """Slots of all ages, calls of all sizes and lengths, in any order, beside a decode alone."""
+    """Slots that are frames apart, launches of all sizes in any order, beside a decode alone."""
     frames, num_slots, rng = 12, 40, random.Random(0)
     codes = random_codes(frames, slots=num_slots)
     decoder = lively_decoder(config, "cuda")
-    stream = CudaCodecStream(decoder, num_slots, library)
-    alone = torch.cat([stream.decode([slot], codes[slot : slot + 1]) for slot in range(num_slots)])
+    stream = CudaCodecStream(decoder, num_slots, library, max_streams=32)
+    alone = torch.cat([decode(stream, [slot], codes[slot : slot + 1]) for slot in range(num_slots)])
     for slot in range(num_slots):
         stream.reset(slot)
-    together = stream.decode(range(num_slots), codes)  # more than one batch
+    together = decode(stream, range(num_slots), codes)  # more than one launch a frame
     assert torch.equal(together, alone)
     for slot in range(num_slots):
         stream.reset(slot)
-    mixed, ages = torch.zeros_like(alone), [0] * num_slots
-    while min(ages) < frames:
-        waiting = [slot for slot in range(num_slots) if ages[slot] < frames]
+    mixed, done = torch.zeros_like(alone), [0] * num_slots
+    while min(done) < frames:
+        waiting = [slot for slot in range(num_slots) if done[slot] < frames]
         slots = rng.sample(waiting, rng.randint(1, len(waiting)))
-        count = min(rng.randint(1, 3), *(frames - ages[slot] for slot in slots))
-        part = stream.decode(slots, torch.stack([codes[s, ages[s] : ages[s] + count] for s in slots]))
+        count = min(rng.randint(1, 3), *(frames - done[slot] for slot in slots))
+        part = decode(stream, slots, torch.stack([codes[s, done[s] : done[s] + count] for s in slots]))
         for slot, samples in zip(slots, part, strict=True):
-            mixed[slot, ages[slot] * HOP : (ages[slot] + count) * HOP] = samples
-            ages[slot] += count
+            mixed[slot, done[slot] * HOP : (done[slot] + count) * HOP] = samples
+            done[slot] += count
     assert torch.equal(mixed, alone)
+
+
+@pytest.mark.gpu
+def test_only_sizes_that_can_be_asked_for_are_captured(library):
+    decoder = lively_decoder(TINY, "cuda")
+    assert list(CudaCodecStream(decoder, 16, library, max_streams=8)._graphs) == [1, 2, 4, 8]
+    assert list(CudaCodecStream(decoder, 2, library, max_streams=8)._graphs) == [1, 2]
 
 
 @pytest.mark.gpu
 def test_bad_input_moves_nothing(library):
     codes = random_codes(3)
     decoder = lively_decoder(TINY, "cuda")
-    stream, untouched = CudaCodecStream(decoder, 2, library), CudaCodecStream(decoder, 2, library)
-    for slots, wrong in (([2], codes), ([0, 0], codes.expand(2, -1, -1)), ([0], codes + 2048)):
+    stream = CudaCodecStream(decoder, 3, library, max_streams=2)
+    untouched = CudaCodecStream(decoder, 3, library)
+    for slots in ([3], [0, 0], [], [0, 1, 2]):
         with pytest.raises(ValueError, match="allowed"):
-            stream.decode(slots, wrong)
-    assert torch.equal(stream.decode([0], codes.cuda()), untouched.decode([0], codes))
+            stream.launch(slots, codes[:, 0].expand(len(slots), -1).cuda())
+    assert torch.equal(decode(stream, [0], codes), decode(untouched, [0], codes))
+
+
+@pytest.mark.gpu
+def test_a_code_out_of_range_counts_as_the_nearest(library):
+    codes, decoder = random_codes(3), lively_decoder(TINY, "cuda")
+    codes[0, 1, ::2], codes[0, 1, 1::2] = 5000, -1
+    nearest = codes.clamp(0, TINY.codebook_size - 1)
+    stream = CudaCodecStream(decoder, 2, library)
+    assert torch.equal(decode(stream, [0], codes), decode(stream, [1], nearest))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_megakernel.build_tts import Library, Progress, build, detect_arch
+from qwen_megakernel.build_tts import Library
 from qwen_megakernel.codec.cuda_ops import (
     AttentionOp,
     DepthwiseNormOp,
@@ -28,23 +28,14 @@ from qwen_megakernel.codec.cuda_ops import (
 )
 from qwen_megakernel.codec.cuda_plan import CodecPlan
 from qwen_megakernel.codec.cuda_tiling import choose_tile, choose_unit_shape
-from qwen_megakernel.codec.decoder import CodecDecoder, check_codes, check_slots
+from qwen_megakernel.codec.decoder import CodecDecoder, check_slots
 from qwen_megakernel.codec.interface import LaunchedAudio
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS
 
-__all__ = ["BATCH_SIZES", "CudaCodecStream", "codec_library"]
+__all__ = ["LIBRARY", "CudaCodecStream", "batch_sizes"]
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-"""A call is padded with the scratch slot to the next of these; longer ones are cut."""
 LIBRARY = Library("codec", ("codec_kernels.cu",), (), header="")
-
-
-def codec_library(device: torch.device, progress: Progress | None = None) -> Path:
-    """Build the codec's kernels for a GPU, or find them in the cache; raises `BuildError`.
-
-    They serve every checkpoint: shapes are parameters.
-    """
-    return build(LIBRARY, detect_arch(device), progress)
+"""One build serves every checkpoint: shapes are parameters of the launches."""
 
 
 # ---------------------------------------------------------------------------- csrc/codec_params.h
@@ -215,8 +206,16 @@ class Launcher:
 # ---------------------------------------------------------------------------- the stream
 
 
+def batch_sizes(max_streams: int) -> list[int]:
+    """The numbers of streams that get a graph: powers of two up to the first that is enough."""
+    sizes = [1]
+    while sizes[-1] < max_streams:
+        sizes.append(2 * sizes[-1])
+    return sizes
+
+
 class _HostBuffers:
-    """Host memory of a launch, its own until the one after the next; pinned, so that no copy waits."""
+    """Host memory that a launch owns until the second next launch; pinned, so that no copy waits."""
 
     def __init__(self, streams: int) -> None:
         self.slots = torch.zeros(streams, dtype=torch.int32, pin_memory=True)
@@ -232,35 +231,41 @@ class _HostBuffers:
 class CudaCodecStream:
     """Decodes the codes of many slots as they come; each slot goes on where it stopped.
 
-    The same as `CodecStream` in bf16, bit for bit the same for any split and any company: the
-    order of every sum belongs to the layer. All state and buffers are allocated here, once.
-    Calls must come from one stream at a time.
+    It computes what `CodecStream` computes in bf16. A slot's samples are the same bit for bit however
+    its frames are split over calls and whichever slots share them, because each layer fixes the order
+    of its sums. The constructor allocates all state and buffers. Launches must come from one CUDA
+    stream at a time.
     """
 
     @torch.no_grad()
-    def __init__(self, decoder: CodecDecoder, num_slots: int, library: Path) -> None:
-        """Pack the weights and capture a graph for every batch size; runs each once.
+    def __init__(
+        self, decoder: CodecDecoder, num_slots: int, library: Path, *, max_streams: int | None = None
+    ) -> None:
+        """Pack the weights, and run and capture a graph for each of `batch_sizes`.
 
         Args:
             decoder: on CUDA with its weights loaded, of any dtype; not needed afterwards.
             num_slots: how many streams have state.
-            library: what `codec_library` gives for the decoder's device.
+            library: `LIBRARY`, built for the decoder's GPU.
+            max_streams: the most slots that one launch will name; None is all of them.
 
         Raises:
-            ValueError: `num_slots` is below 1.
+            ValueError: `num_slots` or `max_streams` is below 1.
             RuntimeError: the library is of other sources, or CUDA refuses a launch.
         """
-        if num_slots < 1:
-            raise ValueError(f"num_slots is {num_slots}, allowed: at least 1")
+        self.max_streams = num_slots if max_streams is None else min(max_streams, num_slots)
+        if self.max_streams < 1:
+            raise ValueError(
+                f"num_slots is {num_slots} and max_streams is {max_streams}, allowed: at least 1"
+            )
         self.num_slots = num_slots
-        self._codebook_size = decoder.config.codebook_size
-        self._sizes = [n for n in BATCH_SIZES if n < 2 * num_slots]
+        self._sizes = batch_sizes(self.max_streams)
         self._plan = CodecPlan(decoder, num_slots, max_streams=self._sizes[-1])
         self._device = self._plan.state.device
         self._launcher = Launcher(self._plan, library)
         self._launcher.input[:, 0] = num_slots
         self._slots: list[int] | None = None
-        """What the first column of the input says, where a launch has written it."""
+        """The slots that the first column of the input holds; None before the first launch."""
         with torch.cuda.device(self._device):
             self._graphs = {size: self._capture(size) for size in self._sizes}
             self._hosts = tuple(_HostBuffers(self._sizes[-1]) for _ in range(2))
@@ -272,62 +277,17 @@ class CudaCodecStream:
         self._plan.ages[slot] = 0
 
     @torch.no_grad()
-    def decode(self, slots: Sequence[int], codes: Tensor) -> Tensor:
-        """The next frames of `slots`, all of them by the same number.
-
-        Args:
-            slots: n different slots.
-            codes: int64 [n, frames, 16], on any device. Their range is checked, which waits
-                for the device where they are not in host memory.
-
-        Returns:
-            float32 [n, frames * 1920] in [-1, 1], on the device; not waited for.
+    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedAudio:
+        """See `FrameCodec.launch`.
 
         Raises:
-            ValueError: a slot or a code out of range, a slot twice, codes of another shape.
-                No slot has moved. After any other error the slots need a reset.
+            ValueError: a slot out of range or twice, or more than `max_streams` slots. No slot
+                has moved.
         """
-        check_slots(slots, self.num_slots)
-        check_codes(codes, len(slots), self._codebook_size)
-        column = torch.tensor(slots, dtype=torch.int64, device=codes.device)[:, None, None]
-        inputs = torch.cat((column.expand(-1, codes.shape[1], 1), codes), 2).to(torch.int32)
-        most = self._sizes[-1]
-        if codes.shape[1] == 1 and len(slots) <= most:
-            return self.step(inputs[:, 0]).clone()
-        pcm = torch.empty(len(slots), codes.shape[1], HOP, device=self._device)
-        for first in range(0, len(slots), most):
-            for frame in range(codes.shape[1]):
-                part = slice(first, first + most)
-                pcm[part, frame] = self.step(inputs[part, frame])
-        return pcm.flatten(1)
-
-    @torch.no_grad()
-    def step(self, inputs: Tensor) -> Tensor:
-        """One frame of `decode`, for callers that keep their codes on the device: nothing is checked.
-
-        A slot out of range or twice is undefined; a code out of range counts as the nearest one.
-
-        Args:
-            inputs: int32 [n, 17], slot and codes; n at most 32, and at most the next batch size
-                from `num_slots` on.
-
-        Returns:
-            float32 [n, 1920] on the device, overwritten by the next step; not waited for.
-        """
-        streams = len(inputs)
-        size = next(n for n in self._sizes if n >= streams)
-        self._slots = None
-        self._launcher.input[:streams].copy_(inputs, non_blocking=True)
-        if streams < size:
-            self._launcher.input[streams:size, 0] = self.num_slots
-        self._graphs[size].replay()
-        return self._plan.pcm[:streams]
-
-    @torch.no_grad()
-    def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedAudio:
-        """See `FrameCodec.launch`; codes on the device. Raises `ValueError` for bad slots."""
         check_slots(slots, self.num_slots)
         streams = len(slots)
+        if streams > self.max_streams:
+            raise ValueError(f"{streams} slots in a launch, allowed: 1 to {self.max_streams}")
         size = next(n for n in self._sizes if n >= streams)
         with torch.cuda.device(self._device):
             self._hosts = self._hosts[::-1]
