@@ -17,6 +17,7 @@ COMMANDS = {
     "bench": ("bench_tts", "measure kernel, parts and whole turns on this machine"),
     "demo": ("tools.demo", "speak once through a real server with the demonstration voice"),
     "doctor": ("tools.doctor", "check this machine, and say how to put right what is wrong"),
+    "protocol-schema": ("tools.protocol_schema", "print the JSON Schema of the native protocol"),
     "synth-checkpoint": ("synth.checkpoint", "write a checkpoint of random weights (noise for a voice)"),
 }
 """Command -> (module of this package, one line of help)."""

@@ -9,9 +9,11 @@ from dataclasses import fields
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from live_server import ROOT
 from native_client import check_schema, schema, validator
 
+from qwen_megakernel.__main__ import main
 from qwen_megakernel.serving import native_messages as messages
 from qwen_megakernel.serving.native_messages import (
     AudioChunk,
@@ -32,7 +34,7 @@ from qwen_megakernel.serving.native_messages import (
     parse_client_message,
     parse_server_message,
 )
-from qwen_megakernel.serving.wire import ErrorCode, ProtocolError
+from qwen_megakernel.serving.wire import ErrorCode, ProtocolError, error_line
 
 CLIENT = [
     Hello(),
@@ -252,7 +254,59 @@ def test_example_is_true():
     assert len(example) > 10
 
 
-def test_schema_and_dataclasses_have_the_same_fields():
-    for name, cls in {**messages._CLIENT_TYPES, **messages._SERVER_TYPES}.items():
-        declared = schema()["$defs"][name]["properties"].keys() - {"type"}
-        assert declared == {each.name for each in fields(cls)}, name
+# --- the schema --------------------------------------------------------------------------------
+
+
+def test_schema_is_what_the_command_prints(capsys):
+    """`python -m qwen_megakernel protocol-schema > docs/protocol.schema.json` puts it right."""
+    assert main(["protocol-schema"]) == 0
+    assert (ROOT / "docs" / "protocol.schema.json").read_text(
+        encoding="utf-8"
+    ) == capsys.readouterr().out
+    Draft202012Validator.check_schema(schema())
+
+
+def test_schema_and_code_cut_errors_at_the_same_length():
+    longest = schema()["$defs"]["error"]["properties"]["message"]["maxLength"]
+    assert len(error_line("x" * 10_000)) == longest
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        (SERVER[0], {"protocol": 2}),
+        (SERVER[0], {"encoding": "mp3"}),
+        (SERVER[0], {"sample_rate": 44_100}),
+        (SERVER[0], {"encodings": []}),
+        (SERVER[0], {"sample_rates": []}),
+        (SERVER[0], {"voices": [1]}),
+        (SERVER[0], {"languages": []}),
+        (SERVER[0], {"limits": {"max_text_chars": 0, "max_contexts": 1, "max_message_bytes": 1}}),
+        (SERVER[0], {"limits": {"max_text_chars": 1, "max_contexts": 1}}),
+        (SERVER[1], {"stream": 0}),
+        (SERVER[1], {"stream": 2**32}),
+        (SERVER[1], {"context_id": "a b"}),
+        (SERVER[2], {"state": "thinking"}),
+        (SERVER[2], {"queued": -1}),
+        (SERVER[3], {"finish_reason": "cancelled"}),
+        (SERVER[3], {"finish_reason": "error"}),
+        (SERVER[3], {"duration_s": -0.1}),
+        (SERVER[4], {"finish_reason": "tired"}),
+        (SERVER[4], {"ttfc_ms": -1}),
+        (SERVER[4], {"samples": None}),
+        (SERVER[6], {"code": "teapot"}),
+        (SERVER[6], {"message": "x" * 301}),
+        (SERVER[6], {"context_id": ""}),
+    ],
+)
+def test_schema_refuses_what_the_server_never_sends(message, changes):
+    values = json.loads(encode(message))
+    assert validator("server").is_valid(values)
+    assert not validator("server").is_valid({**values, **changes})
+
+
+@pytest.mark.parametrize("message", SERVER, ids=repr)
+def test_schema_requires_every_field_that_the_server_sends(message):
+    values = json.loads(encode(message))
+    for name in values:
+        assert not validator("server").is_valid({k: v for k, v in values.items() if k != name}), name

@@ -1,8 +1,9 @@
 """The native protocol, version 1: every message of both sides, to and from the wire.
 
 Sans-IO and standard library only, so that server, clients and fuzzers share one definition;
-docs/PROTOCOL.md says what the messages mean. A message is a frozen dataclass, and what its fields
-may hold is said where they are declared. `encode` and the two `parse_...` are inverse.
+docs/PROTOCOL.md says what the messages mean. A message is a frozen dataclass. The declaration of a
+field says what it may hold; the parsers and docs/protocol.schema.json follow from the declarations.
+`encode` and the two `parse_...` are inverse.
 
     socket.send(encode(Speak("reply-1", "Hello there.")))
     match parse_server_message(socket.recv()):
@@ -15,12 +16,19 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from qwen_megakernel.serving.wire import ProtocolError, get_number, get_string, kind, parse_object
+from qwen_megakernel.serving.wire import (
+    ErrorCode,
+    ProtocolError,
+    get_number,
+    get_string,
+    kind,
+    parse_object,
+)
 
 PROTOCOL = 1
 ENCODINGS = {"pcm_s16le": 2, "pcm_f32le": 4}
@@ -35,53 +43,80 @@ State = Literal["queued", "waiting_for_text", "speaking"]
 
 _CONTEXT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _CLIENT_NAME = re.compile(r"[ -~]{1,100}")
+_SEGMENT_ENDS = ("stop", "length", "repeat", "silence")
+"""Of a segment that is cancelled or fails only `Done` tells."""
 _HEADER = struct.Struct("<II")
 _U32 = 2**32 - 1
 
-# --- what a field may hold: `Annotated[type, how to read it]` ------------------------------------
-
-_Reader = Callable[[dict[str, Any], str], Any]
+# --- what a field may hold: `Annotated[type, rule]` ----------------------------------------------
 
 
-def _or_none(read: _Reader) -> _Reader:
-    return lambda values, key: None if values.get(key) is None else read(values, key)
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What a field may hold, to the parsers and to the schema."""
+
+    read: Callable[[dict[str, Any], str], Any]
+    """Takes the message's values and the field's name; raises `ProtocolError`."""
+    schema: dict[str, Any]
+    """JSON Schema."""
+    may_be_absent: bool = False
 
 
-def _matching(pattern: re.Pattern[str], expected: str) -> _Reader:
+def _or_none(rule: _Rule) -> _Rule:
+    def read(values: dict[str, Any], key: str) -> Any:
+        return None if values.get(key) is None else rule.read(values, key)
+
+    schema = {**rule.schema, "type": [rule.schema["type"], "null"]}
+    if "enum" in schema:
+        schema["enum"] = [*schema["enum"], None]
+    return _Rule(read, schema, may_be_absent=True)
+
+
+def _narrowed(rule: _Rule, **keywords: Any) -> _Rule:
+    """The schema asks for more than `read`: another function checks it, or a later server may differ."""
+    return replace(rule, schema={**rule.schema, **keywords})
+
+
+def _matching(pattern: re.Pattern[str], expected: str) -> _Rule:
     def read(values: dict[str, Any], key: str) -> str:
         value = get_string(values, key)
         if not pattern.fullmatch(value):
             raise ProtocolError("bad_request", f"{key} must be {expected}")
         return value
 
-    return read
+    return _Rule(read, {"type": "string", "pattern": f"^{pattern.pattern}$"})
 
 
-def _short_string(max_chars: int) -> _Reader:
+def _one_of(choices: Iterable[str]) -> _Rule:
+    return _narrowed(_string, enum=[*choices])
+
+
+def _short_string(max_chars: int) -> _Rule:
     def read(values: dict[str, Any], key: str) -> str:
         value = get_string(values, key)
         if len(value) > max_chars:
             raise ProtocolError("bad_request", f"{key} is longer than {max_chars} characters")
         return value
 
-    return read
+    return _Rule(read, {"type": "string", "maxLength": max_chars})
 
 
-def _number(kinds: tuple[type, ...], low: float, high: float) -> _Reader:
+def _number(kinds: tuple[type, ...], low: float, high: float) -> _Rule:
     def read(values: dict[str, Any], key: str) -> int | float:
         value = get_number(values, key, kinds, low, high)
         if value is None:
             raise ProtocolError("bad_request", f"{key} is {'null' if key in values else 'missing'}")
         return value
 
-    return read
+    json_type = "number" if float in kinds else "integer"
+    return _Rule(read, {"type": json_type, "minimum": low, "maximum": high})
 
 
-def _integer(low: int, high: int) -> _Reader:
+def _integer(low: int, high: int) -> _Rule:
     return _number((int,), low, high)
 
 
-def _list(kind_of_item: type, expected: str) -> _Reader:
+def _list(kind_of_item: type, expected: str) -> _Rule:
     def read(values: dict[str, Any], key: str) -> tuple[Any, ...]:
         found = values.get(key)
         # type(): True is no number here.
@@ -89,20 +124,22 @@ def _list(kind_of_item: type, expected: str) -> _Reader:
             raise ProtocolError("bad_request", f"{key} must be {expected}")
         return tuple(found)
 
-    return read
+    json_type = {str: "string", int: "integer"}[kind_of_item]
+    return _Rule(read, {"type": "array", "items": {"type": json_type}})
 
 
-def _object(cls: type) -> _Reader:
+def _object(cls: type) -> _Rule:
     def read(values: dict[str, Any], key: str) -> Any:
         found = values.get(key)
         if not isinstance(found, dict):
             raise ProtocolError("bad_request", f"{key} is {kind(found)}, expected an object")
         return _build(cls, found)
 
-    return read
+    return _Rule(read, object_schema(cls))
 
 
-_maybe_string = _or_none(get_string)
+_string = _Rule(get_string, {"type": "string"})
+_maybe_string = _or_none(_string)
 _strings = _list(str, "a list of strings")
 _context_id = _matching(_CONTEXT_ID, "1 to 64 characters of A-Z a-z 0-9 . _ : -")
 _seconds = _number((int, float), 0, 1e12)
@@ -115,10 +152,8 @@ _count = _integer(0, 2**63)
 class AudioFormat:
     """How a client wants its samples; mono always."""
 
-    encoding: Annotated[str, _maybe_string] = "pcm_s16le"
-    """One of `ENCODINGS`."""
-    sample_rate: Annotated[int, _or_none(_count)] = 24_000
-    """One of `SAMPLE_RATES`."""
+    encoding: Annotated[str, _or_none(_one_of(ENCODINGS))] = "pcm_s16le"
+    sample_rate: Annotated[int, _or_none(_narrowed(_count, enum=[*SAMPLE_RATES]))] = 24_000
 
     @property
     def sample_bytes(self) -> int:
@@ -130,8 +165,10 @@ class AudioFormat:
 class Hello:
     """The first message of a connection."""
 
-    protocol: Annotated[int, _integer(0, _U32)] = PROTOCOL
-    audio: Annotated[AudioFormat, _or_none(_object(AudioFormat))] = AudioFormat()
+    protocol: Annotated[int, _narrowed(_integer(0, _U32), const=PROTOCOL)] = PROTOCOL
+    audio: Annotated[
+        AudioFormat, _or_none(_narrowed(_object(AudioFormat), additionalProperties=False))
+    ] = AudioFormat()
     client: Annotated[
         str | None, _or_none(_matching(_CLIENT_NAME, "1 to 100 visible ASCII characters"))
     ] = None
@@ -140,10 +177,10 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Speak:
-    """Text for a context; what is None is left as it was, at first to the server."""
+    """Text for a context; a field that is None keeps its earlier value, at first the server's."""
 
     context_id: Annotated[str, _context_id]
-    text: Annotated[str, get_string]
+    text: Annotated[str, _string]
     voice: Annotated[str | None, _maybe_string] = None
     """A name the server knows, never a path."""
     language: Annotated[str | None, _maybe_string] = None
@@ -189,27 +226,27 @@ ClientMessage = Hello | Speak | Flush | End | Cancel
 class Limits:
     """What the server takes of one connection."""
 
-    max_text_chars: Annotated[int, _count]
+    max_text_chars: Annotated[int, _narrowed(_count, minimum=1)]
     """Of a context."""
-    max_contexts: Annotated[int, _count]
+    max_contexts: Annotated[int, _narrowed(_count, minimum=1)]
     """Open at a time."""
-    max_message_bytes: Annotated[int, _count]
+    max_message_bytes: Annotated[int, _narrowed(_count, minimum=1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
     """The answer to `Hello`."""
 
-    protocol: Annotated[int, _count]
-    encoding: Annotated[str, get_string]
-    sample_rate: Annotated[int, _count]
-    encodings: Annotated[tuple[str, ...], _strings]
-    sample_rates: Annotated[tuple[int, ...], _list(int, "a list of integers")]
+    protocol: Annotated[int, _narrowed(_count, const=PROTOCOL)]
+    encoding: Annotated[str, _one_of(ENCODINGS)]
+    sample_rate: Annotated[int, _narrowed(_count, enum=[*SAMPLE_RATES])]
+    encodings: Annotated[tuple[str, ...], _narrowed(_strings, minItems=1)]
+    sample_rates: Annotated[tuple[int, ...], _narrowed(_list(int, "a list of integers"), minItems=1)]
     voices: Annotated[tuple[str, ...], _strings]
     default_voice: Annotated[str | None, _maybe_string]
-    languages: Annotated[tuple[str, ...], _strings]
+    languages: Annotated[tuple[str, ...], _narrowed(_strings, minItems=1)]
     limits: Annotated[Limits, _object(Limits)]
-    server: Annotated[str, get_string]
+    server: Annotated[str, _string]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +254,7 @@ class Started:
     """A context's audio follows, under this stream number."""
 
     context_id: Annotated[str, _context_id]
-    stream: Annotated[int, _integer(0, _U32)]
+    stream: Annotated[int, _narrowed(_integer(0, _U32), minimum=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,10 +268,10 @@ class AudioChunk:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A context is open and nothing else was sent for it of late."""
+    """A context is open, and nothing else was sent for it recently."""
 
     context_id: Annotated[str, _context_id]
-    state: Annotated[State, get_string]
+    state: Annotated[State, _one_of(get_args(State))]
     queued: Annotated[int, _count]
     """Contexts before it."""
 
@@ -247,7 +284,7 @@ class Segment:
     index: Annotated[int, _count]
     start_s: Annotated[float, _seconds]
     duration_s: Annotated[float, _seconds]
-    finish_reason: Annotated[FinishReason, get_string]
+    finish_reason: Annotated[FinishReason, _one_of(_SEGMENT_ENDS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +292,7 @@ class Done:
     """The last message of a context."""
 
     context_id: Annotated[str, _context_id]
-    finish_reason: Annotated[FinishReason, get_string]
+    finish_reason: Annotated[FinishReason, _one_of(get_args(FinishReason))]
     samples: Annotated[int, _count]
     duration_s: Annotated[float, _seconds]
     generation_s: Annotated[float, _seconds]
@@ -265,23 +302,24 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Something was refused or failed; what ends is said by `Done`."""
+    """Something was refused or failed; if that ends a context, `Done` says so."""
 
-    context_id: Annotated[str | None, _maybe_string]
-    code: Annotated[str, get_string]
-    message: Annotated[str, get_string]
+    context_id: Annotated[str | None, _or_none(_narrowed(_string, **_context_id.schema))]
+    code: Annotated[str, _one_of(get_args(ErrorCode))]
+    message: Annotated[str, _narrowed(_string, maxLength=300)]
+    """One line; `wire.error_line` cuts it."""
 
 
 ServerMessage = Ready | Started | AudioChunk | Progress | Segment | Done | Error
 
-_CLIENT_TYPES: dict[str, type] = {
+CLIENT_TYPES: dict[str, type] = {
     "hello": Hello,
     "speak": Speak,
     "flush": Flush,
     "end": End,
     "cancel": Cancel,
 }
-_SERVER_TYPES: dict[str, type] = {
+SERVER_TYPES: dict[str, type] = {
     "ready": Ready,
     "started": Started,
     "progress": Progress,
@@ -289,7 +327,7 @@ _SERVER_TYPES: dict[str, type] = {
     "done": Done,
     "error": Error,
 }
-_NAMES = {cls: name for types in (_CLIENT_TYPES, _SERVER_TYPES) for name, cls in types.items()}
+_NAMES = {cls: name for types in (CLIENT_TYPES, SERVER_TYPES) for name, cls in types.items()}
 
 # --- to and from the wire ----------------------------------------------------------------------
 
@@ -303,7 +341,7 @@ def parse_client_message(data: str | bytes) -> ClientMessage:
     """
     values = parse_object(data)
     try:
-        cls = _find(_CLIENT_TYPES, values)
+        cls = _find(CLIENT_TYPES, values)
         if cls is Hello:
             _check_protocol(values)  # first: another version may have other fields
         _refuse_unknown(cls, values, "type")
@@ -327,9 +365,9 @@ def parse_server_message(data: str | bytes) -> ServerMessage:
     if not isinstance(data, str):
         return _unpack_audio(data)
     values = parse_object(data)
-    if get_string(values, "type") not in _SERVER_TYPES:
+    if get_string(values, "type") not in SERVER_TYPES:
         raise ProtocolError("unsupported", "a message of a type that this client does not know")
-    return _build(_find(_SERVER_TYPES, values), values)
+    return _build(_find(SERVER_TYPES, values), values)
 
 
 def encode(message: ClientMessage | ServerMessage) -> str | bytes:
@@ -358,15 +396,23 @@ def _find(types: dict[str, type], values: dict[str, Any]) -> type:
 
 
 @cache
-def _readers(cls: type) -> dict[str, _Reader]:
+def _rules(cls: type) -> dict[str, _Rule]:
     hints = get_type_hints(cls, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+
+def object_schema(cls: type) -> dict[str, Any]:
+    """JSON Schema of a message, without its `type`, or of an object in one."""
+    rules = _rules(cls)
+    required = [f.name for f in fields(cls) if f.default is MISSING or not rules[f.name].may_be_absent]
+    properties = {name: rule.schema for name, rule in rules.items()}
+    return {"type": "object", "properties": properties, "required": required}
 
 
 def _build(cls: type, values: dict[str, Any]) -> Any:
     found = {}
     for each in fields(cls):
-        value = _readers(cls)[each.name](values, each.name)
+        value = _rules(cls)[each.name].read(values, each.name)
         if value is not None or each.default is MISSING:
             found[each.name] = value
     return cls(**found)
@@ -380,7 +426,7 @@ def _refuse_unknown(cls: type, values: dict[str, Any], *more: str) -> None:
 
 
 def _check_protocol(values: dict[str, Any]) -> None:
-    version = _integer(0, _U32)(values, "protocol")
+    version = _integer(0, _U32).read(values, "protocol")
     if version != PROTOCOL:
         raise ProtocolError("unsupported_protocol", f"protocol {version}, expected {PROTOCOL}")
 
@@ -397,6 +443,6 @@ def _check_format(audio: AudioFormat) -> None:
 
 def _readable_context_id(values: dict[str, Any]) -> str | None:
     try:
-        return _context_id(values, "context_id")
+        return _context_id.read(values, "context_id")
     except ProtocolError:
         return None
