@@ -14,8 +14,9 @@ from qwen_megakernel.codec.cuda_ops import GemmOp
 from qwen_megakernel.codec.cuda_packing import pack_fragments, upsample_matrix
 from qwen_megakernel.codec.cuda_plan import CodecPlan
 from qwen_megakernel.codec.cuda_tiling import choose_tile, choose_unit_shape, ring_shapes, segments_for
-from qwen_megakernel.codec.decoder import CodecStream
-from qwen_megakernel.config import HOP
+from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
+from qwen_megakernel.codec.layers import Recurrent
+from qwen_megakernel.config import HOP, NUM_CODEBOOKS, CodecConfig
 
 torch.set_grad_enabled(False)
 
@@ -49,15 +50,38 @@ def test_upsampling_is_stacked_products():
     assert torch.allclose((rows @ upsample_matrix(weight, 3).T).reshape(12, 16), expected, atol=1e-5)
 
 
-def test_rings_hold_history_and_the_new_frame():
-    shapes = ring_shapes(TRUE)
-    assert shapes["codes"] == (3, 1, 512)
-    assert shapes["kv.7"] == (72, 1, 2048)
-    assert shapes["up.1"] == (3, 4, 1024)
-    assert shapes["block.0"] == (2, 4, 1536)
-    assert shapes["block.0.2"] == (3, 32, 768)
-    assert shapes["last"] == (2, HOP, 96)
-    assert sum(f * r * c for f, r, c in shapes.values()) * 2 < 10 * 2**20, "bytes of a slot"
+def layers_with_a_history(config: CodecConfig) -> list[tuple[int, int, int]]:
+    """Of each such layer of the PyTorch codec, in the order in which they run: the time steps of a
+    frame, those of its history, and its channels."""
+    with torch.device("meta"):
+        decoder = CodecDecoder(config)
+    found = []
+
+    def note(layer: Recurrent, inputs: tuple) -> None:
+        time, shape = layer.time_dim - 1, layer.history_shape
+        found.append((inputs[0].shape[1 + time], shape[time], shape[1 - time]))
+
+    for layer in decoder.modules():
+        if isinstance(layer, Recurrent) and 0 not in layer.history_shape:
+            layer.register_forward_pre_hook(note)
+    CodecStream(decoder, 1).launch([0], torch.zeros(1, NUM_CODEBOOKS, dtype=torch.int64))
+    return found
+
+
+@pytest.mark.parametrize("config", [TRUE, ODD], ids=["true", "odd"])
+def test_rings_hold_the_pytorch_codec_s_history_and_one_frame(config):
+    layers, rings = layers_with_a_history(config), ring_shapes(config)
+    for (steps, history, width), (name, ring) in zip(layers, rings.items(), strict=True):
+        frames, rows, channels = ring
+        assert rows == steps, name
+        assert (frames - 1) * rows < history + steps <= frames * rows, name
+        assert channels % 8 == 0, name
+        assert channels == width or (config is ODD and channels > width), name
+
+
+def test_a_slot_s_state_is_under_ten_megabytes():
+    elements = sum(frames * rows * channels for frames, rows, channels in ring_shapes(TRUE).values())
+    assert 2 * elements < 10e6, "in bf16"
 
 
 def test_segments_follow_the_layer_alone():
