@@ -57,7 +57,7 @@ class Interpreter:
 
     def begin(self, slots: list[int], codes: Tensor) -> None:
         self.slots, self.codes = slots, codes
-        self.call_ages = [int(self.plan.ages[slot]) for slot in slots]
+        self.call_frame_counts = [int(self.plan.frame_counts[slot]) for slot in slots]
 
     def run(self, op: Op) -> None:
         getattr(self, type(op).__name__)(op)
@@ -67,7 +67,7 @@ class Interpreter:
         if not rows.by_slot:
             return rows.data[stream], 0
         frames = rows.data.shape[1] // rows.rows
-        return rows.data[self.slots[stream]], self.call_ages[stream] % frames * rows.rows
+        return rows.data[self.slots[stream]], self.call_frame_counts[stream] % frames * rows.rows
 
     def read(self, rows: Rows, stream: int, history: int = 0) -> Tensor:
         """float32 [history + rows, channels]."""
@@ -84,7 +84,7 @@ class Interpreter:
         for stream, slot in enumerate(self.slots):
             rows = torch.arange(16) * op.codebook_size + self.codes[stream]
             self.write(op.out, stream, op.table[rows].sum(0, keepdim=True))
-            self.plan.ages[slot] += 1
+            self.plan.frame_counts[slot] += 1
 
     def GemmOp(self, op: GemmOp) -> None:
         matrix = self.matrices[id(op)][: op.m]
@@ -141,7 +141,7 @@ class Interpreter:
         for stream in range(len(self.slots)):
             q, kv = self.read(op.qkv, stream)[0].split((q_dim, 2 * kv_dim))
             self.write(op.kv, stream, kv[None])
-            lived = min(self.call_ages[stream] + 1, op.window)
+            lived = min(self.call_frame_counts[stream] + 1, op.window)
             newest_first = self.read(op.kv, stream, op.window - 1).flip(0)[:lived]
             keys, values = newest_first.unflatten(1, (2, op.kv_heads, op.head_dim)).unbind(1)
             cos, sin = op.rope[:lived, None].unbind(-1)

@@ -108,20 +108,20 @@ def test_any_split_gives_the_samples_of_one_pass(seed):
 
 
 def test_company_does_not_matter():
-    """Slots of all ages share calls, in any order; each sounds as if it were alone."""
+    """Slots that are frames apart share calls, in any order; each sounds as if it were alone."""
     num_slots, rng = 5, random.Random(0)
     codes = random_codes(30, slots=num_slots)
     alone = CodecStream(shared_decoder(SHORT_WINDOW), num_slots).decode(range(num_slots), codes)
-    stream, ages = CodecStream(shared_decoder(SHORT_WINDOW), num_slots), [0] * num_slots
+    stream, done = CodecStream(shared_decoder(SHORT_WINDOW), num_slots), [0] * num_slots
     pcm = torch.zeros_like(alone)
-    while min(ages) < 30:
-        waiting = [slot for slot in range(num_slots) if ages[slot] < 30]
+    while min(done) < 30:
+        waiting = [slot for slot in range(num_slots) if done[slot] < 30]
         slots = rng.sample(waiting, rng.randint(1, len(waiting)))
-        frames = min(rng.randint(1, 3), *(30 - ages[slot] for slot in slots))
-        part = stream.decode(slots, torch.stack([codes[s, ages[s] : ages[s] + frames] for s in slots]))
+        frames = min(rng.randint(1, 3), *(30 - done[slot] for slot in slots))
+        part = stream.decode(slots, torch.stack([codes[s, done[s] : done[s] + frames] for s in slots]))
         for slot, samples in zip(slots, part, strict=True):
-            pcm[slot, ages[slot] * HOP : (ages[slot] + frames) * HOP] = samples
-            ages[slot] += frames
+            pcm[slot, done[slot] * HOP : (done[slot] + frames) * HOP] = samples
+            done[slot] += frames
     assert worst(pcm, alone) <= 1e-5
 
 

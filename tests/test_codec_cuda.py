@@ -102,7 +102,7 @@ def test_every_launch_is_the_interpreter_s(config: CodecConfig, library: Path):
         codes = random_codes(1, frame, 3)[:, 0]
         interpreter.begin(slots, codes)
         ours._launcher.input[:3] = torch.cat((torch.tensor(slots)[:, None], codes), 1).int()
-        ours._plan.ages[:3] = plan.ages[:3].cuda()
+        ours._plan.frame_counts[:3] = plan.frame_counts[:3].cuda()
         for index, (mine, theirs) in enumerate(zip(ours._plan.ops, plan.ops, strict=True)):
             ours._launcher.launch(mine, 3)
             interpreter.run(theirs)

@@ -109,22 +109,22 @@ def test_a_unit_s_tile_stays_within_a_stream_and_fits(channels, rows, streams, s
 
 @pytest.mark.parametrize("config", [TINY, ODD, WIDE], ids=["tiny", "odd", "wide"])
 def test_the_plan_is_the_decoder(config):
-    """Against float32, no further than the PyTorch codec in bf16; slots of all ages in a call."""
+    """No further from float32 than the PyTorch codec in bf16; a call's slots are frames apart."""
     decoder = lively_decoder(config)
     frames, rng = 24, random.Random(0)
     codes = random_codes(frames, slots=3)
     truth = CodecStream(decoder, 3).decode([0, 1, 2], codes)
     plan = CodecPlan(decoder, num_slots=3, max_streams=4)
-    interpreter, pcm, ages = Interpreter(plan), torch.zeros_like(truth), [0, 0, 0]
-    while min(ages) < frames:
-        waiting = [slot for slot in range(3) if ages[slot] < frames]
+    interpreter, pcm, done = Interpreter(plan), torch.zeros_like(truth), [0, 0, 0]
+    while min(done) < frames:
+        waiting = [slot for slot in range(3) if done[slot] < frames]
         slots = rng.sample(waiting, rng.randint(1, len(waiting)))
-        part = interpreter.step(slots, torch.stack([codes[s, ages[s]] for s in slots]))
+        part = interpreter.step(slots, torch.stack([codes[s, done[s]] for s in slots]))
         for slot, samples in zip(slots, part, strict=True):
-            pcm[slot, ages[slot] * HOP : (ages[slot] + 1) * HOP] = samples
-            ages[slot] += 1
+            pcm[slot, done[slot] * HOP : (done[slot] + 1) * HOP] = samples
+            done[slot] += 1
     theirs = CodecStream(decoder.bfloat16(), 3).decode([0, 1, 2], codes)
-    assert plan.ages.tolist() == [frames, frames, frames, 0]
+    assert plan.frame_counts.tolist() == [frames, frames, frames, 0]
     assert 0 < rms(pcm - truth) <= 1.25 * rms(theirs - truth)
     assert not plan.state[3].any(), "the scratch slot was not called"
 

@@ -156,7 +156,7 @@ class FreshStates:
     """The codec states of streams that begin, with gradients: zeros before the first frame."""
 
     def __init__(self, num: int, device: torch.device) -> None:
-        self.ages = torch.zeros(num, dtype=torch.int64, device=device)
+        self.frame_counts = torch.zeros(num, dtype=torch.int64, device=device)
 
     def extend(self, layer: Recurrent, new: Tensor) -> Tensor:
         """`new` with the layer's empty history before it."""

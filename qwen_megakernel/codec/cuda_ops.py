@@ -45,7 +45,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class EmbedOp:
-    """Codes -> the sum of their 16 projected vectors; counts the slots' ages."""
+    """Codes -> the sum of their 16 projected vectors; counts the slots' frames."""
 
     table: Tensor
     """float32 [16 * codebook_size, channels]."""

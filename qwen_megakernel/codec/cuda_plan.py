@@ -67,7 +67,7 @@ class CodecPlan:
     ops: list[Op] = field(default_factory=list)
     state: Tensor = field(init=False)
     """bf16 [num_slots + 1, elements]: every ring of a slot; zeros are a new slot's."""
-    ages: Tensor = field(init=False)
+    frame_counts: Tensor = field(init=False)
     """int32 [num_slots + 1]: frames decoded."""
     pcm: Tensor = field(init=False)
     """float32 [max_streams, 1920]."""
@@ -77,7 +77,7 @@ class CodecPlan:
         shapes = ring_shapes(self.decoder.config)
         sizes = [frames * rows * channels for frames, rows, channels in shapes.values()]
         self.state = self._zeros(self.num_slots + 1, sum(sizes), dtype=torch.bfloat16)
-        self.ages = self._zeros(self.num_slots + 1, dtype=torch.int32)
+        self.frame_counts = self._zeros(self.num_slots + 1, dtype=torch.int32)
         self.pcm = self._zeros(self.max_streams, HOP)
         self._rings = {
             name: Rows(part.unflatten(1, (frames * rows, channels)), rows, by_slot=True)

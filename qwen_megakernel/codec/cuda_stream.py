@@ -132,7 +132,7 @@ class Launcher:
         device = plan.state.device
         self._library = _load(library)
         self._gpu = torch.cuda.get_device_properties(device)
-        self._ages = plan.ages
+        self._frame_counts = plan.frame_counts
         self.input = torch.zeros(plan.max_streams, 1 + NUM_CODEBOOKS, dtype=torch.int32, device=device)
         """int32 [max_streams, 17]: slot and codes of every stream, read by the first launch."""
         self._calls = torch.zeros(plan.max_streams, 2, dtype=torch.int32, device=device)
@@ -151,8 +151,8 @@ class Launcher:
     @_launch.register
     def _(self, op: EmbedOp, streams: int, cuda_stream: int) -> int:
         params = _Embed(
-            _pointer(self.input), _pointer(self._ages), _pointer(self._calls), _pointer(op.table),
-            op.codebook_size, _rows(op.out),
+            _pointer(self.input), _pointer(self._frame_counts), _pointer(self._calls),
+            _pointer(op.table), op.codebook_size, _rows(op.out),
         )  # fmt: skip
         return self._library.codec_embed(byref(params), streams, cuda_stream)
 
@@ -274,7 +274,7 @@ class CudaCodecStream:
         """Make `slot` as new."""
         check_slots([slot], self.num_slots)
         self._plan.state[slot].zero_()
-        self._plan.ages[slot] = 0
+        self._plan.frame_counts[slot] = 0
 
     @torch.no_grad()
     def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedAudio:

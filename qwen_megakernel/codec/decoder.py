@@ -5,11 +5,11 @@
 `Qwen3TTSTokenizerV2Decoder` in qwen_tts.core.tokenizer_12hz.modeling_qwen3_tts_tokenizer_v2.
 `CodecStream` runs it for many slots at once, each continuing where it stopped.
 
-Everything in the decoder is causal, so every layer needs only the end of what it was last
-given: a convolution its receptive field, attention its window of keys and values. Those ends
-are the whole codec state, and zeros (with an age of 0) are the state of a new slot. A frame
-decoded from them is the same as in one pass over all frames. (The official `chunked_decode`
-is not: its chunks see 25 frames of context.)
+Everything in the decoder is causal, so every layer needs only the end of its earlier input: a
+convolution its receptive field, attention its window of keys and values. These ends and the number
+of decoded frames are the whole codec state; a new slot's is all zeros. A frame decoded from the
+state is the same as in one pass over all frames. (The official `chunked_decode` differs: its chunks
+see 25 frames of context.)
 """
 
 from __future__ import annotations
@@ -189,24 +189,24 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, states: SlotStates) -> Tensor:
         past, frames = self.config.sliding_window - 1, x.shape[1]
         rope = rope_table(self.config, past + frames, x.device)
-        mask = self._mask(states.ages, past, frames)
+        mask = self._mask(states.frame_counts, past, frames)
         x = self.input_proj(x)
         for layer in self.layers:
             x = layer(x, states, rope, mask)
         return self.output_proj(self.norm(x))
 
     @staticmethod
-    def _mask(ages: Tensor, past: int, frames: int) -> Tensor:
+    def _mask(frame_counts: Tensor, past: int, frames: int) -> Tensor:
         """Which keys each query sees, bool [n, 1, frames, past + frames].
 
-        Query i stands at key past + i. It sees that key and `past` earlier ones, but none of
-        the history that a young slot has not lived yet.
+        Query i stands at key past + i. It sees that key and `past` earlier ones, but no part of
+        the history that lies before the slot's first frame.
         """
-        key = torch.arange(past + frames, device=ages.device)
-        query = torch.arange(frames, device=ages.device)[:, None]
+        key = torch.arange(past + frames, device=frame_counts.device)
+        query = torch.arange(frames, device=frame_counts.device)[:, None]
         in_window = (key >= query) & (key <= query + past)
-        lived = key >= past - ages[:, None, None, None]
-        return in_window & lived
+        exists = key >= past - frame_counts[:, None, None, None]
+        return in_window & exists
 
 
 class ConvNeXtBlock(nn.Module):
@@ -354,13 +354,13 @@ class CodecStream:
             layer: part.unflatten(1, layer.history_shape)
             for layer, part in zip(layers, self._state.split(sizes, dim=1), strict=True)
         }
-        self._ages = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
+        self._frame_counts = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
 
     def reset(self, slot: int) -> None:
         """Make `slot` as new."""
         check_slots([slot], self.num_slots)
         self._state[slot].zero_()
-        self._ages[slot] = 0
+        self._frame_counts[slot] = 0
 
     @torch.no_grad()
     def decode(self, slots: Sequence[int], codes: Tensor) -> Tensor:
@@ -397,7 +397,7 @@ class CodecStream:
 
     def _step(self, slots: Tensor, codes: Tensor) -> Tensor:
         """`decode` on the device only: no check, no wait, the same launches for equal shapes."""
-        states = SlotStates(self._histories, self._ages, slots)
+        states = SlotStates(self._histories, self._frame_counts, slots)
         pcm = self._decoder(codes, states)
-        self._ages.index_add_(0, slots, torch.full_like(slots, codes.shape[1]))
+        self._frame_counts.index_add_(0, slots, torch.full_like(slots, codes.shape[1]))
         return pcm

@@ -29,10 +29,10 @@ class SlotStates:
     the number of slots and frames: the same launches serve any slots.
     """
 
-    def __init__(self, histories: dict[Recurrent, Tensor], ages: Tensor, slots: Tensor) -> None:
+    def __init__(self, histories: dict[Recurrent, Tensor], frame_counts: Tensor, slots: Tensor) -> None:
         self._histories = histories
         self._slots = slots
-        self.ages = ages.index_select(0, slots)
+        self.frame_counts = frame_counts.index_select(0, slots)
         """Frames decoded before this call, int64 [n]."""
 
     def extend(self, layer: Recurrent, new: Tensor) -> Tensor:
