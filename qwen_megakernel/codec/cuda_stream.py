@@ -1,7 +1,7 @@
-"""The codec on the GPU: one CUDA graph of hand-written kernels a frame, any slots, exact.
+"""The codec on the GPU: each frame is one CUDA graph of hand-written kernels, for any slots.
 
-`CudaCodecStream` stands where `CodecStream` does. The kernels are csrc/codec_*.cu; what they are
-launched on is `CodecPlan`'s to say. This module mirrors their parameters and captures the graphs.
+`CudaCodecStream` takes the place of `CodecStream`. The kernels are in csrc/codec_*; `CodecPlan` lists
+their launches. This module mirrors their parameters and captures the graphs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""`python -m qwen_megakernel doctor`: is this machine fit, and if not, what to do about it.
+"""`python -m qwen_megakernel doctor`: whether this machine can serve, and how to mend what it lacks.
 
-Every check is a function of what `machine` found out, and returns a `Check`.
+Each check is a function: it takes what `machine` found out and returns a `Check`. Only the standard
+library is imported with this module, so that it runs before anything is installed.
 """
 
 from __future__ import annotations
