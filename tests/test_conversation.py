@@ -22,7 +22,7 @@ from qwen_megakernel.serving.native_messages import (
     parse_server_message,
 )
 from qwen_megakernel.serving.native_messages import Started as ServerStarted
-from qwen_megakernel.serving.speech import Speech
+from qwen_megakernel.serving.server_state import Speech
 from qwen_megakernel.turn import Audio, Finished, Started, Turn
 
 LEAD_S = 1.0

@@ -27,8 +27,8 @@ from qwen_megakernel.serving.access import AccessRules, check_access
 from qwen_megakernel.serving.connection import Connection
 from qwen_megakernel.serving.native import NativeDialect
 from qwen_megakernel.serving.observe import Metrics, log
+from qwen_megakernel.serving.server_state import Speech
 from qwen_megakernel.serving.simple import OriginalDialect
-from qwen_megakernel.serving.speech import Speech
 from qwen_megakernel.serving.switch import DialectSwitch
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import Protocol
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.serving.contexts import Context, ContextOver, OutEvent, Segment
 from qwen_megakernel.serving.native_messages import FinishReason, Speak, State
-from qwen_megakernel.serving.speech import MAX_UNSENT_BYTES, Speech
+from qwen_megakernel.serving.server_state import MAX_UNSENT_BYTES, Speech
 from qwen_megakernel.serving.wire import ProtocolError, language_name
 from qwen_megakernel.turn import Audio, Finished, RequestError, Started, Turn, TurnEvent
 

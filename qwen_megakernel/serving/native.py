@@ -34,7 +34,7 @@ from qwen_megakernel.serving.native_messages import (
 )
 from qwen_megakernel.serving.observe import log
 from qwen_megakernel.serving.pcm import PcmEncoder
-from qwen_megakernel.serving.speech import Speech
+from qwen_megakernel.serving.server_state import Speech
 from qwen_megakernel.serving.wire import ProtocolError, error_line
 from qwen_megakernel.turn import Audio, RequestError
 

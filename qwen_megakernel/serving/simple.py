@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import count
 
 from qwen_megakernel.config import GenerationParams
+from qwen_megakernel.serving.server_state import Speech, SpokenTurn, TurnOptions
 from qwen_megakernel.serving.simple_messages import (
     Cancel,
     Speak,
@@ -21,7 +22,6 @@ from qwen_megakernel.serving.simple_messages import (
     encode_failed,
     parse_client_message,
 )
-from qwen_megakernel.serving.speech import Speech, SpokenTurn, TurnOptions
 from qwen_megakernel.serving.wire import ProtocolError
 from qwen_megakernel.turn import Audio, Finished, RequestError, TurnEvent
 
