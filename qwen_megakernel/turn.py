@@ -20,8 +20,8 @@ from qwen_megakernel.config import SAMPLE_RATE
 
 FinishReason = Literal["stop", "length", "repeat", "silence", "cancelled", "error"]
 ErrorCode = Literal[
-    "bad_request", "unknown_voice", "unknown_language", "text_too_long", "overloaded", "unsupported",
-    "internal",
+    "bad_request", "unknown_context", "unknown_voice", "unknown_language", "text_too_long", "overloaded",
+    "unsupported", "internal",
 ]  # fmt: skip
 
 

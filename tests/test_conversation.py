@@ -22,7 +22,7 @@ from qwen_megakernel.serving.native_messages import (
     parse_server_message,
 )
 from qwen_megakernel.serving.native_messages import Started as ServerStarted
-from qwen_megakernel.serving.server_state import Speech
+from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.turn import Audio, Finished, Started, Turn
 
 LEAD_S = 1.0
@@ -59,7 +59,7 @@ class Reader:
 
     def __init__(self, decoder):
         self.records, self.over = [], {}
-        speech = Speech(decoder, SimpleNamespace(record=self.records.append))
+        speech = ServerState(decoder, SimpleNamespace(record=self.records.append))
         self.conversation = Conversation(speech, "1", self)
 
     def on_output(self, context):
@@ -120,7 +120,7 @@ def test_a_cancel_between_two_messages_leaves_the_counts_true():
 
     async def talk():
         posted, sent = [], []
-        speech = Speech(InstantDecoder(), SimpleNamespace(record=lambda record: None))
+        speech = ServerState(InstantDecoder(), SimpleNamespace(record=lambda record: None))
         dialect = NativeDialect(speech, "1", posted.append, None)
         for message in (Hello(), Speak("a", "Word."), Flush("a")):
             dialect.receive(encode(message))
@@ -146,7 +146,7 @@ def test_a_cancel_between_two_messages_leaves_the_counts_true():
 def test_a_cancel_drops_what_waits_for_the_socket():
     async def talk():
         posted, sent = [], []
-        speech = Speech(InstantDecoder(), SimpleNamespace(record=lambda record: None))
+        speech = ServerState(InstantDecoder(), SimpleNamespace(record=lambda record: None))
         dialect = NativeDialect(speech, "1", posted.append, None)
         for message in (Hello(), Speak("a", "Word."), Flush("a")):
             dialect.receive(encode(message))

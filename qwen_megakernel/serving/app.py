@@ -27,7 +27,7 @@ from qwen_megakernel.serving.access import AccessRules, check_access
 from qwen_megakernel.serving.connection import Connection
 from qwen_megakernel.serving.native import NativeDialect
 from qwen_megakernel.serving.observe import Metrics, log
-from qwen_megakernel.serving.server_state import Speech
+from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.simple import OriginalDialect
 from qwen_megakernel.serving.switch import DialectSwitch
 
@@ -63,7 +63,7 @@ class App:
         self.settings = settings
         self.phase: Phase = "starting"
         self.detail = ""
-        self._speech: Speech | None = None
+        self._speech: ServerState | None = None
         self._connections: set[Connection] = set()
         self._connection_numbers = count(1)
         self._metrics = Metrics(
@@ -90,7 +90,7 @@ class App:
 
     def start_serving(self, decoder: TTSDecoder) -> None:
         """Take turns from now on."""
-        self._speech = Speech(
+        self._speech = ServerState(
             decoder, self._metrics, self.settings.max_text_chars, self.settings.max_message_bytes
         )
         self.report("ready")

@@ -22,7 +22,7 @@ from typing import Protocol
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.serving.contexts import Context, ContextOver, OutEvent, Segment
 from qwen_megakernel.serving.native_messages import FinishReason, Speak, State
-from qwen_megakernel.serving.server_state import MAX_UNSENT_BYTES, Speech
+from qwen_megakernel.serving.server_state import MAX_UNSENT_BYTES, ServerState
 from qwen_megakernel.serving.wire import ProtocolError, language_name
 from qwen_megakernel.turn import Audio, Finished, RequestError, Started, Turn, TurnEvent
 
@@ -50,7 +50,7 @@ class Listener(Protocol):
 class Conversation:
     """The contexts of one connection."""
 
-    def __init__(self, speech: Speech, name: str, listener: Listener) -> None:
+    def __init__(self, speech: ServerState, name: str, listener: Listener) -> None:
         self._speech, self._name, self._listener = speech, name, listener
         self._contexts: dict[str, Context] = {}
         """Open ones, in order: not stopped, and `ContextOver` not taken."""

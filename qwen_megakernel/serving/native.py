@@ -34,7 +34,7 @@ from qwen_megakernel.serving.native_messages import (
 )
 from qwen_megakernel.serving.observe import log
 from qwen_megakernel.serving.pcm import PcmEncoder
-from qwen_megakernel.serving.server_state import Speech
+from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.wire import ProtocolError, error_line
 from qwen_megakernel.turn import Audio, RequestError
 
@@ -70,7 +70,7 @@ class NativeDialect:
 
     def __init__(
         self,
-        speech: Speech,
+        speech: ServerState,
         name: str,
         post: Callable[[Item], None],
         finish: Callable[[int], None],
@@ -110,8 +110,8 @@ class NativeDialect:
             message = parse_client_message(data)
             context_id = getattr(message, "context_id", None)
             self._follow(message)
-        except ProtocolError as error:
-            self._reply(_error(error.context_id or context_id, error))
+        except (ProtocolError, RequestError) as error:
+            self._reply(_error(getattr(error, "context_id", None) or context_id, error))
             if error.code == "unsupported_protocol":
                 self._refused = True
                 self._finish(PROTOCOL_VIOLATED)

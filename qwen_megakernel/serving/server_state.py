@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwen_megakernel.config import GenerationParams
+from qwen_megakernel.serving import options
 from qwen_megakernel.serving.observe import Metrics, TurnRecord
 from qwen_megakernel.serving.wire import ProtocolError
-from qwen_megakernel.turn import Audio, Finished, Turn, TurnEvent
+from qwen_megakernel.turn import Audio, Finished, RequestError, Turn, TurnEvent
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
@@ -28,7 +29,7 @@ MAX_UNSENT_BYTES = 65_536
 
 
 @dataclass(slots=True)
-class Speech:
+class ServerState:
     """The part of the server that speaks, shared by all connections."""
 
     decoder: TTSDecoder
@@ -39,20 +40,27 @@ class Speech:
     """The server is going down: turns go on, none may begin."""
 
     def check_accepting(self) -> None:
-        """Raise `ProtocolError` while no turn may begin."""
+        """Raise `RequestError` while no turn may begin."""
         if self.draining:
-            raise ProtocolError("overloaded", "the server is shutting down")
+            raise RequestError("overloaded", "the server is shutting down")
         if self.decoder.error is not None:
-            raise ProtocolError("internal", "the engine has stopped; the server must be restarted")
+            raise RequestError("internal", "the engine has stopped; the server must be restarted")
 
     def voice_name(self, given: str | None) -> str | None:
-        """A voice as the decoder knows it; raises `ProtocolError`."""
+        """A voice as the decoder knows it; raises `RequestError`."""
         if given is None or given in self.decoder.voices:
             return given
         if given.lower() in self.decoder.voices:  # presets are known by lower-case names
             return given.lower()
         known = name_list(list(self.decoder.voices))
-        raise ProtocolError("unknown_voice", f"voice {given[:64]} is unknown; known: {known}")
+        raise RequestError("unknown_voice", f"voice {given[:64]} is unknown; known: {known}")
+
+    def choose(self, before: options.TurnOptions, choices: options.SpeechOptions) -> options.TurnOptions:
+        """The options before with a client's choices in their place; raises `RequestError`."""
+        voice = self.voice_name(choices.voice or None)
+        chosen = before.updated(replace(choices, voice=voice))
+        self.decoder.check(chosen.voice, chosen.language, instruct=chosen.instruct)
+        return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class SpokenTurn:
 
     def __init__(
         self,
-        speech: Speech,
+        speech: ServerState,
         name: str,
         options: TurnOptions,
         deliver: Callable[[SpokenTurn, TurnEvent], None],

@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import count
 
 from qwen_megakernel.config import GenerationParams
-from qwen_megakernel.serving.server_state import Speech, SpokenTurn, TurnOptions
+from qwen_megakernel.serving.server_state import ServerState, SpokenTurn, TurnOptions
 from qwen_megakernel.serving.simple_messages import (
     Cancel,
     Speak,
@@ -41,7 +41,7 @@ Send = Callable[[str | bytes], Awaitable[None]]
 class OriginalDialect:
     """One client's dialogue. `receive` belongs to the reader, `write` to the writer."""
 
-    def __init__(self, speech: Speech, name: str, post: Callable[[Item], None]) -> None:
+    def __init__(self, speech: ServerState, name: str, post: Callable[[Item], None]) -> None:
         """`post` puts an item into the writer's queue."""
         self._speech = speech
         self._name = name

@@ -1,0 +1,260 @@
+"""Contexts: a reply as a row of segments, each of which becomes a turn of the engine.
+
+There is no order among contexts here, and nothing waits for a client: that is `session.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from qwen_megakernel.config import SAMPLE_RATE
+from qwen_megakernel.serving.account import Account
+from qwen_megakernel.serving.events import ContextDone, ContextFailed, ContextState, SegmentDone
+from qwen_megakernel.serving.observe import TurnRecord
+from qwen_megakernel.serving.options import TurnOptions
+from qwen_megakernel.turn import Audio, Finished, FinishReason, RequestError, Turn
+
+
+class WaitingSegment:
+    """Text between two flushes, before its turn is opened."""
+
+    def __init__(self, options: TurnOptions) -> None:
+        self.options = options
+        self.text = ""
+        self.flushed = False
+        """No more text will come."""
+
+    def append(self, text: str) -> None:
+        """Add text."""
+        self.text += text
+
+    def flush(self) -> None:
+        """Say that the text is complete."""
+        self.flushed = True
+
+    @property
+    def blank(self) -> bool:
+        """Whether there is nothing to say as yet."""
+        return not self.text.strip()
+
+
+class SpokenSegment:
+    """Text between two flushes, whose turn was opened."""
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+        self.started = False
+        """Whether the turn has a slot, or had one."""
+        self.finished = False
+        """Whether the turn's last event has come."""
+
+    blank = False
+
+    @property
+    def flushed(self) -> bool:
+        """Whether the text is complete."""
+        return self.turn.ended
+
+    def append(self, text: str) -> None:
+        """Add text. What comes after the model has ended the segment is not spoken."""
+        if not self.finished:
+            self.turn.append(text)
+
+    def flush(self) -> None:
+        """Say that the text is complete."""
+        self.turn.end()
+
+
+class Context:
+    """One reply: its text, its turns, what was generated and what was sent."""
+
+    def __init__(self, context_id: str, name: str) -> None:
+        """`name` is for the log; the id is the client's."""
+        self.context_id, self.name = context_id, name
+        self.options = TurnOptions()
+        """Of the last segment."""
+        self.account = Account()
+        self.waiting: deque[WaitingSegment] = deque()
+        self.spoken: SpokenSegment | None = None
+        """The segment whose turn runs; or one that the model has ended, until it is flushed."""
+        self.num_turns = 0
+        self.ended = False
+        """No more text will come."""
+        self.complete = False
+        """All audio was generated, and its end waits behind it."""
+        self.cancelled = False
+        """What is still generated is dropped."""
+        self.closed = False
+        """Its end was told: it is no longer the session's."""
+        self.announced = False
+        """`ContextStarted` was given."""
+        self.reason: FinishReason = "stop"
+        self.failure: RequestError | None = None
+        self.quiet_since = time.monotonic()
+        self._segment_start = 0
+        self._first_audio_at = 0.0
+
+    # -- text -------------------------------------------------------------------------------
+
+    @property
+    def tail(self) -> WaitingSegment | SpokenSegment | None:
+        """The segment that takes text."""
+        segment = self.waiting[-1] if self.waiting else self.spoken
+        return None if segment is None or segment.flushed else segment
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether text that is appended now can still be spoken."""
+        tail = self.tail
+        model_ended = isinstance(tail, SpokenSegment) and tail.turn.finished
+        return not (self.ended or self.cancelled or model_ended)
+
+    def append(self, text: str) -> None:
+        """Add text to the segment that takes it."""
+        if self.tail is not None:
+            self.tail.append(text)
+        if self.speaking:
+            self.start_clock()
+
+    def add_segment(self, options: TurnOptions) -> None:
+        """Begin a segment."""
+        self.options = options
+        self.waiting.append(WaitingSegment(options))
+
+    def end(self) -> None:
+        """Say that the text is complete."""
+        self.ended = True
+        if self.tail is not None:
+            self.tail.flush()
+
+    # -- turns ------------------------------------------------------------------------------
+
+    @property
+    def speaking(self) -> bool:
+        """Whether a turn runs."""
+        return self.spoken is not None and not self.spoken.finished
+
+    @property
+    def state(self) -> ContextState:
+        """Of a context that is the first in its session."""
+        if self.spoken is None or self.spoken.finished or not self.spoken.flushed:
+            return "waiting_for_text"
+        return "speaking" if self.spoken.started else "queued"
+
+    def next_segment(self, *, even_blank: bool) -> WaitingSegment | None:
+        """The segment to open a turn for, if there is one with something to say.
+
+        `even_blank`: a turn may wait for its first text.
+        """
+        if self.spoken is not None:
+            if not self.spoken.finished or not self.spoken.flushed:
+                return None
+            self.spoken = None
+        while self.waiting and self.waiting[0].blank and not even_blank:
+            if not self.waiting[0].flushed:
+                return None
+            self.waiting.popleft()
+        return self.waiting[0] if self.waiting else None
+
+    def begin_turn(self, turn: Turn) -> None:
+        """The turn of `next_segment` was opened."""
+        self.waiting.popleft()
+        self.spoken = SpokenSegment(turn)
+        self.num_turns += 1
+
+    def mark_started(self) -> None:
+        """The turn has a slot."""
+        if self.spoken is not None:
+            self.spoken.started = True
+
+    def finish_turn(self, finished: Finished) -> None:
+        """The turn has given its last event."""
+        if self.spoken is not None:
+            self.spoken.finished = True
+        self.account.add_turn(finished)
+
+    def hold(self, on: bool) -> None:
+        """Make the turn wait, or go on."""
+        if self.spoken is not None and self.spoken.turn.held != on:
+            self.spoken.turn.hold(on)
+
+    def stop_turn(self) -> None:
+        """Cancel the turn that runs, if one does; its `Finished` still comes."""
+        if self.spoken is not None and not self.spoken.finished:
+            self.spoken.turn.cancel()
+
+    def start_clock(self) -> None:
+        """There is a turn, or is about to be: its clock starts once there is text, too."""
+        if self.account.num_chars:
+            self.account.start_clock()
+
+    # -- audio ------------------------------------------------------------------------------
+
+    def add_audio(self, audio: Audio) -> None:
+        """A chunk was generated."""
+        now = time.monotonic()
+        if not self.account.num_samples:
+            self._first_audio_at = now
+        elif not self.lead_s():  # playback ran dry: it goes on from here
+            self._first_audio_at = now - self.account.num_samples / SAMPLE_RATE
+        self.account.add_audio(audio)
+
+    def lead_s(self) -> float:
+        """Seconds of generated audio that a client cannot have played yet."""
+        if not self.account.num_samples:
+            return 0.0
+        played_s = time.monotonic() - self._first_audio_at
+        return max(0.0, self.account.num_samples / SAMPLE_RATE - played_s)
+
+    def end_segment(self, finished: Finished) -> SegmentDone:
+        """A turn has finished in good order."""
+        start, self._segment_start = self._segment_start, self.account.num_samples
+        duration = self.account.num_samples - start
+        if self.reason == "stop":
+            self.reason = finished.reason
+        return SegmentDone(
+            self.context_id,
+            self.num_turns - 1,
+            start / SAMPLE_RATE,
+            duration / SAMPLE_RATE,
+            finished.reason,
+        )
+
+    # -- its end ----------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Drop what is still generated; a failure stays one."""
+        self.cancelled = True
+        if self.failure is None:
+            self.reason = "cancelled"
+
+    def fail(self, failure: RequestError) -> None:
+        """Say why it ends."""
+        self.failure, self.reason = failure, "error"
+
+    def end_event(self) -> ContextDone | ContextFailed:
+        """What is told of its end, as it stands."""
+        figures = self.account.figures()
+        if self.failure is None:
+            return ContextDone(self.context_id, self.reason, figures)
+        return ContextFailed(
+            self.context_id, self.failure.code, str(self.failure), self.num_turns > 0, figures
+        )
+
+    def record(self, default_voice: str | None) -> TurnRecord:
+        """For log and metrics."""
+        figures = self.account.figures()
+        # Other errors are the client's, and may repeat what it said: not for the log.
+        internal = self.failure is not None and self.failure.code == "internal"
+        return TurnRecord(
+            turn=self.name,
+            chars=self.account.num_chars,
+            voice=self.options.voice or default_voice,
+            seed=self.options.params.seed,
+            ttfc_ms=None if figures.ttfc_s is None else round(figures.ttfc_s * 1000, 2),
+            rtf=None if figures.rtf is None else round(figures.rtf, 4),
+            frames=self.account.num_frames,
+            finish_reason=self.reason,
+            error=str(self.failure) if internal else None,
+        )

@@ -1,0 +1,66 @@
+"""How text is spoken: what a client chose, and what a turn of the engine is opened with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from qwen_megakernel.config import GenerationParams
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechOptions:
+    """A client's choices for the text that follows. None keeps what was chosen before."""
+
+    voice: str | None = None
+    """A name the server knows."""
+    language: str | None = None
+    """Lower-case name; `auto` leaves it to the model."""
+    instruct: str | None = None
+    """How to speak, for checkpoints that take it."""
+    temperature: float | None = None
+    """Of the talker; 0 takes the most likely code."""
+    top_k: int | None = None
+    """Of the talker; 0 keeps all."""
+    seed: int | None = None
+    """0 .. 2**64 - 1; the server draws one for a context that never names one."""
+    chunk_frames: int | None = None
+    """Frames of 80 ms in a chunk of audio; the engine's ramp if it was never chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnOptions:
+    """All choices of one turn; the defaults are the server's."""
+
+    voice: str | None = None
+    """None is the default voice."""
+    language: str = "auto"
+    instruct: str | None = None
+    params: GenerationParams = field(default_factory=GenerationParams)
+    chunk_frames: int | None = None
+
+    def updated(self, choices: SpeechOptions) -> TurnOptions:
+        """These options with a client's choices in their place."""
+        params = self.params
+        talker = replace(
+            params.talker,
+            temperature=_either(choices.temperature, params.talker.temperature),
+            top_k=_either(choices.top_k, params.talker.top_k),
+        )
+        return TurnOptions(
+            voice=_either(choices.voice, self.voice),
+            language=_either(choices.language, self.language),
+            instruct=_either(choices.instruct, self.instruct),
+            params=replace(params, talker=talker, seed=_either(choices.seed, params.seed)),
+            chunk_frames=_either(choices.chunk_frames, self.chunk_frames),
+        )
+
+    def params_of(self, index: int) -> GenerationParams:
+        """The parameters of a context's turn `index`: seeds count on."""
+        return replace(self.params, seed=(self.params.seed + index) % 2**64)
+
+
+def _either(chosen: T | None, before: T) -> T:
+    return before if chosen is None else chosen

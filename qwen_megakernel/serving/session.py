@@ -1,0 +1,407 @@
+"""A session: what one client holds, whatever carries it.
+
+    client -> carrier -> dialect --- append, flush, end, cancel --> Session --> turns of the engine
+    client <- carrier <- dialect <-- events of `take` ------------- Session <-- their events
+
+A session's contexts are spoken in the order in which they were opened. A context's segments become
+turns, one after the other. The next turn is opened when the one before has finished: generation
+runs ahead of playback, so nothing is heard of the seam.
+
+There is no wire here. A carrier takes events when its client has room for them, and the engine
+waits while too much audio is not taken. Everything runs on the event loop, and nothing needs a
+lock: the engine's thread hands its events over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count
+
+from qwen_megakernel.serving.context import Context, WaitingSegment
+from qwen_megakernel.serving.events import (
+    ContextAudio,
+    ContextQuiet,
+    ContextStarted,
+    Reply,
+    SessionEnd,
+    SessionEvent,
+    SessionOver,
+)
+from qwen_megakernel.serving.options import SpeechOptions
+from qwen_megakernel.serving.outbox import Ended, Entry, Outbox, Output
+from qwen_megakernel.serving.server_state import ServerState
+from qwen_megakernel.turn import Audio, Finished, RequestError, Started, TurnEvent
+
+MAX_UNSENT_BYTES = 65_536
+"""Audio that may wait for the carrier before the engine waits; it goes on at half."""
+QUIET_S = 1.0
+"""A context of which nothing was given for so long is told as quiet."""
+_REMEMBERED_IDS = 1000
+_NO_CHOICES = SpeechOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRules:
+    """What a dialect promises its clients about contexts."""
+
+    max_contexts: int = 8
+    """Open at a time."""
+    when_full: str = "8 contexts are open on this connection"
+    """Told to a client that opens one more."""
+    max_lead_s: float = 10.0
+    """Seconds of audio that a context may be ahead of its playback."""
+    one_turn: bool = False
+    """A context is one turn. It is opened before it has text, and ends where its turn ends: when the
+    model says so, although more text could come; when the engine has honoured a cancel; after the
+    audio before a failure. One that never became a turn has no record.
+
+    Otherwise a context is a row of turns that lasts until `end`. A cancel or a failure ends it at
+    once, and what waits for the carrier is dropped."""
+    own_ids: bool = False
+    """Context ids are the dialect's, and name contexts in the log. Otherwise they are a client's
+    text, and the log has numbers."""
+
+
+class Session:
+    """The contexts of one client. Methods that follow the client raise `RequestError`."""
+
+    def __init__(self, server: ServerState, name: str, rules: SessionRules | None = None) -> None:
+        """`name` is for the log."""
+        self.server, self.name = server, name
+        self.rules = rules or SessionRules()
+        """A dialect that the first message decides sets them before it opens a context."""
+        self.bytes_in_carrier: Callable[[], int] = lambda: 0
+        """What the carrier holds for the client besides; the carrier sets it."""
+        self._outbox = Outbox()
+        self._contexts: dict[str, Context] = {}
+        """Open ones, in order: their end was not told."""
+        self._used_ids: deque[str] = deque(maxlen=_REMEMBERED_IDS)
+        self._numbers = count(1)
+        self._retry: asyncio.TimerHandle | None = None
+        self._quiet: asyncio.TimerHandle | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a context is open."""
+        return bool(self._contexts)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes held for the client."""
+        return self._outbox.unsent_bytes + self.bytes_in_carrier()
+
+    # -- what the client says ---------------------------------------------------------------
+
+    def check_room(self) -> None:
+        """Refuse a new context where the server or this session takes none."""
+        self.server.check_accepting()
+        if len(self._contexts) >= self.rules.max_contexts:
+            raise RequestError("overloaded", self.rules.when_full)
+
+    def takes_text(self, context_id: str) -> bool:
+        """Whether the context is open and could still speak text that is appended now."""
+        context = self._contexts.get(context_id)
+        return context is not None and context.takes_text
+
+    def append(
+        self, context_id: str, text: str, choices: SpeechOptions = _NO_CHOICES, *, ended: bool = False
+    ) -> None:
+        """Append text to a context, opening it if it is new.
+
+        Args:
+            context_id: never one that was used before.
+            text: may end anywhere, also within a word.
+            choices: read where the text begins a segment.
+            ended: whether the context's text is complete.
+
+        Raises:
+            RequestError: refused; nothing has changed. Choices that cannot be served are no
+                refusal: they fail the context.
+        """
+        context = self._contexts.get(context_id)
+        if context is None:
+            self._check_id(context_id)
+            self.check_room()
+        elif context.ended:
+            raise RequestError("bad_request", f"context {context_id} has ended")
+        num_chars = len(text) + (context.account.num_chars if context else 0)
+        limit = self.server.max_text_chars
+        if num_chars > limit:
+            raise RequestError("text_too_long", f"text is longer than {limit} characters")
+        if context is None:
+            context = self._open(context_id)
+            if choices.seed is None:
+                # Without a seed every take differs; the log has the seed of each.
+                choices = replace(choices, seed=secrets.randbits(32))
+        context.account.num_chars = num_chars
+        try:
+            if context.tail is None:
+                context.add_segment(self.server.choose(context.options, choices))
+            context.append(text)
+            if ended:
+                context.end()
+        except RequestError as failure:
+            self._stop(context, failure)
+        self._advance()
+
+    def flush(self, context_id: str) -> None:
+        """Complete the segment; nothing happens where there is nothing to say."""
+        context = self._find_growing(context_id)
+        if context.tail is not None and not context.tail.blank:
+            context.tail.flush()
+            self._advance()
+
+    def end(self, context_id: str) -> None:
+        """Complete the context."""
+        self._find_growing(context_id).end()
+        self._advance()
+
+    def cancel(self, context_id: str | None = None) -> None:
+        """Stop a context, or all."""
+        for context in list(self._contexts.values()) if context_id is None else [self._find(context_id)]:
+            if self.rules.one_turn and context.num_turns:
+                context.cancel()
+                context.stop_turn()
+                self._outbox.drop(context)
+            else:
+                self._stop(context)
+        self._advance()
+
+    # -- what the server says ---------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Refuse what has not begun."""
+        for context in list(self._contexts.values()):
+            if not context.num_turns:
+                self._stop(context, RequestError("overloaded", "the server is shutting down"))
+
+    def finish(self, reason: SessionEnd) -> None:
+        """Have the carrier close, once it has taken all that waits."""
+        self._outbox.put(SessionOver(reason))
+
+    def close(self) -> None:
+        """The client is gone: stop its turns now. A second call does nothing."""
+        for context in list(self._contexts.values()):
+            self._stop(context, tell=False)
+        for timer in (self._retry, self._quiet):
+            if timer is not None:
+                timer.cancel()
+
+    # -- what goes to the client ------------------------------------------------------------
+
+    def reply(self, message: str) -> None:
+        """Queue a message of the dialect's own behind the events."""
+        self._outbox.put(Reply(message))
+
+    async def take(self) -> list[SessionEvent]:
+        """The next events, which go out together. All is in order again when this returns: what the
+        client says while they are sent cannot take them back."""
+        while True:
+            events = self._resolve(await self._outbox.get())
+            if events:
+                return events
+
+    async def keep_pace(self) -> None:
+        """Wait while the client leaves too many messages unread: for a carrier, before it reads on."""
+        await self._outbox.until_short()
+
+    def _resolve(self, entry: Entry) -> list[SessionEvent]:
+        if not isinstance(entry, Output):
+            return [entry]
+        context, what = entry.context, entry.what
+        context.quiet_since = time.monotonic()
+        if isinstance(what, Ended):
+            return self._conclude(context)
+        events: list[SessionEvent] = []
+        if not context.announced:
+            context.announced = True
+            events.append(ContextStarted(context.context_id))
+        if isinstance(what, Audio):
+            context.account.mark_sent(len(what.samples))
+            self._release()
+            events.append(ContextAudio(context.context_id, what.samples))
+        else:
+            events.append(what)
+        return events
+
+    def _conclude(self, context: Context) -> list[SessionEvent]:
+        if context.closed:
+            return []
+        self._forget(context)
+        self._record(context)
+        self._advance()
+        return [context.end_event()]
+
+    # -- contexts ---------------------------------------------------------------------------
+
+    def _check_id(self, context_id: str) -> None:
+        if context_id in self._used_ids:
+            raise RequestError("bad_request", f"context {context_id} was used before; take a new id")
+
+    def _open(self, context_id: str) -> Context:
+        number = context_id if self.rules.own_ids else next(self._numbers)
+        context = Context(context_id, f"{self.name}-{number}")
+        self._used_ids.append(context_id)
+        self._contexts[context_id] = context
+        self._watch()
+        return context
+
+    def _find(self, context_id: str) -> Context:
+        context = self._contexts.get(context_id)
+        if context is None:
+            raise RequestError("unknown_context", f"context {context_id} is not open")
+        return context
+
+    def _find_growing(self, context_id: str) -> Context:
+        context = self._find(context_id)
+        if context.ended:
+            raise RequestError("bad_request", f"context {context_id} has ended")
+        return context
+
+    def _stop(self, context: Context, failure: RequestError | None = None, *, tell: bool = True) -> None:
+        """End a context here and now, as cancelled if there is no failure."""
+        self._forget(context)
+        self._outbox.drop(context)
+        if failure is None:
+            context.cancel()
+        else:
+            context.fail(failure)
+        if context.speaking:
+            context.stop_turn()  # its `Finished` makes the record
+        else:
+            self._record(context)
+        if tell:
+            self._outbox.put(context.end_event())
+
+    def _forget(self, context: Context) -> None:
+        context.closed = True
+        self._contexts.pop(context.context_id, None)
+
+    def _record(self, context: Context) -> None:
+        if context.num_turns or not self.rules.one_turn:
+            self.server.metrics.record(context.record(self.server.decoder.default_voice))
+
+    # -- turns ------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Let the first context that is not complete go on."""
+        while context := next((c for c in self._contexts.values() if not c.complete), None):
+            if context.speaking:
+                return  # when it has finished, `_deliver` comes here again
+            segment = context.next_segment(even_blank=self.rules.one_turn)
+            if segment is not None:
+                if self._must_wait(context):
+                    return
+                self._open_turn(context, segment)
+            elif not context.ended:
+                return
+            else:
+                context.complete = True
+                self._outbox.put(Output(context, Ended()))
+
+    def _must_wait(self, context: Context) -> bool:
+        """Whether the client is to catch up before another turn is opened."""
+        if self._outbox.unsent_bytes >= MAX_UNSENT_BYTES:
+            return True  # `_release` comes here again
+        ahead_s = context.lead_s() - self.rules.max_lead_s
+        if ahead_s <= 0:
+            return False
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = asyncio.get_running_loop().call_later(ahead_s, self._advance)
+        return True
+
+    def _open_turn(self, context: Context, segment: WaitingSegment) -> None:
+        loop = asyncio.get_running_loop()
+
+        def sink(event: TurnEvent) -> None:
+            # A closed loop means that the process is on its way out and nobody listens.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._deliver, context, event)
+
+        options = segment.options
+        context.start_clock()
+        try:
+            turn = self.server.decoder.open_turn(
+                segment.text,
+                sink=sink,
+                ended=segment.flushed,
+                voice=options.voice,
+                language=options.language,
+                instruct=options.instruct,
+                params=options.params_of(context.num_turns),
+                chunk_frames=options.chunk_frames,
+                max_lead_s=self.rules.max_lead_s - context.lead_s(),
+            )
+        except RequestError as failure:
+            self._stop(context, failure)
+        else:
+            context.begin_turn(turn)
+
+    def _deliver(self, context: Context, event: TurnEvent) -> None:
+        """An event of the engine, on the loop."""
+        if isinstance(event, Started):
+            context.mark_started()
+        elif isinstance(event, Audio):
+            context.add_audio(event)
+            if not (context.closed or context.cancelled):
+                self._outbox.put(Output(context, event))
+                self._hold(context)
+        else:
+            context.finish_turn(event)
+            if context.closed:
+                self._record(context)
+            else:
+                self._finish_turn(context, event)
+                self._advance()
+
+    def _finish_turn(self, context: Context, finished: Finished) -> None:
+        if self.rules.one_turn:
+            context.end()
+            if finished.reason == "error":
+                context.fail(RequestError("internal", str(finished.error)))
+                return
+        elif finished.reason in ("error", "cancelled"):  # cancelled: the engine is closing
+            why = finished.error or "shut down"
+            self._stop(context, RequestError("internal", f"{context.name} failed: {why}"))
+            return
+        if not context.cancelled:
+            self._outbox.put(Output(context, context.end_segment(finished)))
+
+    def _hold(self, context: Context) -> None:
+        """Let the engine wait while the carrier cannot take what there is."""
+        if self._outbox.unsent_bytes >= MAX_UNSENT_BYTES:
+            context.hold(True)
+
+    def _release(self) -> None:
+        if self._outbox.unsent_bytes > MAX_UNSENT_BYTES // 2:
+            return
+        for context in self._contexts.values():
+            context.hold(False)
+        self._advance()
+
+    # -- silence ----------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        if self._quiet is None and self._contexts:
+            since = min(context.quiet_since for context in self._contexts.values())
+            delay = max(0.0, since + QUIET_S - time.monotonic())
+            self._quiet = asyncio.get_running_loop().call_later(delay, self._report_quiet)
+
+    def _report_quiet(self) -> None:
+        self._quiet = None
+        now = time.monotonic()
+        for num_before, context in enumerate(list(self._contexts.values())):
+            if now - context.quiet_since < QUIET_S:
+                continue
+            context.quiet_since = now
+            if not self._outbox.unsent_bytes:  # else the carrier has more than it can take
+                state = "queued" if num_before else context.state
+                self._outbox.put(ContextQuiet(context.context_id, state, num_before))
+        self._watch()

@@ -1,0 +1,101 @@
+"""A session on a decoder whose turns do what a test says."""
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import numpy as np
+
+from qwen_megakernel.serving.server_state import ServerState
+from qwen_megakernel.serving.session import Session
+from qwen_megakernel.turn import Audio, Finished, RequestError, Started, Turn
+
+SEGMENT_S = 0.6
+"""What `InstantDecoder` says."""
+
+
+class FakeDecoder:
+    """Turns that do what a test says."""
+
+    default_voice = "anna"
+    languages = ("auto", "english")
+
+    def __init__(self):
+        self.voices = {"anna": None, "bob": None}
+        self.error = None
+        self.refusal = None
+        """Raised by the next `open_turn`."""
+        self.opened = []
+
+    def check(self, voice, language, *, instruct):
+        if language not in self.languages:
+            raise RequestError("unknown_language", "no such language")
+
+    def open_turn(self, text, *, sink, ended, **options):
+        if self.refusal is not None:
+            raise self.refusal
+        turn = FakeTurn(text, sink, options)
+        if ended:
+            turn.end()
+        self.opened.append(turn)
+        return turn
+
+
+class FakeTurn(Turn):
+    """What the engine does is done by the test."""
+
+    def __init__(self, text, sink, options):
+        super().__init__(lambda: None)
+        self.opened_at, self.text, self.sink, self.options = time.monotonic(), text, sink, options
+        self.num_samples = 0
+
+    def append(self, text):
+        super().append(text)
+        self.text += text
+
+    def speak(self, num_samples=1920, generation_s=0.01):
+        self.num_samples += num_samples
+        self.sink(Audio(np.zeros(num_samples, np.float32), generation_s))
+
+    def finish(self, reason="stop", error=None):
+        self.mark_finished()
+        self.sink(Finished(reason, 1, self.num_samples, None, 0.02, error))
+
+
+class InstantDecoder(FakeDecoder):
+    """Every turn is 0.6 s of silence, at once."""
+
+    reasons = ("stop", "length", "repeat")
+
+    def open_turn(self, *args, **options):
+        turn = super().open_turn(*args, **options)
+        turn.sink(Started())
+        turn.speak(int(SEGMENT_S * 24_000))
+        turn.finish(self.reasons[(len(self.opened) - 1) % 3])
+        return turn
+
+
+class Stage:
+    """A session on a fake decoder, and what it has given."""
+
+    def __init__(self, rules=None, decoder=None, **limits):
+        self.decoder = decoder or FakeDecoder()
+        self.records = []
+        self.server = ServerState(self.decoder, SimpleNamespace(record=self.records.append), **limits)
+        self.session = Session(self.server, "1", rules)
+
+    @property
+    def turns(self):
+        return self.decoder.opened
+
+    async def events(self):
+        """All that can be taken now."""
+        found = []
+        while True:
+            try:
+                found += await asyncio.wait_for(self.session.take(), 0.02)
+            except TimeoutError:
+                return found
+
+    async def kinds(self):
+        return [type(event) for event in await self.events()]
