@@ -3,16 +3,25 @@
 import asyncio
 import socket
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from native_client import LONG_TEXT, SENTENCES, WILD, DirectSocket, NativeClient, assert_healthy, take
+from session_stage import Stage
 
+from qwen_megakernel.serving.connection import Connection
+from qwen_megakernel.serving.native import NativeDialect
 from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     Cancel,
     End,
+    Flush,
+    Hello,
+    Speak,
     Started,
+    encode,
+    parse_server_message,
 )
 from qwen_megakernel.serving.process import bind
 
@@ -77,6 +86,78 @@ def cancel_at_random_times(server, rounds, report):
         f"next first audio p50 {1000 * np.percentile(firsts, 50):.1f} ms"
     )
     return np.array(acks) * 1000, np.array(firsts) * 1000
+
+
+class LoopbackSocket:
+    """A WebSocket whose client cancels context `a` while `started` is being sent to it."""
+
+    application_state = None
+
+    def __init__(self):
+        transport = SimpleNamespace(get_write_buffer_size=lambda: 0, abort=lambda: None)
+        self.scope = {"extensions": {"transport": {"is": transport}}}
+        self.said, self.heard = asyncio.Queue(), []
+
+    def say(self, message):
+        self.said.put_nowait({"type": "websocket.receive", "text": encode(message)})
+
+    async def accept(self):
+        pass
+
+    async def receive(self):
+        return await self.said.get()
+
+    async def send_text(self, data):
+        self.heard.append(parse_server_message(data))
+        if isinstance(self.heard[-1], Started):
+            self.say(Cancel("a"))
+            await asyncio.sleep(0.02)
+
+    send_bytes = send_text
+
+
+def test_a_cancel_between_two_messages_leaves_the_counts_true():
+    async def talk():
+        stage, socket = Stage(), LoopbackSocket()
+        connection = Connection(socket, stage.session, NativeDialect(stage.session))
+        running = asyncio.ensure_future(connection.run())
+        for message in (Hello(), Speak("a", "Word."), Flush("a")):
+            socket.say(message)
+        await asyncio.sleep(0.02)
+        for _ in range(2):
+            stage.turns[0].speak()
+        await asyncio.sleep(0.1)
+        socket.said.put_nowait({"type": "websocket.disconnect"})
+        await running
+        return socket.heard
+
+    _, *before, done = asyncio.run(talk())
+    # What was taken goes out, what waited does not.
+    assert [type(message) for message in before] == [Started, AudioChunk]
+    assert (done.finish_reason, done.samples) == ("cancelled", 1920)
+
+
+def test_a_cancel_behind_the_next_contexts_audio_leaves_the_counts_true():
+    """All of `a` is generated and some of it was sent; then `b` speaks, and `a` is cancelled."""
+
+    async def talk():
+        stage = Stage()
+        dialect = NativeDialect(stage.session)
+        for message in (Hello(), Speak("a", "Word."), End("a"), Speak("b", "Word.")):
+            dialect.receive(encode(message))
+        stage.turns[0].speak()
+        stage.turns[0].finish()
+        await asyncio.sleep(0)
+        stage.turns[1].speak()
+        await asyncio.sleep(0)
+        await stage.session.take()  # `ready`
+        events = await stage.session.take()
+        dialect.receive(encode(Cancel("a")))
+        events += await stage.events()
+        return [parse_server_message(data) for event in events for data in dialect.translate(event)]
+
+    *_, done = asyncio.run(talk())
+    assert (done.context_id, done.finish_reason, done.samples) == ("a", "cancelled", 1920)
 
 
 def test_small_messages_are_not_held_back():

@@ -41,7 +41,7 @@ def unsent_in_kernel(server):
     return max(int(row[4].split(":")[0], 16) for row in mine)
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "original"])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "simple"])
 def test_stalled_reader_is_paused_then_cut_and_slows_nobody(live_server, native, report):
     before = [len(take(live_server, SENTENCES[0], seed=seed)) for seed in range(3)]
     stalled = RawClient(live_server, receive_buffer=4096)

@@ -383,6 +383,21 @@ async def test_a_client_that_does_not_read_its_replies_is_not_read():
     assert len(await stage.events()) == MAX_MESSAGES // 2
 
 
+@played
+async def test_audio_counts_although_its_context_fails_while_it_is_taken():
+    """Taking it makes room for the next turn, which the engine refuses."""
+    stage = Stage()
+    stage.session.append("a", "One.")
+    stage.session.flush("a")
+    stage.session.append("a", "Two.")
+    stage.turns[0].speak(MAX_UNSENT_BYTES // 4)
+    stage.turns[0].finish()
+    await asyncio.sleep(0)
+    stage.decoder.refusal = RequestError("overloaded", "64 turns are waiting already")
+    _, audio, failed = await stage.events()
+    assert failed.figures.num_samples == len(audio.samples) == MAX_UNSENT_BYTES // 4
+
+
 # --- lead ------------------------------------------------------------------------------------------
 
 LEAD_S = 1.0

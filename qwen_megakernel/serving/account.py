@@ -51,10 +51,10 @@ class Account:
     def figures(self) -> Figures:
         """As it stands."""
         generation_s = self._generation_s + self._turn_generation_s
-        heard = self._ttfc_s is not None
+        duration_s = self.num_samples / SAMPLE_RATE
         return Figures(
             num_samples=self._num_samples_sent,
             generation_s=generation_s,
             ttfc_s=self._ttfc_s,
-            rtf=generation_s / (self.num_samples / SAMPLE_RATE) if heard else None,
+            rtf=generation_s / duration_s if duration_s else None,
         )

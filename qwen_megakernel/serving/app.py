@@ -25,10 +25,9 @@ from starlette.websockets import WebSocket
 
 from qwen_megakernel.serving.access import AccessRules, check_access
 from qwen_megakernel.serving.connection import Connection
-from qwen_megakernel.serving.native import NativeDialect
 from qwen_megakernel.serving.observe import Metrics, log
 from qwen_megakernel.serving.server_state import ServerState
-from qwen_megakernel.serving.simple import OriginalDialect
+from qwen_megakernel.serving.session import Session
 from qwen_megakernel.serving.switch import DialectSwitch
 
 if TYPE_CHECKING:
@@ -63,14 +62,14 @@ class App:
         self.settings = settings
         self.phase: Phase = "starting"
         self.detail = ""
-        self._speech: ServerState | None = None
-        self._connections: set[Connection] = set()
-        self._connection_numbers = count(1)
+        self._server: ServerState | None = None
+        self._sessions: set[Session] = set()
+        self._session_numbers = count(1)
         self._metrics = Metrics(
-            num_connections=lambda: len(self._connections),
-            num_active=lambda: self._speech.decoder.num_active if self._speech else 0,
-            num_waiting=lambda: self._speech.decoder.num_waiting if self._speech else 0,
-            num_unsent_bytes=lambda: sum(c.unsent_bytes for c in self._connections),
+            num_connections=lambda: len(self._sessions),
+            num_active=lambda: self._server.decoder.num_active if self._server else 0,
+            num_waiting=lambda: self._server.decoder.num_waiting if self._server else 0,
+            num_unsent_bytes=lambda: sum(s.unsent_bytes for s in self._sessions),
         )
         routes = [
             Route("/", self._explain),
@@ -90,7 +89,7 @@ class App:
 
     def start_serving(self, decoder: TTSDecoder) -> None:
         """Take turns from now on."""
-        self._speech = ServerState(
+        self._server = ServerState(
             decoder, self._metrics, self.settings.max_text_chars, self.settings.max_message_bytes
         )
         self.report("ready")
@@ -98,20 +97,17 @@ class App:
     async def drain(self) -> None:
         """Let running turns end, up to `drain_s`; then stop them and close every socket with 1001."""
         self.report("draining")
-        if self._speech is not None:
-            self._speech.draining = True
-        for connection in self._connections:
-            connection.dialect.drain()
-        await self._until(
-            lambda: not any(c.dialect.busy for c in self._connections), self.settings.drain_s
-        )
-        for connection in self._connections:
-            if connection.dialect.busy:
-                connection.dialect.cancel()
-        await self._until(lambda: not any(c.dialect.busy for c in self._connections), 1.0)
-        for connection in self._connections:
-            connection.finish(1001)
-        await self._until(lambda: not self._connections, 2.0)
+        if self._server is not None:
+            self._server.draining = True
+        for session in self._sessions:
+            session.drain()
+        await self._until(lambda: not any(s.busy for s in self._sessions), self.settings.drain_s)
+        for session in self._sessions:
+            session.cancel()
+        await self._until(lambda: not any(s.busy for s in self._sessions), 1.0)
+        for session in self._sessions:
+            session.finish("going_away")
+        await self._until(lambda: not self._sessions, 2.0)
 
     @staticmethod
     async def _until(condition: Callable[[], bool], limit_s: float) -> None:
@@ -124,15 +120,15 @@ class App:
         return Response(text, 426, {"Upgrade": "websocket"}, "text/plain")
 
     async def _health(self, request: Request) -> Response:
-        if self._speech is not None and self._speech.decoder.error is not None:
+        if self._server is not None and self._server.decoder.error is not None:
             return JSONResponse({"status": "engine died"}, 503)
         return JSONResponse({"status": "ok"})
 
     async def _ready(self, request: Request) -> Response:
         phase = self._current_phase()
         body: dict[str, Any] = {"phase": phase, "detail": self.detail}
-        if self._speech is not None:
-            decoder = self._speech.decoder
+        if self._server is not None:
+            decoder = self._server.decoder
             if decoder.error is not None:
                 body["detail"] = f"{type(decoder.error).__name__}: {decoder.error}"
             body |= {
@@ -140,7 +136,7 @@ class App:
                 "voices": sorted(decoder.voices),
                 "active": decoder.num_active,
                 "waiting": decoder.num_waiting,
-                "connections": len(self._connections),
+                "connections": len(self._sessions),
             }
         return JSONResponse(body, 200 if phase == "ready" else 503)
 
@@ -149,26 +145,21 @@ class App:
 
     async def _speak(self, websocket: WebSocket) -> None:
         phase = self._current_phase()
-        if self._speech is None or phase != "ready":
+        if self._server is None or phase != "ready":
             await _refuse(websocket, f"not ready: {phase}")
             return
-        if len(self._connections) >= self.settings.max_connections:
+        if len(self._sessions) >= self.settings.max_connections:
             await _refuse(websocket, f"all {self.settings.max_connections} connections are taken")
             return
-        connection = Connection(websocket, str(next(self._connection_numbers)))
-        speech, name, post = self._speech, connection.name, connection.post
-        connection.dialect = DialectSwitch(
-            native=lambda: NativeDialect(speech, name, post, connection.finish),
-            original=lambda: OriginalDialect(speech, name, post),
-        )
-        self._connections.add(connection)
+        session = Session(self._server, str(next(self._session_numbers)))
+        self._sessions.add(session)
         try:
-            await connection.run()
+            await Connection(websocket, session, DialectSwitch(session)).run()
         finally:
-            self._connections.discard(connection)
+            self._sessions.discard(session)
 
     def _current_phase(self) -> Phase:
-        if self._speech is not None and self._speech.decoder.error is not None:
+        if self._server is not None and self._server.decoder.error is not None:
             return "failed"
         return self.phase
 

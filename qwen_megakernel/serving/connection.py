@@ -1,59 +1,42 @@
-"""One WebSocket: a task that reads, a task that writes, and a dialect between them.
+"""One WebSocket that carries a session: a task that reads, a task that writes, a dialect between them.
 
-The reader never waits for the writer (a cancel must be heard while audio flows), save when a
-client sends nonsense faster than it reads the answers. The writer is the only one that sends.
+The reader does not wait for the writer, because a cancel must be heard while audio flows; only a
+client that sends nonsense faster than it reads the answers makes it wait. Only the writer sends.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from qwen_megakernel.serving.events import ContextEvent, Reply, SessionOver
 from qwen_megakernel.serving.observe import log
+from qwen_megakernel.serving.session import Session
 
 SEND_TIMEOUT_S = 10.0
 """A client that does not read for so long is cut."""
 FIRST_REQUEST_S = 10.0
 """A peer that connects and sends no request for so long is cut."""
-MAX_UNSENT_REPLIES = 64
-"""Replies that may wait before the reader does."""
 FLUSH_S = 10.0
 """A socket that is closed in good order but cannot be flushed for so long is cut."""
 
 
+CLOSE_CODES = {"going_away": 1001, "protocol_error": 1002}
+"""Of WebSocket, by why a session is over."""
+
+
 class Dialect(Protocol):
-    """A wire language: client messages to turns, events of turns to messages."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether a turn runs."""
-
-    @property
-    def unsent_bytes(self) -> int:
-        """Audio that waits for the writer."""
+    """A wire language: a client's messages to calls of a session, its events to messages."""
 
     def receive(self, data: str | bytes) -> None:
         """Follow a message of the client; never raises for what a client can send."""
 
-    async def write(self, item: Any, send: Callable[[str | bytes], Awaitable[None]]) -> None:
-        """Put an item that was posted on the wire."""
-
-    def discard(self, item: Any) -> None:
-        """Account for a posted item that can no longer be written."""
-
-    def cancel(self) -> None:
-        """Stop all turns, as if the client had asked."""
-
-    def drain(self) -> None:
-        """Refuse what has not begun."""
-
-    def close(self) -> None:
-        """The client is gone."""
+    def translate(self, event: ContextEvent) -> list[str | bytes]:
+        """What to send for an event; events come in the order in which the session gave them."""
 
 
 class HttpProtocol(H11Protocol):
@@ -88,37 +71,13 @@ class SocketProtocol(WebSocketsSansIOProtocol):
         self.loop.call_later(FLUSH_S, self.transport.abort)
 
 
-class _Close(int):
-    """A close code in the writer's queue."""
-
-
 class Connection:
     """A client's socket; `run` lives as long as it does."""
 
-    dialect: Dialect
-
-    def __init__(self, websocket: WebSocket, name: str) -> None:
-        self.name = name
-        self._websocket = websocket
-        self._outbox: asyncio.Queue[Any] = asyncio.Queue()
+    def __init__(self, websocket: WebSocket, session: Session, dialect: Dialect) -> None:
+        self._websocket, self._session, self._dialect = websocket, session, dialect
         self._transport: asyncio.Transport = websocket.scope["extensions"]["transport"]["is"]
-        self._num_replies = 0
-        self._replies_low = asyncio.Event()
-
-    @property
-    def unsent_bytes(self) -> int:
-        """What this process holds for the client: waiting audio, and what the kernel has not taken."""
-        return self.dialect.unsent_bytes + self._transport.get_write_buffer_size()
-
-    def post(self, item: Any) -> None:
-        """Queue an item for the writer. Replies are bounded by the reader, audio by the dialect."""
-        if isinstance(item, str):
-            self._num_replies += 1
-        self._outbox.put_nowait(item)
-
-    def finish(self, code: int) -> None:
-        """Close the socket once all that is queued was sent."""
-        self._outbox.put_nowait(_Close(code))
+        session.bytes_in_carrier = self._transport.get_write_buffer_size
 
     async def run(self) -> None:
         """Serve the client until one side closes."""
@@ -127,12 +86,10 @@ class Connection:
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self.dialect.close()
+            self._session.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            while not self._outbox.empty():
-                self.dialect.discard(self._outbox.get_nowait())
         for task in done:
             self._tell(task)
         await self._close(1011 if any(_failure(task) for task in done) else 1000)
@@ -143,24 +100,24 @@ class Connection:
             if message["type"] == "websocket.disconnect":
                 return
             data = message.get("text")
-            self.dialect.receive(message["bytes"] if data is None else data)
-            if self._num_replies > MAX_UNSENT_REPLIES:
-                self._replies_low.clear()
-                await self._replies_low.wait()
+            self._dialect.receive(message["bytes"] if data is None else data)
+            await self._session.keep_pace()
             # A packet may hold thousands of messages; other connections want their turn.
             await asyncio.sleep(0)
 
     async def _write(self) -> None:
         while True:
-            item = await self._outbox.get()
-            if isinstance(item, _Close):
-                await self._close(item)
-                return
-            await self.dialect.write(item, self._send)
-            if isinstance(item, str):
-                self._num_replies -= 1
-                if self._num_replies <= MAX_UNSENT_REPLIES // 2:
-                    self._replies_low.set()
+            messages: list[str | bytes] = []
+            for event in await self._session.take():
+                if isinstance(event, SessionOver):
+                    await self._close(CLOSE_CODES[event.reason])
+                    return
+                if isinstance(event, Reply):
+                    messages.append(event.message)
+                else:
+                    messages += self._dialect.translate(event)
+            for message in messages:
+                await self._send(message)
 
     async def _send(self, message: str | bytes) -> None:
         async with asyncio.timeout(SEND_TIMEOUT_S):
@@ -181,11 +138,13 @@ class Connection:
             self._transport.abort()  # its buffer is full: it would not read a goodbye either
 
     def _tell(self, task: asyncio.Task[None]) -> None:
-        error = _failure(task)
+        error, name = _failure(task), self._session.name
         if error is not None:
-            log.error("connection %s failed", self.name, exc_info=error)
+            log.error("connection %s failed", name, exc_info=error)
         elif isinstance(task.exception(), TimeoutError):
-            log.warning("connection %s cut: it read nothing for %g s", self.name, SEND_TIMEOUT_S)
+            log.warning(
+                "connection %s cut: it read nothing for %g s", self._session.name, SEND_TIMEOUT_S
+            )
 
 
 def _failure(task: asyncio.Task[None]) -> BaseException | None:

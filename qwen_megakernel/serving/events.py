@@ -30,7 +30,7 @@ class Figures:
     """From the first text, or from when the context's turn came, to the first audio handed to the
     carrier; None without audio."""
     rtf: float | None
-    """Work over audio, lower is better; None without audio."""
+    """Work over all audio that was generated, lower is better; None without audio."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,20 @@
-"""The native protocol on the wire: messages to contexts, contexts to messages (docs/PROTOCOL.md)."""
+"""The native protocol on the wire: messages to contexts, events to messages (docs/PROTOCOL.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from itertools import count
 
 from qwen_megakernel import __version__
-from qwen_megakernel.serving.contexts import Context, ContextOver, OutEvent, SegmentOver
-from qwen_megakernel.serving.conversation import MAX_CONTEXTS, Conversation
+from qwen_megakernel.serving.events import (
+    ContextAudio,
+    ContextDone,
+    ContextEvent,
+    ContextFailed,
+    ContextQuiet,
+    ContextStarted,
+    Figures,
+    SegmentDone,
+)
 from qwen_megakernel.serving.native_messages import (
     ENCODINGS,
     PROTOCOL,
@@ -28,78 +36,56 @@ from qwen_megakernel.serving.native_messages import (
     ServerMessage,
     Speak,
     Started,
-    State,
     encode,
     parse_client_message,
 )
 from qwen_megakernel.serving.observe import log
+from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.pcm import PcmEncoder
-from qwen_megakernel.serving.server_state import ServerState
-from qwen_megakernel.serving.wire import ProtocolError, error_line
-from qwen_megakernel.turn import Audio, RequestError
+from qwen_megakernel.serving.session import Session, SessionRules
+from qwen_megakernel.serving.wire import ProtocolError, error_line, language_name
+from qwen_megakernel.turn import RequestError
 
-PROTOCOL_VIOLATED = 1002
-"""WebSocket close code."""
-
-Item = str | Context
-"""What waits for the writer: a reply, or a context of which something is to be sent."""
-Send = Callable[[str | bytes], Awaitable[None]]
+RULES = SessionRules(max_contexts=8, when_full="8 contexts are open on this connection", max_lead_s=10.0)
 
 
 class _Stream:
     """The numbered audio of a context."""
 
-    def __init__(self, context: Context, number: int, audio: AudioFormat) -> None:
-        self.context, self.number = context, number
+    def __init__(self, number: int, audio: AudioFormat) -> None:
+        self.number = number
+        self.num_samples = 0
+        """Sent, at the client's rate."""
         self._sample_bytes = audio.sample_bytes
         self._encoder = PcmEncoder(audio)
         self._sequence = 0
 
-    def chunk(self, event: Audio | SegmentOver) -> AudioChunk | None:
+    def chunks(self, event: ContextAudio | SegmentDone) -> list[AudioChunk]:
         """Samples to send, if the resampler gives any."""
-        data = self._encoder.encode(event.samples) if isinstance(event, Audio) else self._encoder.flush()
+        if isinstance(event, ContextAudio):
+            data = self._encoder.encode(event.samples)
+        else:
+            data = self._encoder.flush()
         if not data:
-            return None
-        self.context.mark_audio_sent(len(data) // self._sample_bytes)
+            return []
+        self.num_samples += len(data) // self._sample_bytes
         self._sequence += 1
-        return AudioChunk(self.number, self._sequence - 1, data)
+        return [AudioChunk(self.number, self._sequence - 1, data)]
 
 
 class NativeDialect:
-    """One client's dialogue. `receive` belongs to the reader, `write` to the writer."""
+    """One client's dialogue."""
 
-    def __init__(
-        self,
-        speech: ServerState,
-        name: str,
-        post: Callable[[Item], None],
-        finish: Callable[[int], None],
-    ) -> None:
-        """Begin.
-
-        Args:
-            speech: what all connections share.
-            name: of the connection, for the log.
-            post: puts an item into the writer's queue.
-            finish: closes the socket with a code once all that was posted is sent.
-        """
-        self._speech, self._name, self._post, self._finish = speech, name, post, finish
-        self._conversation = Conversation(speech, name, self)
-        self._audio: AudioFormat | None = None
-        """None before `Hello`."""
-        self._stream: _Stream | None = None
-        self._num_streams = 0
+    def __init__(self, session: Session) -> None:
+        session.rules = RULES
+        self._session = session
+        self._greeted = False
         self._refused = False
-
-    @property
-    def busy(self) -> bool:
-        """Whether a context is open."""
-        return self._conversation.busy
-
-    @property
-    def unsent_bytes(self) -> int:
-        """Audio that waits for the socket."""
-        return self._conversation.unsent_bytes
+        """The client speaks another version, and the connection is about to be closed."""
+        self._audio = AudioFormat()
+        self._streams: dict[str, _Stream] = {}
+        """Of contexts that have started and whose end was not told."""
+        self._numbers = count(1)
 
     def receive(self, data: str | bytes) -> None:
         """Follow one message of the client; a refused one is answered and otherwise forgotten."""
@@ -110,76 +96,40 @@ class NativeDialect:
             message = parse_client_message(data)
             context_id = getattr(message, "context_id", None)
             self._follow(message)
-        except (ProtocolError, RequestError) as error:
-            self._reply(_error(getattr(error, "context_id", None) or context_id, error))
+        except RequestError as error:
+            self._reply(Error(context_id, error.code, error_line(str(error))))
+        except ProtocolError as error:
+            self._reply(Error(error.context_id or context_id, error.code, error_line(str(error))))
             if error.code == "unsupported_protocol":
                 self._refused = True
-                self._finish(PROTOCOL_VIOLATED)
+                self._session.finish("protocol_error")
 
-    def cancel(self) -> None:
-        """Stop all contexts, as if the client had asked."""
-        self._conversation.cancel()
-
-    def drain(self) -> None:
-        """Refuse what has not begun."""
-        self._conversation.drain()
-
-    def close(self) -> None:
-        """The client is gone."""
-        self._conversation.close()
-
-    def discard(self, item: Item) -> None:
-        """Nothing to account for: the conversation keeps its own books."""
-
-    async def write(self, item: Item, send: Send) -> None:
-        """Put one posted item on the wire."""
-        if isinstance(item, str):
-            await send(item)
-        elif (event := self._conversation.take(item)) is not None:
-            # All is counted before the first await, during which the context may be cancelled.
-            for message in list(self._messages(item, event)):
-                await send(encode(message))
-
-    # -- what the conversation tells --------------------------------------------------------
-
-    def on_output(self, context: Context) -> None:
-        """Let the writer come for it."""
-        self._post(context)
-
-    def on_stopped(self, context: Context, reason: FinishReason, error: Exception | None) -> None:
-        """Say so ahead of all that waits."""
-        if error is not None:
-            self._reply(_error(context.context_id, error))
-        self._reply(self._done(context, reason))
-
-    def on_quiet(self, context: Context, state: State, queued: int) -> None:
-        """Show that the server is alive."""
-        self._reply(Progress(context.context_id, state, queued))
-
-    # -- inside -----------------------------------------------------------------------------
+    def translate(self, event: ContextEvent) -> list[str | bytes]:
+        """What to send for an event."""
+        return [encode(message) for message in self._messages(event)]
 
     def _follow(self, message: ClientMessage) -> None:
         if isinstance(message, Hello):
             self._greet(message)
-        elif self._audio is None:
+        elif not self._greeted:
             raise ProtocolError("bad_request", "hello must come first")
         elif isinstance(message, Speak):
-            self._conversation.speak(message)
+            self._session.append(message.context_id, message.text, _choices(message))
         elif isinstance(message, Flush):
-            self._conversation.flush(message.context_id)
+            self._session.flush(message.context_id)
         elif isinstance(message, End):
-            self._conversation.end(message.context_id)
+            self._session.end(message.context_id)
         elif isinstance(message, Cancel):
-            self._conversation.cancel(message.context_id)
+            self._session.cancel(message.context_id)
 
     def _greet(self, hello: Hello) -> None:
-        if self._audio is not None:
+        if self._greeted:
             raise ProtocolError("bad_request", "hello was said before")
-        self._audio = hello.audio
-        decoder = self._speech.decoder
+        self._greeted, self._audio = True, hello.audio
+        server = self._session.server
         log.info(
             "connection %s: %s at %d Hz for %s",
-            self._name,
+            self._session.name,
             hello.audio.encoding,
             hello.audio.sample_rate,
             hello.client or "a client without a name",
@@ -191,51 +141,58 @@ class NativeDialect:
                 sample_rate=hello.audio.sample_rate,
                 encodings=tuple(ENCODINGS),
                 sample_rates=SAMPLE_RATES,
-                voices=tuple(decoder.voices),
-                default_voice=decoder.default_voice,
-                languages=tuple(decoder.languages),
-                limits=Limits(self._speech.max_text_chars, MAX_CONTEXTS, self._speech.max_message_bytes),
+                voices=tuple(server.decoder.voices),
+                default_voice=server.decoder.default_voice,
+                languages=tuple(server.decoder.languages),
+                limits=Limits(server.max_text_chars, RULES.max_contexts, server.max_message_bytes),
                 server=f"qwen-megakernel/{__version__}",
             )
         )
 
-    def _messages(self, context: Context, event: OutEvent) -> Iterator[ServerMessage]:
-        if isinstance(event, ContextOver):
-            yield self._done(context, context.reason)
-            return
-        stream = self._stream
-        if stream is None or stream.context is not context:
-            self._num_streams += 1
-            self._stream = stream = _Stream(context, self._num_streams, self._audio)
-            yield Started(context.context_id, stream.number)
-        chunk = stream.chunk(event)
-        if chunk is not None:
-            yield chunk
-        if isinstance(event, SegmentOver):
-            yield Segment(
-                context.context_id,
-                event.index,
-                round(event.start_s, 4),
-                round(event.duration_s, 4),
-                event.reason,
-            )
+    def _messages(self, event: ContextEvent) -> list[ServerMessage]:
+        match event:
+            case ContextStarted(context_id):
+                stream = self._streams[context_id] = _Stream(next(self._numbers), self._audio)
+                return [Started(context_id, stream.number)]
+            case ContextAudio(context_id):
+                return [*self._streams[context_id].chunks(event)]
+            case SegmentDone(context_id, index, start_s, duration_s, reason):
+                segment = Segment(context_id, index, round(start_s, 4), round(duration_s, 4), reason)
+                return [*self._streams[context_id].chunks(event), segment]
+            case ContextQuiet(context_id, state, num_before):
+                return [Progress(context_id, state, num_before)]
+            case ContextDone(context_id, reason, figures):
+                return [self._done(context_id, reason, figures)]
+            case ContextFailed(context_id, code, message, figures=figures):
+                error = Error(context_id, code, error_line(message))
+                return [error, self._done(context_id, "error", figures)]
 
-    def _done(self, context: Context, reason: FinishReason) -> Done:
-        ttfc_s, rtf = context.ttfc_s, context.rtf
+    def _done(self, context_id: str, reason: FinishReason, figures: Figures) -> Done:
+        stream = self._streams.pop(context_id, None)
+        samples = stream.num_samples if stream is not None else 0
+        ttfc_s = figures.ttfc_s
+        rtf = None if ttfc_s is None else figures.rtf  # neither, where nothing was sent
         return Done(
-            context.context_id,
+            context_id,
             reason,
-            samples=context.samples_sent,
-            duration_s=round(context.samples_sent / self._audio.sample_rate, 4),
-            generation_s=round(context.generation_s, 4),
+            samples=samples,
+            duration_s=round(samples / self._audio.sample_rate, 4),
+            generation_s=round(figures.generation_s, 4),
             ttfc_ms=None if ttfc_s is None else round(ttfc_s * 1000, 2),
             rtf=None if rtf is None else round(rtf, 4),
         )
 
-    def _reply(self, message: ServerMessage) -> None:
-        self._post(encode(message))
+    def _reply(self, message: Ready | Error) -> None:
+        self._session.reply(encode(message))
 
 
-def _error(context_id: str | None, error: Exception) -> Error:
-    code = error.code if isinstance(error, (ProtocolError, RequestError)) else "internal"
-    return Error(context_id, code, error_line(str(error)))
+def _choices(message: Speak) -> SpeechOptions:
+    return SpeechOptions(
+        voice=message.voice,
+        language=None if message.language is None else language_name(message.language),
+        instruct=message.instruct,
+        temperature=message.temperature,
+        top_k=message.top_k,
+        seed=message.seed,
+        chunk_frames=message.chunk_frames,
+    )

@@ -59,10 +59,12 @@ class SessionRules:
     one_turn: bool = False
     """A context is one turn. It is opened before it has text, and ends where its turn ends: when the
     model says so, although more text could come; when the engine has honoured a cancel; after the
-    audio before a failure. One that never became a turn has no record.
+    audio before a failure. The next context is opened when this end was taken. A context that never
+    became a turn has no record.
 
-    Otherwise a context is a row of turns that lasts until `end`. A cancel or a failure ends it at
-    once, and what waits for the carrier is dropped."""
+    Otherwise a context is a row of turns that lasts until `end`. The next context is opened when all
+    audio of this one was generated. A cancel or a failure ends it at once, and what waits for the
+    carrier is dropped."""
     own_ids: bool = False
     """Context ids are the dialect's, and name contexts in the log. Otherwise they are a client's
     text, and the log has numbers."""
@@ -290,10 +292,10 @@ class Session:
     # -- turns ------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Let the first context that is not complete go on."""
-        while context := next((c for c in self._contexts.values() if not c.complete), None):
-            if context.speaking:
-                return  # when it has finished, `_deliver` comes here again
+        """Let the context whose turn it is go on."""
+        while context := self._next_context():
+            if context.speaking or context.complete:
+                return  # `_deliver`, or `take`, comes here again
             segment = context.next_segment(even_blank=self.rules.one_turn)
             if segment is not None:
                 if self._must_wait(context):
@@ -304,6 +306,10 @@ class Session:
             else:
                 context.complete = True
                 self._outbox.put(Output(context, Ended()))
+
+    def _next_context(self) -> Context | None:
+        contexts = self._contexts.values()
+        return next((c for c in contexts if self.rules.one_turn or not c.complete), None)
 
     def _must_wait(self, context: Context) -> bool:
         """Whether the client is to catch up before another turn is opened."""
