@@ -3,37 +3,36 @@
     GET /health    200 while the process can work, 503 once the engine has died; needs no token
     GET /ready     200 when turns are taken, else 503; {"phase": "loading" | "warming_up" | ...}
     GET /metrics   Prometheus
-    WebSocket /    the native protocol or the original dialect: the first message decides
 
-Until a model is loaded, and while draining, a WebSocket is refused with HTTP 503 at the handshake.
+Dialects add their routes. Until a model is loaded, while the server drains and while it is full,
+their clients are refused with HTTP 503, a WebSocket's at the handshake.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.websockets import WebSocket
 
+from qwen_megakernel.serving import switch
 from qwen_megakernel.serving.access import AccessRules, check_access
-from qwen_megakernel.serving.connection import Connection
 from qwen_megakernel.serving.observe import Metrics, log
+from qwen_megakernel.serving.open_sessions import NotAdmitted, OpenSessions
 from qwen_megakernel.serving.server_state import ServerState
-from qwen_megakernel.serving.session import Session
-from qwen_megakernel.serving.switch import DialectSwitch
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
 
 Phase = Literal["starting", "loading", "warming_up", "ready", "draining", "failed"]
+DialectRoutes = Callable[[OpenSessions], Sequence[BaseRoute]]
+"""A dialect's routes. They admit their clients to the open sessions, and let `NotAdmitted` pass."""
+DIALECTS: tuple[DialectRoutes, ...] = (switch.routes,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +57,28 @@ class ServerSettings:
 class App:
     """One server: what it serves, and the phase it is in."""
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, dialects: Sequence[DialectRoutes] = DIALECTS) -> None:
         self.settings = settings
         self.phase: Phase = "starting"
         self.detail = ""
         self._server: ServerState | None = None
-        self._sessions: set[Session] = set()
-        self._session_numbers = count(1)
+        self._sessions = OpenSessions(settings.max_connections, self._get_ready)
         self._metrics = Metrics(
-            num_connections=lambda: len(self._sessions),
+            num_sessions=lambda: len(self._sessions),
             num_active=lambda: self._server.decoder.num_active if self._server else 0,
             num_waiting=lambda: self._server.decoder.num_waiting if self._server else 0,
-            num_unsent_bytes=lambda: sum(s.unsent_bytes for s in self._sessions),
+            num_unsent_bytes=lambda: self._sessions.unsent_bytes,
         )
-        routes = [
-            Route("/", self._explain),
+        routes: list[BaseRoute] = [
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics_page),
-            WebSocketRoute("/", self._speak),
         ]
+        for dialect_routes in dialects:
+            routes += dialect_routes(self._sessions)
+        starlette = Starlette(routes=routes, exception_handlers={NotAdmitted: _refuse})
         rules = AccessRules(settings.host, settings.token, settings.allow_origins)
-        self.asgi: ASGIApp = _Gate(Starlette(routes=routes), rules)
+        self.asgi: ASGIApp = _Gate(starlette, rules)
 
     def report(self, phase: Phase, detail: str = "") -> None:
         """Enter a phase; from any thread."""
@@ -95,29 +94,11 @@ class App:
         self.report("ready")
 
     async def drain(self) -> None:
-        """Let running turns end, up to `drain_s`; then stop them and close every socket with 1001."""
+        """Let running turns end, up to `drain_s`; then stop them and finish every session."""
         self.report("draining")
         if self._server is not None:
             self._server.draining = True
-        for session in self._sessions:
-            session.drain()
-        await self._until(lambda: not any(s.busy for s in self._sessions), self.settings.drain_s)
-        for session in self._sessions:
-            session.cancel()
-        await self._until(lambda: not any(s.busy for s in self._sessions), 1.0)
-        for session in self._sessions:
-            session.finish("going_away")
-        await self._until(lambda: not self._sessions, 2.0)
-
-    @staticmethod
-    async def _until(condition: Callable[[], bool], limit_s: float) -> None:
-        deadline = asyncio.get_running_loop().time() + limit_s
-        while not condition() and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
-
-    async def _explain(self, request: Request) -> Response:
-        text = 'This is a WebSocket endpoint: connect with ws:// and send {"text": "..."}.\n'
-        return Response(text, 426, {"Upgrade": "websocket"}, "text/plain")
+        await self._sessions.drain(self.settings.drain_s)
 
     async def _health(self, request: Request) -> Response:
         if self._server is not None and self._server.decoder.error is not None:
@@ -143,20 +124,11 @@ class App:
     async def _metrics_page(self, request: Request) -> Response:
         return Response(self._metrics.page(), media_type="text/plain; version=0.0.4")
 
-    async def _speak(self, websocket: WebSocket) -> None:
+    def _get_ready(self) -> ServerState:
         phase = self._current_phase()
         if self._server is None or phase != "ready":
-            await _refuse(websocket, f"not ready: {phase}")
-            return
-        if len(self._sessions) >= self.settings.max_connections:
-            await _refuse(websocket, f"all {self.settings.max_connections} connections are taken")
-            return
-        session = Session(self._server, str(next(self._session_numbers)))
-        self._sessions.add(session)
-        try:
-            await Connection(websocket, session, DialectSwitch(session)).run()
-        finally:
-            self._sessions.discard(session)
+            raise NotAdmitted(f"not ready: {phase}")
+        return self._server
 
     def _current_phase(self) -> Phase:
         if self._server is not None and self._server.decoder.error is not None:
@@ -164,8 +136,9 @@ class App:
         return self.phase
 
 
-async def _refuse(websocket: WebSocket, reason: str) -> None:
-    await websocket.send_denial_response(JSONResponse({"error": reason}, 503, {"Retry-After": "5"}))
+async def _refuse(connection: HTTPConnection, refusal: NotAdmitted) -> Response:
+    """The answer to a request, or to the handshake of a WebSocket."""
+    return JSONResponse({"error": str(refusal)}, 503, {"Retry-After": str(refusal.retry_after_s)})
 
 
 class _Gate:

@@ -58,7 +58,7 @@ class Metrics:
     def __init__(
         self,
         *,
-        num_connections: Callable[[], float],
+        num_sessions: Callable[[], float],
         num_active: Callable[[], float],
         num_waiting: Callable[[], float],
         num_unsent_bytes: Callable[[], float],
@@ -67,7 +67,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         name = "qwen_megakernel"
         for suffix, text, source in (
-            ("connections", "Open WebSocket connections", num_connections),
+            ("connections", "Clients that are connected", num_sessions),
             ("turns_active", "Turns in a slot", num_active),
             ("turns_waiting", "Turns waiting for a slot", num_waiting),
             ("unsent_bytes", "Bytes held for clients that have not taken them", num_unsent_bytes),

@@ -1,13 +1,34 @@
-"""Which language a client speaks: its first message decides."""
+"""The WebSocket at `/` speaks two protocols: a client's first message decides which."""
 
 from __future__ import annotations
 
-from qwen_megakernel.serving.connection import Dialect
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from qwen_megakernel.serving.connection import Connection, Dialect
 from qwen_megakernel.serving.events import ContextEvent
 from qwen_megakernel.serving.native import NativeDialect
+from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.serving.session import Session
 from qwen_megakernel.serving.simple import SimpleDialect
 from qwen_megakernel.serving.wire import ProtocolError, parse_object
+
+
+def routes(sessions: OpenSessions) -> list[BaseRoute]:
+    """The route, and an answer to those who come without a WebSocket."""
+
+    async def speak(websocket: WebSocket) -> None:
+        with sessions.admit() as session:
+            await Connection(websocket, session, DialectSwitch(session)).run()
+
+    return [Route("/", _explain), WebSocketRoute("/", speak)]
+
+
+async def _explain(request: Request) -> Response:
+    text = 'This is a WebSocket endpoint: connect with ws:// and send {"text": "..."}.\n'
+    return Response(text, 426, {"Upgrade": "websocket"}, "text/plain")
 
 
 class DialectSwitch:
