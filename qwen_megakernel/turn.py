@@ -144,7 +144,7 @@ class Turn:
         self._wake()
 
     def hold(self, on: bool) -> None:
-        """Make the decoder wait, or go on: for a listener that cannot take more as yet."""
+        """Make the engine wait with this turn, or go on: for a client that cannot take more as yet."""
         self._held = on
         self._wake()
 

@@ -29,6 +29,10 @@ ORDER = (
 SERVING_MAY_IMPORT = {"__init__", "config", "turn"}
 SANS_IO = ("wire", "native_messages", "simple_messages")
 """Of `serving`: standard library and each other only, so that clients can use them."""
+CORE = (
+    "session", "context", "account", "events", "options", "outbox", "server_state", "open_sessions",
+)  # fmt: skip
+"""Of `serving`: what every dialect translates for. It knows no wire."""
 
 MAX_LINES = 500
 LONGER = {
@@ -165,6 +169,15 @@ def protocol_is_standard_library_only(root: Path) -> Iterator[str]:
             own = name.rpartition(".")[0] in allowed
             if not own and name.split(".")[0] not in sys.stdlib_module_names:
                 yield f"serving/{module}.py imports {name}"
+
+
+def session_core_knows_no_wire(root: Path) -> Iterator[str]:
+    allowed = {f"serving.{name}" for name in (*CORE, "observe")} | SERVING_MAY_IMPORT
+    for path in (root / PACKAGE / "serving" / f"{name}.py" for name in CORE):
+        imported = imports_of(path, root) if path.is_file() else set()
+        foreign = top_level(imported) & {"json", "starlette", "uvicorn"}
+        for name in sorted(foreign | (own_modules(imported, root) - allowed)):
+            yield f"serving/{path.name} imports {name}"
 
 
 def client_stands_alone(root: Path) -> Iterator[str]:
@@ -321,6 +334,7 @@ RULES = [
     imports_make_no_circle,
     serving_knows_only_turns,
     protocol_is_standard_library_only,
+    session_core_knows_no_wire,
     client_stands_alone,
     asyncio_stays_outside,
     training_stays_behind,
@@ -383,6 +397,8 @@ FAULTS = [
         "qwen_megakernel/serving/native_messages.py",
         "from qwen_megakernel.turn import X",
     ),
+    (session_core_knows_no_wire, "qwen_megakernel/serving/session.py", "from .simple_messages import X"),
+    (session_core_knows_no_wire, "qwen_megakernel/serving/context.py", "import starlette.routing"),
     (client_stands_alone, "pipecat_client/test_client.py", "from qwen_megakernel.turn import X"),
     (client_stands_alone, "pipecat_client/other.py", "import torch"),
     (asyncio_stays_outside, "qwen_megakernel/model/talker.py", "import asyncio"),

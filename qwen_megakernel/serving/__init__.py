@@ -1,1 +1,1 @@
-"""What clients speak: sans-IO protocol, dialects, the ASGI application."""
+"""The session core, the dialects that translate for it, their carriers, and the ASGI application."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.applications import Starlette
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -136,9 +136,9 @@ class App:
         return self.phase
 
 
-async def _refuse(connection: HTTPConnection, refusal: NotAdmitted) -> Response:
-    """The answer to a request, or to the handshake of a WebSocket."""
-    return JSONResponse({"error": str(refusal)}, 503, {"Retry-After": str(refusal.retry_after_s)})
+async def _refuse(request: Request, refusal: Exception) -> Response:
+    """The answer to a client that is not admitted. Of a WebSocket it refuses the handshake."""
+    return JSONResponse({"error": str(refusal)}, 503, {"Retry-After": str(NotAdmitted.retry_after_s)})
 
 
 class _Gate:

@@ -97,7 +97,7 @@ class ContextQuiet:
 class Reply:
     """A dialect's own message; it keeps its place among the events."""
 
-    message: str
+    message: str | bytes
     """As the carrier sends it."""
 
 

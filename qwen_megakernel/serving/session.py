@@ -197,7 +197,7 @@ class Session:
 
     # -- what goes to the client ------------------------------------------------------------
 
-    def reply(self, message: str) -> None:
+    def reply(self, message: str | bytes) -> None:
         """Queue a message of the dialect's own behind the events."""
         self._outbox.put(Reply(message))
 

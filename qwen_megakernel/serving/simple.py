@@ -66,10 +66,10 @@ class SimpleDialect:
                 return [_done(reason, figures)]
             case ContextFailed(begun=False):
                 return [encode_error(event.code, event.message)]
-            case ContextFailed(figures=figures):
-                message = f"turn {self._session.name}-{event.context_id} failed: {event.message}"
-                samples, generation_s = figures.num_samples, figures.generation_s
-                return [encode_failed(message, samples=samples, generation_s=generation_s)]
+            case ContextFailed(context_id, figures=figures):
+                message = f"turn {self._session.name}-{context_id} failed: {event.message}"
+                num_samples, generation_s = figures.num_samples, figures.generation_s
+                return [encode_failed(message, samples=num_samples, generation_s=generation_s)]
         return []
 
     def _cancel(self) -> None:

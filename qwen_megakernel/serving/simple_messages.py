@@ -1,4 +1,4 @@
-"""Messages of the original dialect: JSON text in, float32 audio and JSON text out.
+"""Messages of the simple protocol: JSON text in, float32 audio and JSON text out.
 
 Sans-IO and standard library only: bytes and strings in, values out, so that servers, clients
 and fuzzers share one definition.
