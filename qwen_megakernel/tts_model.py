@@ -119,13 +119,14 @@ class TTSDecoder:
         self._designed = Voice.designed()
         progress("loading the tokenizer")
         self._prompts = PromptBuilder(talker, config, tokenizer.result())
+        decoder = backends.make_decoder(
+            talker,
+            num_slots=num_slots,
+            max_positions=min(max_positions, config.talker.max_positions),
+        )
         self._engine = Engine(
-            backends.make_decoder(
-                talker,
-                num_slots=num_slots,
-                max_positions=min(max_positions, config.talker.max_positions),
-            ),
-            backends.make_codec(codec, num_slots),
+            decoder,
+            backends.make_codec(codec, num_slots, decoder.max_batch),
             self._prompts,
             eos_id=config.talker.codec_eos_id,
             cpu_threads=1 if small else None,

@@ -55,8 +55,6 @@ class Finished:
     reason: FinishReason
     num_frames: int
     num_samples: int
-    ttfc_s: float | None
-    """First text accepted -> first chunk handed out; None when there was none."""
     generation_s: float
     """First text accepted -> end, less the time in which the turn waited for text or was ahead."""
     error: str | None = None

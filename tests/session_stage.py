@@ -59,7 +59,7 @@ class FakeTurn(Turn):
 
     def finish(self, reason="stop", error=None):
         self.mark_finished()
-        self.sink(Finished(reason, 1, self.num_samples, None, 0.02, error))
+        self.sink(Finished(reason, 1, self.num_samples, 0.02, error))
 
 
 class InstantDecoder(FakeDecoder):

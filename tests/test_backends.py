@@ -73,7 +73,7 @@ def make_both(name: str, config: ModelConfig, talker: Talker, dtype=BF16, device
     lines: list[str] = []
     backends = Backends(name, config, device, dtype, lines.append)
     decoder = backends.make_decoder(talker, num_slots=2, max_positions=64)
-    codec = backends.make_codec(CodecDecoder(config.codec), 2)
+    codec = backends.make_codec(CodecDecoder(config.codec), 2, 2)
     return decoder, codec, backends.description, lines
 
 

@@ -45,7 +45,7 @@ def test_events_come_in_order_and_add_up(tts):
     assert finished.num_frames == 30
     assert finished.num_samples == len(listener.samples) == 30 * HOP
     assert finished.duration_s == pytest.approx(30 * 0.08)
-    assert 0 < finished.ttfc_s < finished.generation_s
+    assert finished.generation_s > 0
     assert finished.rtf == pytest.approx(finished.generation_s / 2.4)
     assert np.abs(listener.samples).max() <= 1.0
     assert listener.samples.std() > 1e-3, "silence would make every comparison below true"
@@ -139,12 +139,7 @@ def test_text_that_ends_empty_finishes_with_nothing(tts):
     turn.append("   ")
     turn.end()
     finished = listener.wait()
-    assert (finished.reason, finished.num_frames, finished.ttfc_s, finished.rtf) == (
-        "stop",
-        0,
-        None,
-        None,
-    )
+    assert (finished.reason, finished.num_frames, finished.rtf) == ("stop", 0, None)
 
 
 def test_flush_speaks_the_word_that_may_still_grow(tts):

@@ -56,7 +56,7 @@ def run(
     slots = max(streams)
     most = max(PROMPT_ROWS, *PREFILL_ROWS) + frames + WARM_UP + 1
     decoder = backends.make_decoder(talker, num_slots=slots, max_positions=most)
-    sound = backends.make_codec(codec, slots)
+    sound = backends.make_codec(codec, slots, slots)
     rows = torch.randn(max(PREFILL_ROWS), config.talker.hidden_size).to(device, dtype)
     return {
         "backend": backend,

@@ -188,14 +188,12 @@ class ActiveTurn:
         self.hand_out()
         now = time.monotonic()
         self.mark_idle(False, now)
-        started, first = self.started_at, self._first_audio_at
         self.turn.mark_finished()
         self.emit(
             Finished(
                 reason,
                 num_frames=self.num_frames,
                 num_samples=self._num_samples,
-                ttfc_s=None if first is None else first - started,
                 generation_s=self._generation_s(now),
                 error=error,
             )

@@ -121,12 +121,16 @@ class Backends:
 
         return self._make("backend", "megakernel", kernel, lambda: TorchBackend(*shape, **sizes))
 
-    def make_codec(self, decoder: CodecDecoder, num_slots: int) -> FrameCodec:
-        """The codec. Raises `CheckpointError` if `megakernel` was named and its kernels cannot run."""
+    def make_codec(self, decoder: CodecDecoder, num_slots: int, max_streams: int) -> FrameCodec:
+        """The codec, for launches of at most `max_streams` of the slots.
+
+        Raises:
+            CheckpointError: `megakernel` was named and the codec's kernels cannot run.
+        """
 
         def kernels(library: Path) -> CudaCodecStream:
             self._progress("capturing the codec's graphs")
-            return CudaCodecStream(decoder, num_slots, library)
+            return CudaCodecStream(decoder, num_slots, library, max_streams=max_streams)
 
         return self._make("codec", "kernels", kernels, lambda: CodecStream(decoder, num_slots))
 

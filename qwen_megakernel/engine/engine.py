@@ -209,7 +209,7 @@ class Engine:
                 log.exception("a turn's prompt could not be made")
                 self._opened.popleft()
                 turn.mark_finished()
-                sink(Finished("error", 0, 0, None, 0.0, "the prompt could not be made"))
+                sink(Finished("error", 0, 0, 0.0, "the prompt could not be made"))
                 continue
             with self._open_lock:
                 self._opened.popleft()
@@ -352,7 +352,7 @@ class Engine:
         """Tell every turn that the device is lost."""
         self._pending_audio = None
         for _, _, sink in self._opened:
-            sink(Finished("error", 0, 0, None, 0.0, _DECODER_FAILED))
+            sink(Finished("error", 0, 0, 0.0, _DECODER_FAILED))
         for active in [*self._waiting, *self._speaking]:
             active.finish("error", _DECODER_FAILED)
         self._opened.clear()
