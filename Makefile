@@ -23,7 +23,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-floor lint format doctor clean
+.PHONY: help install demo test test-slow test-floor test-gpu lint format doctor clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,10 @@ test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported
 	$(FLOOR)/bin/python -m pip --disable-pip-version-check --no-input install \
 	  $(addprefix -r ,$(TEST_FILES)) pipecat-ai==1.13.0
 	$(FLOOR)/bin/python -m pytest tests/pipecat $(ARGS)
+
+test-gpu: $(TEST)  ## All tests that need a GPU, the frame kernel's in both of its forms
+	$(PY) -m pytest -m gpu $(ARGS)
+	$(PY) -m pytest -m gpu --form small tests/test_kernel_step.py tests/test_kernel_stress.py $(ARGS)
 
 lint: $(TEST)  ## Check style only
 	$(PY) -m ruff check .

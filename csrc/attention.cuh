@@ -122,7 +122,7 @@ __device__ __forceinline__ NewRowsShared<D>& new_rows(const Context& c, const At
 template <class D>
 __device__ __forceinline__ void read_item_keys(Context& c, Tile<D>& tile, int place) {
   const ItemRows rows = c.scratch.items[place];
-  tile.read_keys(c.ring, cached_rows(rows, AttentionItem{rows.bits}.first_position()));
+  tile.read_keys(c.ring, cached_rows(rows, AttentionItem{rows.bits}.begin()));
 }
 
 // One item, whose keys are in registers and whose new rows are there.
@@ -141,7 +141,7 @@ __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, Attention
     const ItemRows rows = item.rows(c);
     uint32_t p_low, p_high;
     softmax<D>(sh, item.first_position(), rows.end, p_low, p_high);
-    attend_values<D>(c, rows, item.first_position(), fresh, p_low, p_high, sh.out[warp_index()]);
+    attend_values<D>(c, rows, item.begin(), fresh, p_low, p_high, sh.out[warp_index()]);
   }
   item.forget_derived();
   sync_compute();

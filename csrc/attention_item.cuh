@@ -20,7 +20,8 @@ struct AttentionItem {
   __device__ __forceinline__ int split() const { return bits >> 16 & 0xff; }
   __device__ __forceinline__ int place() const { return bits >> 24; }
 
-  // Of this warp. Computed where it is needed, and not kept.
+  // Of the item, and of this warp's part. Computed where it is needed, and not kept.
+  __device__ __forceinline__ int begin() const { return split() * kSplitPositions; }
   __device__ __forceinline__ int first_position() const {
     return split() * kSplitPositions + warp_index() * kTilePositions;
   }
@@ -81,13 +82,11 @@ __device__ __forceinline__ int64_t cache_at(const FrameParams& p, int layer, con
   return (layer * p.num_slots * D::kKvHeads + rows.head) * int64_t(p.max_positions * D::kHeadDim);
 }
 
-// Of a warp's tile: rows that hold positions of the stream, and those of them that are in the cache and come
-// through the ring. Either may be zero or negative.
-__device__ __forceinline__ int used_rows(const ItemRows& rows, int first_position) {
-  return min(kTilePositions, rows.end - first_position);
-}
-__device__ __forceinline__ int cached_rows(const ItemRows& rows, int first_position) {
-  return min(kTilePositions, min(rows.end, rows.first_new) - first_position);
+// Of the positions from `first` on, an item's or a warp's: those that the stream has, and those of them that are in the cache
+// and come through the ring. Either may be negative, or more than the item or the warp has.
+__device__ __forceinline__ int used_rows(const ItemRows& rows, int first) { return rows.end - first; }
+__device__ __forceinline__ int cached_rows(const ItemRows& rows, int first) {
+  return min(rows.end, rows.first_new) - first;
 }
 
 }  // namespace qwen_tts

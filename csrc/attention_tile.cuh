@@ -51,30 +51,32 @@ struct Tile {
 
   static __device__ __forceinline__ int key_row(int r) { return (lane_index() >> 2) + 8 * r; }
 
-  // The first `rows` rows, from the ring. Of others, keys may be anything: their scores are not used.
-  template <class Ring>
-  __device__ __forceinline__ void read_keys(Ring& ring, int rows) {
-    using Pieces = TilePieces<D>;
-    const int warp = warp_index(), lane = lane_index();
+  // This warp's rows, from the ring; `cached` rows of the whole item come through it. Of rows that are not there, keys may
+  // be anything: their scores are not used.
+  __device__ __forceinline__ void read_keys(RingReader<FrameRing>& ring, int cached) {
+    const int warp = warp_index(), lane = lane_index(), tiles = warps_with_rows(cached);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
       for (int b = 0; b < S::kBlocks; ++b) k[r][b] = make_uint4(0, 0, 0, 0);
-#pragma unroll
-    for (int first = 0; first < kTilePositions; first += Pieces::kRows) {
-      if (first >= rows) break;
-      const uint32_t piece = ring.template wait<Pieces::kBytes>(warp, 0);
+    if (warp < tiles) {
+      const auto place = ring.next.after(warp);
+      const uint32_t tile = ring.wait(place);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        if (key_row(r) / Pieces::kRows == first / Pieces::kRows)
 #pragma unroll
-          for (int b = 0; b < S::kBlocks; ++b) {
-            const uint32_t row =
-                piece + (key_row(r) - first) * Pieces::kRowBytes + 16 * ((lane & 3) ^ swizzle(lane >> 2));
-            k[r][b] = load_shared(row ^ 64 * b);
-          }
-      ring.template release<Pieces::kBytes>(warp, lane);
+        for (int b = 0; b < S::kBlocks; ++b) {
+          const uint32_t row = tile + key_row(r) * KvTile<D>::kRowBytes + 16 * ((lane & 3) ^ swizzle(lane >> 2));
+          k[r][b] = load_shared(row ^ 64 * b);
+        }
+      uint32_t loaded = 0;
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int b = 0; b < S::kBlocks; ++b) loaded |= k[r][b].w;
+      ring.template release<1>(place, loaded);
     }
+    ring.next.skip(tiles);
   }
 
   // The rows at positions from `begin` on, below `end`, from this launch's (whose first is at `begin`).
@@ -126,51 +128,45 @@ struct ValueOrder {
   }
 };
 
-// Make the piece in the ring whole that has a tile's rows from `first` on. Those of the cache are there, `cached` of
-// the tile; then come this launch's, up to `used`; beyond it nobody wrote, and what is weighed with nothing must be a
-// number.
+// Make a warp's tile of values in the ring whole. Its rows of the cache are there, `cached` of them; then come this
+// launch's, up to `used`. Beyond them nobody wrote, and what is multiplied by a weight of zero must be a number.
 template <class D>
-__device__ __forceinline__ void complete_values(uint32_t piece, int first, int cached, int used,
+__device__ __forceinline__ void complete_values(uint32_t tile, int cached, int used,
                                                 const __nv_bfloat16 (*fresh)[D::kHeadDim]) {
-  using Pieces = TilePieces<D>;
-  constexpr int kWords = Pieces::kRowBytes / 16;
-  for (int i = max(cached - first, 0) * kWords + lane_index(); i < Pieces::kRows * kWords; i += 32) {
+  constexpr int kWords = KvTile<D>::kRowBytes / 16;
+  for (int i = max(cached, 0) * kWords + lane_index(); i < kTilePositions * kWords; i += 32) {
     const int row = i / kWords, word = i % kWords;
     uint4 x = make_uint4(0, 0, 0, 0);
-    if (first + row < used) x = reinterpret_cast<const uint4*>(fresh[first + row - cached])[word];
-    store_shared(piece + row * Pieces::kRowBytes + 16 * (word ^ swizzle(first + row)), x);
+    if (row < used) x = reinterpret_cast<const uint4*>(fresh[row - cached])[word];
+    store_shared(tile + row * KvTile<D>::kRowBytes + 16 * (word ^ swizzle(row)), x);
   }
-  fence_copy_engine();  // which fills the piece again
+  fence_copy_engine();  // which fills the slot again
   __syncwarp();
 }
 
 // A warp's values, weighed by p, which lane (g, t) holds for head g and rows 2t, 2t + 1; 2t + 8, 2t + 9: as
 // out^T = V^T p, with V^T as it comes from the ring by transposing loads.
 template <class D>
-__device__ __forceinline__ void attend_values(Context& c, const ItemRows& rows, int first_position,
+__device__ __forceinline__ void attend_values(Context& c, const ItemRows& rows, int item_begin,
                                               const NewRowsShared<D>& fresh, uint32_t p_low, uint32_t p_high,
                                               float (*to)[D::kHeadDim]) {
   using S = HeadShape<D>;
-  using Pieces = TilePieces<D>;
   using Order = ValueOrder<D>;
   const int warp = warp_index(), lane = lane_index(), g = lane >> 2, t = lane & 3;
+  const int tiles = warps_with_rows(used_rows(rows, item_begin));
   float out[S::kValueTiles][4] = {};
-  const int used = used_rows(rows, first_position), cached = cached_rows(rows, first_position);
-#pragma unroll
-  for (int first = 0; first < kTilePositions; first += Pieces::kRows) {
-    if (first >= used) break;
-    const uint32_t piece = c.ring.template wait<Pieces::kBytes>(warp, 0);
-    if (cached < first + Pieces::kRows) complete_values<D>(piece, first, cached, used, fresh.v);
-    // Instead of rows of other pieces some of this one, weighed with nothing.
+  if (warp < tiles) {
+    const auto place = c.ring.next.after(warp);
+    const uint32_t tile = c.ring.wait(place);
+    const int first = item_begin + warp * kTilePositions, cached = cached_rows(rows, first);
+    if (cached < kTilePositions) complete_values<D>(tile, cached, used_rows(rows, first), fresh.v);
     const int row = (lane & 7) + (lane & 16) / 2, word = (lane >> 3 & 1) ^ swizzle(lane);
-    const uint32_t from = piece + row % Pieces::kRows * Pieces::kRowBytes + 16 * word;
-    const bool low = 2 * t / Pieces::kRows == first / Pieces::kRows,
-               high = (2 * t + 8) / Pieces::kRows == first / Pieces::kRows;
+    const uint32_t from = tile + row * KvTile<D>::kRowBytes + 16 * word;
 #pragma unroll
-    for (int j = 0; j < S::kValueTiles; ++j)
-      mma(out[j], ldmatrix_transposed(from ^ 32 * j), make_uint2(low ? p_low : 0u, high ? p_high : 0u));
-    c.ring.template release<Pieces::kBytes>(warp, lane);
+    for (int j = 0; j < S::kValueTiles; ++j) mma(out[j], ldmatrix_transposed(from ^ 32 * j), make_uint2(p_low, p_high));
+    c.ring.template release<1>(place, __float_as_uint(out[S::kValueTiles - 1][0]));
   }
+  c.ring.next.skip(tiles);
 #pragma unroll
   for (int n = 0; n < 2; ++n)
     if (2 * t + n < S::kGroupSize)

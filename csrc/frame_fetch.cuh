@@ -1,5 +1,5 @@
-// The visitor of the frame's schedule (frame_schedule.cuh) that fetches: one warp, whose lane w streams warp w's weights,
-// and its keys and values of the talker's attention, in the order in which the frame uses them.
+// The visitor of the frame's schedule (frame_schedule.cuh) that fetches: one warp, which streams the
+// weights, and the keys and values of the talker's attention, in the order in which the frame uses them.
 #pragma once
 
 #include "attention_item.cuh"
@@ -12,15 +12,16 @@ struct FrameFetch : FramePlace {
   const ItemRows* attended;     // this CTA's items
   uint64_t once, kept, normal;  // L2 policies
 
-  // The items of one product, which begins at `from`; its first kept_bytes shall stay in L2.
+  // The items of one product, which begins at `from`; its first kept_bytes shall stay in L2. A lane fetches for the warps
+  // that share a piece.
   template <class Prod>
   __device__ __forceinline__ void items(const char* from, int64_t kept_bytes = 0) {
-    from += lane_index() * (Prod::kItemBytes / kWarps);
+    from += lane_index() * (Prod::kOwners * Prod::kPieces * Prod::kWarpPieceBytes);
     for (int item = block_index(); item < Prod::kItems; item += gridDim.x)
 #pragma unroll 1
       for (int piece = 0; piece < Prod::kPieces; ++piece)
-        ring.push(from + item * Prod::kItemBytes + piece * Prod::kPieceBytes, Prod::kPieceBytes, Prod::kPieceBytes,
-                  item * Prod::kItemBytes < kept_bytes ? kept : once);
+        ring.push(kWarps / Prod::kOwners, from + item * Prod::kItemBytes + piece * Prod::kWarpPieceBytes,
+                  Prod::kPieceBytes, item * Prod::kItemBytes < kept_bytes ? kept : once);
   }
   // A product of the current layer, which stands at kFrom among the layer's. What stays in L2 of a predictor's layer
   // begins with its QKV, but for the first layer's, which a frame reads once or twice.
@@ -56,21 +57,18 @@ struct FrameFetch : FramePlace {
   __device__ __forceinline__ void attention() {
     if constexpr (std::is_same_v<D, T>) keys_and_values();
   }
+  // A lane fetches for a warp.
   __device__ __forceinline__ void keys_and_values() {
-    using Tile = TalkerTile;
+    constexpr int kRowBytes = KvTile<T>::kRowBytes;
 #pragma unroll 1
-    for (const ItemRows* rows_of = attended; AttentionItem{rows_of->bits}.exists(); ++rows_of) {
-      const int first = AttentionItem{rows_of->bits}.split() * kSplitPositions + lane_index() * kTilePositions;
-      const int rows = cached_rows(*rows_of, first), used = used_rows(*rows_of, first);
-      const int64_t at = (cache_at<T>(p, layer(), *rows_of) + first * T::kHeadDim) * 2;
-      auto push = [&](const __nv_bfloat16* cache, int row) {
-        ring.push(reinterpret_cast<const char*>(cache) + at + row * Tile::kRowBytes,
-                  max(min(Tile::kRows, rows - row), 0) * Tile::kRowBytes, Tile::kBytes, normal);
-      };
-#pragma unroll 1
-      for (int row = 0; row < rows; row += Tile::kRows) push(p.k_cache, row);
-#pragma unroll 1
-      for (int row = 0; row < used; row += Tile::kRows) push(p.v_cache, row);  // new rows find room there
+    for (const ItemRows* rows = attended; AttentionItem{rows->bits}.exists(); ++rows) {
+      const int begin = AttentionItem{rows->bits}.begin(), first = begin + lane_index() * kTilePositions;
+      const int64_t at = cache_at<T>(p, layer(), *rows) * 2 + int64_t(first) * kRowBytes;
+      const int bytes = max(0, min(kTilePositions, cached_rows(*rows, first))) * kRowBytes;
+      ring.push(warps_with_rows(cached_rows(*rows, begin)), reinterpret_cast<const char*>(p.k_cache) + at, bytes,
+                normal);
+      // Rows of this launch find room in a tile of values.
+      ring.push(warps_with_rows(used_rows(*rows, begin)), reinterpret_cast<const char*>(p.v_cache) + at, bytes, normal);
     }
   }
   template <class D>
@@ -85,8 +83,7 @@ struct FrameFetch : FramePlace {
 };
 
 __device__ __forceinline__ void fetch_frame(const FrameParams& p, FrameRing& ring, const ItemRows* attended) {
-  FrameFetch fetch{
-      {}, {ring, lane_index()}, p, attended, policy_evict_first(), policy_evict_last(), policy_evict_normal()};
+  FrameFetch fetch{{}, {ring}, p, attended, policy_evict_first(), policy_evict_last(), policy_evict_normal()};
   walk_frame(fetch, p.num_columns, p.prefill);
 }
 

@@ -63,16 +63,18 @@ __device__ __forceinline__ float squares_part(const Scratch& scratch, int norm) 
 }
 
 // The next of this warp's weights from the ring: as many chunks as registers hold at once.
-template <class Prod, class Ring>
-__device__ __forceinline__ void load_weights(Ring& ring, uint4 (&to)[Prod::kHeld]) {
-  const int warp = warp_index(), lane = lane_index();
+template <class Prod>
+__device__ __forceinline__ void load_weights(RingReader<FrameRing>& ring, uint4 (&to)[Prod::kHeld]) {
+  const int warp = warp_index();
+  const auto place = ring.next.after(warp / Prod::kOwners);
+  const uint32_t weights = ring.wait(place) + warp % Prod::kOwners * Prod::kWarpPieceBytes + 16 * lane_index();
 #pragma unroll
-  for (int piece = 0; piece < Prod::kHeld; piece += Prod::kPieceChunks) {
-    const uint32_t weights = ring.template wait<Prod::kPieceBytes>(warp, lane);
+  for (int j = 0; j < Prod::kHeld; ++j) to[j] = load_shared(weights + j * kChunkBytes);
+  uint32_t loaded = 0;
 #pragma unroll
-    for (int j = 0; j < Prod::kPieceChunks; ++j) to[piece + j] = load_shared(weights + j * kChunkBytes);
-    ring.template release<Prod::kPieceBytes>(warp, lane);
-  }
+  for (int j = 0; j < Prod::kHeld; ++j) loaded |= to[j].w;
+  ring.template release<Prod::kOwners>(place, loaded);
+  ring.next.skip(kWarps / Prod::kOwners);
 }
 
 // What one warp multiplies: two chains of mma, for each takes as long as thirty other instructions.

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_cons
     compute_frame(sh.params, sh.scratch, sh.ring, sh.sampler);
   } else {
     give_registers<32>();
-    if (threadIdx.x < kThreads + kWarps) fetch_frame(p, sh.ring, sh.scratch.items);
+    if (threadIdx.x < kThreads + 32) fetch_frame(p, sh.ring, sh.scratch.items);
   }
 }
 

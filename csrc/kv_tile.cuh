@@ -7,15 +7,18 @@ namespace qwen_tts {
 
 constexpr int kTilePositions = 16;  // of one warp
 
-// How a warp's tile of positions of the talker's attention comes through the ring: its keys, then its
-// values, in pieces of kRows positions.
+// A warp's tile of the talker's keys, or of its values, comes through the ring as one piece.
 template <class D>
-struct TilePieces {
-  static constexpr int kRows = kSmallShared ? 4 : kTilePositions;
+struct KvTile {
   static constexpr int kRowBytes = 2 * D::kHeadDim;
-  static constexpr int kBytes = kRows * kRowBytes;
-  static_assert(kBytes % kChunkBytes == 0, "rows begin where addresses end in zeros");
+  static_assert(kTilePositions * kRowBytes <= kSlotBytes, "a tile fits into a slot");
+  static_assert(kRowBytes % 128 == 0, "rows begin where addresses end in zeros");
 };
+
+// How many warps have positions of an item of which `rows` positions are used; it may be negative.
+__device__ __forceinline__ int warps_with_rows(int rows) {
+  return max(0, min(kWarps, (rows + kTilePositions - 1) / kTilePositions));
+}
 
 // A row of the caches stands in 16-byte words, the word w of dims 8w to 8w + 7 at w ^ swizzle(position): so what a
 // warp reads at once of several rows lies in different banks. decoding/kv_cache.py has the same for PyTorch.

@@ -9,14 +9,22 @@ namespace qwen_tts {
 // The tile of one mma: kStripRows x kChunk of weights, kChunk x kMaxColumns of the operand.
 constexpr int kStripRows = 16, kChunk = 16;
 constexpr int kChunkBytes = 2 * kStripRows * kChunk;
-constexpr bool kSmallShared = kSharedBytes < 128 * 1024;
-constexpr int kMaxPieceChunks = kSmallShared ? 2 : 6;
 
-// The largest piece of `chunks` that divides them evenly.
+// A piece of weights is one copy and takes a slot of the ring (ring.cuh). It has as many chunks of a warp as divide the
+// warp's evenly and fit; if they are all of the warp's, those of its neighbours too, as far as they fit.
+constexpr int kSlotBytes = 4096;
+constexpr int kSlotChunks = kSlotBytes / kChunkBytes;
+constexpr int kMaxOwners = 8;  // warps that a piece is for
+
 constexpr int piece_chunks(int chunks) {
-  for (int n = kMaxPieceChunks; n > 1; --n)
+  for (int n = kSlotChunks; n > 1; --n)
     if (chunks % n == 0) return n;
   return 1;
+}
+constexpr int piece_owners(int chunks) {
+  int owners = 1;
+  while (2 * owners * chunks <= kSlotChunks && 2 * owners <= kMaxOwners) owners *= 2;
+  return owners;
 }
 
 // A product W x: rows of W in strips of 16, k cut in kSplit parts that different items take.
@@ -28,10 +36,12 @@ struct Product {
   static constexpr int kRealChunks = kK / kSplit / kChunk;       // of all warps; the rest is padding
   static constexpr int kChunks = ceil_div(kRealChunks, kWarps);  // of one warp
   static constexpr int kPieceChunks = piece_chunks(kChunks);
-  static constexpr int kPieceBytes = kPieceChunks * kChunkBytes;
   static constexpr int kPieces = kChunks / kPieceChunks;  // of one item, a warp
-  // Chunks of the B operand that registers hold at once; beyond 8 it is fetched piece by piece.
-  static constexpr int kHeld = kChunks <= 8 ? kChunks : kPieceChunks;
+  static constexpr int kOwners = kPieces == 1 ? piece_owners(kChunks) : 1;
+  static constexpr int kWarpPieceBytes = kPieceChunks * kChunkBytes;  // of one owner
+  static constexpr int kPieceBytes = kOwners * kWarpPieceBytes;
+  // Chunks of the B operand, and of the weights, that registers hold at once: a piece's.
+  static constexpr int kHeld = kPieceChunks;
   static constexpr bool kOneFill = kHeld == kChunks && kSplit == 1;  // one B operand serves all items
   // Whether registers hold an item's weights, too, while its operand is waited for; of how many items.
   static constexpr bool kAhead = kHeld == kChunks && kHeld <= 6;
@@ -62,8 +72,6 @@ struct Products {
   static constexpr int64_t kGateUpFrom = kOutFrom + Out::kBytes;
   static constexpr int64_t kDownFrom = kGateUpFrom + GateUp::kBytes;
   static constexpr int64_t kLayerBytes = kDownFrom + Down::kBytes;
-  static constexpr int kMaxPieceBytes = max_of(max_of(Qkv::kPieceBytes, Out::kPieceBytes), Down::kPieceBytes);
-  static constexpr int kMinPieceBytes = min_of(min_of(Qkv::kPieceBytes, Out::kPieceBytes), Down::kPieceBytes);
 };
 
 // The talker's hidden row becomes the predictor's input through this product where their widths differ, with a bias.

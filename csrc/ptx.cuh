@@ -63,6 +63,15 @@ __device__ __forceinline__ float load_shared_float(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.volatile.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_shared_word(uint32_t address, uint32_t x) {
+  asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -147,9 +156,10 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
                : "memory");
   return done != 0;
 }
-// Releases what this thread, and those it has met at __syncwarp, did before.
+// Releases what this thread, and those it has met at __syncwarp, did before. Counts as kCount arrivals.
+template <int kCount>
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "n"(kCount) : "memory");
 }
 // The barrier's phase ends when so many bytes have been copied.
 __device__ __forceinline__ void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {

@@ -1,18 +1,19 @@
-// The weight ring: one warp of the CTA fetches weights for the sixteen others and never stops at a
+// The weight ring. One warp of the CTA fetches weights, keys and values for the sixteen others. It never stops at a
 // dependency, so the memory system stays busy while those wait for packets.
 //
-// Each computing warp has a ring of its own, filled by one lane of the fetching warp with the bulk
-// copy engine: a piece is one copy, for each costs that warp some fifty cycles, whatever its size. It is
-// the mma A fragments of one 16-row strip for a few 16-wide chunks of k, 512 bytes a chunk, lane by lane
-// 16 bytes, so a lane's load is its operand; or rows of keys or values (kv_tile.cuh). Both sides know the
-// sizes and the order of all pieces; a piece that would cross the ring's end begins at its start.
-// Of two mbarriers a piece, one says that it has arrived, the other that it has been read.
+// The ring has kSlots slots of kSlotBytes. A piece is one copy by the bulk copy engine and takes one slot. A copy costs the
+// fetching warp some fifty cycles whatever its size, so a piece serves as many warps as fill a slot, its owners. A piece
+// holds mma A fragments of one 16-row strip for a few 16-wide chunks of k: 512 bytes a chunk, lane by lane 16 bytes, so a
+// lane's load is its operand. Or it holds one warp's rows of keys or values (kv_tile.cuh). All warps know the order of all
+// pieces: each reads its own and steps over those of others. Each slot has two mbarriers: one says that a piece has
+// arrived, the other that its owners have read it.
 //
-// The sanitizer's racecheck takes what the copy engine writes for a race, and does not see that lanes which
-// meet at __syncwarp have read; for it (QWEN_TTS_RACECHECK) lanes copy, and each says itself that it has read.
+// The sanitizer's racecheck takes what the copy engine writes for a race, and does not see that lanes which meet at
+// __syncwarp have read. For it (QWEN_TTS_RACECHECK) lanes copy, and each says itself that it has read.
 #pragma once
 
 #include "packets.cuh"
+#include "products.cuh"
 
 namespace qwen_tts {
 
@@ -25,84 +26,115 @@ constexpr bool kRacecheck = true;
 constexpr bool kRacecheck = false;
 #endif
 
-constexpr int round_up_to_power_of_two(int n) { return n <= 1 ? 1 : 2 * round_up_to_power_of_two((n + 1) / 2); }
+// Threads of a warp that say that it has read a piece.
+constexpr int kReaders = kRacecheck ? 32 : 1;
 
-// A power of two, so that a count of pieces gives the barrier and its parity.
-constexpr int ring_barriers(int ring_bytes, int min_piece_bytes) {
-  return round_up_to_power_of_two(ring_bytes / min_piece_bytes);
-}
-
-template <int kRingBytes_, int kMinPieceBytes>
+template <int kSlots_>
 struct RingShared {
-  static constexpr int kBytes = kRingBytes_;
-  static constexpr int kBarriers = ring_barriers(kRingBytes_, kMinPieceBytes);
-  static constexpr int kReaders = kRacecheck ? 32 : 1;  // threads that say a piece has been read
-  alignas(256) char data[kWarps][kBytes];
-  uint64_t full[kWarps][kBarriers], empty[kWarps][kBarriers];
-  uint16_t taken[kWarps][kBarriers];  // bytes of the ring a piece holds; the fetching lane's own
+  static constexpr int kSlots = kSlots_;
+  alignas(256) char data[kSlots][kSlotBytes];
+  uint64_t full[kSlots], empty[kSlots];
+  // The round in which a slot was filled last. A warp reads only some of a slot's pieces, so it can be more than one piece
+  // ahead of the slot. The parity of a barrier cannot tell that.
+  uint32_t filled[kSlots];
 
   __device__ void init() {  // by all threads, before a CTA-wide barrier
-    for (int i = thread_index(); i < kWarps * kBarriers; i += blockDim.x) {
-      mbarrier_init(smem_address(full[0] + i), 1);
-      mbarrier_init(smem_address(empty[0] + i), kReaders);
+    for (int i = thread_index(); i < kSlots; i += blockDim.x) {
+      mbarrier_init(smem_address(full + i), 1);
+      mbarrier_init(smem_address(empty + i), kMaxOwners * kReaders);
+      filled[i] = ~0u;
     }
     mbarrier_init_fence();
   }
 };
 
-// The most that fits, with what is kept of each piece, into so many bytes a warp.
-constexpr int ring_bytes(int bytes_a_warp, int unit, int min_piece_bytes) {
-  constexpr int kOfPiece = 2 * sizeof(uint64_t) + sizeof(uint16_t);  // full, empty, taken
-  int bytes = bytes_a_warp / unit * unit;
-  while (bytes + ring_barriers(bytes, min_piece_bytes) * kOfPiece > bytes_a_warp) bytes -= unit;
-  return bytes;
+// How many slots fit, with their barriers.
+constexpr int ring_slots(int bytes) {
+  return (bytes - 256) / (kSlotBytes + int(2 * sizeof(uint64_t) + sizeof(uint32_t)));
 }
+
+// A place in the order of all pieces: a slot, and the round of the ring.
+template <int kSlots>
+struct RingPlace {
+  int slot = 0;
+  uint32_t round = 0;
+
+  __device__ __forceinline__ void skip(int pieces) {
+    slot += pieces;
+#pragma unroll
+    for (int i = 0; i < ceil_div(kWarps, kSlots); ++i)
+      if (slot >= kSlots) {
+        slot -= kSlots;
+        ++round;
+      }
+  }
+  // `pieces` further, at most kWarps.
+  __device__ __forceinline__ RingPlace after(int pieces) const {
+    RingPlace place = *this;
+    place.skip(pieces);
+    return place;
+  }
+};
 
 // A computing warp's side.
 template <class Shared>
 struct RingReader {
+  using Place = RingPlace<Shared::kSlots>;
   Shared& sh;
-  int tail = 0;
-  uint32_t pieces = 0;
+  Place next;  // of the pieces that all warps have yet to read or step over
 
-  // Address of this lane's first operand in the next piece; one follows every 512 bytes.
-  template <int kPieceBytes>
-  __device__ __forceinline__ uint32_t wait(int warp, int lane) {
-    if (tail + kPieceBytes > Shared::kBytes) tail = 0;
-    mbarrier_wait(smem_address(&sh.full[warp][pieces % Shared::kBarriers]), pieces / Shared::kBarriers & 1);
-    return smem_address(&sh.data[warp][tail + 16 * lane]);
+  // Address of a piece that has arrived.
+  __device__ __forceinline__ uint32_t wait(const Place& place) {
+    while (load_shared_word(smem_address(&sh.filled[place.slot])) != place.round) {
+    }
+    mbarrier_wait(smem_address(&sh.full[place.slot]), place.round & 1);
+    return smem_address(sh.data[place.slot]);
   }
 
-  template <int kPieceBytes>
-  __device__ __forceinline__ void release(int warp, int lane) {
+  // This warp, one of kOwners, has read a piece. `loaded` depends on all that was loaded from it: loads are on their way
+  // when the next instruction runs, and the copy engine, which fills the slot again, does not wait for them. So the
+  // barrier's address is made to depend on them too; no round reaches 2^31.
+  template <int kOwners>
+  __device__ __forceinline__ void release(const Place& place, uint32_t loaded) {
+    const uint32_t nothing = loaded & uint32_t(int(place.round) >> 31);
     __syncwarp();
-    if (lane < Shared::kReaders) mbarrier_arrive(smem_address(&sh.empty[warp][pieces % Shared::kBarriers]));
-    tail += kPieceBytes;
-    ++pieces;
+    if (lane_index() < kReaders) mbarrier_arrive<kMaxOwners / kOwners>(smem_address(&sh.empty[place.slot]) + nothing);
   }
 };
 
-// The fetching warp's side: lane w fills the ring of warp w.
+// The fetching warp's side: its lanes fetch pieces side by side.
 template <class Shared>
 struct RingWriter {
+  using Place = RingPlace<Shared::kSlots>;
   Shared& sh;
-  int warp;
-  int head = 0, used = 0;              // bytes; used with those passed over at the ring's end
-  uint32_t issued = 0, reclaimed = 0;  // pieces
+  Place next;
 
-  // A piece that takes `bytes` of the ring, of which the first `copied` come from memory.
-  __device__ __forceinline__ void push(const char* from, int copied, int bytes, uint64_t policy) {
-    const bool wraps = head + bytes > Shared::kBytes;
-    const int passed_over = wraps ? Shared::kBytes - head : 0;
-    reclaim(passed_over + bytes);
-    if (wraps) head = 0;
-    sh.taken[warp][issued % Shared::kBarriers] = uint16_t(passed_over + bytes);
-    fill(sh.data[warp] + head, from, copied, &sh.full[warp][issued % Shared::kBarriers], policy);
-    head += bytes;
-    ++issued;
+  // The next `count` pieces, at most kWarps, by as many lanes: this lane's is the next but lane_index(), of `bytes` bytes
+  // from `from` on.
+  __device__ __forceinline__ void push(int count, const char* from, int bytes, uint64_t policy) {
+    const Place place = next.after(lane_index() & (kWarps - 1));
+    const uint32_t empty = smem_address(&sh.empty[place.slot]);
+#pragma unroll
+    for (int first = 0; first < kWarps; first += kAtOnce) {
+      bool waits = lane_index() >= first && lane_index() < min(count, first + kAtOnce);
+      while (__any_sync(~0u, waits)) {
+        // A slot is free once its last piece has been read.
+        if (waits && mbarrier_test(empty, (place.round & 1) ^ 1)) {
+          store_shared_word(smem_address(&sh.filled[place.slot]), place.round);
+          fill(sh.data[place.slot], from, bytes, &sh.full[place.slot], policy);
+          waits = false;
+        }
+      }
+    }
+    next.skip(count);
   }
 
  private:
+  // Pieces that are fetched side by side. No two of them may have the same slot: the parity of a barrier tells only whether
+  // the last piece has been read, not the last but one.
+  static constexpr int kAtOnce = Shared::kSlots >= kWarps ? kWarps : kWarps / 2;
+  static_assert(Shared::kSlots >= kAtOnce, "more pieces at once than slots");
+
   static __device__ __forceinline__ void fill(char* to, const char* from, int bytes, uint64_t* full, uint64_t policy) {
     if constexpr (!kRacecheck) {
       mbarrier_expect_tx(smem_address(full), bytes);
@@ -111,19 +143,8 @@ struct RingWriter {
 #pragma unroll 1
       for (int i = 0; i < bytes; i += 16)
         *reinterpret_cast<uint4*>(to + i) = __ldg(reinterpret_cast<const uint4*>(from + i));
-      mbarrier_arrive(smem_address(full));
+      mbarrier_arrive<1>(smem_address(full));
     }
-  }
-  // Wait until `bytes` more fit.
-  __device__ __forceinline__ void reclaim(int bytes) {
-    while (used + bytes > Shared::kBytes) {
-      // Asked, not waited for: other lanes fill other rings.
-      const uint32_t empty = smem_address(&sh.empty[warp][reclaimed % Shared::kBarriers]);
-      if (!mbarrier_test(empty, reclaimed / Shared::kBarriers & 1)) continue;
-      used -= sh.taken[warp][reclaimed % Shared::kBarriers];
-      ++reclaimed;
-    }
-    used += bytes;
   }
 };
 

@@ -33,14 +33,12 @@ struct SamplerShared {
   int count[kWarps];
   float mass[kWarps];
 };
-using TalkerTile = TilePieces<T>;
-constexpr int kMaxPieceBytes =
-    max_of(max_of(TalkerProducts::kMaxPieceBytes, PredictorProducts::kMaxPieceBytes), TalkerTile::kBytes);
-constexpr int kMinPieceBytes =
-    min_of(min_of(TalkerProducts::kMinPieceBytes, PredictorProducts::kMinPieceBytes), TalkerTile::kBytes);
+
 constexpr int kOtherBytes = sizeof(Scratch) + sizeof(SamplerShared) + sizeof(FrameParams) + 256;
-constexpr int kRingBytes = ring_bytes((kSharedBytes - kOtherBytes) / kWarps, kChunkBytes, kMinPieceBytes);
-static_assert(kRingBytes >= 2 * kMaxPieceBytes, "the ring must hold two pieces");
-using FrameRing = RingShared<kRingBytes, kMinPieceBytes>;
+// A longer ring is slower on an H200: 1159, 1286 us a frame with 22 and 42 slots (csrc/EXPERIMENTS.md).
+constexpr int kBestRingSlots = 22;
+constexpr int kRingSlots = min_of(kBestRingSlots, ring_slots(kSharedBytes - kOtherBytes));
+static_assert(kRingSlots >= kWarps / 2, "the ring must hold an item of most products");
+using FrameRing = RingShared<kRingSlots>;
 
 }  // namespace qwen_tts

@@ -27,6 +27,7 @@ from qwen_megakernel.bench import frame_kernel as bench_kernel
 from qwen_megakernel.bench import parts as bench_parts
 from qwen_megakernel.bench import turns as bench_server
 from qwen_megakernel.bench.frame_kernel import PARTS, POSITIONS, REPEATS, STREAMS
+from qwen_megakernel.build_tts import FORMS
 from qwen_megakernel.checkpoint import Checkpoint
 from qwen_megakernel.config import FRAME_S
 from qwen_megakernel.model.talker import Talker
@@ -82,7 +83,7 @@ def run_kernel(args: argparse.Namespace, device: torch.device) -> Iterator[dict[
         checkpoint.load("talker.", talker, dtype=torch.bfloat16, device=device)
     yield from bench_kernel.run(
         config, talker, streams=args.streams, positions=args.positions, repeats=args.repeats,
-        report=tell,
+        form=args.form, report=tell,
     )  # fmt: skip
 
 
@@ -371,6 +372,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_numbers,
         metavar="LIST",
         help="default: 100,500,1000,2000, with --against 200",
+    )
+    parser.add_argument(
+        "--form", choices=FORMS, default="auto", help="of the frame kernel; small is what an RTX 50 runs"
     )
     parser.add_argument(
         "--repeats", type=_count, default=REPEATS, metavar="N", help=f"timed frames, default {REPEATS}"

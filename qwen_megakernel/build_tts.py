@@ -31,8 +31,12 @@ MIN_ARCH = 90
 """Bulk copies to shared memory with mbarriers, and 64-bit tagged exchanges at their speed."""
 KNOWN_ARCHES = ("90a", "120a")
 """Built and checked for spills by the tests; others of sm_90 and newer are built the same way."""
-_SHARED_BYTES = {90: 232_448, 100: 232_448, 103: 232_448, 120: 101_376, 121: 101_376}
+_SMALL_BYTES = 101_376
+_SHARED_BYTES = {90: 232_448, 100: 232_448, 103: 232_448, 120: _SMALL_BYTES, 121: _SMALL_BYTES}
 """Shared memory a CTA may have, by architecture (CUDA C++ Programming Guide, table of limits)."""
+FORMS = ("auto", "large", "small")
+"""Forms of the frame kernel. `small` fits into the 99 KB of shared memory of an RTX 50; `large` needs
+what Hopper and the data centre's Blackwell have. `auto` is what fits. All draw the same codes."""
 
 Progress = Callable[[str], None]
 
@@ -57,18 +61,28 @@ READ_LIBRARY = Library("read", ("read_floor.cu",), (), header="")
 """A plain streaming read, the floor that the bench compares a frame with."""
 
 
-def frame_library(config: ModelConfig, arch: str) -> Library:
-    """The frame kernel for a checkpoint's shape."""
+def frame_library(config: ModelConfig, arch: str, form: str = "auto") -> Library:
+    """The frame kernel for a checkpoint's shape.
+
+    Args:
+        config: the shape.
+        arch: `90a`, `120a`, ...
+        form: one of `FORMS`.
+
+    Raises:
+        BuildError: a shape that the kernel's tiles cannot cover, or a form that the architecture has
+            no room for.
+    """
     return Library(
         "frame",
         ("kernel_tts.cu",),
         ("torch_bindings_tts.cpp", "frame_exchanges.cpp"),
-        geometry_header(config, arch),
+        geometry_header(config, shared_bytes(arch, form)),
     )
 
 
-def geometry_header(config: ModelConfig, arch: str) -> str:
-    """`geometry.h`: the shapes of talker and predictor, and the target's shared memory.
+def geometry_header(config: ModelConfig, num_shared_bytes: int) -> str:
+    """`geometry.h`: the shapes of talker and predictor, and the shared memory that a CTA may use.
 
     Raises:
         BuildError: a shape that the kernel's tiles cannot cover.
@@ -88,7 +102,7 @@ def geometry_header(config: ModelConfig, arch: str) -> str:
         + dims("TalkerDims", config.talker)
         + dims("PredictorDims", config.predictor)
         + f"constexpr int kNumControlCodes = {NUM_CONTROL_CODES}, "
-        f"kEosCode = {config.talker.codec_eos_id}, kSharedBytes = {shared_bytes(arch)};\n"
+        f"kEosCode = {config.talker.codec_eos_id}, kSharedBytes = {num_shared_bytes};\n"
         "}  // namespace qwen_tts\n"
     )
 
@@ -106,9 +120,18 @@ def _check_dims(name: str, c: TransformerConfig) -> None:
             raise BuildError(f"{name}: {field} is {value}, the kernel needs a multiple of 32")
 
 
-def shared_bytes(arch: str) -> int:
-    """Shared memory a CTA may have on an architecture such as `90a`, in bytes."""
-    return _SHARED_BYTES.get(int(arch.rstrip("af")), 101_376)
+def shared_bytes(arch: str, form: str = "auto") -> int:
+    """Shared memory that a CTA of a form may use on an architecture such as `90a`, in bytes.
+
+    Raises:
+        BuildError: no such form, or the architecture has no room for it.
+    """
+    if form not in FORMS:
+        raise BuildError(f"form is {form!r}, allowed: {', '.join(FORMS)}")
+    most = _SHARED_BYTES.get(int(arch.rstrip("af")), _SMALL_BYTES)
+    if form == "large" and most <= _SMALL_BYTES:
+        raise BuildError(f"sm_{arch} has {most} bytes of shared memory, too little for the large form")
+    return _SMALL_BYTES if form == "small" else most
 
 
 def detect_arch(device: torch.device) -> str:

@@ -17,6 +17,7 @@ from live_server import LiveServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from qwen_megakernel.build_tts import FORMS
 from qwen_megakernel.config import ModelConfig
 from qwen_megakernel.synth.checkpoint import write_checkpoint
 from training.listening import Listener
@@ -29,8 +30,14 @@ def _write(factory: pytest.TempPathFactory, shape: str, mode: str) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--record` writes golden records anew (see `golden_records`)."""
+    """`--record`: see `golden_records`; `--form`: see `kernel_twins`."""
     parser.addoption("--record", action="store_true", help="write golden records instead of comparing")
+    parser.addoption("--form", choices=FORMS, default="auto", help="of the frame kernel, in GPU tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Some tests make the kernel in a process of their own: they read the form there."""
+    os.environ["FRAME_KERNEL_FORM"] = config.getoption("--form")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,20 +22,32 @@ DEVICE = torch.device("cuda")
 PHASES = ("qkv", "attention", "out", "gate_up", "down")
 
 
-def build_kernel(shape: Shape, *, racecheck: bool = False) -> Path:
-    """The kernel for `shape`, built at first use; or as the sanitizer's racecheck can follow it."""
+def build_kernel(shape: Shape, *, form: str | None = None, racecheck: bool = False) -> Path:
+    """The kernel for `shape`, built at first use.
+
+    Args:
+        shape: of the model.
+        form: one of `FORMS`; None is what the option `--form` says.
+        racecheck: whether the sanitizer's racecheck is to follow it.
+    """
     arch = detect_arch(DEVICE)
-    library = frame_library(shape_config(shape), arch)
+    form = form or os.environ.get("FRAME_KERNEL_FORM", "auto")
+    library = frame_library(shape_config(shape), arch, form)
     if racecheck:
         library = replace(library, header=library.header + "#define QWEN_TTS_RACECHECK\n")
     return build(library, arch)
 
 
 def make_kernel(
-    shape: Shape, talker: Talker, *, racecheck: bool = False, **options: object
+    shape: Shape,
+    talker: Talker,
+    *,
+    form: str | None = None,
+    racecheck: bool = False,
+    **options: object,
 ) -> MegakernelBackend:
-    """A backend with the kernel for `shape`."""
-    config, library = shape_config(shape), build_kernel(shape, racecheck=racecheck)
+    """A backend with the kernel for `shape`; see `build_kernel`."""
+    config, library = shape_config(shape), build_kernel(shape, form=form, racecheck=racecheck)
     return MegakernelBackend(talker, config.talker, config.predictor, library=library, **options)
 
 

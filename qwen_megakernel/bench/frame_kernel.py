@@ -168,7 +168,13 @@ class KernelBench:
     """The frame kernel and its rivals, on one GPU with one set of weights."""
 
     def __init__(
-        self, config: ModelConfig, talker: Talker, positions: Sequence[int], repeats: int, report: Report
+        self,
+        config: ModelConfig,
+        talker: Talker,
+        positions: Sequence[int],
+        repeats: int,
+        form: str,
+        report: Report,
     ) -> None:
         """Build the kernels and pack the weights.
 
@@ -177,6 +183,7 @@ class KernelBench:
             talker: bf16, on the GPU.
             positions: to be measured; the longest decides the size of the caches.
             repeats: timed frames for each figure.
+            form: of the kernel, one of `build_tts.FORMS`.
             report: told what is being done.
 
         Raises:
@@ -186,7 +193,7 @@ class KernelBench:
         self._device = talker.codec_head.weight.device
         self._gpu = torch.cuda.get_device_properties(self._device)
         self.arch = detect_arch(self._device)
-        self.library = build(frame_library(config, self.arch), self.arch, report)
+        self.library = build(frame_library(config, self.arch, form), self.arch, report)
         self._read = ctypes.CDLL(str(build(READ_LIBRARY, self.arch, report))).read_floor
         most = max(positions) + repeats + 2 * WARM_UP
         shape = (talker, config.talker, config.predictor)
@@ -283,6 +290,7 @@ def run(
     streams: Sequence[int] = STREAMS,
     positions: Sequence[int] = POSITIONS,
     repeats: int = REPEATS,
+    form: str = "auto",
     report: Report,
 ) -> Iterator[dict[str, Any]]:
     """The kernel part of the bench's JSON, again after every row, each time with one row more.
@@ -291,9 +299,10 @@ def run(
         config, talker: what is decoded; bf16, on the GPU.
         streams, positions: the rows of the table.
         repeats: timed frames for each figure.
+        form: of the kernel, one of `build_tts.FORMS`.
         report: told what is being done.
     """
-    bench = KernelBench(config, talker, positions, repeats, report)
+    bench = KernelBench(config, talker, positions, repeats, form, report)
     frames: list[dict[str, Any]] = []
     for n in streams:
         for position in positions:
@@ -302,6 +311,7 @@ def run(
             frames.append({**asdict(row), **row.ratios()})
             yield {
                 "arch": bench.arch,
+                "form": form,
                 "build": [asdict(kernel) for kernel in resources(bench.library)],
                 "repeats": repeats,
                 "frames": list(frames),

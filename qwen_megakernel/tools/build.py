@@ -18,6 +18,7 @@ import torch
 
 from qwen_megakernel.build_environment import cache_folder
 from qwen_megakernel.build_tts import (
+    FORMS,
     KNOWN_ARCHES,
     MIN_ARCH,
     READ_LIBRARY,
@@ -155,6 +156,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"(default: {DEFAULT_MODEL})",
     )  # fmt: skip
     parser.add_argument(
+        "--form", choices=FORMS, default="auto",
+        help="of the frame kernel: small is what an RTX 50 runs; a server builds auto (default)",
+    )  # fmt: skip
+    parser.add_argument(
         "--table", action="store_true",
         help="for developers: build all shapes for all known architectures, and write "
         "csrc/machine_code.md",
@@ -163,14 +168,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _chosen(args: argparse.Namespace) -> list[KernelBuild]:
     if args.table:
-        if args.arch or args.model:
-            raise BuildError("--table covers all shapes and architectures: leave out --arch and --model")
+        if args.arch or args.model or args.form != "auto":
+            raise BuildError(
+                "--table covers all shapes and architectures: leave out --arch, --model and --form"
+            )
         return table_builds()
     config, arches = find_config(args.model or DEFAULT_MODEL), find_arches(args.arch)
     return [
         KernelBuild(library, arch)
         for arch in arches
-        for library in (frame_library(config, arch), CODEC_LIBRARY)
+        for library in (frame_library(config, arch, args.form), CODEC_LIBRARY)
     ]
 
 
