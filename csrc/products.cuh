@@ -16,8 +16,12 @@ constexpr int kSlotBytes = 4096;
 constexpr int kSlotChunks = kSlotBytes / kChunkBytes;
 constexpr int kMaxOwners = 8;  // warps that a piece is for
 
+// A piece of a part of a warp's chunks has at most six: more would take registers, and spill at the 1.7B shape.
+constexpr int kMaxPartChunks = 6;
+
 constexpr int piece_chunks(int chunks) {
-  for (int n = kSlotChunks; n > 1; --n)
+  if (chunks <= kSlotChunks) return chunks;
+  for (int n = kMaxPartChunks; n > 1; --n)
     if (chunks % n == 0) return n;
   return 1;
 }
