@@ -7,6 +7,7 @@ this order, each before the code that it protects. Nothing here turns a client's
 from __future__ import annotations
 
 import io
+import math
 import struct
 from pathlib import Path
 
@@ -76,8 +77,18 @@ def decode_reference(data: bytes) -> np.ndarray:
         raise VoiceError(f"reference audio is cut off: {len(frames)} of {expected} samples are there")
     audio = frames.mean(axis=1)
     _check_level(audio)
-    # The quality that the official code resamples with, so that its codes and ours agree.
-    return audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")
+    return audio if rate == SAMPLE_RATE else _resample(audio, rate)
+
+
+def _resample(audio: np.ndarray, rate: int) -> np.ndarray:
+    """`[samples]` at `rate` as `[samples]` at 24 kHz, sample for sample what the official package makes.
+
+    It calls `librosa.resample`, which takes soxr's HQ and rounds the length up, in floating point:
+    4 s at 44.1 kHz are 96,001 samples. The codes agree only if the lengths do.
+    """
+    num_samples = math.ceil(len(audio) * (SAMPLE_RATE / rate))
+    resampled = soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")[:num_samples]
+    return np.pad(resampled, (0, num_samples - len(resampled)))
 
 
 def _check_num_bytes(num_bytes: int) -> None:
