@@ -87,13 +87,45 @@ def test_decode_takes_the_other_sample_formats(container, subtype):
     np.testing.assert_allclose(decoded, tone(1, 24_000), atol=0.03)
 
 
-@pytest.mark.parametrize("size", [0xFFFF_FFFF, 0x7FFF_F024])
-def test_decode_takes_a_wav_written_to_a_pipe(size):
-    data = bytearray(file_bytes(tone(1.5, 24_000)))
-    data[4:8] = struct.pack("<I", size)
-    at = data.find(b"data")
-    data[at + 4 : at + 8] = struct.pack("<I", size)
-    assert len(decode_reference(bytes(data))) == 36_000
+def with_wav_sizes(data: bytes, riff: int | None, size: int | None) -> bytes:
+    """The WAV file with other sizes in its header, of the file and of its samples; None leaves one."""
+    sized, at = bytearray(data), data.find(b"data")
+    for offset, value in ((4, riff), (at + 4, size)):
+        if value is not None:
+            struct.pack_into("<I", sized, offset, value)
+    return bytes(sized)
+
+
+@pytest.mark.parametrize(
+    ("riff", "size"),
+    [
+        (0xFFFF_FFFF, 0xFFFF_FFFF),  # ffmpeg
+        (0x7FFF_F024, 0x7FFF_F000),  # sox
+        (0x7FFF_FFFF, 0x7FFF_FFFF - 36),
+        (2_000_000_036, 2_000_000_000),  # `wave` with a guess of 10**9 frames
+        (0x3FFF_FFFF + 36, 0x3FFF_FFFF),
+        (0x3FFF_FFFF, 0x3FFF_FFFF - 36),
+        (0, 0),  # a writer that never came back
+        (36, 0),  # the header of an empty file
+        (None, 0),
+        (None, 0xFFFF_FFFF),
+        (0, None),
+        (36, None),
+        (0xFFFF_FFFF, None),
+    ],
+)
+def test_decode_takes_a_wav_whose_writer_could_not_fill_in_its_sizes(riff, size):
+    whole = file_bytes(tone(1.5, 24_000))
+    decoded = decode_reference(with_wav_sizes(whole, riff, size))
+    np.testing.assert_array_equal(decoded, decode_reference(whole))
+
+
+def test_decode_finds_the_samples_behind_other_chunks():
+    whole = file_bytes(tone(1.5, 24_000))
+    at = whole.find(b"data")
+    notes = b"LIST" + struct.pack("<I", 5) + b"INFOx\0"
+    decoded = decode_reference(with_wav_sizes(whole[:at] + notes + whole[at:], 0, 0))
+    np.testing.assert_array_equal(decoded, decode_reference(whole))
 
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC"])
@@ -163,6 +195,32 @@ def test_truncated_files_are_refused(container, keep):
     audio = speech_like(48_000).numpy()
     data = file_bytes(audio, container=container)
     refused(data[: int(len(data) * keep)], "cut off|does not decode")
+
+
+@pytest.mark.parametrize("riff", [0, 36, 0xFFFF_FFFF])
+def test_a_truncated_wav_is_refused_by_the_one_size_that_is_filled_in(riff):
+    data = with_wav_sizes(file_bytes(tone(3, 24_000)), riff, None)
+    refused(data[: len(data) // 2], "cut off: 72022 of 144044 bytes")
+
+
+def test_a_wav_of_hours_that_was_cut_off_is_refused():
+    whole = 44 + 3 * 3600 * 48_000
+    refused(with_wav_sizes(file_bytes(tone(3, 24_000)), whole - 8, whole - 44), "cut off")
+
+
+def test_a_wav_without_samples_is_refused():
+    empty = file_bytes(tone(3, 24_000))[:44]
+    for riff, size in ((36, 0), (0, 0), (0xFFFF_FFFF, 0xFFFF_FFFF)):
+        refused(with_wav_sizes(empty, riff, size), "0.00 s long")
+
+
+def test_only_the_first_chunks_are_searched_for_samples_without_a_size():
+    """A stranger's file of a million empty chunks costs no time."""
+    whole = file_bytes(tone(1.5, 24_000))
+    at = whole.find(b"data")
+    junk = b"JUNK" + bytes(4)
+    assert len(decode_reference(with_wav_sizes(whole[:at] + 90 * junk + whole[at:], 0, 0))) == 36_000
+    refused(with_wav_sizes(whole[:at] + 110 * junk + whole[at:], 0, 0), "0.00 s long")
 
 
 def test_fewer_samples_than_stated_are_refused(monkeypatch):

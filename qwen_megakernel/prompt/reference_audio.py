@@ -29,6 +29,12 @@ _MAX_PEAK = 4.0
 _SUBTYPES = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 """libsndfile's names. WAV may hold MP3 or GSM too: more decoder than a stranger needs to reach."""
 
+_PLACEHOLDER = 0x3FFF_0000
+"""Sizes from here on are what writers to a pipe put, who cannot know theirs: 0x3FFFFFFF, 2,000,000,000,
+0x7FFFF000, 0xFFFFFFFF. A recording of 1 GiB is far above what is taken, cut off or not."""
+_MAX_CHUNKS = 100
+"""Chunks among which the samples are looked for. Studio recorders write about ten before them."""
+
 
 class VoiceError(ValueError):
     """A recording, voice or voice file that cannot be used; one line: what is given and allowed."""
@@ -67,7 +73,7 @@ def decode_reference(data: bytes) -> np.ndarray:
     _check_num_bytes(len(data))
     _check_container(data)
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with soundfile.SoundFile(io.BytesIO(_with_data_size(data))) as file:
             _check_header(file)
             expected, rate = file.frames, file.samplerate
             frames = file.read(expected, dtype="float32", always_2d=True)
@@ -103,9 +109,43 @@ def _check_container(data: bytes) -> None:
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         raise VoiceError(f"reference audio begins with {bytes(data[:4])!r}, allowed: WAV or FLAC files")
     (size,) = struct.unpack_from("<I", data, 4)
-    # Writers to a pipe cannot know the size and put a huge one; one byte off is a missing pad byte.
-    if len(data) + 1 < size + 8 < 0x7FFF_0000:
-        raise VoiceError(f"reference audio is cut off: {len(data)} of {size + 8} bytes are there")
+    _check_end(data, size + 8)
+    at = _data_chunk(data)
+    # A whole RIFF with a chunk that claims more is a careless writer's, and libsndfile takes it.
+    if at is not None and abs(len(data) - size - 8) > 1:
+        (size,) = struct.unpack_from("<I", data, at + 4)
+        _check_end(data, at + 8 + size)
+
+
+def _check_end(data: bytes, end: int) -> None:
+    # One byte off is a missing pad byte.
+    if len(data) + 1 < end < _PLACEHOLDER:
+        raise VoiceError(f"reference audio is cut off: {len(data)} of {end} bytes are there")
+
+
+def _data_chunk(data: bytes) -> int | None:
+    """Where the header of a WAV file's `data` chunk begins; None where it is not among the first."""
+    at = 12
+    for _ in range(_MAX_CHUNKS):
+        if at + 8 > len(data):
+            return None
+        name, size = struct.unpack_from("<4sI", data, at)
+        if name == b"data":
+            return at
+        at += 8 + size + size % 2
+    return None
+
+
+def _with_data_size(data: bytes) -> bytes:
+    """The file with the size of its samples filled in where its writer left 0, as far as the end.
+
+    libsndfile reads to the end where the size is too large, but takes 0 for no samples.
+    """
+    at = _data_chunk(data) if data[:4] == b"RIFF" else None
+    if at is None or data[at + 4 : at + 8] != bytes(4):
+        return data
+    num_bytes = len(data) - at - 8
+    return data[: at + 4] + struct.pack("<I", num_bytes) + data[at + 8 :]
 
 
 def _check_header(file: soundfile.SoundFile) -> None:
