@@ -1,13 +1,20 @@
-"""What a build takes from this machine: the CUDA compiler, and the folder that keeps built kernels.
+"""What this machine has for us: the CUDA compiler, and folders that keep built kernels and downloads.
 
 Standard library only, so that `doctor` asks the same question as the build, before torch is installed.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import stat
+import tempfile
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 
@@ -21,8 +28,42 @@ def find_nvcc() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where builds are kept: QWEN_MEGAKERNEL_CACHE, else the user's cache folder."""
+    """Where builds are kept: QWEN_MEGAKERNEL_CACHE, else `user_cache_folder`."""
     if named := os.environ.get("QWEN_MEGAKERNEL_CACHE"):
+        return Path(os.path.expanduser(named))
+    return user_cache_folder() / "qwen_megakernel"
+
+
+def user_cache_folder() -> Path:
+    """XDG_CACHE_HOME, else `~/.cache`, else, where no home is known, a temporary folder."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "qwen_megakernel"
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and a user without an account, as in many containers
+        return _temporary_folder()
+
+
+@cache
+def _temporary_folder() -> Path:
+    """A folder that only this user can write, the same for all of the user's processes if it can be."""
+    name = f"qwen_megakernel-{os.getuid()}"
+    try:
+        folder = Path(tempfile.gettempdir()) / name
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        if not _is_private(folder):  # another user could plant a library that we load
+            folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    except OSError:  # no disk can be written: whoever tries to says so
+        folder = Path("/tmp") / name
+    log.warning(
+        "no home folder is known, so caches are kept in %s; "
+        "set QWEN_MEGAKERNEL_CACHE (built kernels) and HF_HOME (models) to keep them elsewhere",
+        folder,
+    )
+    return folder
+
+
+def _is_private(folder: Path) -> bool:
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qwen_megakernel.build_environment import user_cache_folder
 from qwen_megakernel.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,10 @@ def resolve(
     Raises:
         CheckpointError: nothing there, no access, no network and no copy, or no space.
     """
-    local = Path(model).expanduser()
+    try:
+        local = Path(model).expanduser()
+    except RuntimeError:
+        raise CheckpointError(f"{model}: no home folder is known; write the path without ~") from None
     if local.is_dir():
         if revision is not None:
             raise CheckpointError(f"{model}: is a local folder, which has no revision {revision!r}")
@@ -94,6 +98,15 @@ def resolve(
     # The hub names the folder after the commit it got: what to pass as `revision` to get it again.
     log.info("checkpoint %s at commit %s", model, folder.name)
     return folder
+
+
+def hub_cache_folder() -> Path:
+    """Where downloads are kept: huggingface_hub's folder, or ours where it finds no home."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_CACHE.startswith("~"):  # it could not expand it
+        return user_cache_folder() / "huggingface" / "hub"
+    return Path(constants.HF_HUB_CACHE)
 
 
 def _is_hub_id(model: str) -> bool:
@@ -112,14 +125,18 @@ def _fetch(model: str, revision: str, offline: bool, progress: type | None) -> P
     """The snapshot folder in the hub's cache, complete; interrupted downloads are resumed."""
     from huggingface_hub import constants, snapshot_download
 
+    cache = hub_cache_folder()
+
     def download(**options: Any) -> Any:
-        return snapshot_download(model, revision=revision, allow_patterns=_PATTERNS, **options)
+        return snapshot_download(
+            model, revision=revision, allow_patterns=_PATTERNS, cache_dir=cache, **options
+        )
 
     if offline or constants.HF_HUB_OFFLINE:
         cached = _cached(download)
         if cached is None:
             raise CheckpointError(
-                f"{model}: revision {revision} is not complete in {constants.HF_HUB_CACHE}; "
+                f"{model}: revision {revision} is not complete in {cache}; "
                 "run once with a network connection, or pass a local folder"
             )
         return cached
@@ -127,7 +144,7 @@ def _fetch(model: str, revision: str, offline: bool, progress: type | None) -> P
         with _hub_errors(model, revision):
             silent = _silent_progress()
             plan = download(dry_run=True, tqdm_class=silent)
-            _check_plan(model, plan, Path(constants.HF_HUB_CACHE))
+            _check_plan(model, plan, cache)
             fetching = any(file.will_download for file in plan)
             return Path(download(tqdm_class=progress if fetching else silent))
     except _Unreachable as error:
@@ -191,7 +208,7 @@ def _hub_errors(model: str, revision: str) -> Iterator[None]:
             ) from error
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             raise CheckpointError(
-                f"no space left in {constants.HF_HUB_CACHE}; set HF_HOME elsewhere"
+                f"no space left in {hub_cache_folder()}; set HF_HOME elsewhere"
             ) from error
         if isinstance(cause, PermissionError):
             raise CheckpointError(

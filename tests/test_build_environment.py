@@ -1,15 +1,24 @@
-"""Where the compiler is looked for: once, for the build and for `doctor`."""
+"""Where the compiler is looked for, and where caches lie: once, for all parts."""
 
 from __future__ import annotations
 
+import logging
+import os
+import pwd
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from live_server import ROOT
 
 from qwen_megakernel import build_environment, build_tts
-from qwen_megakernel.build_environment import find_nvcc
+from qwen_megakernel.build_environment import cache_folder, find_nvcc, user_cache_folder
 from qwen_megakernel.build_tts import BuildError, Library, build
-from qwen_megakernel.tools.doctor import check_nvcc
+from qwen_megakernel.checkpoint import CheckpointError, hub_cache_folder, resolve
+from qwen_megakernel.tools.doctor import check_kernel_disk, check_nvcc
 from qwen_megakernel.tools.machine import Gpu, Gpus, Torch
 
 GPUS = Gpus((Gpu("NVIDIA H200", "580.95.05", (9, 0), 143.0, 150.0),))
@@ -75,3 +84,123 @@ def test_doctor_and_build_miss_the_same_compiler(machine, monkeypatch):
     assert check_nvcc(GPUS, TORCH).detail == "not found: needed to build the megakernel"
     with pytest.raises(BuildError, match="nvcc is not found"):
         build(Library("nothing", (), (), header=""), "90a")
+
+
+# ---------------------------------------------------------------------------- caches
+
+
+def no_account(uid: int) -> pwd.struct_passwd:
+    """`pwd.getpwuid` in a container that runs as a user whom its passwd file does not know."""
+    raise KeyError(uid)
+
+
+@pytest.fixture
+def homeless(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The temporary folder of a process whose home is unknown."""
+    for name in ("HOME", "XDG_CACHE_HOME", "QWEN_MEGAKERNEL_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_account)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    build_environment._temporary_folder.cache_clear()
+    yield tmp_path
+    build_environment._temporary_folder.cache_clear()
+
+
+def test_caches_of_a_user_with_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("QWEN_MEGAKERNEL_CACHE", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "qwen_megakernel"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "qwen_megakernel"
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", "~/builds")
+    assert cache_folder() == tmp_path / "builds"
+
+
+def test_without_a_home_caches_are_in_a_private_temporary_folder(homeless, caplog):
+    folder = user_cache_folder()
+    assert folder == homeless / f"qwen_megakernel-{os.getuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert cache_folder() == folder / "qwen_megakernel"
+    assert hub_cache_folder() == folder / "huggingface" / "hub"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    for said in (str(folder), "QWEN_MEGAKERNEL_CACHE", "HF_HOME"):
+        assert said in record.message
+
+
+def test_without_a_home_named_caches_are_used(homeless, monkeypatch, caplog):
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", "/builds")
+    assert cache_folder() == Path("/builds")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert user_cache_folder() == Path("/caches")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/models/hub")
+    assert hub_cache_folder() == Path("/models/hub")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["open to all", "a link", "a file"])
+def test_a_temporary_folder_that_others_could_fill_is_not_used(homeless, kind):
+    """Whoever may write there could plant a library that we load."""
+    taken = homeless / f"qwen_megakernel-{os.getuid()}"
+    if kind == "open to all":
+        taken.mkdir()
+        taken.chmod(0o777)
+    elif kind == "a link":
+        (homeless / "elsewhere").mkdir(mode=0o700)
+        taken.symlink_to(homeless / "elsewhere")
+    else:
+        taken.write_text("")
+    folder = user_cache_folder()
+    assert folder.parent == homeless
+    assert folder != taken
+    assert stat.S_IMODE(folder.lstat().st_mode) == 0o700
+    assert user_cache_folder() == folder, "the same for the life of the process"
+
+
+def test_without_a_home_and_a_disk_to_write_on_doctor_says_so(homeless, monkeypatch):
+    def none_usable() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none_usable)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    check = check_kernel_disk()
+    assert check.status == "fail"
+    assert "QWEN_MEGAKERNEL_CACHE" in check.fix
+
+
+def test_without_a_home_a_tilde_is_refused_in_one_line(homeless):
+    with pytest.raises(CheckpointError, match=r"^~/model: no home folder is known"):
+        resolve("~/model")
+    with pytest.raises(CheckpointError, match=r"is not complete in .*qwen_megakernel-"):
+        resolve("acme/voice", offline=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["doctor"], "kernel-disk {folder}/qwen_megakernel: "),
+        (["doctor", "--model", "~/model"], "no home folder is known"),
+        (["build", "--arch", "sm_90a"], "go to {folder}/qwen_megakernel"),
+        (["build", "--arch", "sm_90a", "--model", "acme/voice"], "not complete in {folder}/huggingface"),
+    ],
+)
+def test_commands_work_without_a_home(arguments, said, tmp_path):
+    program = (
+        "import pwd, sys, test_build_environment as test; pwd.getpwuid = test.no_account; "
+        "from qwen_megakernel.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    put_nvcc(tmp_path).write_text("#!/bin/sh\nexit 1\n")  # else a machine that has one compiles
+    environ = {
+        "PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    assert "Traceback" not in output
+    assert said.format(folder=tmp_path / f"qwen_megakernel-{os.getuid()}") in output
+    assert "no home folder" in output

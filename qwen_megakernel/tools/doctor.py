@@ -343,7 +343,7 @@ def check_kernel_disk(cache: Path | None = None) -> Check:
 
 
 def _check_space(name: str, folder: Path, need_gb: float, fix: str) -> Check:
-    folder = folder.expanduser().absolute()
+    folder = folder.absolute()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     try:
         free_gb = shutil.disk_usage(existing).free / 1e9

@@ -182,12 +182,10 @@ def ask_model(name: str) -> Model:
     """Where a checkpoint is, on disk or in the hub's cache; nothing is fetched."""
     from huggingface_hub import constants
 
-    from qwen_megakernel.checkpoint import KNOWN_REVISIONS, CheckpointError, resolve
+    from qwen_megakernel.checkpoint import KNOWN_REVISIONS, CheckpointError, hub_cache_folder, resolve
 
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-    model = Model(
-        name, is_id, Path(constants.HF_HUB_CACHE), KNOWN_REVISIONS.get(name), constants.HF_HUB_OFFLINE
-    )
+    model = Model(name, is_id, hub_cache_folder(), KNOWN_REVISIONS.get(name), constants.HF_HUB_OFFLINE)
     try:
         return replace(model, folder=resolve(name, offline=True))
     except CheckpointError as error:
