@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
 from qwen_megakernel import __version__
+from qwen_megakernel.serving.access import is_loopback
 from qwen_megakernel.serving.native_messages import (
     AudioFormat,
     Error,
@@ -50,12 +52,9 @@ async def open_connection(
     Raises:
         ServerError: in every case that is not a bug.
     """
-    options: dict[str, Any] = dict(CONNECT_OPTIONS)
-    if token:
-        options["additional_headers"] = {"Authorization": f"Bearer {token}"}
     try:
         async with asyncio.timeout(HANDSHAKE_S):
-            websocket = await connect(url, **options)
+            websocket = await connect(url, **connect_options(url, token))
             try:
                 return websocket, await _greet(websocket, url, sample_rate)
             except BaseException:
@@ -74,6 +73,20 @@ async def open_connection(
     except OSError as error:
         reason = error.strerror or error
         raise ServerError(f"{url}: {reason}; is the server running, and the tunnel open?") from error
+
+
+def connect_options(url: str, token: str | None) -> dict[str, Any]:
+    """Arguments of `websockets.connect`: the token, and no proxy where only this machine is reached."""
+    options: dict[str, Any] = dict(CONNECT_OPTIONS)
+    if token:
+        options["additional_headers"] = {"Authorization": f"Bearer {token}"}
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return options  # `connect` refuses the address
+    if is_loopback(host):
+        options["proxy"] = None  # a proxy of the environment cannot reach our loopback
+    return options
 
 
 async def _greet(websocket: ClientConnection, url: str, sample_rate: int) -> Ready:

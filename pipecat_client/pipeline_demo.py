@@ -234,6 +234,14 @@ def check_needs(options: argparse.Namespace) -> None:
             sys.exit(f"{PROGRAM}: {package} is missing: pip install -r pipecat_client/{requirements}")
 
 
+def reach_loopback_directly() -> None:
+    """Keep proxies of the environment away from servers on this machine, such as Ollama."""
+    listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    if listed != "*":  # the star counts only alone
+        names = ",".join(filter(None, [listed, "localhost", "127.0.0.1", "::1"]))
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = names
+
+
 def print_help() -> None:
     """Ours, and the three of the runner's options that matter here."""
     parser = make_parser()
@@ -252,6 +260,7 @@ def main() -> None:
     parser = make_parser()
     options, _ = parser.parse_known_args()
     check_needs(options)
+    reach_loopback_directly()
     if options.local:
         asyncio.run(run_local(options))
     else:

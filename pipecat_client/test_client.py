@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ipaddress
 import json
 import os
 import queue
@@ -262,8 +263,8 @@ async def speak(args: argparse.Namespace, text: str) -> Summary:
     headers = {"Authorization": f"Bearer {args.token}"} if args.token else None
     playhead, chunks, done = Playhead(), [], {}
     options: dict[str, Any] = {"additional_headers": headers, "max_size": None, "compression": None}
-    if urlsplit(args.url).hostname in ("127.0.0.1", "localhost", "::1"):
-        options["proxy"] = None  # a proxy of the environment cannot reach our own loopback
+    if is_loopback(urlsplit(args.url).hostname or ""):
+        options["proxy"] = None  # a proxy of the environment cannot reach our loopback
     async with connect(args.url, open_timeout=args.timeout, **options) as socket:
         sent_at = time.perf_counter()
         sending = asyncio.create_task(send_text(socket, args, text))
@@ -284,6 +285,16 @@ async def speak(args: argparse.Namespace, text: str) -> Summary:
     if args.out is not None:
         write_wav(args.out, np.concatenate(chunks) if chunks else np.zeros(0, np.float32))
     return summarise(done, playhead, args.out)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def summarise(done: dict[str, Any], playhead: Playhead, out: Path | None) -> Summary:

@@ -14,6 +14,7 @@ import wave
 import numpy as np
 import pytest
 from live_server import ROOT, LiveServer
+from refusing_proxy import RefusingProxy
 
 CLIENT = ROOT / "pipecat_client" / "test_client.py"
 
@@ -36,6 +37,12 @@ def failure(*arguments, **options):
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     return result.stderr
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +136,7 @@ def test_unreadable_text_is_one_line():
 
 
 def test_no_server_is_one_line():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"ws://127.0.0.1:{probe.getsockname()[1]}"
-    assert "connection refused" in failure("--url", url, "--text", "Hi.")
+    assert "connection refused" in failure("--url", f"ws://127.0.0.1:{free_port()}", "--text", "Hi.")
     assert "not a WebSocket address" in failure("--url", "127.0.0.1:1", "--text", "Hi.")
 
 
@@ -180,6 +184,21 @@ def test_audible_start_is_found_across_a_chunk_border(client_module):
     assert playhead.first_audible_s == pytest.approx(0.1, abs=0.0101)
 
 
-def test_a_proxy_of_the_environment_is_left_out_of_loopback(live_server):
-    environ = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
-    assert run("--url", live_server.url, "--text", "Hi.", environ=environ).returncode == 0
+def test_speech_on_a_machine_with_a_proxy(live_server):
+    with RefusingProxy() as proxy:
+        result = run("--url", live_server.url, "--text", "Hi.", environ=proxy.environ)
+    assert result.returncode == 0, result.stderr
+    assert proxy.asked == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "[::1]"])
+def test_proxy_is_not_asked_for_loopback(host):
+    with RefusingProxy() as proxy:
+        failure("--url", f"ws://{host}:{free_port()}", "--text", "Hi.", environ=proxy.environ)
+    assert proxy.asked == []
+
+
+def test_proxy_is_asked_for_other_machines():
+    with RefusingProxy() as proxy:
+        failure("--url", "ws://192.0.2.1:8765", "--text", "Hi.", environ=proxy.environ)
+    assert proxy.asked == ["CONNECT 192.0.2.1:8765 HTTP/1.1"]

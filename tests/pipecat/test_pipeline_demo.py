@@ -10,14 +10,17 @@ import urllib.request
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+import httpx
 import numpy as np
 import pytest
 
 pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client/requirements.txt")
 
 from live_server import ROOT, LiveServer
+from refusing_proxy import RefusingProxy
 from rtvi_client import VOICE_RATE, RtviClient, voice
 
+from pipecat_client import pipeline_demo
 from pipecat_client.scripted import REPLIES
 from training.listening import word_errors
 
@@ -199,3 +202,17 @@ def test_what_is_missing_is_one_line(arguments, package, line):
     assert result.returncode == 1
     (said,) = [line for line in result.stderr.splitlines() if "INFO" not in line]
     assert said.endswith(line)
+
+
+@pytest.mark.parametrize("listed", ["", "intranet.example", "*"])
+def test_proxy_is_not_asked_for_a_language_model_on_this_machine(monkeypatch, listed):
+    with RefusingProxy() as proxy, socket.socket() as unserved:
+        unserved.bind(("127.0.0.1", 0))
+        for name, value in (proxy.environ | {"no_proxy": listed}).items():
+            monkeypatch.setenv(name, value)
+        pipeline_demo.reach_loopback_directly()
+        for host in ("localhost", "127.0.0.1", "[::1]"):
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"http://{host}:{unserved.getsockname()[1]}/v1/models")
+    assert proxy.asked == []
+    assert bool(urllib.request.proxy_bypass("intranet.example")) == bool(listed)

@@ -39,8 +39,10 @@ from pipecat.services.tts_service import TextAggregationMode
 from pipecat.tests.utils import SleepFrame
 from pipecat.transcriptions.language import Language
 from pipecat.utils.errors import ErrorCategory
+from refusing_proxy import RefusingProxy
 from wire_tap import WireTap, num_chunks
 
+from pipecat_client.handshake import connect_options
 from pipecat_client.megakernel_tts import MegakernelTTSService
 from pipecat_client.settings import ServerTTSMetricsData
 from qwen_megakernel.serving.native_messages import AudioChunk, Cancel, Done, Hello, Segment, Speak
@@ -341,3 +343,23 @@ def test_settings_are_complete(live_server):
     assert make_service("ws://127.0.0.1:1", language="de-DE").settings.language == "german"
     assert make_service("ws://127.0.0.1:1", language=Language.ZH_TW).settings.language == "chinese"
     assert ErrorCategory.APPLICATION.is_permanent is False
+
+
+def test_speech_on_a_machine_with_a_proxy(live_server, monkeypatch):
+    with RefusingProxy() as proxy:
+        for name, value in proxy.environ.items():
+            monkeypatch.setenv(name, value)
+        down, errors = asyncio.run(play(make_service(live_server.url), turn(*TURN)))
+    assert errors == []
+    assert proxy.asked == []
+    assert pcm(down) != b""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "LOCALHOST", "[::1]"])
+def test_proxy_is_not_asked_for_loopback(host):
+    assert connect_options(f"ws://{host}:8765", None)["proxy"] is None
+
+
+@pytest.mark.parametrize("url", ["ws://192.0.2.1:8765", "wss://speech.example", "ws://[", ""])
+def test_proxy_of_the_environment_serves_other_machines(url):
+    assert "proxy" not in connect_options(url, None)
