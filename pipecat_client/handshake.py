@@ -76,14 +76,19 @@ async def open_connection(
 
 
 def connect_options(url: str, token: str | None) -> dict[str, Any]:
-    """Arguments of `websockets.connect`: the token, and no proxy where only this machine is reached."""
+    """Arguments of `websockets.connect`: the token, and no proxy where only this machine is reached.
+
+    Raises:
+        InvalidURI: the host or the port cannot be read.
+    """
     options: dict[str, Any] = dict(CONNECT_OPTIONS)
     if token:
         options["additional_headers"] = {"Authorization": f"Bearer {token}"}
     try:
-        host = urlsplit(url).hostname or ""
-    except ValueError:
-        return options  # `connect` refuses the address
+        address = urlsplit(url)
+        host, _ = address.hostname or "", address.port
+    except ValueError as error:
+        raise InvalidURI(url, str(error)) from error
     if is_loopback(host):
         options["proxy"] = None  # a proxy of the environment cannot reach our loopback
     return options

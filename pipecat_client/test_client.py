@@ -263,7 +263,7 @@ async def speak(args: argparse.Namespace, text: str) -> Summary:
     headers = {"Authorization": f"Bearer {args.token}"} if args.token else None
     playhead, chunks, done = Playhead(), [], {}
     options: dict[str, Any] = {"additional_headers": headers, "max_size": None, "compression": None}
-    if is_loopback(urlsplit(args.url).hostname or ""):
+    if is_loopback(host_of(args.url)):
         options["proxy"] = None  # a proxy of the environment cannot reach our loopback
     async with connect(args.url, open_timeout=args.timeout, **options) as socket:
         sent_at = time.perf_counter()
@@ -285,6 +285,16 @@ async def speak(args: argparse.Namespace, text: str) -> Summary:
     if args.out is not None:
         write_wav(args.out, np.concatenate(chunks) if chunks else np.zeros(0, np.float32))
     return summarise(done, playhead, args.out)
+
+
+def host_of(url: str) -> str:
+    """The host of a WebSocket address; raises `InvalidURI` where it or the port cannot be read."""
+    try:
+        address = urlsplit(url)
+        host, _ = address.hostname or "", address.port
+    except ValueError as error:
+        raise InvalidURI(url, str(error)) from error
+    return host
 
 
 def is_loopback(host: str) -> bool:

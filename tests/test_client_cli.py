@@ -137,7 +137,11 @@ def test_unreadable_text_is_one_line():
 
 def test_no_server_is_one_line():
     assert "connection refused" in failure("--url", f"ws://127.0.0.1:{free_port()}", "--text", "Hi.")
-    assert "not a WebSocket address" in failure("--url", "127.0.0.1:1", "--text", "Hi.")
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:1", "http://127.0.0.1:1", "ws://[", "ws://127.0.0.1:port"])
+def test_wrong_address_is_one_line(url):
+    assert "not a WebSocket address" in failure("--url", url, "--text", "Hi.")
 
 
 def test_loading_and_guarded_server_is_one_line(tiny_base):

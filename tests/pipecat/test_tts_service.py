@@ -360,6 +360,14 @@ def test_proxy_is_not_asked_for_loopback(host):
     assert connect_options(f"ws://{host}:8765", None)["proxy"] is None
 
 
-@pytest.mark.parametrize("url", ["ws://192.0.2.1:8765", "wss://speech.example", "ws://[", ""])
+@pytest.mark.parametrize("url", ["ws://192.0.2.1:8765", "wss://speech.example"])
 def test_proxy_of_the_environment_serves_other_machines(url):
     assert "proxy" not in connect_options(url, None)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:1", "http://127.0.0.1:1", "ws://[", "ws://127.0.0.1:port"])
+def test_wrong_address_is_final(url):
+    service = make_service(url, max_reconnect_attempts=2)
+    _, errors = asyncio.run(play(service, [TTSSpeakFrame("Hello.")]))
+    assert [error.category for error in errors] == [ErrorCategory.INVALID_REQUEST]
+    assert "not an address like ws://host:port" in errors[0].error
