@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen_megakernel.serving import switch
@@ -77,6 +77,8 @@ class App:
         for dialect_routes in dialects:
             routes += dialect_routes(self._sessions)
         starlette = Starlette(routes=routes, exception_handlers={NotAdmitted: _refuse})
+        # Starlette's own default refuses a handshake with a 403 that says nothing.
+        starlette.router.default = JSONResponse({"error": _name_paths(routes)}, 404)
         rules = AccessRules(settings.host, settings.token, settings.allow_origins)
         self.asgi: ASGIApp = _Gate(starlette, rules)
 
@@ -134,6 +136,16 @@ class App:
         if self._server is not None and self._server.decoder.error is not None:
             return "failed"
         return self.phase
+
+
+def _name_paths(routes: Sequence[BaseRoute]) -> str:
+    """One sentence for those who ask for a path that no route serves."""
+    sockets = [route.path for route in routes if isinstance(route, WebSocketRoute)]
+    others = [r.path for r in routes if isinstance(r, Route) and r.path not in sockets]
+    return (
+        f"this path is not served; a WebSocket connects to {', '.join(sockets)}, "
+        f"and HTTP has {', '.join(others)}"
+    )
 
 
 async def _refuse(request: Request, refusal: Exception) -> Response:
