@@ -57,6 +57,7 @@ class Reply:
     num_samples: int = 0
     """Handed out by `receive`."""
     num_refusals: int = 0
+    """In a row, without new audio between them."""
     num_chars: int = 0
     is_open: bool = False
     end_sent: bool = False
@@ -75,6 +76,8 @@ class Reply:
         segment, num_samples = self.segments[0], len(samples) // SAMPLE_BYTES
         num_dropped = min(segment.num_to_drop, num_samples)
         segment.num_to_drop -= num_dropped
+        if num_dropped < num_samples:
+            self.num_refusals = 0
         segment.num_received += num_samples - num_dropped
         self.num_samples += num_samples - num_dropped
         return samples[num_dropped * SAMPLE_BYTES :]

@@ -34,6 +34,7 @@ from pipecat.services.tts_service import TextAggregationMode, WebsocketTTSServic
 from pipecat.services.websocket_service import ReportErrorCallback, WebsocketService
 from pipecat.transcriptions.language import Language
 from pipecat.utils.errors import ErrorCategory
+from pipecat.utils.network import QuickFailureTracker, exponential_backoff_time
 from pipecat.utils.tracing.service_decorators import traced_tts
 from websockets.exceptions import ConnectionClosed
 from websockets.protocol import State
@@ -104,7 +105,8 @@ class MegakernelTTSService(WebsocketTTSService):
             word_timestamps: `estimated` has the conversation hold what was heard when the bot is
                 interrupted; `off` has it hold whole sentences once they were sent.
             sample_rate: 8000, 16000, 24000 (the model's own) or 48000, made by the server.
-            max_reconnect_attempts: Tries before the service gives up; 20 take about 90 s.
+            max_reconnect_attempts: Tries before the service gives up; 20 take about 90 s. A connection
+                that breaks within 5 s and has brought no new speech counts as a try.
             **kwargs: Of `WebsocketTTSService`.
         """
         store = self.Settings.defaults()
@@ -128,6 +130,10 @@ class MegakernelTTSService(WebsocketTTSService):
         self._token = token
         self._times_words = word_timestamps == "estimated"
         self._max_reconnect_attempts = max_reconnect_attempts
+        # Connections in a row that broke within seconds and brought nothing new.
+        self._quick_failure_tracker = QuickFailureTracker(
+            max_consecutive_failures=max_reconnect_attempts
+        )
         self._journal = Journal()
         self._playbacks: dict[str, _Playback] = {}
         self._paces: defaultdict[str | None, Pace] = defaultdict(Pace)
@@ -305,6 +311,16 @@ class MegakernelTTSService(WebsocketTTSService):
             message = f"{self._url}: connection lost; speech goes on when it is back"
             await self._report_error(ErrorFrame(message, category=ErrorCategory.CONNECTIVITY))
         self._keep_alive()
+        num_failures = self._quick_failure_tracker.count
+        if attempt_number == 1 and num_failures > 1:
+            await asyncio.sleep(
+                exponential_backoff_time(
+                    num_failures - 1,
+                    min_wait=self._reconnect_backoff_min_wait,
+                    max_wait=self._reconnect_backoff_max_wait,
+                )
+            )
+            self._keep_alive()
         try:
             # Not our base's: it would close the contexts, and we can resume them.
             return await WebsocketService._reconnect_websocket(self, attempt_number)
@@ -381,6 +397,7 @@ class MegakernelTTSService(WebsocketTTSService):
             # Heard before the connection broke; the next new sample may be a while away.
             self._refresh_audio_context(reply.context_id)
             return
+        self._quick_failure_tracker.reset()
         playback = self._playbacks.get(reply.context_id)
         if playback is not None and playback.first_audio_at is None:
             playback.first_audio_at = time.time()
@@ -394,6 +411,7 @@ class MegakernelTTSService(WebsocketTTSService):
         reply = self._journal.find(segment.context_id)
         if reply is None:
             return
+        self._quick_failure_tracker.reset()
         reply.end_segment(segment.index)
         playback = self._playbacks.get(reply.context_id)
         if playback is not None:

@@ -164,3 +164,16 @@ def test_every_sample_once_wherever_the_line_breaks(lengths, cuts, chunk):
                 break
             reply.end_segment(index)
     assert heard == [(i, n) for i, length in enumerate(lengths) for n in range(length)]
+
+
+def test_new_audio_forgives_refusals():
+    journal = connected()
+    reply = journal.speak("a", "One.", complete=True)
+    sent(journal)
+    journal.postpone(reply)
+    assert reply.num_refusals == 1
+    reply.receive(bytes(2))
+    assert reply.num_refusals == 0
+    journal.postpone(reply)
+    reply.receive(bytes(2))  # it was heard before
+    assert reply.num_refusals == 1

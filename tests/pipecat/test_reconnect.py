@@ -337,3 +337,50 @@ def test_pipeline_can_be_cancelled_while_the_server_is_away():
         return time.monotonic() - begun
 
     assert asyncio.run(scenario()) < 3
+
+
+def drop_lines(server, cut_when, num_cuts, **options):
+    """Say `TURN` while lines are dropped."""
+
+    async def scenario():
+        async with WireTap(server.port) as tap:
+            tap.cut_when, tap.num_more_cuts = cut_when(tap), num_cuts - 1
+            service = make_service(tap.url, **EXACT, **options)
+            return tap, service, *await play(service, turn(*TURN))
+
+    return asyncio.run(scenario())
+
+
+def test_line_that_breaks_again_and_again_while_audio_flows(live_server, undisturbed):
+    """Each time after more was heard than before."""
+
+    def cut_when(tap):
+        return lambda line: last(line, AudioChunk) and num_chunks(line) > len(tap.lines)
+
+    tap, service, down, _ = drop_lines(live_server, cut_when, 6, max_reconnect_attempts=3)
+    check_whole(down, undisturbed[SENTENCE])
+    assert len(tap.lines) == 7
+    assert service.is_usable
+
+
+def test_line_that_breaks_again_and_again_before_audio_comes(live_server, undisturbed):
+    def cut_when(tap):
+        return lambda line: last(line, Started)
+
+    tap, service, down, _ = drop_lines(live_server, cut_when, 5, max_reconnect_attempts=6)
+    check_whole(down, undisturbed[SENTENCE])
+    assert len(tap.lines) == 6
+    assert service.is_usable
+
+
+def test_line_that_never_brings_audio_is_given_up(live_server):
+    def cut_when(tap):
+        return lambda line: last(line, Started)
+
+    tap, service, down, errors = drop_lines(live_server, cut_when, 99, max_reconnect_attempts=4)
+    assert len(tap.lines) == 4
+    begun = [line.heard[0][0] for line in tap.lines]
+    assert begun[3] - begun[1] > 2 * 0.3  # it waits ever longer, up to this
+    assert pcm(down) == b""
+    assert not service.is_usable
+    assert "4 times immediately after connecting" in errors[-1].error

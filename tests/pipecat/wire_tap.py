@@ -82,6 +82,8 @@ class WireTap:
         self.lines: list[Line] = []
         self.cut_when: Callable[[Line], bool] | None = None
         """Asked after each message of the server: whether to drop the line before handing it on."""
+        self.num_more_cuts = 0
+        """How many lines are dropped likewise, after the first."""
         self.delay_s = 0.0
         """Before each message of the server."""
         self.num_refused = 0
@@ -151,7 +153,10 @@ class WireTap:
             await asyncio.sleep(self.delay_s)
             message = parse_server_message(data)
             if self.cut_when is not None and self.cut_when(line):
-                self.cut_when = None
+                if self.num_more_cuts:
+                    self.num_more_cuts -= 1
+                else:
+                    self.cut_when = None
                 client.transport.abort()
                 return
             line.heard.append((time.time(), message))
