@@ -8,7 +8,6 @@ renamed in, under a lock that the operating system takes back when a process die
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -25,6 +24,11 @@ import torch
 
 from qwen_megakernel.build_environment import cache_folder, find_nvcc
 from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig, TransformerConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows, which has everything but the kernels
+    fcntl = None  # type: ignore[assignment]
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 MIN_ARCH = 90
@@ -168,8 +172,12 @@ def build(library: Library, arch: str, progress: Progress | None = None) -> Path
         The shared library's path.
 
     Raises:
-        BuildError: no compiler, or what the compiler said.
+        BuildError: another system than Linux, no compiler, or what the compiler said.
     """
+    if fcntl is None:
+        raise BuildError(
+            "the kernels are built on Linux only (on Windows: in WSL 2); --backend torch works here"
+        )
     report = progress or (lambda line: None)
     stem = f"{library.name}-sm_{arch}-{_digest(library, arch)}"
     try:

@@ -31,11 +31,14 @@ The seed matters: one wild turn in six says EOS within 13 s of audio; this one d
 
 
 class LiveServer:
-    """`python server.py` on a free port."""
+    """`python server.py`, or another program with its options, on a free port."""
 
-    def __init__(self, *arguments: str, environ: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, environ: dict[str, str] | None = None, program: str | None = None
+    ) -> None:
+        start = [str(ROOT / "server.py")] if program is None else ["-c", program]
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "server.py"), "--port", "0", *arguments],
+            [sys.executable, *start, "--port", "0", *arguments],
             cwd=ROOT,
             env={**os.environ, **(environ or {})},
             stdout=subprocess.PIPE,

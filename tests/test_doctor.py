@@ -266,6 +266,16 @@ def test_whether_the_kernels_run(gpus, tmp_path):
     assert check_kernels(gpus(H200), [bad, bad], tmp_path).status == "warn"
 
 
+def test_windows_has_no_kernels(gpus, tmp_path, monkeypatch):
+    found = gpus(RTX_5090)
+    monkeypatch.setattr(sys, "platform", "win32")
+    check = check_kernels(found, [], tmp_path)
+    assert (check.status, check.detail) == (
+        "warn",
+        "the kernels are built on Linux only; PyTorch decodes",
+    )
+
+
 def test_gpu_memory(gpus):
     assert check_gpu(gpus(RTX_5090), SIZE).status == "ok"
     full = check_gpu(gpus("NVIDIA GeForce RTX 5090, 580.95.05, 12.0, 2000, 32607", H200), SIZE)

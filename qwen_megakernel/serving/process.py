@@ -86,11 +86,12 @@ async def _run(
     announce: Callable[[TTSDecoder], None],
 ) -> int:
     server = _Server(_uvicorn_config(app))
+    stop = _stop_signal()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    stop = asyncio.create_task(_stop_signal())
     loading = _in_daemon_thread(lambda: load(app.report))
     await asyncio.wait({loading, stop, serving}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
+        _tell_serving_ended(serving)
         return 1
     if not loading.done():
         # Nothing can interrupt a thread that loads; there is nothing to save either.
@@ -103,8 +104,12 @@ async def _run(
     app.start_serving(decoder)
     announce(decoder)
     await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
-    await app.drain()
-    code = await _shut_down(server, serving, 0)
+    if serving.done():
+        _tell_serving_ended(serving)
+        code = 1
+    else:
+        await app.drain()
+        code = await _shut_down(server, serving, 0)
     decoder.close()
     return code
 
@@ -132,25 +137,37 @@ async def _shut_down(server: _Server, serving: asyncio.Task[None], code: int) ->
     return code
 
 
-async def _stop_signal() -> None:
-    """Wait for the first signal; the second ends the process wherever it is."""
+def _stop_signal() -> asyncio.Future[None]:
+    """Done at the first signal; the second ends the process wherever it is."""
     loop = asyncio.get_running_loop()
-    received = asyncio.Event()
+    received: asyncio.Future[None] = loop.create_future()
 
     def on_signal(number: int) -> None:
-        if received.is_set():
+        if received.done():
             _exit_now(128 + number)
-        received.set()
+        received.set_result(None)
 
+    if threading.current_thread() is not threading.main_thread():
+        log.warning("not in the main thread: SIGTERM and SIGINT do not drain this server")
+        return received
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
-    await received.wait()
+        try:
+            loop.add_signal_handler(number, on_signal, number)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(on_signal, number))
+    return received
 
 
 def _exit_now(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _tell_serving_ended(serving: asyncio.Task[None]) -> None:
+    error = serving.exception()
+    reason = f"{type(error).__name__}: {error}" if error else "nobody stopped it"
+    log.error("the server ended by itself: %s", reason, exc_info=error)
 
 
 def _tell_load_failure(error: BaseException) -> None:

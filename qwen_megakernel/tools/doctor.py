@@ -268,6 +268,9 @@ def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None
     """
     if not found.gpus:
         return Check("kernels", "skipped", "no GPU: PyTorch decodes")
+    if sys.platform == "win32":
+        detail = "the kernels are built on Linux only; PyTorch decodes"
+        return Check("kernels", "warn", detail, "WSL 2; this works, more slowly")
     capability = found.gpus[0].capability
     arch = f"sm_{''.join(map(str, capability))}"
     if capability < HOPPER:
