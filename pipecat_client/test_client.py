@@ -16,6 +16,7 @@ import os
 import queue
 import struct
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -45,8 +46,16 @@ figures:
 """
 
 
+PROBE_BYTES = 65_536
+"""A second of audio and more: what must fit on the disk for a turn to begin."""
+
+
 class ClientError(Exception):
     """Something to tell the user in one line."""
+
+
+FAILURES = (ClientError, InvalidHandshake, InvalidURI, ConnectionClosed, OSError, TimeoutError)
+"""How a turn can fail without a fault of this program."""
 
 
 @dataclass
@@ -122,8 +131,11 @@ class Speaker:
     def __init__(self) -> None:
         try:
             import sounddevice
-        except (ImportError, OSError) as error:
+        except ImportError as error:
             raise ClientError(f"--play needs sounddevice (pip install sounddevice): {error}") from None
+        except OSError as error:  # the package is here, the library under it is not
+            hint = "apt install libportaudio2, or brew install portaudio"
+            raise ClientError(f"--play needs PortAudio ({hint}): {error}") from None
         try:
             self._stream = sounddevice.OutputStream(samplerate=SAMPLE_RATE, channels=1, dtype="float32")
             self._stream.start()
@@ -192,14 +204,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_text(args: argparse.Namespace) -> str:
-    """What to say, from wherever it was said to be."""
+    """The text to speak, without a byte order mark."""
     try:
-        text = args.text if args.text is not None else None
-        if args.file is not None:
-            text = args.file.read_text(encoding="utf-8")
-        elif text is None:
+        if args.text is not None:
+            text = args.text.removeprefix("\ufeff")
+            text.encode()  # surrogates stand for bytes that could not be decoded
+        elif args.file is not None:
+            text = args.file.read_text(encoding="utf-8-sig")
+        else:
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
             text = sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeError:
+        hint = "iconv -f latin1 -t utf-8 converts Latin-1"
+        raise ClientError(f"the text must be UTF-8; {hint}") from None
+    except OSError as error:
         raise ClientError(f"cannot read the text: {error}") from None
     if not text.strip():
         raise ClientError("the text is empty")
@@ -256,35 +274,50 @@ async def receive(
 
 
 async def speak(args: argparse.Namespace, text: str) -> Summary:
-    """One turn from connecting to the summary."""
-    if args.out is not None and not args.out.absolute().parent.is_dir():
-        raise ClientError(f"cannot write {args.out}: its folder does not exist")
+    """One turn from checking the output to the summary; audio that came is kept, whatever happens."""
+    if args.out is not None:
+        check_writable(args.out)
     speaker = Speaker() if args.play else None
-    headers = {"Authorization": f"Bearer {args.token}"} if args.token else None
-    playhead, chunks, done = Playhead(), [], {}
-    options: dict[str, Any] = {"additional_headers": headers, "max_size": None, "compression": None}
-    if is_loopback(host_of(args.url)):
-        options["proxy"] = None  # a proxy of the environment cannot reach our loopback
-    async with connect(args.url, open_timeout=args.timeout, **options) as socket:
-        sent_at = time.perf_counter()
-        sending = asyncio.create_task(send_text(socket, args, text))
-        try:
-            async for message in receive(socket, args.timeout):
-                if isinstance(message, dict):
-                    done = message
-                    continue
-                playhead.add(message, time.perf_counter() - sent_at)
-                chunks.append(message)
-                if speaker is not None:
-                    speaker.play(message)
-        finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
+    playhead, chunks = Playhead(), []
+    try:
+        async with open_connection(args) as socket:
+            sent_at = time.perf_counter()
+            sending = asyncio.create_task(send_text(socket, args, text))
+            try:
+                async for message in receive(socket, args.timeout):
+                    if isinstance(message, dict):
+                        done = message
+                        continue
+                    playhead.add(message, time.perf_counter() - sent_at)
+                    chunks.append(message)
+                    if speaker is not None:
+                        speaker.play(message)
+            finally:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+    except BaseException as error:
+        if args.out is None or not chunks:
+            raise
+        write_wav(args.out, np.concatenate(chunks))
+        if not isinstance(error, FAILURES):
+            raise
+        duration_s = sum(map(len, chunks)) / SAMPLE_RATE
+        kept = f"wrote the {duration_s:.2f} s that came to {args.out}"
+        raise ClientError(f"{explain(error, args.url)}; {kept}") from None
     if speaker is not None:
         speaker.finish()
     if args.out is not None:
         write_wav(args.out, np.concatenate(chunks) if chunks else np.zeros(0, np.float32))
     return summarise(done, playhead, args.out)
+
+
+def open_connection(args: argparse.Namespace) -> connect:
+    """What `async with` connects."""
+    headers = {"Authorization": f"Bearer {args.token}"} if args.token else None
+    options: dict[str, Any] = {"additional_headers": headers, "max_size": None, "compression": None}
+    if is_loopback(host_of(args.url)):
+        options["proxy"] = None  # a proxy of the environment cannot reach our loopback
+    return connect(args.url, open_timeout=args.timeout, **options)
 
 
 def host_of(url: str) -> str:
@@ -325,8 +358,32 @@ def summarise(done: dict[str, Any], playhead: Playhead, out: Path | None) -> Sum
     )
 
 
+def check_writable(path: Path) -> None:
+    """Raise `ClientError` where a file cannot be written, before anything is synthesised for it."""
+    if not path.absolute().parent.is_dir():
+        raise ClientError(f"cannot write {path}: its folder does not exist")
+    if path.is_dir():
+        raise ClientError(f"cannot write {path}: it is a folder")
+    exists = path.exists()
+    if exists and not path.is_file():
+        return  # a device or a pipe: opening it could block
+    try:
+        with path.open("ab") as file:
+            if not exists:
+                file.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        raise ClientError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        if not exists:
+            path.unlink(missing_ok=True)
+
+
 def write_wav(path: Path, samples: np.ndarray) -> None:
-    """float32 [n] in [-1, 1] to a 16-bit mono WAV file whose metadata says what it is."""
+    """float32 [n] in [-1, 1] to a 16-bit mono WAV file whose metadata says what it is.
+
+    Raises:
+        ClientError: it cannot be written; a temporary file has the audio, if there is room for one.
+    """
     pcm = np.round(np.clip(samples, -1.0, 1.0) * 32_767).astype("<i2")
     comment = SYNTHETIC.encode("ascii") + b"\0"
     comment += b"\0" * (len(comment) % 2)
@@ -335,10 +392,21 @@ def write_wav(path: Path, samples: np.ndarray) -> None:
         _chunk(b"data", pcm.tobytes()),
         _chunk(b"LIST", b"INFO" + _chunk(b"ICMT", comment)),
     ]
+    content = _chunk(b"RIFF", b"WAVE" + b"".join(chunks))
     try:
-        path.write_bytes(_chunk(b"RIFF", b"WAVE" + b"".join(chunks)))
+        path.write_bytes(content)
     except OSError as error:
-        raise ClientError(f"cannot write {path}: {error.strerror}") from None
+        if path.is_file():
+            path.unlink()  # half a file; what it took may be what the other lacks
+        try:
+            with tempfile.NamedTemporaryFile(
+                "wb", prefix="speech-", suffix=".wav", delete=False
+            ) as file:
+                file.write(content)
+            kept = f"the audio is in {file.name}"
+        except OSError:
+            kept = "nor is there room for a temporary file"
+        raise ClientError(f"cannot write {path}: {error.strerror}; {kept}") from None
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:
@@ -346,7 +414,9 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def explain(error: Exception, url: str) -> str:
-    """A failure to connect or to stay connected, in one line."""
+    """One of `FAILURES`, in one line."""
+    if isinstance(error, ClientError):
+        return str(error)
     if isinstance(error, InvalidStatus):
         status, body = error.response.status_code, error.response.body or b""
         try:
@@ -369,15 +439,24 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         summary = asyncio.run(speak(args, read_text(args)))
-    except ClientError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (InvalidHandshake, InvalidURI, ConnectionClosed, OSError, TimeoutError) as error:
+    except FAILURES as error:
         print(f"error: {explain(error, args.url)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(json.dumps(asdict(summary)) if args.json else summary.lines())
+    return show(json.dumps(asdict(summary)) if args.json else summary.lines())
+
+
+def show(figures: str) -> int:
+    """Print to standard output; the exit code. A reader that has left wants no more, which is fine."""
+    try:
+        print(figures, flush=True)
+    except OSError as error:
+        # Python writes what is left when it exits: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: cannot print the figures: {error.strerror}", file=sys.stderr)
+            return 1
     return 0
 
 

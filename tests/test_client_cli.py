@@ -2,18 +2,21 @@
 
 import ast
 import importlib.util
+import io
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 import wave
 
 import numpy as np
 import pytest
-from live_server import ROOT, LiveServer
+from live_server import LONG, ROOT, LiveServer
 from refusing_proxy import RefusingProxy
 
 CLIENT = ROOT / "pipecat_client" / "test_client.py"
@@ -206,3 +209,123 @@ def test_proxy_is_asked_for_other_machines():
     with RefusingProxy() as proxy:
         failure("--url", "ws://192.0.2.1:8765", "--text", "Hi.", environ=proxy.environ)
     assert proxy.asked == ["CONNECT 192.0.2.1:8765 HTTP/1.1"]
+
+
+def test_out_that_cannot_be_written_is_noticed_before_the_synthesis(tmp_path):
+    """There is no server, so the synthesis cannot have begun."""
+    here = ("--url", f"ws://127.0.0.1:{free_port()}", "--text", "Hi.", "--out")
+    assert "it is a folder" in failure(*here, str(tmp_path))
+    assert "its folder does not exist" in failure(*here, str(tmp_path / "nowhere" / "x.wav"))
+    assert "cannot write /proc/x.wav" in failure(*here, "/proc/x.wav")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_out_in_a_read_only_folder_is_noticed_before_the_synthesis(tmp_path):
+    tmp_path.chmod(0o555)
+    here = ("--url", f"ws://127.0.0.1:{free_port()}", "--text", "Hi.")
+    assert "Permission denied" in failure(*here, "--out", str(tmp_path / "x.wav"))
+
+
+def test_failed_turn_leaves_the_old_file_and_no_new_one(tmp_path):
+    old, new = tmp_path / "old.wav", tmp_path / "new.wav"
+    old.write_bytes(b"recorded yesterday")
+    for out in (old, new):
+        url = f"ws://127.0.0.1:{free_port()}"
+        assert "connection refused" in failure("--url", url, "--text", "Hi.", "--out", str(out))
+    assert old.read_bytes() == b"recorded yesterday"
+    assert not new.exists()
+
+
+def num_samples(path):
+    with wave.open(str(path)) as file:
+        return file.getnframes()
+
+
+def test_audio_is_kept_where_the_disk_turns_out_to_be_full(live_server, tmp_path):
+    here = ("--url", live_server.url, "--text", "Hi.", "--seed", "1", "--out")
+    line = failure(*here, "/dev/full", environ={"TMPDIR": str(tmp_path)})
+    assert "cannot write /dev/full: No space left on device" in line
+    (kept,) = tmp_path.iterdir()
+    assert str(kept) in line
+    assert num_samples(kept) > 0
+
+
+@pytest.mark.parametrize("disturb", [LiveServer.kill, None], ids=["server-killed", "client-stopped"])
+def test_audio_that_came_is_kept_when_speech_breaks_off(brief_base, recording, tmp_path, disturb):
+    server = LiveServer("--model", str(brief_base), "--speaker-ref", str(recording)).wait_until_ready()
+    out = tmp_path / "x.wav"
+    options = ["--temperature", "10", "--top-k", "0", "--seed", "0", "--out", str(out)]
+    command = [sys.executable, str(CLIENT), "--url", server.url, "--text", LONG["text"], *options]
+    client = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 20
+        while not server.ready()["active"] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(1)  # some chunks come
+        disturb(server) if disturb else client.send_signal(signal.SIGINT)
+        _, line = client.communicate(timeout=20)
+    finally:
+        client.kill()
+        server.kill()
+    assert num_samples(out) > 0
+    if disturb:
+        assert client.returncode == 1
+        assert f"s that came to {out}" in line
+        assert line.count("\n") == 1
+    else:
+        assert client.returncode == 130
+
+
+@pytest.mark.parametrize("how", ["--file", "--stdin", "--text"])
+def test_byte_order_mark_is_not_spoken(client_module, how, tmp_path, monkeypatch):
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"\xef\xbb\xbfHello.\r\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
+    values = {"--file": [str(file)], "--stdin": [], "--text": ["\ufeffHello.\n"]}
+    args = client_module.parse_arguments([how, *values[how]])
+    assert client_module.read_text(args) == "Hello.\n"
+
+
+@pytest.mark.parametrize("how", ["--file", "--stdin", "--text"])
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_text_that_is_not_utf_8_is_refused_by_name(how, locale, tmp_path):
+    text = b"Gr\xfc\xdfe"
+    file = tmp_path / "latin1.txt"
+    file.write_bytes(text)
+    values = {"--file": [file], "--stdin": [], "--text": [text]}
+    result = subprocess.run(
+        [sys.executable, CLIENT, "--url", f"ws://127.0.0.1:{free_port()}", how, *values[how]],
+        input=text,
+        capture_output=True,
+        env={**os.environ, "LC_ALL": locale},
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"error: the text must be UTF-8")
+    assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_reader_that_has_left_is_no_error(live_server, form):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(CLIENT), "--url", live_server.url, "--text", "Hi.", *form]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_figures_that_cannot_be_printed_are_an_error(live_server):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(CLIENT), "--url", live_server.url, "--text", "Hi."]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr == b"error: cannot print the figures: No space left on device\n"
+
+
+def test_play_without_portaudio_names_portaudio(live_server, tmp_path):
+    (tmp_path / "sounddevice.py").write_text('raise OSError("PortAudio library not found")')
+    environ = {"PYTHONPATH": str(tmp_path)}
+    line = failure("--url", live_server.url, "--text", "Hi.", "--play", environ=environ)
+    assert "apt install libportaudio2" in line
+    assert "pip install" not in line
