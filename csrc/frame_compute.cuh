@@ -1,5 +1,6 @@
 // The visitor of the frame's schedule (frame_schedule.cuh) that computes: all warps but the fetching one.
 #pragma once
+
 #include "predictor.cuh"
 #include "predictor_attention.cuh"
 
@@ -80,7 +81,6 @@ struct FrameCompute {
   }
   __device__ __forceinline__ void projection() { project_hidden(c, hidden, row); }
 
-  // Of this lane's stream.
   __device__ __forceinline__ int code() {
     sample(c, sampler);
     // This lane's stream, or where its column has none, one that is there.
