@@ -7,17 +7,16 @@ eager and PyTorch as one CUDA graph.
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
 from qwen_megakernel.bench.torch_graph import TorchFrame
+from qwen_megakernel.bench.worker import WARM_UP, device_times, host_times
 from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoding.frame_schedule import Exchange
@@ -34,7 +33,6 @@ POSITIONS = (100, 500, 1000, 2000)
 REPEATS = 200
 EAGER_REPEATS = 10
 """An eager frame takes tens of milliseconds and varies little."""
-WARM_UP = 10
 PARTS = ("talker", "predictor", "sampling")
 
 Report = Callable[[str], None]
@@ -124,29 +122,6 @@ def frame_bytes(config: ModelConfig, streams: int, position: int) -> int:
 
 
 # --- measuring ---------------------------------------------------------------------------------
-
-
-def device_times(run: Callable[[], object], repeats: int) -> list[float]:
-    """Microseconds between the ends of runs that are queued back to back, the first ones left out."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    for _ in range(WARM_UP):
-        run()
-    events[0].record()
-    for event in events[1:]:
-        run()
-        event.record()
-    torch.cuda.synchronize()
-    return [1000 * a.elapsed_time(b) for a, b in pairwise(events)]
-
-
-def host_times(run: Callable[[], object], repeats: int) -> list[float]:
-    """Microseconds of each run, which must wait for the device itself."""
-    times = []
-    for _ in range(WARM_UP // 3 + repeats):
-        start = time.perf_counter()
-        run()
-        times.append(1e6 * (time.perf_counter() - start))
-    return times[-repeats:]
 
 
 class _Prompts:
