@@ -121,7 +121,7 @@ def test_a_turn_is_what_kernel_and_codec_give_step_by_step(kernels):
     row, samples = torch.zeros_like(kernels._prompts.pad_row), []
     for _ in range(40):
         codes = backend.decode([slot], row[None])
-        samples.append(codec.decode([slot], codes[:, None]).cpu().numpy()[0])
+        samples.append(codec.launch([slot], codes).samples()[0])
         row = prompt.next_text_row()
         prompt.advance()
     backend.release(slot)
