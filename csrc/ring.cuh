@@ -8,8 +8,9 @@
 // pieces: each reads its own and steps over those of others. Each slot has two mbarriers: one says that a piece has
 // arrived, the other that its owners have read it.
 //
-// The sanitizer's racecheck takes what the copy engine writes for a race, and does not see that lanes which meet at
-// __syncwarp have read. For it (QWEN_TTS_RACECHECK) lanes copy, and each says itself that it has read.
+// The sanitizer's racecheck takes what the copy engine writes for a race, and a word that is polled too. It does not see
+// that lanes which meet at __syncwarp have read. For it (QWEN_TTS_RACECHECK) lanes copy, each says itself that it has
+// read, and the polled words are in device memory, which it does not watch.
 #pragma once
 
 #include "packets.cuh"
@@ -29,20 +30,43 @@ constexpr bool kRacecheck = false;
 // Threads of a warp that say that it has read a piece.
 constexpr int kReaders = kRacecheck ? 32 : 1;
 
+// The round in which each slot was filled last. A warp reads only some of a slot's pieces, so it can be more than one piece
+// ahead of the slot. The parity of a barrier cannot tell that.
+template <int kSlots>
+struct FilledRounds {
+  uint32_t round[kSlots];
+  __device__ __forceinline__ void set(int slot, uint32_t to) { store_shared_word(smem_address(&round[slot]), to); }
+  __device__ __forceinline__ uint32_t get(int slot) const { return load_shared_word(smem_address(&round[slot])); }
+};
+
+#ifdef QWEN_TTS_RACECHECK
+constexpr int kMaxWatchedCtas = 16;
+__device__ volatile uint32_t watched_rounds[kMaxWatchedCtas][64];
+template <int kSlots>
+struct WatchedRounds {
+  static_assert(kSlots <= 64, "a CTA's words");
+  __device__ void set(int slot, uint32_t to) { watched_rounds[block_index()][slot] = to; }
+  __device__ uint32_t get(int slot) const { return watched_rounds[block_index()][slot]; }
+};
+template <int kSlots>
+using Rounds = WatchedRounds<kSlots>;
+#else
+template <int kSlots>
+using Rounds = FilledRounds<kSlots>;
+#endif
+
 template <int kSlots_>
 struct RingShared {
   static constexpr int kSlots = kSlots_;
   alignas(256) char data[kSlots][kSlotBytes];
   uint64_t full[kSlots], empty[kSlots];
-  // The round in which a slot was filled last. A warp reads only some of a slot's pieces, so it can be more than one piece
-  // ahead of the slot. The parity of a barrier cannot tell that.
-  uint32_t filled[kSlots];
+  Rounds<kSlots> filled;
 
   __device__ void init() {  // by all threads, before a CTA-wide barrier
     for (int i = thread_index(); i < kSlots; i += blockDim.x) {
       mbarrier_init(smem_address(full + i), 1);
       mbarrier_init(smem_address(empty + i), kMaxOwners * kReaders);
-      filled[i] = ~0u;
+      filled.set(i, ~0u);
     }
     mbarrier_init_fence();
   }
@@ -85,7 +109,7 @@ struct RingReader {
 
   // Address of a piece that has arrived.
   __device__ __forceinline__ uint32_t wait(const Place& place) {
-    while (load_shared_word(smem_address(&sh.filled[place.slot])) != place.round) {
+    while (sh.filled.get(place.slot) != place.round) {
     }
     mbarrier_wait(smem_address(&sh.full[place.slot]), place.round & 1);
     return smem_address(sh.data[place.slot]);
@@ -120,7 +144,7 @@ struct RingWriter {
       while (__any_sync(~0u, waits)) {
         // A slot is free once its last piece has been read.
         if (waits && mbarrier_test(empty, (place.round & 1) ^ 1)) {
-          store_shared_word(smem_address(&sh.filled[place.slot]), place.round);
+          sh.filled.set(place.slot, place.round);
           fill(sh.data[place.slot], from, bytes, &sh.full[place.slot], policy);
           waits = false;
         }
