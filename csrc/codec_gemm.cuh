@@ -18,24 +18,24 @@ constexpr int kBlock = 64;                    // k of one pipeline stage
 constexpr int kStripBytes = 2 * 16 * kBlock;  // one strip of 16 rows of weights in a stage
 constexpr int kGroups = 2;                    // of warps, that share out the k of a stage
 
-template <int kN_, int kWarpsM_, int kWarpsN_, int kStages_>
+// Two CTAs share an SM: one loads while the other multiplies, and the next kernel's begin beside them.
+constexpr int kCtasAnSm = 2;
+// What a CTA of them may use, less what the driver and static variables take.
+constexpr int kPipelineLimit = kSmSharedBytes / kCtasAnSm - 1536;
+
+template <int kN_, int kWarpsM_, int kWarpsN_, int kMostStages>
 struct Tile {
   static constexpr int kM = 64, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
-  static constexpr int kStages = kStages_;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN * kGroups;
   static constexpr int kMi = kM / 16 / kWarpsM, kNi = kN / 8 / kWarpsN;  // mma tiles of a warp
   static constexpr int kWeightBytes = kM / 16 * kStripBytes, kColumnBytes = kN * 2 * kBlock;
+  static constexpr int kStagesThatFit = kPipelineLimit / (kWeightBytes + kColumnBytes);
+  static constexpr int kStages = kMostStages < kStagesThatFit ? kMostStages : kStagesThatFit;
   static constexpr int kPitch = kM + 4;  // floats between columns of the finished tile
   static constexpr int kPipelineBytes = kStages * (kWeightBytes + kColumnBytes);
   static constexpr int kTileBytes = kN * kPitch * 4;
   static constexpr int kSharedBytes = kPipelineBytes > kTileBytes ? kPipelineBytes : kTileBytes;
-  static_assert(kSharedBytes <= 98 * 1024, "sm_120 has 99 KB, a little of it static");
-  // CTAs to an SM that registers must allow: an SM of sm_120 has shared memory for one large tile.
-#if __CUDA_ARCH__ >= 1200
-  static constexpr int kCtas = kN == 128 ? 1 : 2;
-#else
-  static constexpr int kCtas = 2;
-#endif
+  static_assert(kStages >= 2 && kSharedBytes <= kPipelineLimit, "two CTAs share an SM");
   // A thread finishes eight rows of every kColumnsAtOnce-th column.
   static constexpr int kParts = kM / 8, kColumnsAtOnce = kThreads / kParts;
   // Few columns wait on latency alone: fetch what the epilogue needs before the product.
@@ -249,7 +249,7 @@ __device__ __forceinline__ void share_sums(const float (&acc)[T::kMi][T::kNi][4]
 
 // grid (segments * m tiles, n tiles), clusters of `segments`.
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, T::kCtas) gemm_kernel(const __grid_constant__ Gemm p) {
+__global__ void __launch_bounds__(T::kThreads, kCtasAnSm) gemm_kernel(const __grid_constant__ Gemm p) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint64_t full[T::kStages];
   __shared__ float scale[T::kN];

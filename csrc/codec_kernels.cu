@@ -8,9 +8,19 @@
 
 namespace codec {
 
+// A form for less shared memory than the GPU has: the SM gets no more than that.
+inline cudaError_t limit_shared_memory(const void* kernel) {
+  int device, most;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error != cudaSuccess || most <= kSmSharedBytes) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100 * kSmSharedBytes / most);
+}
+
 template <class P>
 cudaError_t launch(void (*kernel)(P), const P& params, dim3 grid, int threads, int shared, int cluster, void* stream) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess) error = limit_shared_memory(reinterpret_cast<const void*>(kernel));
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
@@ -114,6 +124,9 @@ int codec_last_conv(const codec::LastConv* p, int streams, void* stream) {
   return launch(last_conv_kernel, *p, dim3((p->source.rows + kSamples - 1) / kSamples, streams), kEndThreads, 0, 1,
                 stream);
 }
+
+// Shared memory of an SM that the tiles are cut for, in bytes.
+int codec_sm_shared_bytes() { return codec::kSmSharedBytes; }
 
 // For the host to see that it mirrors the structures as they are.
 int codec_param_bytes() {

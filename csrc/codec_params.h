@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "geometry.h"
+
 namespace codec {
 
 // A stream of this call, as `embed` leaves it for all later launches.

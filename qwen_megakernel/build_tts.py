@@ -38,9 +38,11 @@ KNOWN_ARCHES = ("90a", "120a")
 _SMALL_BYTES = 101_376
 _SHARED_BYTES = {90: 232_448, 100: 232_448, 103: 232_448, 120: _SMALL_BYTES, 121: _SMALL_BYTES}
 """Shared memory a CTA may have, by architecture (CUDA C++ Programming Guide, table of limits)."""
+_RESERVED_BYTES = 1024
+"""Of an SM's shared memory, for each CTA: an SM has that much more than a CTA may use."""
 FORMS = ("auto", "large", "small")
-"""Forms of the frame kernel. `small` fits into the 99 KB of shared memory of an RTX 50; `large` needs
-what Hopper and the data centre's Blackwell have. `auto` is what fits. All draw the same codes."""
+"""Forms of the kernels. `small` fits into the 99 KB of shared memory of an RTX 50; `large` needs what
+Hopper and the data centre's Blackwell have. `auto` is what fits. All give the same codes and samples."""
 
 Progress = Callable[[str], None]
 
@@ -59,6 +61,22 @@ class Library:
     """C++ against torch's headers; may be empty."""
     header: str
     """Content of `geometry.h`."""
+
+
+def codec_library(arch: str, form: str = "auto") -> Library:
+    """The codec's kernels. One build serves every checkpoint: shapes are parameters of the launches.
+
+    Args:
+        arch: `90a`, `120a`, ...
+        form: one of `FORMS`; it decides how much shared memory of an SM the tiles are cut for. The
+            samples do not depend on it.
+
+    Raises:
+        BuildError: a form that the architecture has no room for.
+    """
+    sm_bytes = shared_bytes(arch, form) + _RESERVED_BYTES
+    header = f"#pragma once\nnamespace codec {{\nconstexpr int kSmSharedBytes = {sm_bytes};\n}}\n"
+    return Library("codec", ("codec_kernels.cu",), (), header)
 
 
 READ_LIBRARY = Library("read", ("read_floor.cu",), (), header="")

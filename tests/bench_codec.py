@@ -1,9 +1,10 @@
 """The GPU codec's time a frame, beside the PyTorch codec's on the same GPU.
 
-    python tests/bench_codec.py [--launches STREAMS]
+    python tests/bench_codec.py [--launches STREAMS | --forms]
 
 Weights are random (the true shape), activations lively, every figure a median. With `--launches`
-also what each launch adds to a frame.
+also what each launch adds to a frame; with `--forms` the small form beside the large one, which
+needs a GPU that has room for both.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import torch  # noqa: E402
 from codec_weights import TRUE, lively_decoder, random_codes  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from qwen_megakernel.build_tts import build, detect_arch  # noqa: E402
+from qwen_megakernel.build_tts import build, codec_library, detect_arch  # noqa: E402
 from qwen_megakernel.codec.cuda_ops import GemmOp  # noqa: E402
-from qwen_megakernel.codec.cuda_stream import LIBRARY, CudaCodecStream, batch_sizes  # noqa: E402
+from qwen_megakernel.codec.cuda_stream import CudaCodecStream, batch_sizes  # noqa: E402
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream  # noqa: E402
 from qwen_megakernel.cuda_graphs import capture  # noqa: E402
 
@@ -112,16 +113,43 @@ def launch_times(exact: CodecDecoder, library: Path, streams: int) -> list[str]:
     return lines
 
 
+def form_times(exact: CodecDecoder, arch: str, rounds: int = 6) -> list[str]:
+    """The forms' graphs in turns, ABBA: medians of the rounds' medians, and their ratio."""
+    graphs = {}
+    for form in ("large", "small"):
+        stream = CudaCodecStream(exact, STREAMS, build(codec_library(arch, form), arch))
+        fill(stream)
+        graphs[form] = stream._graphs
+    lines = ["streams | large, us | small, us | small over large (each round)"]
+    for size in batch_sizes(STREAMS):
+        laps: dict[str, list[float]] = {form: [] for form in graphs}
+        for lap in range(rounds):
+            for form in sorted(graphs, reverse=lap % 2 == 1):
+                laps[form].append(timed(graphs[form][size].replay))
+        ratios = [s / large for s, large in zip(laps["small"], laps["large"], strict=True)]
+        large, small = (median(laps[form]) for form in ("large", "small"))
+        lines.append(
+            f"{size:7d} | {large:9.1f} | {small:9.1f} | {small / large:.3f} "
+            f"({min(ratios):.3f} to {max(ratios):.3f})"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--launches", type=int, metavar="STREAMS", help="time every launch as well")
+    parser.add_argument("--forms", action="store_true", help="time the small form beside the large")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.backends.cudnn.allow_tf32 = False
     start = time.perf_counter()
-    library = build(LIBRARY, detect_arch(GPU))
+    arch = detect_arch(GPU)
+    library = build(codec_library(arch), arch)
     print(f"kernels ready after {time.perf_counter() - start:.1f} s")
     exact = lively_decoder(TRUE, "cuda")
+    if args.forms:
+        print(*form_times(exact, arch), sep="\n")
+        return
     if args.launches:
         print(*launch_times(exact, library, args.launches), sep="\n")
     print(*frame_times(exact, library), sep="\n")

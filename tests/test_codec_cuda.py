@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import os
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
 from torch import Tensor
 
 from qwen_megakernel.build_environment import find_nvcc
-from qwen_megakernel.build_tts import KNOWN_ARCHES, build, detect_arch
+from qwen_megakernel.build_tts import KNOWN_ARCHES, build, codec_library, detect_arch
 from qwen_megakernel.codec import cuda_stream as codec_cuda
 from qwen_megakernel.codec.cuda_ops import Rows
 from qwen_megakernel.codec.cuda_plan import CodecPlan
@@ -50,7 +51,7 @@ def test_structures_are_mirrored(name):
 def test_kernels_compile_without_spills(arch, shared_builds):
     if find_nvcc() is None:
         pytest.skip("no nvcc")
-    product = build(codec_cuda.LIBRARY, arch)
+    product = build(codec_library(arch), arch)
     assert [kernel for kernel in resources(product) if kernel.spill_bytes] == []
     assert len(resources(product)) == 17
     assert system_calls(product) == []
@@ -68,9 +69,14 @@ def test_graphs_end_with_the_first_that_holds_all_streams(max_streams, sizes):
 # ---------------------------------------------------------------------------- on a GPU
 
 
+def build_codec(form: str) -> Path:
+    arch = detect_arch(torch.device("cuda"))
+    return build(codec_library(arch, form), arch)
+
+
 @pytest.fixture(scope="module")
 def library() -> Path:
-    return build(codec_cuda.LIBRARY, detect_arch(torch.device("cuda")))
+    return build_codec(os.environ.get("FRAME_KERNEL_FORM", "auto"))
 
 
 def decode(stream: CudaCodecStream, slots: Sequence[int], codes: Tensor) -> Tensor:
@@ -161,6 +167,26 @@ def test_splits_and_company_do_not_change_a_bit(config, library):
             mixed[slot, done[slot] * HOP : (done[slot] + count) * HOP] = samples
             done[slot] += count
     assert torch.equal(mixed, alone)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_samples_are_the_same_in_every_form():
+    """A form decides how the tiles are cut, and so how many streams' columns a CTA has."""
+    if torch.cuda.get_device_capability() >= (12, 0):
+        pytest.skip("this GPU has room for the small form alone")
+    codes, decoder = random_codes(20, slots=32), lively_decoder(TRUE, "cuda")
+    heard = {}
+    for form in ("large", "small"):
+        stream = CudaCodecStream(decoder, 32, build_codec(form))
+        heard[form] = {}
+        for streams in (1, 8, 32):
+            heard[form][streams] = decode(stream, range(streams), codes[:streams])
+            for slot in range(streams):
+                stream.reset(slot)
+    for streams, samples in heard["large"].items():
+        assert torch.equal(samples, heard["small"][streams]), f"{streams} streams"
+        assert samples.std() > 1e-3
 
 
 @pytest.mark.gpu

@@ -129,7 +129,9 @@ class Worker:
         build = self._modules["build"]
         arch = build.detect_arch(self._device)
         libraries = [build.frame_library(self._config(shape), arch) for shape in shapes]
-        libraries.append(self._modules["codec"].LIBRARY)
+        # Older trees have one library for all architectures.
+        codec = getattr(build, "codec_library", lambda _: self._modules["codec"].LIBRARY)
+        libraries.append(codec(arch))
         with ThreadPoolExecutor(len(libraries)) as threads:
             list(threads.map(lambda library: build.build(library, arch), libraries))
         return {}

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_megakernel.build_tts import Library
 from qwen_megakernel.codec.cuda_ops import (
     AttentionOp,
     DepthwiseNormOp,
@@ -32,10 +31,7 @@ from qwen_megakernel.codec.decoder import CodecDecoder, check_slots
 from qwen_megakernel.codec.interface import LaunchedAudio
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS
 
-__all__ = ["LIBRARY", "CudaCodecStream", "batch_sizes"]
-
-LIBRARY = Library("codec", ("codec_kernels.cu",), (), header="")
-"""One build serves every checkpoint: shapes are parameters of the launches."""
+__all__ = ["CudaCodecStream", "batch_sizes"]
 
 
 # ---------------------------------------------------------------------------- csrc/codec_params.h
@@ -171,7 +167,7 @@ class Launcher:
         if op.middle:
             shape = choose_unit_shape(
                 op.m, op.source.rows, streams, self._gpu.multi_processor_count,
-                self._gpu.shared_memory_per_multiprocessor,
+                self._library.codec_sm_shared_bytes(),
             )  # fmt: skip
             return self._library.codec_unit(byref(params), *shape, cuda_stream)
         tile_n = choose_tile(op.m, columns, op.segments, self._gpu.multi_processor_count)
@@ -246,7 +242,7 @@ class CudaCodecStream:
         Args:
             decoder: on CUDA with its weights loaded, of any dtype; not needed afterwards.
             num_slots: how many streams have state.
-            library: `LIBRARY`, built for the decoder's GPU.
+            library: `codec_library`, built for the decoder's GPU.
             max_streams: the most slots that one launch will name; None is all of them.
 
         Raises:

@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from qwen_megakernel.build_tts import BuildError, build, detect_arch, frame_library
+from qwen_megakernel.build_tts import BuildError, build, codec_library, detect_arch, frame_library
 from qwen_megakernel.checkpoint import CheckpointError
-from qwen_megakernel.codec.cuda_stream import LIBRARY as CODEC_LIBRARY
 from qwen_megakernel.codec.cuda_stream import CudaCodecStream
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.codec.interface import FrameCodec
@@ -102,7 +101,7 @@ class Backends:
             return build(frame_library(config, arch), arch, progress)
 
         self._builds["backend"] = in_daemon_thread(build_frame)
-        self._builds["codec"] = in_daemon_thread(build, CODEC_LIBRARY, arch, progress)
+        self._builds["codec"] = in_daemon_thread(build, codec_library(arch), arch, progress)
 
     def make_decoder(self, talker: Talker, *, num_slots: int, max_positions: int) -> DecoderBackend:
         """The decoder backend; if it is the kernel, `talker` keeps only the weights that prompts need.

@@ -25,13 +25,13 @@ from qwen_megakernel.build_tts import (
     BuildError,
     Library,
     build,
+    codec_library,
     compiler_release,
     detect_arch,
     frame_library,
     require_nvcc,
 )
 from qwen_megakernel.checkpoint import CheckpointError, resolve
-from qwen_megakernel.codec.cuda_stream import LIBRARY as CODEC_LIBRARY
 from qwen_megakernel.config import ConfigError, ModelConfig
 from qwen_megakernel.synth.config import SHAPES, shape_config
 from qwen_megakernel.tools import machine_code
@@ -81,10 +81,9 @@ def table_builds() -> list[KernelBuild]:
         for shape in SHAPES
         for arch in KNOWN_ARCHES
     ]
-    others = [
-        KernelBuild(library, arch) for library in (CODEC_LIBRARY, READ_LIBRARY) for arch in KNOWN_ARCHES
-    ]
-    return frames + others
+    codecs = [KernelBuild(codec_library(arch), arch) for arch in KNOWN_ARCHES]
+    reads = [KernelBuild(READ_LIBRARY, arch) for arch in KNOWN_ARCHES]
+    return frames + codecs + reads
 
 
 def build_all(builds: Sequence[KernelBuild]) -> list[Path | None]:
@@ -177,7 +176,7 @@ def _chosen(args: argparse.Namespace) -> list[KernelBuild]:
     return [
         KernelBuild(library, arch)
         for arch in arches
-        for library in (frame_library(config, arch, args.form), CODEC_LIBRARY)
+        for library in (frame_library(config, arch, args.form), codec_library(arch, args.form))
     ]
 
 
