@@ -46,9 +46,10 @@ test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported
 	  $(addprefix -r ,$(TEST_FILES)) pipecat-ai==1.13.0
 	$(FLOOR)/bin/python -m pytest tests/pipecat $(ARGS)
 
-test-gpu: $(TEST)  ## All tests that need a GPU, the frame kernel's in both of its forms
+test-gpu: $(TEST)  ## All tests that need a GPU, the kernels' in both of their forms
 	$(PY) -m pytest -m gpu $(ARGS)
-	$(PY) -m pytest -m gpu --form small tests/test_kernel_step.py tests/test_kernel_stress.py $(ARGS)
+	$(PY) -m pytest -m gpu --form small tests/test_kernel_step.py tests/test_kernel_stress.py \
+	  tests/test_codec_cuda.py $(ARGS)
 
 lint: $(TEST)  ## Check style only
 	$(PY) -m ruff check .

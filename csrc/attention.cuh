@@ -111,11 +111,10 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
   }
 }
 
-// Items take the two partial buffers in turns; the new rows stay behind the first item's.
+// In the tile that O uses next: it is free before attention, and again when its last item's warps have met.
 template <class D>
-__device__ __forceinline__ NewRowsShared<D>& new_rows(const Context& c, const AttentionItem& item) {
-  char* half = reinterpret_cast<char*>(c.scratch.partial[c.buffer() ^ (item.place() & 1)]);
-  return *reinterpret_cast<NewRowsShared<D>*>(half + sizeof(AttentionShared<D>));
+__device__ __forceinline__ NewRowsShared<D>& new_rows(const Context& c) {
+  return *reinterpret_cast<NewRowsShared<D>*>(c.scratch.partial[LastTile::kFirst]);
 }
 
 // The keys of the item at a place in the list; of none, no rows.
@@ -129,8 +128,8 @@ __device__ __forceinline__ void read_item_keys(Context& c, Tile<D>& tile, int pl
 template <class D>
 __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, AttentionItem item) {
   using S = HeadShape<D>;
-  const NewRowsShared<D>& fresh = new_rows<D>(c, item);
-  auto& sh = *reinterpret_cast<AttentionShared<D>*>(c.scratch.partial[c.buffer()]);
+  const NewRowsShared<D>& fresh = new_rows<D>(c);
+  auto& sh = *reinterpret_cast<AttentionShared<D>*>(c.scratch.partial);
   {
     const ItemRows rows = item.rows(c);
     tile.take_new_keys(fresh, item.first_position(), rows.first_new, rows.end);
@@ -147,7 +146,6 @@ __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, Attention
   sync_compute();
   item.forget_derived();
   finish_item<D>(c, sh, item);
-  c.take_buffer();
 }
 
 // Merge the splits of one column's head group and publish: four neighbouring lanes take every fourth split of
@@ -208,9 +206,11 @@ __device__ __forceinline__ void attend_talker(Context& c) {
 #pragma unroll 1
   for (AttentionItem item{c.scratch.items[0].bits}; item.exists(); item.bits = c.scratch.items[item.place() + 1].bits) {
     if (item.place() == 0 || !item.same_rows(AttentionItem{c.scratch.items[item.place() - 1].bits})) {
-      read_new_rows<D>(c, new_rows<D>(c, item), item);
+      read_new_rows<D>(c, new_rows<D>(c), item);
       sync_compute();
-      keep_new_row<D>(c, new_rows<D>(c, item), item);
+      keep_new_row<D>(c, new_rows<D>(c), item);
+    } else {
+      sync_compute();  // the last item has been merged
     }
     attend_item<D>(c, tile, item);
     read_item_keys<D>(c, tile, item.place() + 1);

@@ -38,8 +38,9 @@ struct NewRowsShared {
   __nv_bfloat16 q[S::kGroupSize][S::kDim];
   __nv_bfloat16 k[kMaxColumns][S::kDim], v[kMaxColumns][S::kDim];
 };
-static_assert(sizeof(AttentionShared<T>) + sizeof(NewRowsShared<T>) <= sizeof(Scratch::partial) / 2,
-              "attention borrows the partial buffers");
+static_assert(sizeof(AttentionShared<T>) <= sizeof(Scratch::partial[0]) * WideTiles::kCount &&
+                  sizeof(NewRowsShared<T>) <= sizeof(Scratch::partial[0]) * LastTile::kCount,
+              "attention borrows the tiles of partial sums");
 static_assert(sizeof(AttentionShared<T>) % 16 == 0, "rows are read 16 bytes at once");
 
 // One warp's sixteen positions. Lane (g, t) = (lane / 4, lane % 4) holds of the keys rows g and g + 8,

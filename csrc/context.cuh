@@ -22,15 +22,13 @@ class PackedState {
   }
   __device__ __forceinline__ void use_columns(uint32_t columns) { bits_ = (bits_ & ~kColumns) | columns; }
   __device__ __forceinline__ bool uses(int column) const { return bits_ >> column & 1; }
-  __device__ __forceinline__ int buffer() const { return bits_ / kBuffer & 1; }
-  __device__ __forceinline__ void take_buffer() { bits_ ^= kBuffer; }
   __device__ __forceinline__ bool writes_stamps() const { return bits_ & kStamps; }
   __device__ __forceinline__ bool dumps() const { return bits_ & kDumps; }
 
  private:
   // From bit 0 on: a bit for each column in use, the flags, the layer, the predictor's pass.
   static constexpr uint32_t kColumns = (1u << kMaxColumns) - 1;
-  static constexpr uint32_t kBuffer = 1u << kMaxColumns, kStamps = 2 * kBuffer, kDumps = 4 * kBuffer;
+  static constexpr uint32_t kStamps = 1u << kMaxColumns, kDumps = 2 * kStamps;
   static constexpr int kLayerFrom = 16, kPassFrom = 24;
   static_assert(kDumps < 1u << kLayerFrom && max_of(T::kLayers, P::kLayers) < 256, "fields do not overlap");
 
@@ -54,8 +52,6 @@ struct Context {
 
   __device__ __forceinline__ int layer() const { return state.layer(); }
   __device__ __forceinline__ int pass() const { return state.pass(); }
-  __device__ __forceinline__ int buffer() const { return state.buffer(); }  // of the partial sums, the free one
-  __device__ __forceinline__ void take_buffer() { state.take_buffer(); }
   __device__ __forceinline__ bool dumps() const { return state.dumps(); }
 
   static __device__ __forceinline__ int column() { return lane_index() >> 2; }  // this lane's

@@ -14,7 +14,6 @@ __device__ __forceinline__ NewRows new_rows(const Context& c) {
 
 struct FrameCompute {
   Context c;
-  SamplerShared& sampler;
   Residual<T> hidden;
   Residual<P> row;
 
@@ -69,6 +68,7 @@ struct FrameCompute {
       head_logits<T>(c, hidden, [] { return 0; });
       norm_hidden(c, hidden);
       if constexpr (!kProjects) {
+        sync_compute();  // QKV uses the same tiles
 #pragma unroll
         for (int j = 0; j < Residual<P>::kChunks; ++j)
 #pragma unroll
@@ -82,7 +82,7 @@ struct FrameCompute {
   __device__ __forceinline__ void projection() { project_hidden(c, hidden, row); }
 
   __device__ __forceinline__ int code() {
-    sample(c, sampler);
+    sample(c, *reinterpret_cast<SamplerShared*>(c.scratch.partial[LastTile::kFirst]));
     // This lane's stream, or where its column has none, one that is there.
     const int own = min(c.column() % (new_rows(c).first > 0 ? kPairedStreams : kMaxColumns), c.p.num_columns - 1);
     return sampled_code(c, pass() - 1, own);
@@ -95,11 +95,10 @@ struct FrameCompute {
 };
 
 // A frame, or a prefill.
-__device__ __forceinline__ void compute_frame(const FrameParams& p, Scratch& scratch, FrameRing& ring,
-                                              SamplerShared& sampler) {
+__device__ __forceinline__ void compute_frame(const FrameParams& p, Scratch& scratch, FrameRing& ring) {
   const bool writes_stamps = p.stamps != nullptr && block_index() == 0 && thread_index() == 0;
   const PackedState state(columns_of(p), writes_stamps, p.dump_exchanges != nullptr);
-  FrameCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}, sampler};
+  FrameCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}};
   if (!p.prefill) store_noise(compute.c);  // of code 0, while the first weights are on their way
   feed_talker(compute.c, compute.hidden);
   walk_frame(compute, p.num_columns, p.prefill);

@@ -14,7 +14,7 @@ namespace qwen_tts {
 // strip, of one column. Four warps finish a tile. Of a warp, lanes 0..7 hold a pair p for each column
 // and lanes 16..23 the pair p + 4; the lanes beside them sum the odd rows, and hold nothing.
 struct Cell {
-  int entry, column, pair;  // entry: which tile of the group
+  int entry, column, pair;  // entry: which of the product's tiles
   bool leads;               // whether this lane holds rows
   int packet;               // where the pair stands among a strip's packets
   uint32_t sums;            // shared address of this lane's row in the first warp's tile
@@ -25,7 +25,7 @@ struct Cell {
 static_assert(kMaxColumns == 8 && kStripRows == 16, "a cell's lanes are those of an 8-column tile");
 
 // All that the epilogue can know before the warps have met: afterwards each step is waited for.
-__device__ __forceinline__ Cell epilogue_cell(const float (&partial)[kGroup][kWarps][kTileFloats]) {
+__device__ __forceinline__ Cell epilogue_cell(const float (*partial)[kWarps][kTileFloats]) {
   const int lane = lane_index(), warp = warp_index();
   Cell cell;
   cell.entry = warp >> 2;
@@ -84,31 +84,31 @@ __device__ __forceinline__ void multiply(float (&acc)[2][4], const uint4 (&a)[kH
   for (int j = 0; j < kHeld; ++j) mma(acc[j % 2], a[j], f[j]);
 }
 
-__device__ __forceinline__ void store_tile(const Context& c, int entry, const float (&acc)[2][4]) {
-  reinterpret_cast<float4*>(c.scratch.partial[c.buffer()][entry][warp_index()])[lane_index()] =
+__device__ __forceinline__ void store_tile(const Context& c, int tile, const float (&acc)[2][4]) {
+  reinterpret_cast<float4*>(c.scratch.partial[tile][warp_index()])[lane_index()] =
       make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
 }
 
 // A group of items whose first two's weights are in registers; `item` moves on. How many there were.
-template <class Prod>
+template <class Prod, class Tiles>
 __device__ __forceinline__ int multiply_two_ahead(Context& c, int& item, uint4 (&a)[2][Prod::kHeld],
                                                   const uint2 (&f)[Prod::kHeld]) {
   int n = 0;
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) {  // not a loop: which registers are next is known
+  for (int i = 0; i < Tiles::kCount; ++i) {  // not a loop: which registers are next is known
     if (i > 0 && item >= Prod::kItems) break;
     item += gridDim.x;
     ++n;
     float acc[2][4] = {};
     multiply(acc, a[i % 2], f);
-    if (i + 2 < kGroup && item + gridDim.x < Prod::kItems) load_weights<Prod>(c.ring, a[i % 2]);
-    store_tile(c, i, acc);
+    if (i + 2 < Tiles::kCount && item + gridDim.x < Prod::kItems) load_weights<Prod>(c.ring, a[i % 2]);
+    store_tile(c, Tiles::kFirst + i, acc);
   }
   return n;
 }
 
 // The same where one item's weights are ahead, or none.
-template <class Prod, class Fragments>
+template <class Prod, class Tiles, class Fragments>
 __device__ __forceinline__ int multiply_group(Context& c, int& item, uint4 (&a)[Prod::kHeld], uint2 (&f)[Prod::kHeld],
                                               Fragments&& fragments) {
   int n = 0;
@@ -126,8 +126,8 @@ __device__ __forceinline__ int multiply_group(Context& c, int& item, uint4 (&a)[
       multiply(acc, a, f);
       if (Prod::kAhead && (hold < Prod::kChunks || item < Prod::kItems)) load_weights<Prod>(c.ring, a);
     } while (hold < Prod::kChunks);
-    store_tile(c, n, acc);
-  } while (++n < kGroup && item < Prod::kItems);
+    store_tile(c, Tiles::kFirst + n, acc);
+  } while (++n < Tiles::kCount && item < Prod::kItems);
   return n;
 }
 
@@ -139,11 +139,12 @@ __device__ __forceinline__ int multiply_group(Context& c, int& item, uint4 (&a)[
 //     was read beside them: where the exchanges lie, and where kNorm names a norm, this lane's part of its sum
 // Where it can (kAhead), the weights of an item or two are read from the ring before their operand is waited for, and
 // later ones while products are made: what is left between an operand's arrival and the results is short.
-// c.buffer() says which half of the partial sums is free; it is used, synced once, read, and toggled.
-template <class Prod, int kNorm = -1, class Fragments, class Finish>
+// Partial sums meet in `Tiles` (shared_memory.cuh). Every CTA passes a barrier, even without items: what was read before is
+// free after it.
+template <class Prod, class Tiles, int kNorm = -1, class Fragments, class Finish>
 __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&& finish) {
   int item = block_index();
-  if (item >= Prod::kItems) return;
+  if (item >= Prod::kItems) return sync_compute();
   uint2 f[Prod::kHeld];
   uint4 a[Prod::kItemsAhead][Prod::kHeld] = {};
   auto load_first = [&] {
@@ -157,11 +158,11 @@ __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&&
     const int first = item;
     int n;
     if constexpr (Prod::kItemsAhead == 2) {
-      n = multiply_two_ahead<Prod>(c, item, a, f);
+      n = multiply_two_ahead<Prod, Tiles>(c, item, a, f);
     } else {
-      n = multiply_group<Prod>(c, item, a[0], f, fragments);
+      n = multiply_group<Prod, Tiles>(c, item, a[0], f, fragments);
     }
-    const Cell cell = epilogue_cell(c.scratch.partial[c.buffer()]);
+    const Cell cell = epilogue_cell(c.scratch.partial + Tiles::kFirst);
     sync_compute();
     if (cell.entry < n) {
       uint64_t* const packets = c.p.packets;
@@ -172,9 +173,9 @@ __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&&
       const int split = Prod::kSplit > 1 ? finished / Prod::kStrips : 0;
       finish(finished - split * Prod::kStrips, split, cell, rows, packets, squares);
     }
-    c.take_buffer();
     if (item >= Prod::kItems) break;
     if (Prod::kItemsAhead == 2) load_first();
+    sync_compute();  // the tiles have been read
   }
 }
 

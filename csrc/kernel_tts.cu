@@ -23,9 +23,9 @@ struct Shared {
   // computed from the kernel's constants would be, and be spilled.
   FrameParams params;
   Scratch scratch;
-  SamplerShared sampler;
 };
 static_assert(sizeof(Shared) <= kSharedBytes, "more shared memory than the GPU has");
+static_assert(offsetof(Shared, ring.data) == 0, "tiles are aligned as the memory is");
 
 // Four warps beside those that compute, though one fetches: registers are given to warps by fours,
 // and four can hand theirs over.
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_cons
   __syncthreads();
   if (threadIdx.x < kThreads) {
     take_registers<112>();
-    compute_frame(sh.params, sh.scratch, sh.ring, sh.sampler);
+    compute_frame(sh.params, sh.scratch, sh.ring);
   } else {
     give_registers<32>();
     if (threadIdx.x < kThreads + 32) fetch_frame(p, sh.ring, sh.scratch.items);
@@ -58,6 +58,10 @@ extern "C" int frame_max_grid() {
   return min_of(min_of(min_of(TalkerProducts::Qkv::kStrips, PredictorProducts::Qkv::kStrips),
                        min_of(TalkerProducts::GateUp::kStrips, PredictorProducts::GateUp::kStrips)),
                 TalkerProducts::Head::kStrips);
+}
+
+extern "C" int frame_max_positions(int grid) {
+  return kSplitPositions * min_of(kMaxSplits, grid * (kMaxItems - 1) / (kMaxColumns * T::kKvHeads));
 }
 
 extern "C" int64_t frame_num_packets() { return PacketLayout::kTotal; }

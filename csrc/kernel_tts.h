@@ -6,13 +6,14 @@
 #include "params.h"
 
 extern "C" {
-int frame_max_columns();      // streams of a frame, rows of a prefill launch
-int frame_max_grid();         // CTAs that the exchanges allow
-int64_t frame_num_packets();  // 64-bit words of FrameParams::packets, zeros before the first launch
-int frame_num_tags();         // the most exchanges a launch has: what the host adds to the epoch after it
-int frame_noise_floats();     // of FrameParams::noise_scratch, a column
-int frame_dump_rows();        // of FrameParams::dump_exchanges, an exchange
-int frame_shared_bytes();     // of dynamic shared memory, a CTA
+int frame_max_columns();            // streams of a frame, rows of a prefill launch
+int frame_max_grid();               // CTAs that the exchanges allow
+int frame_max_positions(int grid);  // of a slot, that so many CTAs can attend to
+int64_t frame_num_packets();        // 64-bit words of FrameParams::packets, zeros before the first launch
+int frame_num_tags();               // the most exchanges a launch has: what the host adds to the epoch after it
+int frame_noise_floats();           // of FrameParams::noise_scratch, a column
+int frame_dump_rows();              // of FrameParams::dump_exchanges, an exchange
+int frame_shared_bytes();           // of dynamic shared memory, a CTA
 // A line for each exchange of a frame of so many streams, in order: "talker|predictor PASS LAYER STEP", where PASS is -1
 // for the talker. The text is valid until the thread's next call.
 const char* frame_exchanges(int streams);

@@ -42,7 +42,7 @@ template <class D, class FirstPosition>
 __device__ __forceinline__ void qkv(Context& c, Residual<D>& r, FirstPosition&& first_position) {
   using L = PacketLayout;
   using Qkv = typename Products<D>::Qkv;
-  gemv<Qkv, 0>(
+  gemv<Qkv, FirstTiles, 0>(
       c,
       [&](int /*split*/, int /*first_chunk*/, uint2(&f)[Qkv::kHeld]) {
         if (c.layer() > 0) r.template add_deltas<Products<D>::Down::kSplit>(c, c.p.packets + L::kDeltaDown, c.tag - 1);
@@ -61,7 +61,7 @@ __device__ __forceinline__ void qkv(Context& c, Residual<D>& r, FirstPosition&& 
 // A projection back to the residual's width: of the published `input`, in kSplit parts of k, to the deltas at `output`.
 template <class D, class Prod>
 __device__ __forceinline__ void deltas(Context& c, int64_t input, int64_t output, Phase phase) {
-  gemv<Prod>(
+  gemv<Prod, LastTile>(
       c,
       [&](int split, int first_chunk, uint2(&f)[Prod::kHeld]) {
         wait_fragments<Prod>(c, c.p.packets + input, split, first_chunk, c.tag - 1, phase, f);
@@ -88,7 +88,7 @@ template <class D>
 __device__ __forceinline__ void gate_up(Context& c, Residual<D>& r) {
   using L = PacketLayout;
   using GateUp = typename Products<D>::GateUp;
-  gemv<GateUp, 1>(
+  gemv<GateUp, WideTiles, 1>(
       c,
       [&](int /*split*/, int /*first_chunk*/, uint2(&f)[GateUp::kHeld]) {
         r.template add_deltas<Products<D>::Out::kSplit>(c, c.p.packets + L::kDeltaO, c.tag - 1);

@@ -9,7 +9,7 @@ namespace qwen_tts {
 __device__ __forceinline__ void project_hidden(Context& c, const Residual<T>& hidden, Residual<P>& row) {
   const FrameParams& p = c.p;
   uint64_t* projected = p.packets + PacketLayout::kProjected;
-  gemv<Projection>(
+  gemv<Projection, LastTile>(
       c,
       [&](int /*split*/, int /*first_chunk*/, uint2(&f)[Projection::kHeld]) {
 #pragma unroll

@@ -12,10 +12,9 @@ struct PredictorAttentionShared {
   static constexpr int kParts = 4;  // a lane of four merges every fourth position
   float score[S::kGroupSize][kParts][kWarps / kParts];
   float q[S::kGroupSize][S::kDim];
-  float v[kWarps][S::kDim + 8];  // rows of neighbouring positions begin in different banks
+  __nv_bfloat16 v[kWarps][S::kDim + 16];  // rows of neighbouring positions begin in different banks
 };
-static_assert(sizeof(PredictorAttentionShared<P>) <= sizeof(Scratch::partial) / 2,
-              "attention borrows a partial buffer");
+static_assert(sizeof(PredictorAttentionShared<P>) <= sizeof(Scratch::partial[0]), "attention borrows a tile");
 static_assert(kWarps >= kNumCodebooks, "a warp takes a position");
 
 // The new rows of a pass: the one at `last`, of stream s in column first + s, and where first is
@@ -46,7 +45,7 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
   using Row = HeadRow<S::kDim>;
   const FrameParams& p = c.p;
   using Shared = PredictorAttentionShared<D>;
-  auto& sh = *reinterpret_cast<Shared*>(c.scratch.partial[c.buffer()]);
+  auto& sh = *reinterpret_cast<Shared*>(c.scratch.partial[kPredictorAttentionTile]);
   constexpr int kParts = Shared::kParts, kPerPart = kNumCodebooks / kParts;
   const int warp = warp_index();
   const int64_t head = (c.layer() * kMaxColumns + stream) * D::kKvHeads + kv_head;
@@ -131,7 +130,7 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
       const bool seen = part + kParts * j <= position;
       if (!seen) weight[j] = -INFINITY;
       value[j] = make_float2(0.f, 0.f);  // beyond it nobody wrote
-      if (seen) value[j] = *reinterpret_cast<const float2*>(&sh.v[part + kParts * j][dim]);
+      if (seen) value[j] = unpack_bf16(*reinterpret_cast<const uint32_t*>(&sh.v[part + kParts * j][dim]));
     }
     const float maximum = max_of_four(fmaxf(fmaxf(weight[0], weight[1]), fmaxf(weight[2], weight[3])));
     float total = 0.f, low = 0.f, high = 0.f;
@@ -150,14 +149,15 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
     publish_pair(c, p.packets + PacketLayout::kHeadsOut, row, rows.column(stream, position), divide(low, total),
                  divide(high, total));
   }
-  c.take_buffer();
 }
 
 // All items of one layer that fall to this CTA; reads c.tag - 1, publishes c.tag.
 template <class D>
 __device__ __forceinline__ void attend_predictor(Context& c, const NewRows& rows) {
-  for (int item = block_index(); item < c.p.num_columns * D::kKvHeads; item += gridDim.x)
+  for (int item = block_index(); item < c.p.num_columns * D::kKvHeads; item += gridDim.x) {
+    if (item != block_index()) sync_compute();  // the last item's values have been read
     attend_predictor_item<D>(c, item / D::kKvHeads, item % D::kKvHeads, rows);
+  }
 }
 
 }  // namespace qwen_tts

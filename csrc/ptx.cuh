@@ -52,7 +52,7 @@ __device__ __forceinline__ uint64_t nanoseconds() {
 
 // ------------------------------------------------------------------ shared memory
 
-extern __shared__ char dynamic_shared_memory[];
+extern __shared__ __align__(1024) char dynamic_shared_memory[];
 __device__ __forceinline__ char* shared_memory() { return dynamic_shared_memory; }
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }

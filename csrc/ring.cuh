@@ -58,7 +58,8 @@ using Rounds = FilledRounds<kSlots>;
 template <int kSlots_>
 struct RingShared {
   static constexpr int kSlots = kSlots_;
-  alignas(256) char data[kSlots][kSlotBytes];
+  // First in shared memory: rows of tiles begin where addresses end in zeros.
+  alignas(16) char data[kSlots][kSlotBytes];
   uint64_t full[kSlots], empty[kSlots];
   Rounds<kSlots> filled;
 
@@ -74,7 +75,7 @@ struct RingShared {
 
 // How many slots fit, with their barriers.
 constexpr int ring_slots(int bytes) {
-  return (bytes - 256) / (kSlotBytes + int(2 * sizeof(uint64_t) + sizeof(uint32_t)));
+  return (bytes - 16) / (kSlotBytes + int(2 * sizeof(uint64_t) + sizeof(uint32_t)));
 }
 
 // A place in the order of all pieces: a slot, and the round of the ring.

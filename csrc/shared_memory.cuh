@@ -6,8 +6,21 @@
 
 namespace qwen_tts {
 
-constexpr int kGroup = 3;                              // tiles whose partial sums meet at one barrier
 constexpr int kTileFloats = kStripRows * kMaxColumns;  // of one warp's result
+
+// Tiles of partial sums that a product uses. It brings as many items to one barrier. Between a barrier and the next, slow
+// warps still read what the product before it left, so products that follow each other use different tiles:
+//   QKV 0 1    attention 0 1 2 and 3 (talker), 2 (predictor)    O 3    gate-up 0 1 2    down 3    head 0 1
+//   projection 3    draws 3
+// One item a CTA is what O and down have on 128 SMs and more.
+template <int kFirst_, int kCount_>
+struct TileRange {
+  static constexpr int kFirst = kFirst_, kCount = kCount_;
+};
+using FirstTiles = TileRange<0, 2>;
+using WideTiles = TileRange<0, 3>;
+using LastTile = TileRange<3, 1>;
+constexpr int kPredictorAttentionTile = 2;
 
 // What a CTA must know of one of its items of the talker's attention (AttentionItem), the same in all layers.
 struct alignas(16) ItemRows {
@@ -17,16 +30,18 @@ struct alignas(16) ItemRows {
   int first_new;  // from here on, rows come from the exchange
 };
 
-// Of a CTA, where all streams are as long as can be and the grid is as small as can be; and an end.
-constexpr int kMaxItems = kMaxSplits * T::kKvHeads + 1;
+// Of a CTA, where all streams are as long as can be on 64 CTAs; and an end. Fewer CTAs hold shorter streams
+// (frame_max_positions).
+constexpr int kMaxItems = kMaxColumns * T::kKvHeads * kMaxSplits / 64 + 1;
 
 struct alignas(16) Scratch {  // of float4s
-  float partial[2][kGroup][kWarps][kTileFloats];
+  float partial[4][kWarps][kTileFloats];
   float sum_of_squares[2][kWarps][kMaxColumns];
-  int codes[kWarps][kMaxColumns];  // the last ones of the streams; each warp's own copy
-  ItemRows items[kMaxItems];       // this CTA's of the talker's attention
+  uint16_t codes[kWarps][kMaxColumns];  // the last ones of the streams; each warp's own copy
+  ItemRows items[kMaxItems];            // this CTA's of the talker's attention
 };
 
+// In the tile that no product of the head or of QKV uses.
 struct SamplerShared {
   uint32_t key[kWarps], score[kWarps];
   int index[kWarps];
@@ -34,7 +49,7 @@ struct SamplerShared {
   float mass[kWarps];
 };
 
-constexpr int kOtherBytes = sizeof(Scratch) + sizeof(SamplerShared) + sizeof(FrameParams) + 256;
+constexpr int kOtherBytes = sizeof(Scratch) + sizeof(FrameParams);
 // A longer ring is slower on an H200: 1159, 1286 us a frame with 22 and 42 slots (csrc/EXPERIMENTS.md).
 constexpr int kBestRingSlots = 22;
 constexpr int kRingSlots = min_of(kBestRingSlots, ring_slots(kSharedBytes - kOtherBytes));

@@ -73,7 +73,7 @@ __device__ __forceinline__ int sampled_code(const Context& c, int codebook, int 
 template <class D, class First>
 __device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, First&& first) {
   using Head = typename Products<D>::Head;
-  gemv<Head, 1>(
+  gemv<Head, FirstTiles, 1>(
       c,
       [&](int /*split*/, int /*first_chunk*/, uint2(&f)[Head::kHeld]) {
         r.template add_deltas<Products<D>::Down::kSplit>(c, c.p.packets + PacketLayout::kDeltaDown, c.tag - 1);

@@ -70,8 +70,9 @@ class FrameKernel : public torch::CustomClassHolder {
     TORCH_CHECK(grid >= kMaxColumns && grid <= frame_max_grid(), "grid is ", grid, ", allowed: ", kMaxColumns, " to ",
                 frame_max_grid());
     TORCH_CHECK(num_slots >= 1, "num_slots is ", num_slots, ", allowed: at least 1");
-    TORCH_CHECK(max_positions >= 1 && max_positions <= kMaxSplits * kSplitPositions, "max_positions is ", max_positions,
-                ", allowed: 1 to ", kMaxSplits * kSplitPositions);
+    const int most = frame_max_positions(int(grid));
+    TORCH_CHECK(max_positions >= 1 && max_positions <= most, "max_positions is ", max_positions, ", allowed on ", grid,
+                " CTAs: 1 to ", most);
     p_.num_slots = int(num_slots);
     p_.max_positions = int(max_positions);
     p_.max_spins = unsigned(max_spins);

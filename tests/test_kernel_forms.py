@@ -55,7 +55,9 @@ def codes_of(kernel, prompts: list[torch.Tensor], frames: int, takes: int) -> li
 @pytest.mark.parametrize(
     ("shape", "lengths", "frames", "takes"),
     [
+        ("tiny", LENGTHS[:1], 256, 2),
         ("tiny", LENGTHS, 256, 2),
+        ("tiny", (2049, 1500, 1025, 513), 16, 2),
         ("0.6b", LENGTHS[:1], 256, 2),
         ("0.6b", LENGTHS, 256, 4),
         ("0.6b", (2049, 1500, 1025, 513), 16, 4),

@@ -217,7 +217,7 @@ def test_codes_are_the_same_alone_in_company_in_any_slot_on_any_grid(shape, grid
     params = [GenerationParams(seed=seed) for seed in range(len(lengths))]
     expected = None
     for grid in grids:
-        kernel = make_kernel(shape, talker, num_slots=16, grid=grid)
+        kernel = make_kernel(shape, talker, num_slots=16, grid=grid, max_positions=1024)
         together = generate(kernel, list(range(8)), prompts, text, 4, params)
         expected = together if expected is None else expected
         assert torch.equal(together, expected)

@@ -112,7 +112,8 @@ class MegakernelBackend:
             library: from `build_tts.build`.
             num_slots: streams that can be live; None is `max_batch`.
             max_positions: prompt rows plus frames of a stream, at most MAX_POSITIONS.
-            grid: CTAs of a launch, from `max_batch` to one an SM; None is as many as there are SMs.
+            grid: CTAs of a launch, from `max_batch` to one an SM; None is as many as there are SMs. Fewer
+                than 64 hold shorter streams: 8 CTAs hold 1024 positions.
             max_spins: polls after which a wait inside the kernel is an error.
 
         Raises:
