@@ -72,6 +72,10 @@ extern "C" int frame_dump_rows() { return PacketLayout::kDumpRows; }
 
 extern "C" int frame_shared_bytes() { return sizeof(Shared); }
 
+extern "C" int frame_ring_slots() { return kRingSlots; }
+
+extern "C" int frame_most_ring_slots() { return kMostRingSlots; }
+
 extern "C" int frame_max_columns() { return kMaxColumns; }
 
 extern "C" int frame_num_tags() { return kMaxExchanges; }

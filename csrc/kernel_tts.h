@@ -14,6 +14,8 @@ int frame_num_tags();               // the most exchanges a launch has: what the
 int frame_noise_floats();           // of FrameParams::noise_scratch, a column
 int frame_dump_rows();              // of FrameParams::dump_exchanges, an exchange
 int frame_shared_bytes();           // of dynamic shared memory, a CTA
+int frame_ring_slots();             // of the weight ring
+int frame_most_ring_slots();        // that shared memory has room for
 // A line for each exchange of a frame of so many streams, in order: "talker|predictor PASS LAYER STEP", where PASS is -1
 // for the talker. The text is valid until the thread's next call.
 const char* frame_exchanges(int streams);

@@ -51,8 +51,11 @@ struct SamplerShared {
 
 constexpr int kOtherBytes = sizeof(Scratch) + sizeof(FrameParams);
 // A longer ring is slower on an H200: 1159, 1286 us a frame with 22 and 42 slots (csrc/EXPERIMENTS.md).
-constexpr int kBestRingSlots = 22;
-constexpr int kRingSlots = min_of(kBestRingSlots, ring_slots(kSharedBytes - kOtherBytes));
+#ifndef QWEN_TTS_RING_SLOTS  // geometry.h may have another number, which `tune` found better on its GPU
+#define QWEN_TTS_RING_SLOTS 22
+#endif
+constexpr int kMostRingSlots = ring_slots(kSharedBytes - kOtherBytes);
+constexpr int kRingSlots = min_of(QWEN_TTS_RING_SLOTS, kMostRingSlots);
 static_assert(kRingSlots >= kWarps / 2, "the ring must hold an item of most products");
 using FrameRing = RingShared<kRingSlots>;
 

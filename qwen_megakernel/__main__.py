@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": ("tools.demo", "speak once through a real server with the demonstration voice"),
     "doctor": ("tools.doctor", "check this machine, and say how to put right what is wrong"),
     "protocol-schema": ("tools.protocol_schema", "print the JSON Schema of the native protocol"),
+    "tune": ("bench.tune", "find the frame kernel's fastest setting on this GPU, and keep it"),
     "synth-checkpoint": ("synth.checkpoint", "write a checkpoint of random weights (noise for a voice)"),
 }
 """Command -> (module of this package, one line of help)."""

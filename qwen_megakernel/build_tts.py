@@ -83,23 +83,30 @@ READ_LIBRARY = Library("read", ("read_floor.cu",), (), header="")
 """A plain streaming read, the floor that the bench compares a frame with."""
 
 
-def frame_library(config: ModelConfig, arch: str, form: str = "auto") -> Library:
+def frame_library(
+    config: ModelConfig, arch: str, form: str = "auto", ring_slots: int | None = None
+) -> Library:
     """The frame kernel for a checkpoint's shape.
 
     Args:
         config: the shape.
         arch: `90a`, `120a`, ...
         form: one of `FORMS`.
+        ring_slots: of the weight ring, as many as fit at most; None is what the sources say.
 
     Raises:
         BuildError: a shape that the kernel's tiles cannot cover, or a form that the architecture has
             no room for.
     """
+    header = geometry_header(config, shared_bytes(arch, form))
+    if ring_slots is not None:
+        header += f"#define QWEN_TTS_RING_SLOTS {ring_slots}\n"
+    return _frame_library(header)
+
+
+def _frame_library(header: str) -> Library:
     return Library(
-        "frame",
-        ("kernel_tts.cu",),
-        ("torch_bindings_tts.cpp", "frame_exchanges.cpp"),
-        geometry_header(config, shared_bytes(arch, form)),
+        "frame", ("kernel_tts.cu",), ("torch_bindings_tts.cpp", "frame_exchanges.cpp"), header
     )
 
 
@@ -156,6 +163,11 @@ def shared_bytes(arch: str, form: str = "auto") -> int:
     return _SMALL_BYTES if form == "small" else most
 
 
+def form_of(arch: str, form: str = "auto") -> str:
+    """`large` or `small`: what a name of `FORMS` means on an architecture. Raises `BuildError`."""
+    return "small" if shared_bytes(arch, form) == _SMALL_BYTES else "large"
+
+
 def detect_arch(device: torch.device) -> str:
     """The architecture of a GPU, such as `90a`. Raises `BuildError` for one that is too old."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -197,7 +209,7 @@ def build(library: Library, arch: str, progress: Progress | None = None) -> Path
             "the kernels are built on Linux only (on Windows: in WSL 2); --backend torch works here"
         )
     report = progress or (lambda line: None)
-    stem = f"{library.name}-sm_{arch}-{_digest(library, arch)}"
+    stem = f"{library.name}-sm_{arch}-{build_digest(library, arch)}"
     try:
         nvcc = require_nvcc()
     except BuildError:
@@ -233,11 +245,17 @@ def _identifier(name: str) -> str:
     return re.sub(r"\W", "_", name)
 
 
-def _digest(library: Library, arch: str) -> str:
+def build_digest(library: Library, arch: str) -> str:
+    """What tells builds apart, but for the compiler's release: sources, flags, torch and Python."""
     parts = [library.header, " ".join(_nvcc_flags(arch)), torch.__version__, sys.version]
     for path in _sources(library):
         parts += [path.name, path.read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def frame_digest(geometry: str, arch: str) -> str:
+    """`build_digest` of the frame kernel whose `geometry.h` this is."""
+    return build_digest(_frame_library(geometry), arch)
 
 
 def _sources(library: Library) -> list[Path]:

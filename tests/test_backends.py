@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from qwen_megakernel.config import ModelConfig
 from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.engine import backends as backends_module
 from qwen_megakernel.engine.backends import Backends, memory_refusal
+from qwen_megakernel.kernel_tuning import Setting, Tuning
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config
@@ -48,6 +50,8 @@ def hopper(monkeypatch, tmp_path):
     """An H100 as torch would describe it, an empty cache, no compiler."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(build_environment, "USUAL_NVCC", tmp_path / "nowhere")
     monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
@@ -138,6 +142,40 @@ def test_a_shape_the_kernel_does_not_know(config, talker, nvcc):
     backends._config = config  # the weights' own, for PyTorch
     assert isinstance(backends.make_decoder(talker, num_slots=2, max_positions=64), TorchBackend)
     assert "vocab_size is 2047, the kernel needs a multiple of 32" in backends.description["note"]
+
+
+def keep_tuning(config: ModelConfig, **changes: str) -> Tuning:
+    target = replace(backends_module.tuning_target(config, GPU), **changes)
+    tuning = Tuning(target, Setting(ring_slots=14, l2_share=0.25, grid=128), {"1": (0.95, 0.96)})
+    tuning.save()
+    return tuning
+
+
+def test_a_tuning_is_used_and_named(config, talker, nvcc, monkeypatch):
+    nvcc(MAKES_JUNK)
+    tuning, made = keep_tuning(config), []
+
+    def make(*shape, **options):
+        made.append(options)
+        return TorchBackend(*shape, num_slots=2, max_positions=64)
+
+    monkeypatch.setattr(backends_module, "MegakernelBackend", make)
+    monkeypatch.setattr(backends_module, "_forget_layers", lambda talker: None)
+    _, _, description, _ = make_both("auto", config, talker)
+    assert description["tuning"] == str(tuning)
+    assert (made[0]["grid"], made[0]["l2_share"]) == (128, 0.25)
+    header = (made[0]["library"].parent / "geometry.h").read_text()
+    assert header == tuning.target.geometry + "#define QWEN_TTS_RING_SLOTS 14\n"
+
+
+def test_a_tuning_of_other_kernels_is_not_used(config, talker, nvcc):
+    nvcc(MAKES_JUNK)
+    keep_tuning(config, digest="of kernels before")
+    _, _, description, lines = make_both("auto", config, talker)
+    assert "tuning" not in description
+    assert sum("is ignored: it is of other kernels; tune again" in line for line in lines) == 1
+    (folder,) = build_environment.cache_folder().glob("frame-sm_90a-*/")
+    assert "RING_SLOTS" not in (folder / "geometry.h").read_text()
 
 
 def test_torch_is_asked_for_and_needs_no_excuse(config, talker, hopper):

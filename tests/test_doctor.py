@@ -438,7 +438,7 @@ def test_whole_command(tools, tiny_base):
     by_name = {check["name"]: check for check in found["checks"]}
     assert list(by_name) == [
         "python", "packages", "cpu", "driver", "gpu", "torch", "nvcc", "compiler", "kernels",
-        "model", "model-disk", "kernel-disk", "port",
+        "tuning", "model", "model-disk", "kernel-disk", "port",
     ]  # fmt: skip
     assert all(set(check) == {"name", "status", "detail", "fix"} for check in found["checks"])
     assert found["ok"] is all(check["status"] != "fail" for check in found["checks"])

@@ -124,7 +124,7 @@ def frame_bytes(config: ModelConfig, streams: int, position: int) -> int:
 # --- measuring ---------------------------------------------------------------------------------
 
 
-class _Prompts:
+class Prompts:
     """Fills slots up to a position; the keys and values of a length are computed once."""
 
     def __init__(self, config: ModelConfig, device: torch.device, longest: int) -> None:
@@ -175,7 +175,7 @@ class KernelBench:
         self._kernel = MegakernelBackend(*shape, library=self.library, max_positions=most)
         self._widest = self._kernel.max_batch
         self._torch = TorchBackend(*shape, max_positions=most, max_batch=self._widest)
-        self._prompts = _Prompts(config, self._device, most)
+        self._prompts = Prompts(config, self._device, most)
         self._buffer = torch.zeros(
             frame_bytes(config, self._widest, max(positions)), dtype=torch.uint8, device=self._device
         )
@@ -207,9 +207,9 @@ class KernelBench:
             graph_us=float(np.median(device_times(graph.replay, max(self._repeats // 10, 3)))),
         )
 
-    def _running(self, backend: _Backend, streams: int, position: int, repeats: int) -> _Slots:
+    def _running(self, backend: _Backend, streams: int, position: int, repeats: int) -> LiveSlots:
         """Slots whose next `repeats` frames, after a warm-up, lie around `position`."""
-        return _Slots(self._prompts, backend, streams, max(2, position - repeats // 2 - WARM_UP))
+        return LiveSlots(self._prompts, backend, streams, max(2, position - repeats // 2 - WARM_UP))
 
     def _parts(self, streams: int, position: int, text: torch.Tensor) -> dict[str, float]:
         parts = [part_of(exchange) for exchange in self._kernel.exchanges(streams)]
@@ -237,10 +237,10 @@ class KernelBench:
 
 
 @dataclass(slots=True)
-class _Slots:
+class LiveSlots:
     """Live slots 0 to `streams` - 1, for as long as the context lasts."""
 
-    prompts: _Prompts
+    prompts: Prompts
     backend: _Backend
     streams: int
     rows: int

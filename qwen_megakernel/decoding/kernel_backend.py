@@ -36,6 +36,7 @@ from qwen_megakernel.decoding.weight_packing import (
     pack_rope,
     with_norm,
 )
+from qwen_megakernel.kernel_tuning import DEFAULT_L2_SHARE, Setting
 from qwen_megakernel.model.sampling import split_seed
 from qwen_megakernel.model.talker import Talker, mrope_tables, rope_tables
 from qwen_megakernel.prompt.shared_rows import SharedRows
@@ -102,6 +103,7 @@ class MegakernelBackend:
         num_slots: int | None = None,
         max_positions: int = 3072,
         grid: int | None = None,
+        l2_share: float | None = None,
         max_spins: int = _MAX_SPINS,
     ) -> None:
         """Pack the weights and reserve the caches.
@@ -112,8 +114,9 @@ class MegakernelBackend:
             library: from `build_tts.build`.
             num_slots: streams that can be live; None is `max_batch`.
             max_positions: prompt rows plus frames of a stream, at most MAX_POSITIONS.
-            grid: CTAs of a launch, from `max_batch` to one an SM; None is as many as there are SMs. Fewer
-                than 64 hold shorter streams: 8 CTAs hold 1024 positions.
+            grid: CTAs of a launch, from `max_batch` to one an SM; None is as many as there are SMs.
+                Fewer than 64 hold shorter streams: 8 CTAs hold 1024 positions.
+            l2_share: part of L2 that keeps weights of the predictor; None is `DEFAULT_L2_SHARE`.
             max_spins: polls after which a wait inside the kernel is an error.
 
         Raises:
@@ -134,7 +137,7 @@ class MegakernelBackend:
             raise ValueError(
                 f"the kernel's streams have {self._ops.stream_bytes()} bytes, not {_STREAM.itemsize}"
             )
-        self._grid = self._choose_grid(grid)
+        self._choose_grid(grid)  # refused before weights are packed
         packed = self._pack(talker)
         self.kv_cache = KvCache(
             talker_config,
@@ -147,18 +150,40 @@ class MegakernelBackend:
         self._tensors = packed | self.kv_cache.tensors | self._reserve()
         self._prefixes = PrefixCache(self.kv_cache)
         self._long_prompts = TalkerPrefill(talker, talker_config, self.kv_cache)
-        kernel_class = getattr(torch.classes, library_name(library)).FrameKernel
-        self._kernel = kernel_class(self._tensors, num_slots, max_positions, self._grid, max_spins)
+        self._max_spins = max_spins
         self._epoch, self._num_tags = 1, self._ops.num_tags()
         self._codes_host = torch.zeros(self.max_batch, NUM_CODEBOOKS, dtype=torch.int32, pin_memory=True)
         self._copied = torch.cuda.Event()
-        # Half of L2 for the weights that every pass reads again: best on an H100 (csrc/EXPERIMENTS.md).
+        self.load_kernel(library, Setting(grid=grid, l2_share=l2_share))
+
+    def load_kernel(self, library: Path, setting: Setting) -> None:
+        """Run the frames from now on with another build; weights, caches and live slots stay.
+
+        Args:
+            library: built for the same shape and form, with the setting's `ring_slots`.
+            setting: how it is launched.
+
+        Raises:
+            ValueError: a grid out of range.
+        """
+        torch.ops.load_library(str(library))
+        grid = self._choose_grid(setting.grid)
+        kernel_class = getattr(torch.classes, library_name(library)).FrameKernel
+        self._kernel = kernel_class(
+            self._tensors, self.num_slots, self.max_positions, grid, self._max_spins
+        )
+        share = DEFAULT_L2_SHARE if setting.l2_share is None else setting.l2_share
         l2_bytes = torch.cuda.get_device_properties(self._device).L2_cache_size
-        self._kernel.keep_in_l2(l2_bytes // 2 // predictor_config.num_layers)
+        self._kernel.keep_in_l2(int(l2_bytes * share) // self._predictor_config.num_layers)
+
+    @property
+    def max_grid(self) -> int:
+        """CTAs of the largest launch: one an SM, as far as the shape has work for them."""
+        sms = torch.cuda.get_device_properties(self._device).multi_processor_count
+        return min(sms, self._ops.max_grid())
 
     def _choose_grid(self, grid: int | None) -> int:
-        sms = torch.cuda.get_device_properties(self._device).multi_processor_count
-        most = min(sms, self._ops.max_grid())
+        most = self.max_grid
         if grid is None:
             return most
         if not self.max_batch <= grid <= most:  # each stream has a CTA that draws for it

@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from qwen_megakernel.build_tts import BuildError, build, codec_library, detect_arch, frame_library
+from qwen_megakernel import kernel_tuning
+from qwen_megakernel.build_tts import (
+    BuildError,
+    build,
+    build_digest,
+    codec_library,
+    detect_arch,
+    form_of,
+    frame_library,
+)
 from qwen_megakernel.checkpoint import CheckpointError
 from qwen_megakernel.codec.cuda_stream import CudaCodecStream
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
@@ -22,6 +31,7 @@ from qwen_megakernel.decoding.interface import DecoderBackend
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
 from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.decoding.torch_backend import TorchBackend
+from qwen_megakernel.kernel_tuning import Setting, Target, Tuning
 from qwen_megakernel.model.talker import Talker
 
 BACKENDS = ("auto", "torch", "megakernel")
@@ -58,6 +68,29 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def tuning_target(config: ModelConfig, device: torch.device, form: str = "auto") -> Target:
+    """What a tuning of the frame kernel must be of, to be used for a shape on a GPU.
+
+    Args:
+        config: the shape.
+        device: the GPU.
+        form: of the kernel, one of `build_tts.FORMS`.
+
+    Raises:
+        BuildError: the GPU or the shape cannot have the kernel.
+    """
+    arch, gpu = detect_arch(device), torch.cuda.get_device_properties(device)
+    library = frame_library(config, arch, form)
+    return Target(
+        gpu=torch.cuda.get_device_name(device),
+        sms=gpu.multi_processor_count,
+        arch=arch,
+        form=form_of(arch, form),
+        geometry=library.header,
+        digest=build_digest(library, arch),
+    )
+
+
 class Backends:
     """Makes the decoder and the codec of one checkpoint.
 
@@ -90,6 +123,7 @@ class Backends:
         self._builds: dict[str, Future[Path]] = {}
         self._runs: dict[str, str] = {}
         self._notes: list[str] = []
+        self._tuning: Tuning | None = None
         if name == "torch":
             return
         if reason := why_no_kernels(device, dtype):
@@ -98,7 +132,9 @@ class Backends:
         arch = detect_arch(device)
 
         def build_frame() -> Path:
-            return build(frame_library(config, arch), arch, progress)
+            self._tuning = kernel_tuning.find(tuning_target(config, device), progress)
+            slots = self._setting.ring_slots
+            return build(frame_library(config, arch, ring_slots=slots), arch, progress)
 
         self._builds["backend"] = in_daemon_thread(build_frame)
         self._builds["codec"] = in_daemon_thread(build, codec_library(arch), arch, progress)
@@ -114,7 +150,10 @@ class Backends:
 
         def kernel(library: Path) -> MegakernelBackend:
             self._progress("packing the weights for the frame kernel")
-            made = MegakernelBackend(*shape, library=library, **sizes)
+            chosen = {"grid": self._setting.grid, "l2_share": self._setting.l2_share}
+            made = MegakernelBackend(*shape, library=library, **sizes, **chosen)
+            if self._tuning is not None:
+                self._runs["tuning"] = str(self._tuning)
             _forget_layers(talker)
             return made
 
@@ -135,8 +174,13 @@ class Backends:
 
     @property
     def description(self) -> dict[str, str]:
-        """What runs: `backend`, `codec`, and `note` where `auto` could not take the kernels."""
+        """What runs: `backend`, `codec`; `tuning` where the frame kernel has one; `note` where `auto`
+        could not take the kernels."""
         return self._runs | ({"note": "; ".join(self._notes)} if self._notes else {})
+
+    @property
+    def _setting(self) -> Setting:
+        return self._tuning.setting if self._tuning is not None else Setting()
 
     def _make(
         self, part: str, label: str, kernel: Callable[[Path], _Made], plain: Callable[[], _Made]

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from qwen_megakernel import kernel_tuning
 from qwen_megakernel.build_environment import cache_folder, find_nvcc
 from qwen_megakernel.tools.machine import (
     Gpus,
@@ -288,6 +289,43 @@ def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None
     return Check("kernels", "ok", f"{detail}, or before: python -m qwen_megakernel build")
 
 
+def check_tuning(found: Gpus, cache: Path | None = None) -> Check:
+    """Whether `tune` has found settings for this GPU, and for the present kernels.
+
+    Args:
+        found: the GPUs.
+        cache: where builds are kept.
+    """
+    if not found.gpus or found.gpus[0].capability < HOPPER:
+        return Check("tuning", "skipped", "no GPU that runs the kernels")
+    command = "python -m qwen_megakernel tune"
+    tuned, stale = [], []
+    for path in kernel_tuning.kept(found.gpus[0].name, cache):
+        try:
+            tuning = kernel_tuning.read(path)
+        except (ValueError, OSError) as error:
+            stale.append(f"{path} is ignored: {error}")
+            continue
+        if _is_of_present_kernels(tuning.target):
+            tuned.append(f"{tuning.target.form} form: {tuning}")
+        else:
+            stale.append(f"{path} is ignored: it is of other kernels")
+    detail = "; ".join(tuned + stale)
+    if stale:
+        return Check("tuning", "warn", detail, command)
+    return Check(
+        "tuning", "ok", detail or f"none; {command} looks for faster settings in a minute or two"
+    )
+
+
+def _is_of_present_kernels(target: kernel_tuning.Target) -> bool:
+    try:
+        from qwen_megakernel.build_tts import frame_digest
+    except ImportError:  # doctor also runs before anything is installed
+        return True
+    return target.digest == frame_digest(target.geometry, target.arch)
+
+
 def _absent(name: str, found: Gpus, fix: str) -> Check:
     """A missing build tool, which only a machine with a GPU has a use for."""
     if not found.gpus:
@@ -395,6 +433,7 @@ def examine(name: str, port: int) -> list[Check]:
         check_torch(gpus, torch),
         *tools,
         check_kernels(gpus, tools),
+        check_tuning(gpus),
     ]
     try:
         model = ask_model(name)

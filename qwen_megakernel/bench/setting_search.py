@@ -1,0 +1,169 @@
+"""The search for a frame kernel's fastest setting: what is tried, compared and chosen.
+
+It knows no GPU. Times come from functions that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qwen_megakernel.bench.against import ratio_bound
+from qwen_megakernel.config import ModelConfig, TransformerConfig
+from qwen_megakernel.decoding.weight_packing import STRIP_ROWS, split_of
+from qwen_megakernel.kernel_tuning import Setting
+
+L2_SHARES = (0.0, 0.25, 0.75)
+"""Beside `kernel_tuning.DEFAULT_L2_SHARE`."""
+RING_STEPS = (-8, -4, 4, 8)
+"""Slots beside the default."""
+ROUNDS = 2
+"""Measurements of a pair of settings, each in the order A B B A, on every instance."""
+
+FrameTime = Callable[[Setting, int], float]
+"""Microseconds of a frame with a setting, for a number of streams."""
+DrawsSameCodes = Callable[[Setting], bool]
+Knobs = Mapping[str, Sequence[int | float]]
+"""A field of `Setting`, and the values to try."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A setting beside another."""
+
+    base: Setting
+    setting: Setting
+    ratios: dict[int, tuple[float, float]]
+    """By number of streams: time of a frame over the base's, and its upper 95 % bound. Empty where the
+    setting was not timed."""
+    same_codes: bool = True
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether it is, beyond doubt, for every number of streams."""
+        bounds = [bound for _, bound in self.ratios.values()]
+        return self.same_codes and bool(bounds) and max(bounds) < 1
+
+    @property
+    def worst(self) -> float:
+        """The ratio of the number of streams that gains least."""
+        return max(ratio for ratio, _ in self.ratios.values())
+
+
+# --- what is tried -------------------------------------------------------------------------------
+
+
+def ring_candidates(default: int, least: int, most: int) -> list[int]:
+    """Numbers of slots to try, each of which is another kernel than the default's.
+
+    Args:
+        default: the sources' number, as far as it fits.
+        least, most: what the kernel takes, and what shared memory has room for.
+    """
+    near = {min(max(default + step, least), most) for step in RING_STEPS}
+    return sorted(near - {default})
+
+
+def grid_candidates(config: ModelConfig, most: int, least: int) -> list[int]:
+    """Smaller grids in which no CTA computes more items of any product than in the largest one.
+
+    Fewer CTAs poll fewer packets, and the largest grid leaves some of them idle in the last round.
+
+    Args:
+        config: the shape.
+        most: CTAs of the largest grid.
+        least: CTAs of the smallest that the kernel takes.
+    """
+    items = [count for part in (config.talker, config.predictor) for count in _items(part)]
+
+    def rounds(grid: int) -> list[int]:
+        return [-(-count // grid) for count in items]
+
+    smallest = next(grid for grid in range(least, most + 1) if rounds(grid) == rounds(most))
+    return sorted({smallest, (smallest + most) // 2} - {most})
+
+
+def _items(c: TransformerConfig) -> list[int]:
+    """Items of each product of a layer and of the head, as csrc/products.cuh cuts them."""
+    heads = c.num_heads * c.head_dim
+    strips = [heads + 2 * c.num_kv_heads * c.head_dim, 2 * c.intermediate_size, c.vocab_size]
+    split = [
+        c.hidden_size * split_of(c.hidden_size, heads),
+        c.hidden_size * split_of(c.hidden_size, c.intermediate_size),
+    ]
+    return [rows // STRIP_ROWS for rows in (*strips, *split)]
+
+
+# --- what is chosen ------------------------------------------------------------------------------
+
+
+def compare(
+    base: Setting, setting: Setting, streams: Sequence[int], instances: Sequence[FrameTime]
+) -> Trial:
+    """Time two settings in turns.
+
+    Args:
+        base, setting: A and B.
+        streams: numbers of streams.
+        instances: the same measurement with weights at other addresses, at least two.
+    """
+    ratios = {}
+    for n in streams:
+        pairs = [_paired_ratios(base, setting, n, time) for time in instances]
+        found = np.array(pairs)
+        # A pair has one set of addresses: its ratio spreads less than its times.
+        bound = ratio_bound(np.ones_like(found), found)
+        ratios[n] = (float(np.median(np.median(found, axis=1))), bound)
+    return Trial(base, setting, ratios)
+
+
+def _paired_ratios(base: Setting, setting: Setting, n: int, time: FrameTime) -> list[float]:
+    """Time of B over that of A, pair by pair, in the order A B B A: a drift meets both alike."""
+    ratios = []
+    for _ in range(ROUNDS):
+        a, b = time(base, n), time(setting, n)
+        ratios.append(b / a)
+        b, a = time(setting, n), time(base, n)
+        ratios.append(b / a)
+    return ratios
+
+
+def search(
+    knobs: Knobs,
+    streams: Sequence[int],
+    instances: Sequence[FrameTime],
+    draws_same_codes: DrawsSameCodes,
+    report: Callable[[Trial], None],
+) -> Setting:
+    """Turn one knob after the other, and keep what is faster for every number of streams.
+
+    Of several tries one may win by chance: `confirm` the result.
+
+    Args:
+        knobs: what to try.
+        streams, instances: see `compare`.
+        draws_same_codes: whether a setting draws the default's codes; one that does not is not timed.
+        report: told of every trial.
+    """
+    best = Setting()
+    for name, values in knobs.items():
+        trials = []
+        for value in values:
+            setting = replace(best, **{name: value})
+            same = draws_same_codes(setting)
+            trial = (
+                compare(best, setting, streams, instances) if same else Trial(best, setting, {}, False)
+            )
+            report(trial)
+            trials.append(trial)
+        faster = [trial for trial in trials if trial.is_faster]
+        if faster:
+            best = min(faster, key=lambda trial: trial.worst).setting
+    return best
+
+
+def confirm(setting: Setting, streams: Sequence[int], instances: Sequence[FrameTime]) -> Trial:
+    """Compare what a search found with the default, with measurements that did not choose it."""
+    return compare(Setting(), setting, streams, instances)

@@ -1,0 +1,154 @@
+"""Settings of the frame kernel that `tune` found faster on a GPU, kept beside the built kernels.
+
+A setting changes a frame's time and never its codes. Standard library only, so that `doctor` can read
+the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_megakernel.build_environment import cache_folder
+
+SCHEMA = 1
+DEFAULT_L2_SHARE = 0.5
+"""Of L2, for the weights that every pass of the predictor reads again (csrc/EXPERIMENTS.md)."""
+_PREFIX = "tuning-"
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What can be set of a frame kernel without another code coming out. None is the default."""
+
+    ring_slots: int | None = None
+    """Slots of 4 KB of the weight ring; the default is the sources'."""
+    l2_share: float | None = None
+    """Part of L2 that is asked to keep weights of the predictor, 0 to 1; `DEFAULT_L2_SHARE`."""
+    grid: int | None = None
+    """CTAs of a launch; the default is one an SM."""
+
+    def __str__(self) -> str:
+        names = {
+            "ring_slots": f"a ring of {self.ring_slots} slots",
+            "l2_share": f"{100 * (self.l2_share or 0):.0f} % of L2",
+            "grid": f"{self.grid} CTAs",
+        }
+        return ", ".join(names[name] for name, value in asdict(self).items() if value is not None) or (
+            "the default"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a tuning belongs to. On another target it says nothing."""
+
+    gpu: str
+    """Name that the driver gives."""
+    sms: int
+    arch: str
+    form: str
+    """`large` or `small`."""
+    geometry: str
+    """Of the default build: what `build_tts.geometry_header` says of shape and form."""
+    digest: str
+    """Of the default build: `build_tts.build_digest`."""
+
+    @property
+    def path(self) -> Path:
+        """The file of this GPU, form and shape; other kernels of theirs have the same one."""
+        gpu = re.sub(r"\W+", "-", self.gpu)
+        shape = re.findall(r"(?:kHidden|kLayers|kIntermediate|kVocab) = (\d+)", self.geometry)
+        return cache_folder() / f"{_PREFIX}{gpu}-{self.form}-{'-'.join(shape)}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """A setting that beat the default, and by how much."""
+
+    target: Target
+    setting: Setting
+    ratios: dict[str, tuple[float, float]]
+    """By number of streams: time of a frame over the default's, and its upper 95 % bound."""
+
+    def __str__(self) -> str:
+        gains = (
+            f"{100 * (1 - ratio):.1f} % for {streams} stream{'s' * (streams != '1')}"
+            for streams, (ratio, _) in self.ratios.items()
+        )
+        return f"{self.setting}; frames take less by {', '.join(gains)}"
+
+    def save(self) -> Path:
+        """Write the file, whole or not at all; returns where. Raises `OSError`."""
+        path = self.target.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"schema": SCHEMA, **asdict(self)}, file, indent=2)
+        os.replace(aside, path)
+        return path
+
+
+def read(path: Path) -> Tuning:
+    """The tuning of a file.
+
+    Raises:
+        ValueError: it does not hold one; one line says why.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema is {content['schema']!r}, expected {SCHEMA}")
+        target, setting = Target(**content["target"]), Setting(**content["setting"])
+        ratios = {str(n): (float(r), float(bound)) for n, (r, bound) in content["ratios"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is not a tuning: {type(error).__name__}: {error}") from None
+    _check_whole("ring_slots", setting.ring_slots, 1, 1 << 10)
+    _check_whole("grid", setting.grid, 1, target.sms)
+    share = setting.l2_share
+    if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1):
+        raise ValueError(f"l2_share is {share!r}, expected 0 to 1")
+    return Tuning(target, setting, ratios)
+
+
+def _check_whole(name: str, value: Any, least: int, most: int) -> None:
+    if value is not None and not (type(value) is int and least <= value <= most):
+        raise ValueError(f"{name} is {value!r}, expected {least} to {most}")
+
+
+def find(target: Target, report: Report) -> Tuning | None:
+    """The tuning of exactly this target, or None.
+
+    Args:
+        target: what runs.
+        report: told why a tuning that is there is not used.
+    """
+    path = target.path
+    try:
+        tuning = read(path)
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        report(f"the tuning {path} is ignored: {error}")
+        return None
+    for name, ours in asdict(target).items():
+        if getattr(tuning.target, name) != ours:
+            what = "other kernels" if name in ("digest", "geometry") else f"another {name}"
+            report(f"the tuning {path} is ignored: it is of {what}; tune again")
+            return None
+    return tuning
+
+
+def kept(gpu: str, folder: Path | None = None) -> list[Path]:
+    """Files of tunings for a GPU's name, whatever kernels they are of."""
+    name = re.sub(r"\W+", "-", gpu)
+    return sorted((folder or cache_folder()).glob(f"{_PREFIX}{name}-*.json"))
