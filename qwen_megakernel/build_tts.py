@@ -327,6 +327,9 @@ def _compile(library: Library, arch: str, nvcc: Path, folder: Path, name: str) -
     if library.cpp_sources:
         root = Path(torch.__file__).parent / "lib"
         link += [f"-L{root}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    libraries = nvcc.parent.parent / "lib"
+    if (libraries / "libcudart_static.a").exists():  # pip's toolkit, whose nvcc looks in lib64 alone
+        link.append(f"-L{libraries}")
     _run_all([("linking", link)], folder)
 
 
@@ -347,7 +350,8 @@ def _run_all(jobs: Sequence[tuple[str, Sequence[str | Path]]], folder: Path) -> 
 
 
 def _first_error(output: str) -> str:
-    lines = [line for line in output.splitlines() if "error" in line.lower() or "fatal" in line.lower()]
+    words = ("error", "fatal", "cannot find")
+    lines = [line for line in output.splitlines() if any(word in line.lower() for word in words)]
     return (lines or output.splitlines() or ["the compiler said nothing"])[0][:400]
 
 

@@ -210,6 +210,28 @@ def test_a_kept_build_needs_no_compiler(config, nvcc):
         build(frame_library(config, "120a"), "120a")
 
 
+@pytest.mark.parametrize("from_pip", [False, True])
+def test_the_runtime_is_found_in_the_toolkit_that_pip_brings(from_pip, config, nvcc, tmp_path):
+    nvcc(f'echo "$*" >> {tmp_path}/commands\n{MAKES_JUNK}')
+    if from_pip:
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "lib" / "libcudart_static.a").touch()
+    build(frame_library(config, "90a"), "90a")
+    (link,) = [line for line in (tmp_path / "commands").read_text().splitlines() if "-shared" in line]
+    assert link.endswith(f" -L{tmp_path}/lib") is from_pip
+
+
+def test_a_library_that_the_linker_misses_is_named(config, nvcc):
+    nvcc(
+        """case "$*" in *-shared*)
+echo 'ld: cannot find -lcudart_static' >&2; echo 'collect2: error: ld returned 1' >&2; exit 1;; esac
+"""
+        + MAKES_JUNK
+    )
+    with pytest.raises(BuildError, match="linking: ld: cannot find -lcudart_static"):
+        build(frame_library(config, "90a"), "90a")
+
+
 def test_a_build_belongs_to_its_own_sources(config, nvcc, tmp_path, monkeypatch):
     """An edit of what a library includes is another build; an edit beside it is not."""
     nvcc(MAKES_JUNK)

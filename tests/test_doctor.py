@@ -230,6 +230,8 @@ NVCC = "echo 'Cuda compilation tools, release {}, V{}.88'"
 
 def test_nvcc_matches_torch_and_gpu(tools, gpus):
     found = gpus(RTX_5090)
+    assert 'pip install "cuda-toolkit[nvcc,cccl]==13.0.*"' in check_nvcc(found, TORCH).fix
+    assert "pip" not in check_nvcc(found, Torch("2.11.0", (12, 8), True)).fix
     tools("nvcc", NVCC.format("13.0", "13.0"))
     assert check_nvcc(found, TORCH).status == "ok"
     tools("nvcc", NVCC.format("12.4", "12.4"))
@@ -464,6 +466,16 @@ def test_whole_command_before_anything_is_installed(tools):
     assert (bare.returncode, bare.stderr) == (1, "")
     assert "FAIL    packages    missing: packaging, and perhaps others" in bare.stdout
     assert "fix: pip install -r requirements.txt" in bare.stdout
+
+
+def test_whole_command_where_torch_is_half_installed(tools, tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch_global_deps.so: cannot open')\n")
+    broken = run("--json", PYTHONPATH=str(tmp_path))
+    assert (broken.returncode, broken.stderr) == (1, "")
+    by_name = {check["name"]: check for check in json.loads(broken.stdout)["checks"]}
+    assert by_name["torch"]["status"] == "fail"
+    assert "libtorch_global_deps.so" in by_name["torch"]["detail"]
+    assert by_name["model"]["status"] == "skipped"
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])

@@ -224,7 +224,11 @@ def check_nvcc(found: Gpus, torch: Torch) -> Check:
     """A CUDA compiler of torch's major version that knows the GPU."""
     path = find_nvcc()
     if path is None:
-        return _absent("nvcc", found, "install the CUDA toolkit of torch's version, 12.8 or newer")
+        fix = "install the CUDA toolkit of torch's version, 12.8 or newer"
+        if torch.cuda is not None and torch.cuda >= (13, 0):
+            package = f"cuda-toolkit[nvcc,cccl]=={_dotted(torch.cuda)}.*"
+            fix += f'; or its compiler, as SETUP.md shows: pip install "{package}", and set CUDA_HOME'
+        return _absent("nvcc", found, fix)
     out, error = run_tool(str(path), "--version")
     match = re.search(r"release (\d+\.\d+)", out)
     if error or match is None:
@@ -321,7 +325,7 @@ def check_tuning(found: Gpus, cache: Path | None = None) -> Check:
 def _is_of_present_kernels(target: kernel_tuning.Target) -> bool:
     try:
         from qwen_megakernel.build_tts import frame_digest
-    except ImportError:  # doctor also runs before anything is installed
+    except (ImportError, OSError):  # torch is not installed, or not whole
         return True
     return target.digest == frame_digest(target.geometry, target.arch)
 
@@ -437,7 +441,7 @@ def examine(name: str, port: int) -> list[Check]:
     ]
     try:
         model = ask_model(name)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: torch, half installed
         checks.append(Check("model", "skipped", f"needs the packages above ({error})"))
     else:
         checks += [check_model(model), check_model_disk(model, size)]
