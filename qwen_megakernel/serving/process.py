@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import uvicorn
 
 from qwen_megakernel.serving.app import App, Phase, ServerSettings
-from qwen_megakernel.serving.connection import HttpProtocol, SocketProtocol
 from qwen_megakernel.serving.observe import log
+from qwen_megakernel.serving.protocols import HttpProtocol, SocketProtocol
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
