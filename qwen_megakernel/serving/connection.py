@@ -13,12 +13,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from qwen_megakernel.serving.events import ContextEvent, Reply, SessionOver
 from qwen_megakernel.serving.observe import log
-from qwen_megakernel.serving.protocols import FLUSH_S
+from qwen_megakernel.serving.protocols import FLUSH_S, SEND_TIMEOUT_S
 from qwen_megakernel.serving.session import Session
-
-SEND_TIMEOUT_S = 10.0
-"""A client that does not read for so long is cut."""
-
 
 CLOSE_CODES = {"going_away": 1001, "protocol_error": 1002}
 """Of WebSocket, by why a session is over."""

@@ -14,13 +14,20 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 
 from qwen_megakernel.serving.app import App, Phase, ServerSettings
 from qwen_megakernel.serving.observe import log
-from qwen_megakernel.serving.protocols import HttpProtocol, SocketProtocol
+from qwen_megakernel.serving.protocols import (
+    PING_INTERVAL_S,
+    PONG_TIMEOUT_S,
+    HttpProtocol,
+    SocketLimits,
+    SocketProtocol,
+)
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
@@ -31,6 +38,10 @@ T = TypeVar("T")
 
 SEND_BUFFER_BYTES = 65_536
 """Of each socket. With the kernel's default a client that stopped reading is noticed 80 s late."""
+BACKLOG = 128
+"""Connections that the kernel accepts ahead of us. asyncio takes as many at a time."""
+OTHER_FILES = 64
+"""Descriptors for what is not a socket: weights, the GPU, the event loop."""
 
 
 class _Server(uvicorn.Server):
@@ -55,7 +66,7 @@ def bind(host: str, port: int) -> socket.socket:
         # Accepted sockets inherit the size.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise
@@ -115,20 +126,47 @@ async def _run(
 
 
 def _uvicorn_config(app: App) -> uvicorn.Config:
+    limits = SocketLimits(_max_sockets(app.settings), app.settings.request_timeout_s)
     return uvicorn.Config(
         app.asgi,
-        http=HttpProtocol,
-        ws=SocketProtocol,
+        http=partial(HttpProtocol, limits=limits),  # type: ignore[arg-type]
+        ws=partial(SocketProtocol, limits=limits),  # type: ignore[arg-type]
+        backlog=BACKLOG,
         ws_max_size=app.settings.max_message_bytes,
         ws_per_message_deflate=False,
-        ws_ping_interval=20,
-        ws_ping_timeout=20,
+        ws_ping_interval=PING_INTERVAL_S,
+        ws_ping_timeout=PONG_TIMEOUT_S,
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=2,
     )
+
+
+def _max_sockets(settings: ServerSettings) -> int:
+    """Sockets that may be open at a time: what is asked for, as far as there are descriptors."""
+    wanted = settings.max_connections + settings.spare_sockets
+    # Sockets are closed a turn of the event loop later, and it may have accepted more twice by then.
+    room = _max_descriptors() - OTHER_FILES - 2 * BACKLOG
+    if room < wanted:
+        log.warning(
+            "the process may have %d files open, so only %d sockets are taken instead of %d; "
+            "`ulimit -n` raises that",
+            _max_descriptors(),
+            max(room, 1),
+            wanted,
+        )
+    return max(min(wanted, room), 1)
+
+
+def _max_descriptors() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows, where sockets are no files
+        return sys.maxsize
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 async def _shut_down(server: _Server, serving: asyncio.Task[None], code: int) -> int:
