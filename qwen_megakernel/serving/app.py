@@ -24,7 +24,8 @@ from qwen_megakernel.serving import switch
 from qwen_megakernel.serving.access import AccessRules, check_access
 from qwen_megakernel.serving.observe import Metrics, edge_log, log
 from qwen_megakernel.serving.open_sessions import NotAdmitted, OpenSessions
-from qwen_megakernel.serving.server_state import ServerState
+from qwen_megakernel.serving.server_state import ENGINE_STOPPED, ServerState
+from qwen_megakernel.turn import RequestError
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
@@ -105,6 +106,11 @@ class App:
         if self._server is not None:
             self._server.draining = True
         await self._sessions.drain(self.settings.drain_s)
+
+    async def fail(self) -> None:
+        """The engine has died: tell all clients and finish every session."""
+        self.report("failed", ENGINE_STOPPED)
+        await self._sessions.fail(RequestError("internal", ENGINE_STOPPED))
 
     async def _health(self, request: Request) -> Response:
         if self._server is not None and self._server.decoder.error is not None:

@@ -11,12 +11,12 @@ from typing import Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from qwen_megakernel.serving.events import ContextEvent, Reply, SessionOver
+from qwen_megakernel.serving.events import ContextEvent, Reply, SessionFailed, SessionOver
 from qwen_megakernel.serving.observe import log
 from qwen_megakernel.serving.protocols import FLUSH_S, SEND_TIMEOUT_S
 from qwen_megakernel.serving.session import Session
 
-CLOSE_CODES = {"going_away": 1001, "protocol_error": 1002}
+CLOSE_CODES = {"going_away": 1001, "protocol_error": 1002, "server_failed": 1011}
 """Of WebSocket, by why a session is over."""
 
 
@@ -26,7 +26,7 @@ class Dialect(Protocol):
     def receive(self, data: str | bytes) -> None:
         """Follow a message of the client; never raises for what a client can send."""
 
-    def translate(self, event: ContextEvent) -> list[str | bytes]:
+    def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
         """What to send for an event; events come in the order in which the session gave them."""
 
 

@@ -40,6 +40,8 @@ SEND_BUFFER_BYTES = 65_536
 """Of each socket. With the kernel's default a client that stopped reading is noticed 80 s late."""
 BACKLOG = 128
 """Connections that the kernel accepts ahead of us. asyncio takes as many at a time."""
+FAILURE_POLL_S = 0.1
+"""How often the engine is asked whether it lives: its thread knows no event loop to tell."""
 OTHER_FILES = 64
 """Descriptors for what is not a socket: weights, the GPU, the event loop."""
 
@@ -79,7 +81,7 @@ def run(
     load: Callable[[Report], TTSDecoder],
     announce: Callable[[TTSDecoder], None],
 ) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code.
+    """Serve until SIGTERM, SIGINT or SIGHUP, or until the engine dies; the exit code.
 
     Args:
         settings: as validated by the command line.
@@ -114,15 +116,24 @@ async def _run(
     decoder = loading.result()
     app.start_serving(decoder)
     announce(decoder)
-    await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+    failed = asyncio.create_task(_until_failed(decoder))
+    await asyncio.wait({stop, serving, failed}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         _tell_serving_ended(serving)
         code = 1
     else:
-        await app.drain()
+        await (app.drain() if stop.done() else app.fail())
         code = await _shut_down(server, serving, 0)
+    if decoder.error is not None:
+        # Whoever frees the memory of a lost device may hang, and the supervisor would wait.
+        _exit_now(1)
     decoder.close()
     return code
+
+
+async def _until_failed(decoder: TTSDecoder) -> None:
+    while decoder.error is None:
+        await asyncio.sleep(FAILURE_POLL_S)
 
 
 def _uvicorn_config(app: App) -> uvicorn.Config:
@@ -186,14 +197,22 @@ def _stop_signal() -> asyncio.Future[None]:
         received.set_result(None)
 
     if threading.current_thread() is not threading.main_thread():
-        log.warning("not in the main thread: SIGTERM and SIGINT do not drain this server")
+        log.warning("not in the main thread: signals do not drain this server")
         return received
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _stop_signals():
         try:
             loop.add_signal_handler(number, on_signal, number)
         except NotImplementedError:  # Windows
             signal.signal(number, lambda number, _: loop.call_soon_threadsafe(on_signal, number))
     return received
+
+
+def _stop_signals() -> list[signal.Signals]:
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    # Under `nohup` it is ignored. Windows has none.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def _exit_now(code: int) -> None:
