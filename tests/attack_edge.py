@@ -3,13 +3,15 @@
     python tests/attack_edge.py [--seconds 30] [--model DIR --voices DIR]
 
 A row for the server without an attack, then one for each attack. Underruns and first audio are those of
-honest turns, each on a new connection; memory, descriptors and log lines are the server's.
+honest turns, each on a new connection; memory, descriptors and log lines are the server's. The attacker
+is a process of low priority: it would have a machine of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import socket
 import sys
@@ -17,8 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import median, quantiles
+from types import SimpleNamespace
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -40,6 +45,7 @@ FRAGMENTS = b"\x01\x81\0\0\0\0{" + b"\0\x80\0\0\0\0" * 20_000
 PINGS = (b"\x89\xfd\0\0\0\0" + b"p" * 125) * 2000
 START_BUFFER_S = 0.1
 """What an honest player waits after its first chunk."""
+SOCKETS_PER_S = 500
 SETTLE_S = 10.0
 """After an attack, before memory is measured."""
 
@@ -80,27 +86,29 @@ class Honest:
 # ---------------------------------------------------------------------------- attackers
 
 
-def hold_sockets(server: LiveServer, request: bytes) -> Iterator[None]:
-    """1,030 sockets that wait for an answer which never comes; those that are closed are opened anew."""
+def hold_sockets(port: int, request: bytes) -> Iterator[None]:
+    """1,030 sockets that wait for an answer which never comes; after that the oldest is opened anew."""
     held: list[socket.socket] = []
     try:
         while True:
             with contextlib.suppress(OSError):
-                peer = socket.create_connection(("127.0.0.1", server.port), timeout=2)
+                peer = socket.create_connection(("127.0.0.1", port), timeout=2)
                 held.append(peer)
                 peer.sendall(request)
             if len(held) > 1030:
                 held.pop(0).close()
+            time.sleep(1 / SOCKETS_PER_S)
             yield
     finally:
         for peer in held:
             peer.close()
 
 
-def flood(server: LiveServer, data: bytes) -> Iterator[None]:
+def flood(port: int, data: bytes) -> Iterator[None]:
     """Frames without end on one socket that reads nothing; when it is cut, on another."""
     while True:
         with contextlib.suppress(OSError, AssertionError):
+            server: Any = SimpleNamespace(port=port)
             attacker = RawClient(server, receive_buffer=4096)
             with attacker.socket:
                 while True:
@@ -109,20 +117,40 @@ def flood(server: LiveServer, data: bytes) -> Iterator[None]:
         yield
 
 
-ATTACKS: dict[str, Callable[[LiveServer], Iterator[None]] | None] = {
-    "none": None,
-    "half a second request": lambda server: hold_sockets(server, HELD),
-    "handshakes without answer": lambda server: hold_sockets(server, NO_HANDSHAKE),
-    "empty fragments": lambda server: flood(server, FRAGMENTS),
-    "pings": lambda server: flood(server, PINGS),
+ATTACKS: dict[str, tuple[Callable[[int, bytes], Iterator[None]], bytes]] = {
+    "half a second request": (hold_sockets, HELD),
+    "handshakes without answer": (hold_sockets, NO_HANDSHAKE),
+    "empty fragments": (flood, FRAGMENTS),
+    "pings": (flood, PINGS),
 }
 
 
-def run_until(stop: threading.Event, attack: Iterator[None]) -> None:
-    with contextlib.closing(attack):
-        for _ in attack:
-            if stop.is_set():
-                return
+def attack_until(stop: Event, begun: Event, port: int, name: str) -> None:
+    """A process of its own."""
+    os.nice(10)
+    attack, data = ATTACKS[name]
+    for _ in attack(port, data):
+        begun.set()
+        if stop.is_set():
+            return
+
+
+@contextlib.contextmanager
+def attacking(port: int, name: str | None) -> Iterator[None]:
+    """The attack of that name goes on meanwhile."""
+    context = multiprocessing.get_context("spawn")
+    stop, begun = context.Event(), context.Event()
+    attacker = context.Process(target=attack_until, args=(stop, begun, port, name), daemon=True)
+    if name is not None:
+        attacker.start()
+        assert begun.wait(120), "the attacker did not begin"
+    try:
+        yield
+    finally:
+        stop.set()
+        if name is not None:
+            attacker.join(5)
+            attacker.kill()
 
 
 # ---------------------------------------------------------------------------- figures
@@ -134,21 +162,21 @@ def memory_mb(server: LiveServer) -> float:
     return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def measure(server: LiveServer, attack: Iterator[None] | None, seconds: float) -> str:
+def measure(server: LiveServer, attack: str | None, seconds: float) -> str:
     """A row of figures."""
     before_mb, num_lines = memory_mb(server), len(server.err)
     honest, stop, most_mb, most_fds = Honest(), threading.Event(), 0.0, 0
     threads = [
         threading.Thread(target=honest.speak_until, args=(stop, server)) for _ in range(NUM_STREAMS)
     ]
-    threads += [threading.Thread(target=run_until, args=(stop, attack))] if attack is not None else []
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        time.sleep(0.1)
-        most_mb, most_fds = max(most_mb, memory_mb(server)), max(most_fds, server.num_fds())
-    stop.set()
+    with attacking(server.port, attack):
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            most_mb, most_fds = max(most_mb, memory_mb(server)), max(most_fds, server.num_fds())
+        stop.set()
     for thread in threads:
         thread.join(60)
     time.sleep(SETTLE_S if attack is not None else 0)
@@ -176,9 +204,8 @@ def main() -> None:
             f"{'attack':<26} {'turns':>5} {'failed':>6} {'underruns':>9} {'p50 ms':>7} {'p95 ms':>7} "
             f"{'peak MB':>8} {'after MB':>8} {'fds':>5} {'lines':>5}"
         )
-        for name, attack in ATTACKS.items():
-            row = measure(server, attack(server) if attack is not None else None, options.seconds)
-            print(f"{name:<26} {row}", flush=True)
+        for name in (None, *ATTACKS):
+            print(f"{name or 'none':<26} {measure(server, name, options.seconds)}", flush=True)
     finally:
         server.kill()
 
