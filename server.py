@@ -67,6 +67,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _timeout(text: str) -> float:
+    if _seconds(text) < 0.1:
+        raise ValueError("expected seconds, 0.1 to 3600")
+    return float(text)
+
+
 def _flag(text: str) -> bool:
     known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
     if text.lower() not in known:
@@ -169,6 +175,8 @@ SERVER_OPTIONS = (
         "--allow-origin", (), _origin, "origin of web pages that may connect", "URL", repeatable=True
     ),
     Option("--max-connections", 64, _count, "connections at the same time", "N"),
+    Option("--spare-sockets", 256, _count, "sockets beyond that, for HTTP and open handshakes", "N"),
+    Option("--request-timeout-s", 10.0, _timeout, "seconds until a request is complete", "SECONDS"),
     Option("--max-text-chars", 4096, _count, "characters of one turn's text", "N"),
     Option("--drain-s", 10.0, _seconds, "seconds that running turns get on SIGTERM", "SECONDS"),
     Option("--log-format", "text", _choice("text", "json"), "text or json", "NAME"),
@@ -333,6 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         token=options.token,
         allow_origins=frozenset(options.allow_origin),
         max_connections=options.max_connections,
+        spare_sockets=options.spare_sockets,
+        request_timeout_s=options.request_timeout_s,
         max_text_chars=options.max_text_chars,
         drain_s=options.drain_s,
     )

@@ -304,7 +304,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(shard) for name, shard in shards.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: is not a safetensors index; download it again") from None
     for shard in names.values():
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
@@ -328,7 +328,9 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         for name, entry in header.items():
             tensors[name], last = _read_entry(path, entry)
             end = max(end, last)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if not isinstance(metadata, dict):
+            raise ValueError("metadata")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: has a corrupt header; download it again") from None
     if size != 8 + length + end:
         raise CheckpointError(
@@ -339,8 +341,10 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _read_entry(path: Path, entry: dict[str, Any]) -> tuple[TensorInfo, int]:
     """One tensor of a header and the offset of its end; raises `ValueError` if they disagree."""
-    shape = tuple(int(n) for n in entry["shape"])
+    shape = tuple(entry["shape"])
     start, end = entry["data_offsets"]
+    if any(type(number) is not int for number in (*shape, start, end)):
+        raise ValueError("numbers")
     if (
         min((*shape, start), default=0) < 0
         or end - start != math.prod(shape) * _ITEM_BYTES[entry["dtype"]]

@@ -20,8 +20,15 @@ HOP = 1920
 """Samples per frame (80 ms)."""
 FRAME_S = HOP / SAMPLE_RATE
 """Seconds per frame."""
+MAX_PARTS = 1024
+"""Layers, heads, quantizers ... of a part; more would only be made and refused later."""
+MAX_SIZE = 1 << 20
+"""Widths, positions and vocabularies."""
 NUM_CONTROL_CODES = 1024
 """The talker's vocabulary ends in this many ids that are not codes (EOS among them)."""
+
+MIN_TEMPERATURE = 1e-6
+"""Logits divided by less overflow in fp32."""
 
 VoiceMode = Literal["base", "custom_voice", "voice_design"]
 
@@ -44,17 +51,43 @@ def _kind_name(kind: type | tuple[type, ...]) -> str:
     return " or ".join(k.__name__ for k in kinds)
 
 
+def get_count(section: dict[str, Any], key: str, where: str) -> int:
+    """A whole number from 1 up that a model can have; raises `ConfigError`."""
+    return _get_between(section, key, where, 1, MAX_PARTS if key.startswith("num_") else MAX_SIZE)
+
+
+def get_counts(section: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
+    """A list of such numbers, not empty; raises `ConfigError`."""
+    values = _get(section, key, where, (list, tuple))
+    if not values:
+        raise ConfigError(f"{where}: {key} is empty")
+    return tuple(get_count({key: value}, key, where) for value in values)
+
+
+def get_positive(section: dict[str, Any], key: str, where: str) -> float:
+    """A number above 0 that is finite; raises `ConfigError`."""
+    value = _get(section, key, where, (int, float))
+    if not 0 < value < 1e30:  # NaN fails too
+        raise ConfigError(f"{where}: {key} is {str(value)[:40]}, expected a number above 0")
+    return float(value)
+
+
+def _get_between(section: dict[str, Any], key: str, where: str, low: int, high: int) -> int:
+    value = _get(section, key, where, int)
+    if not low <= value <= high:
+        raise ConfigError(f"{where}: {key} is {str(value)[:40]}, expected {low} to {high}")
+    return value
+
+
 def _get_dims(section: dict[str, Any], keys: dict[str, str], where: str) -> dict[str, int]:
-    dims = {field: _get(section, key, where, int) for field, key in keys.items()}
-    for name, value in dims.items():
-        if value < 1:
-            raise ConfigError(f"{where}: {keys[name]} is {value}, expected at least 1")
-    return dims
+    return {field: get_count(section, key, where) for field, key in keys.items()}
 
 
-def _get_ids(section: dict[str, Any], key: str, where: str) -> dict[str, int]:
+def _get_ids(section: dict[str, Any], key: str, where: str, vocab_size: int) -> dict[str, int]:
+    """Lower-case name -> id below `vocab_size`; none if the key is missing."""
     ids = _get({key: section.get(key) or {}}, key, where, dict)
-    return {str(name).lower(): int(value) for name, value in ids.items()}
+    inside = f"{where}.{key}"
+    return {name.lower(): _get_between(ids, name, inside, 0, vocab_size - 1) for name in ids}
 
 
 _TRANSFORMER_KEYS = {
@@ -96,8 +129,8 @@ class TransformerConfig:
         dims: dict[str, Any] = _get_dims(section, _TRANSFORMER_KEYS, where)
         if dims["num_heads"] % dims["num_kv_heads"]:
             raise ConfigError(f"{where}: num_attention_heads is not a multiple of num_key_value_heads")
-        dims["rope_theta"] = float(_get(section, "rope_theta", where, (int, float)))
-        dims["rms_norm_eps"] = float(_get(section, "rms_norm_eps", where, (int, float)))
+        dims["rope_theta"] = get_positive(section, "rope_theta", where)
+        dims["rms_norm_eps"] = get_positive(section, "rms_norm_eps", where)
         return dims
 
 
@@ -142,28 +175,31 @@ class TalkerConfig(TransformerConfig):
         where = "talker_config"
         fields = TransformerConfig.fields_from(section, where)
         rope = _get(section, "rope_scaling", where, dict)
-        mrope = tuple(int(n) for n in _get(rope, "mrope_section", f"{where}.rope_scaling", list))
+        mrope = get_counts(rope, "mrope_section", f"{where}.rope_scaling")
         if len(mrope) != 3 or sum(mrope) * 2 != fields["head_dim"]:
             raise ConfigError(
                 f"{where}.rope_scaling: mrope_section {list(mrope)} does not cover half of head_dim "
                 f"{fields['head_dim']}"
             )
+        vocab_size = fields["vocab_size"]
         ids = {
-            f"codec_{name}_id": _get(section, f"codec_{key}_id", where, int)
+            f"codec_{name}_id": _get_between(section, f"codec_{key}_id", where, 0, vocab_size - 1)
             for name, key in {
                 "pad": "pad", "bos": "bos", "eos": "eos_token", "think": "think",
                 "nothink": "nothink", "think_bos": "think_bos", "think_eos": "think_eos",
             }.items()
         }  # fmt: skip
-        dialects = section.get("spk_is_dialect") or {}
+        dialects = _get(
+            {"spk_is_dialect": section.get("spk_is_dialect") or {}}, "spk_is_dialect", where, dict
+        )
         return cls(
             **fields,
             **ids,
-            text_vocab_size=_get(section, "text_vocab_size", where, int),
-            text_hidden_size=_get(section, "text_hidden_size", where, int),
+            text_vocab_size=get_count(section, "text_vocab_size", where),
+            text_hidden_size=get_count(section, "text_hidden_size", where),
             mrope_section=mrope,
-            language_ids=_get_ids(section, "codec_language_id", where),
-            speaker_ids=_get_ids(section, "spk_id", where),
+            language_ids=_get_ids(section, "codec_language_id", where, vocab_size),
+            speaker_ids=_get_ids(section, "spk_id", where, vocab_size),
             speaker_dialects={str(k).lower(): str(v).lower() for k, v in dialects.items() if v},
         )
 
@@ -192,16 +228,20 @@ class SpeakerEncoderConfig:
         """From the section `speaker_encoder_config`; raises `ConfigError`."""
         # The released files name only enc_dim and sample_rate; the rest is the official
         # class's, which for this module does match the weights.
-        known: dict[str, Any] = {
+        defaults: dict[str, Any] = {
             "mel_dim": 128, "enc_dim": 1024, "enc_channels": [512, 512, 512, 512, 1536],
             "enc_kernel_sizes": [5, 3, 3, 3, 1], "enc_dilations": [1, 2, 3, 4, 1],
             "enc_attention_channels": 128, "enc_res2net_scale": 8, "enc_se_channels": 128,
             "sample_rate": SAMPLE_RATE,
         }  # fmt: skip
-        known.update({k: v for k, v in section.items() if k in known})
-        for name in ("enc_channels", "enc_kernel_sizes", "enc_dilations"):
-            known[name] = tuple(int(n) for n in known[name])
-        config = cls(**known)
+        known = {**defaults, **section}
+        where = "speaker_encoder_config"
+        config = cls(
+            **{
+                name: (get_counts if isinstance(value, (list, tuple)) else get_count)(known, name, where)
+                for name, value in defaults.items()
+            }
+        )
         if config.sample_rate != SAMPLE_RATE:
             raise ConfigError(
                 f"speaker_encoder_config: sample_rate is {config.sample_rate}, expected {SAMPLE_RATE}"
@@ -246,8 +286,8 @@ class CodecConfig:
             raise ConfigError(
                 f"{where}: num_quantizers is {section.get('num_quantizers')}, expected {NUM_CODEBOOKS}"
             )
-        rates = tuple(int(n) for n in _get(section, "upsample_rates", where, (list, tuple)))
-        ratios = tuple(int(n) for n in _get(section, "upsampling_ratios", where, (list, tuple)))
+        rates = get_counts(section, "upsample_rates", where)
+        ratios = get_counts(section, "upsampling_ratios", where)
         product = 1
         for factor in rates + ratios:
             product *= factor
@@ -255,8 +295,8 @@ class CodecConfig:
             raise ConfigError(f"{where}: upsampling by {product}, expected {HOP} samples a frame")
         return cls(
             **_get_dims(section, keys, where),
-            rope_theta=float(_get(section, "rope_theta", where, (int, float))),
-            rms_norm_eps=float(_get(section, "rms_norm_eps", where, (int, float))),
+            rope_theta=get_positive(section, "rope_theta", where),
+            rms_norm_eps=get_positive(section, "rms_norm_eps", where),
             upsample_rates=rates,
             upsampling_ratios=ratios,
         )
@@ -299,6 +339,7 @@ class ModelConfig:
         if codebooks != NUM_CODEBOOKS:
             raise ConfigError(f"talker_config: num_code_groups is {codebooks}, expected {NUM_CODEBOOKS}")
         base = root["tts_model_type"] == "base"
+        last_id = get_count(talker, "text_vocab_size", "talker_config") - 1
         return cls(
             mode=root["tts_model_type"],
             size=str(root.get("tts_model_size") or ""),
@@ -319,11 +360,11 @@ class ModelConfig:
                 if "encoder_config" in speech
                 else None
             ),
-            im_start_id=_get(root, "im_start_token_id", "config.json", int),
-            im_end_id=_get(root, "im_end_token_id", "config.json", int),
-            tts_pad_id=_get(root, "tts_pad_token_id", "config.json", int),
-            tts_bos_id=_get(root, "tts_bos_token_id", "config.json", int),
-            tts_eos_id=_get(root, "tts_eos_token_id", "config.json", int),
+            im_start_id=_get_between(root, "im_start_token_id", "config.json", 0, last_id),
+            im_end_id=_get_between(root, "im_end_token_id", "config.json", 0, last_id),
+            tts_pad_id=_get_between(root, "tts_pad_token_id", "config.json", 0, last_id),
+            tts_bos_id=_get_between(root, "tts_bos_token_id", "config.json", 0, last_id),
+            tts_eos_id=_get_between(root, "tts_eos_token_id", "config.json", 0, last_id),
         )
 
     @classmethod
@@ -345,7 +386,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: file is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -361,7 +402,8 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 class SamplingParams:
     """How one code is drawn from its logits, in the order of Hugging Face `generate`.
 
-    `temperature` 0 takes the most likely code; `top_k` 0 and `top_p` 1 keep all.
+    `temperature` 0 takes the most likely code, and so does one below `MIN_TEMPERATURE`, which becomes 0;
+    `top_k` 0 and `top_p` 1 keep all.
     """
 
     temperature: float = 0.9
@@ -371,6 +413,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 10.0)
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         _check_range("top_k", self.top_k, 0, 1 << 16)
         _check_range("repetition_penalty", self.repetition_penalty, 0.1, 10.0)
         if not 0.0 < self.top_p <= 1.0:

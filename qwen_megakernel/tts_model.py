@@ -102,7 +102,7 @@ class TTSDecoder:
 
         checkpoint.verify()
         # Seconds of imports, while weights are read.
-        tokenizer = in_daemon_thread(load_tokenizer, checkpoint.folder)
+        tokenizer = in_daemon_thread(load_tokenizer, checkpoint.folder, config.talker.text_vocab_size)
         backends = Backends(backend, config, device, dtype, progress)
         progress("laying out the modules")
         with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import struct
 import threading
@@ -229,6 +230,9 @@ ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 @example(header({"a": {**ONE, "data_offsets": [-4, 0]}}) + b"1234")
 @example(header({"a": {"dtype": "F32"}}) + b"1234")
 @example(header({"a": 1}) + b"1234")
+@example(header({"a": ONE, "__metadata__": [1]}) + b"1234")
+@example(header({"a": {**ONE, "shape": [math.inf]}}).replace(b"Infinity", b"1e999   ") + b"1234")
+@example(struct.pack("<Q", 100_000) + b"[" * 100_000)
 @example(header({"a": {**ONE, "data_offsets": [0]}}) + b"1234")
 @example(header({"a": {**ONE, "data_offsets": ["0", "4"]}}) + b"1234")
 @settings(max_examples=100, deadline=None)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from live_server import LONG, ROOT, LiveServer, first_chunk, send
+from live_server import LONG, ROOT, LiveServer, collect, first_chunk, send
 
 WINDOWS_LOOP = """
 import asyncio, sys, server
@@ -18,6 +18,15 @@ asyncio.unix_events._UnixSelectorEventLoop.add_signal_handler = add_signal_handl
 sys.exit(server.main())
 """
 """What an event loop of Windows does, on Linux."""
+IN_A_SESSION = """
+import sys, server
+sys.exit(server.main())
+"""
+UNDER_NOHUP = """
+import signal, sys, server
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+sys.exit(server.main())
+"""
 IN_A_THREAD = """
 import threading, server
 thread = threading.Thread(target=server.main)
@@ -75,6 +84,24 @@ def test_a_loop_without_signal_handlers_ends_at_once_on_the_second_signal(start:
         server.process.send_signal(signal.SIGTERM)
         server.wait_for_line("draining")
         assert server.stop() == 128 + signal.SIGTERM
+
+
+def test_a_session_that_hangs_up_drains_the_server(start: Start):
+    server = start(IN_A_SESSION, "--drain-s", "60").wait_until_ready()
+    with server.connect() as client:
+        send(client, text="Hello.", seed=1)
+        first_chunk(client)
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_line("draining")
+        assert "error" not in collect(client)[1]
+    assert server.wait() == 0
+
+
+def test_a_server_under_nohup_goes_on_when_the_session_hangs_up(start: Start):
+    server = start(UNDER_NOHUP).wait_until_ready()
+    server.process.send_signal(signal.SIGHUP)
+    assert server.get("/health")[0] == 200
+    assert server.stop() == 0
 
 
 def test_a_server_in_a_thread_serves_and_says_that_it_takes_no_signals(start: Start):

@@ -320,7 +320,7 @@ def test_stalled_reader_is_cut_and_slows_nobody(live_server):
     for seed in range(3):
         assert speak_short(live_server, seed=seed)[1]["samples"] > 0
     assert live_server.ready()["active"] == 1
-    live_server.wait_for_line(r"connection \d+ cut: it read nothing", after=num_lines)
+    live_server.wait_for_line(r"cut: it (read nothing|answered no ping) for", after=num_lines)
     assert 9 < time.monotonic() - start < 16
     assert live_server.wait_until_idle() < 0.2
     stalled.hang_up()

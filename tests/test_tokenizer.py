@@ -77,6 +77,21 @@ def test_it_needs_its_files_and_a_readable_vocabulary(copy):
         load_tokenizer(copy)
 
 
+@pytest.mark.parametrize("number", [2**31, 2**40, -1, 1.5, True, "7"])
+def test_an_id_beyond_the_embedding_is_refused_before_a_table_is_filled(copy, number):
+    vocab = json.loads((copy / "vocab.json").read_text())
+    (copy / "vocab.json").write_text(json.dumps({**vocab, "far": number}))
+    with pytest.raises(CheckpointError, match=r"'far' is token .*, allowed: 0 to 1048575"):
+        load_tokenizer(copy)
+
+
+def test_an_id_has_a_row_of_the_embedding(copy):
+    largest = max(json.loads((copy / "vocab.json").read_text()).values())
+    load_tokenizer(copy, largest + 1)
+    with pytest.raises(CheckpointError, match=f"is token {largest}, allowed: 0 to {largest - 1}"):
+        load_tokenizer(copy, largest)
+
+
 def test_a_token_that_would_get_another_id_is_named(copy):
     config = json.loads((copy / "tokenizer_config.json").read_text())
     added = config["added_tokens_decoder"]

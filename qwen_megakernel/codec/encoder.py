@@ -21,7 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_megakernel.config import HOP, NUM_CODEBOOKS, SAMPLE_RATE, ConfigError
+from qwen_megakernel.config import (
+    HOP,
+    NUM_CODEBOOKS,
+    SAMPLE_RATE,
+    ConfigError,
+    get_count,
+    get_counts,
+    get_positive,
+)
 
 CODEBOOK_SIZE = 2048
 
@@ -61,10 +69,15 @@ class MimiShape:
         for key, expected in fixed.items():
             if section.get(key, expected) != expected:
                 raise ConfigError(f"encoder_config: {key} is {section[key]!r}, expected {expected!r}")
-        known = {f.name: section[f.name] for f in fields(cls) if section.get(f.name) is not None}
-        known["upsampling_ratios"] = tuple(known.get("upsampling_ratios", cls().upsampling_ratios))
-        rope = section.get("rope_parameters") or {}  # where transformers 5 writes it
-        known.setdefault("rope_theta", rope.get("rope_theta", cls().rope_theta))
+        rope = section.get("rope_parameters")  # where transformers 5 writes it
+        given = dict(rope) if isinstance(rope, dict) else {}
+        given |= {name: value for name, value in section.items() if value is not None}
+        read = {int: get_count, tuple: get_counts, float: get_positive}
+        known = {
+            f.name: read[type(f.default)](given, f.name, "encoder_config")
+            for f in fields(cls)
+            if f.name in given
+        }
         shape = cls(**known)
         if section.get("head_dim") is None:
             shape = cls(**known | {"head_dim": shape.hidden_size // shape.num_attention_heads})

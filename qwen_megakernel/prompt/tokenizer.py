@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from qwen_megakernel.checkpoint import TOKENIZER_FILES, CheckpointError
+from qwen_megakernel.config import MAX_SIZE
 
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -37,8 +38,12 @@ def qwen2_tokenizer(bpe: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, vocab_size: int = MAX_SIZE) -> Tokenizer:
     """The text tokenizer of a local checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        vocab_size: rows of the text embedding; all ids are below.
 
     Raises:
         CheckpointError: a file is missing or malformed.
@@ -48,11 +53,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{folder}: {path.name} is missing, so there is no text tokenizer")
     try:
+        _check_ids(json.loads(vocab.read_text(encoding="utf-8")), vocab_size)
         tokenizer = qwen2_tokenizer(models.BPE.from_file(str(vocab), str(merges)))
         _add_tokens(tokenizer, json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"])
     except Exception as error:  # a malformed file surfaces as anything, also from Rust
         raise CheckpointError(f"{folder}: the text tokenizer cannot be read ({error})") from error
     return tokenizer
+
+
+def _check_ids(vocab: dict[str, int], vocab_size: int) -> None:
+    """Raise `ValueError` for an id that no row belongs to. BPE fills a table up to the largest."""
+    for token, number in vocab.items():
+        if type(number) is not int or not 0 <= number < vocab_size:
+            raise ValueError(
+                f"{token[:40]!r} is token {str(number)[:40]}, allowed: 0 to {vocab_size - 1}"
+            )
 
 
 def _add_tokens(tokenizer: Tokenizer, added: dict[str, dict[str, Any]]) -> None:

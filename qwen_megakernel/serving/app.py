@@ -10,7 +10,7 @@ their clients are refused with HTTP 503, a WebSocket's at the handshake.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,9 +22,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen_megakernel.serving import switch
 from qwen_megakernel.serving.access import AccessRules, check_access
-from qwen_megakernel.serving.observe import Metrics, log
+from qwen_megakernel.serving.observe import Metrics, edge_log, log
 from qwen_megakernel.serving.open_sessions import NotAdmitted, OpenSessions
-from qwen_megakernel.serving.server_state import ServerState
+from qwen_megakernel.serving.server_state import ENGINE_STOPPED, ServerState
+from qwen_megakernel.turn import RequestError
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
@@ -44,6 +45,10 @@ class ServerSettings:
     token: str | None = None
     allow_origins: frozenset[str] = frozenset()
     max_connections: int = 64
+    spare_sockets: int = 256
+    """Open at a time beyond `max_connections`: HTTP, and handshakes that are not accepted."""
+    request_timeout_s: float = 10.0
+    """Until a request is complete, until a handshake is answered."""
     max_text_chars: int = 4096
     drain_s: float = 10.0
 
@@ -78,7 +83,7 @@ class App:
             routes += dialect_routes(self._sessions)
         starlette = Starlette(routes=routes, exception_handlers={NotAdmitted: _refuse})
         # Starlette's own default refuses a handshake with a 403 that says nothing.
-        starlette.router.default = JSONResponse({"error": _name_paths(routes)}, 404)
+        starlette.router.default = _unserved(_name_paths(routes))
         rules = AccessRules(settings.host, settings.token, settings.allow_origins)
         self.asgi: ASGIApp = _Gate(starlette, rules)
 
@@ -101,6 +106,11 @@ class App:
         if self._server is not None:
             self._server.draining = True
         await self._sessions.drain(self.settings.drain_s)
+
+    async def fail(self) -> None:
+        """The engine has died: tell all clients and finish every session."""
+        self.report("failed", ENGINE_STOPPED)
+        await self._sessions.fail(RequestError("internal", ENGINE_STOPPED))
 
     async def _health(self, request: Request) -> Response:
         if self._server is not None and self._server.decoder.error is not None:
@@ -150,7 +160,23 @@ def _name_paths(routes: Sequence[BaseRoute]) -> str:
 
 async def _refuse(request: Request, refusal: Exception) -> Response:
     """The answer to a client that is not admitted. Of a WebSocket it refuses the handshake."""
-    return JSONResponse({"error": str(refusal)}, 503, {"Retry-After": str(NotAdmitted.retry_after_s)})
+    return _refusal(request.scope, str(refusal), 503, {"Retry-After": str(NotAdmitted.retry_after_s)})
+
+
+def _unserved(message: str) -> ASGIApp:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await _refusal(scope, message, 404)(scope, receive, send)
+
+    return answer
+
+
+def _refusal(
+    scope: Scope, message: str, status: int, headers: Mapping[str, str] | None = None
+) -> Response:
+    """An answer that says no. A refused handshake is told to the operator too."""
+    if scope["type"] == "websocket":
+        edge_log.info(f"handshake refused with {status}: {message}")
+    return JSONResponse({"error": message}, status, headers)
 
 
 class _Gate:
@@ -165,4 +191,4 @@ class _Gate:
             await self._app(scope, receive, send)
             return
         headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
-        await JSONResponse({"error": refusal.message}, refusal.status, headers)(scope, receive, send)
+        await _refusal(scope, refusal.message, refusal.status, headers)(scope, receive, send)

@@ -7,25 +7,16 @@ client that sends nonsense faster than it reads the answers makes it wait. Only 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from qwen_megakernel.serving.events import ContextEvent, Reply, SessionOver
+from qwen_megakernel.serving.events import ContextEvent, Reply, SessionFailed, SessionOver
 from qwen_megakernel.serving.observe import log
+from qwen_megakernel.serving.protocols import FLUSH_S, SEND_TIMEOUT_S
 from qwen_megakernel.serving.session import Session
 
-SEND_TIMEOUT_S = 10.0
-"""A client that does not read for so long is cut."""
-FIRST_REQUEST_S = 10.0
-"""A peer that connects and sends no request for so long is cut."""
-FLUSH_S = 10.0
-"""A socket that is closed in good order but cannot be flushed for so long is cut."""
-
-
-CLOSE_CODES = {"going_away": 1001, "protocol_error": 1002}
+CLOSE_CODES = {"going_away": 1001, "protocol_error": 1002, "server_failed": 1011}
 """Of WebSocket, by why a session is over."""
 
 
@@ -35,40 +26,8 @@ class Dialect(Protocol):
     def receive(self, data: str | bytes) -> None:
         """Follow a message of the client; never raises for what a client can send."""
 
-    def translate(self, event: ContextEvent) -> list[str | bytes]:
+    def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
         """What to send for an event; events come in the order in which the session gave them."""
-
-
-class HttpProtocol(H11Protocol):
-    """uvicorn's protocol, plus an end for peers that connect and say nothing."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock."""
-        super().connection_made(transport)
-        self.loop.call_later(FIRST_REQUEST_S, self._cut_if_silent)
-
-    def _cut_if_silent(self) -> None:
-        if self.scope is None:
-            self.transport.abort()
-
-
-class SocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's protocol, plus an end for peers that no longer read.
-
-    A graceful close first flushes what is buffered; a peer with a full window would hold the
-    socket for as long as it likes.
-    """
-
-    def handle_connect(self, event: Any) -> None:
-        """Hand the transport to the application."""
-        super().handle_connect(event)
-        if not self.close_sent:
-            self.scope["extensions"]["transport"] = {"is": self.transport}
-
-    def keepalive_timeout(self) -> None:
-        """No pong came."""
-        super().keepalive_timeout()
-        self.loop.call_later(FLUSH_S, self.transport.abort)
 
 
 class Connection:

@@ -15,7 +15,7 @@ import numpy as np
 from qwen_megakernel.turn import ErrorCode, FinishReason
 
 ContextState = Literal["queued", "waiting_for_text", "speaking"]
-SessionEnd = Literal["going_away", "protocol_error"]
+SessionEnd = Literal["going_away", "protocol_error", "server_failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,15 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionFailed:
+    """The server can speak nothing more. `SessionOver` follows."""
+
+    code: ErrorCode
+    message: str
+    """One line, fit for the client."""
+
+
+@dataclass(frozen=True, slots=True)
 class SessionOver:
     """The last event: the carrier is to close."""
 
@@ -111,4 +120,4 @@ class SessionOver:
 ContextEvent = (
     ContextStarted | ContextAudio | SegmentDone | ContextDone | ContextFailed | ContextQuiet
 )  # fmt: skip
-SessionEvent = ContextEvent | Reply | SessionOver
+SessionEvent = ContextEvent | SessionFailed | Reply | SessionOver

@@ -14,6 +14,7 @@ from qwen_megakernel.serving.events import (
     ContextStarted,
     Figures,
     SegmentDone,
+    SessionFailed,
 )
 from qwen_megakernel.serving.native_messages import (
     ENCODINGS,
@@ -104,7 +105,7 @@ class NativeDialect:
                 self._refused = True
                 self._session.finish("protocol_error")
 
-    def translate(self, event: ContextEvent) -> list[str | bytes]:
+    def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
         """What to send for an event."""
         return [encode(message) for message in self._messages(event)]
 
@@ -149,7 +150,7 @@ class NativeDialect:
             )
         )
 
-    def _messages(self, event: ContextEvent) -> list[ServerMessage]:
+    def _messages(self, event: ContextEvent | SessionFailed) -> list[ServerMessage]:
         match event:
             case ContextStarted(context_id):
                 stream = self._streams[context_id] = _Stream(next(self._numbers), self._audio)
@@ -166,6 +167,8 @@ class NativeDialect:
             case ContextFailed(context_id, code, message, figures=figures):
                 error = Error(context_id, code, error_line(message))
                 return [error, self._done(context_id, "error", figures)]
+            case SessionFailed(code, message):
+                return [Error(None, code, error_line(message))]
 
     def _done(self, context_id: str, reason: FinishReason, figures: Figures) -> Done:
         stream = self._streams.pop(context_id, None)

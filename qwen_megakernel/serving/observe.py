@@ -22,6 +22,8 @@ from prometheus_client import (
 from qwen_megakernel.turn import FinishReason
 
 log = logging.getLogger("qwen_megakernel.server")
+edge_log = logging.getLogger("qwen_megakernel.server.edge")
+"""What peers do that are no clients yet, or break rules: anybody can cause such a line at any rate."""
 
 _TTFC_BUCKETS_S = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 _RTF_BUCKETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 5.0)
@@ -130,6 +132,33 @@ class _ClientFaults(logging.Filter):
         return True
 
 
+class FewOfAKind(logging.Filter):
+    """Lets a few lines of each kind through in a period; the next one says how many were left out.
+
+    A kind is a place in the code. `edge_log` has several in one place, by their templates.
+    """
+
+    def __init__(self, burst: int = 3, period_s: float = 10.0) -> None:
+        super().__init__()
+        self._burst, self._period_s = burst, period_s
+        self._kinds: dict[tuple[str, int, str], tuple[float, int]] = {}
+        """When a kind's period began, and its lines since."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is written."""
+        template = str(record.msg) if record.name == edge_log.name else ""
+        kind = (record.pathname, record.lineno, template)
+        start, num_lines = self._kinds.get(kind, (-self._period_s, 0))
+        if record.created - start >= self._period_s:
+            num_left_out = max(0, num_lines - self._burst)
+            if num_left_out:
+                record.msg = f"{record.getMessage()} (and {num_left_out} more such lines before)"
+                record.args = ()
+            start, num_lines = record.created, 0
+        self._kinds[kind] = (start, num_lines + 1)
+        return num_lines < self._burst
+
+
 def configure_logging(log_format: str) -> None:
     """Send all logs to stderr as `text` or `json`.
 
@@ -141,3 +170,6 @@ def configure_logging(log_format: str) -> None:
     handler.addFilter(_ClientFaults())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("qwen_megakernel").setLevel(logging.INFO)
+    few = FewOfAKind()
+    for logger in (edge_log, logging.getLogger("uvicorn.error"), logging.getLogger("asyncio")):
+        logger.addFilter(few)

@@ -9,6 +9,7 @@ from itertools import count
 
 from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.session import Session, SessionRules
+from qwen_megakernel.turn import RequestError
 
 
 class NotAdmitted(Exception):
@@ -68,6 +69,12 @@ class OpenSessions:
         await self._until(self._idle, 1.0)
         for session in self._sessions:
             session.finish("going_away")
+        await self._until(lambda: not self._sessions, 2.0)
+
+    async def fail(self, failure: RequestError) -> None:
+        """Tell all clients that nothing more can be spoken, and finish every session."""
+        for session in self._sessions:
+            session.fail(failure)
         await self._until(lambda: not self._sessions, 2.0)
 
     def _idle(self) -> bool:

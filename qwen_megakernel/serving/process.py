@@ -14,13 +14,20 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 
 from qwen_megakernel.serving.app import App, Phase, ServerSettings
-from qwen_megakernel.serving.connection import HttpProtocol, SocketProtocol
 from qwen_megakernel.serving.observe import log
+from qwen_megakernel.serving.protocols import (
+    PING_INTERVAL_S,
+    PONG_TIMEOUT_S,
+    HttpProtocol,
+    SocketLimits,
+    SocketProtocol,
+)
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
@@ -31,6 +38,12 @@ T = TypeVar("T")
 
 SEND_BUFFER_BYTES = 65_536
 """Of each socket. With the kernel's default a client that stopped reading is noticed 80 s late."""
+BACKLOG = 128
+"""Connections that the kernel accepts ahead of us. asyncio takes as many at a time."""
+FAILURE_POLL_S = 0.1
+"""How often the engine is asked whether it lives: its thread knows no event loop to tell."""
+OTHER_FILES = 64
+"""Descriptors for what is not a socket: weights, the GPU, the event loop."""
 
 
 class _Server(uvicorn.Server):
@@ -55,7 +68,7 @@ def bind(host: str, port: int) -> socket.socket:
         # Accepted sockets inherit the size.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise
@@ -68,7 +81,7 @@ def run(
     load: Callable[[Report], TTSDecoder],
     announce: Callable[[TTSDecoder], None],
 ) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code.
+    """Serve until SIGTERM, SIGINT or SIGHUP, or until the engine dies; the exit code.
 
     Args:
         settings: as validated by the command line.
@@ -103,32 +116,68 @@ async def _run(
     decoder = loading.result()
     app.start_serving(decoder)
     announce(decoder)
-    await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+    failed = asyncio.create_task(_until_failed(decoder))
+    await asyncio.wait({stop, serving, failed}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         _tell_serving_ended(serving)
         code = 1
     else:
-        await app.drain()
+        await (app.drain() if stop.done() else app.fail())
         code = await _shut_down(server, serving, 0)
+    if decoder.error is not None:
+        # Whoever frees the memory of a lost device may hang, and the supervisor would wait.
+        _exit_now(1)
     decoder.close()
     return code
 
 
+async def _until_failed(decoder: TTSDecoder) -> None:
+    while decoder.error is None:
+        await asyncio.sleep(FAILURE_POLL_S)
+
+
 def _uvicorn_config(app: App) -> uvicorn.Config:
+    limits = SocketLimits(_max_sockets(app.settings), app.settings.request_timeout_s)
     return uvicorn.Config(
         app.asgi,
-        http=HttpProtocol,
-        ws=SocketProtocol,
+        http=partial(HttpProtocol, limits=limits),  # type: ignore[arg-type]
+        ws=partial(SocketProtocol, limits=limits),  # type: ignore[arg-type]
+        backlog=BACKLOG,
         ws_max_size=app.settings.max_message_bytes,
         ws_per_message_deflate=False,
-        ws_ping_interval=20,
-        ws_ping_timeout=20,
+        ws_ping_interval=PING_INTERVAL_S,
+        ws_ping_timeout=PONG_TIMEOUT_S,
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=2,
     )
+
+
+def _max_sockets(settings: ServerSettings) -> int:
+    """Sockets that may be open at a time: what is asked for, as far as there are descriptors."""
+    wanted = settings.max_connections + settings.spare_sockets
+    # Sockets are closed a turn of the event loop later, and it may have accepted more twice by then.
+    room = _max_descriptors() - OTHER_FILES - 2 * BACKLOG
+    if room < wanted:
+        log.warning(
+            "the process may have %d files open, so only %d sockets are taken instead of %d; "
+            "`ulimit -n` raises that",
+            _max_descriptors(),
+            max(room, 1),
+            wanted,
+        )
+    return max(min(wanted, room), 1)
+
+
+def _max_descriptors() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows, where sockets are no files
+        return sys.maxsize
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 async def _shut_down(server: _Server, serving: asyncio.Task[None], code: int) -> int:
@@ -148,14 +197,22 @@ def _stop_signal() -> asyncio.Future[None]:
         received.set_result(None)
 
     if threading.current_thread() is not threading.main_thread():
-        log.warning("not in the main thread: SIGTERM and SIGINT do not drain this server")
+        log.warning("not in the main thread: signals do not drain this server")
         return received
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _stop_signals():
         try:
             loop.add_signal_handler(number, on_signal, number)
         except NotImplementedError:  # Windows
             signal.signal(number, lambda number, _: loop.call_soon_threadsafe(on_signal, number))
     return received
+
+
+def _stop_signals() -> list[signal.Signals]:
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    # Under `nohup` it is ignored. Windows has none.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def _exit_now(code: int) -> None:

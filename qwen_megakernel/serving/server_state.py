@@ -12,6 +12,7 @@ from qwen_megakernel.turn import RequestError
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
 
+ENGINE_STOPPED = "the engine has stopped; the server must be restarted"
 MAX_NAMES_SHOWN = 10
 """Known names listed by an error about an unknown one."""
 
@@ -32,7 +33,7 @@ class ServerState:
         if self.draining:
             raise RequestError("overloaded", "the server is shutting down")
         if self.decoder.error is not None:
-            raise RequestError("internal", "the engine has stopped; the server must be restarted")
+            raise RequestError("internal", ENGINE_STOPPED)
 
     def voice_name(self, given: str | None) -> str | None:
         """A voice as the decoder knows it; raises `RequestError`."""

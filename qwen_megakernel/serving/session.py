@@ -31,6 +31,7 @@ from qwen_megakernel.serving.events import (
     Reply,
     SessionEnd,
     SessionEvent,
+    SessionFailed,
     SessionOver,
 )
 from qwen_megakernel.serving.options import SpeechOptions
@@ -182,6 +183,13 @@ class Session:
         for context in list(self._contexts.values()):
             if not context.num_turns:
                 self._stop(context, RequestError("overloaded", "the server is shutting down"))
+
+    def fail(self, failure: RequestError) -> None:
+        """Nothing more can be spoken: fail all contexts, tell the client, and have the carrier close."""
+        for context in list(self._contexts.values()):
+            self._stop(context, failure)
+        self._outbox.put(SessionFailed(failure.code, str(failure)))
+        self.finish("server_failed")
 
     def finish(self, reason: SessionEnd) -> None:
         """Have the carrier close, once it has taken all that waits."""

@@ -13,6 +13,7 @@ from qwen_megakernel.serving.events import (
     ContextEvent,
     ContextFailed,
     Figures,
+    SessionFailed,
 )
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.session import Session, SessionRules
@@ -57,14 +58,14 @@ class SimpleDialect:
         except (ProtocolError, RequestError) as error:
             self._session.reply(encode_error(error.code, str(error)))
 
-    def translate(self, event: ContextEvent) -> list[str | bytes]:
+    def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
         """What to send for an event."""
         match event:
             case ContextAudio(samples=samples):
                 return [samples.astype("<f4", copy=False).tobytes()]
             case ContextDone(reason=reason, figures=figures):
                 return [_done(reason, figures)]
-            case ContextFailed(begun=False):
+            case ContextFailed(begun=False) | SessionFailed():
                 return [encode_error(event.code, event.message)]
             case ContextFailed(context_id, figures=figures):
                 message = f"turn {self._session.name}-{context_id} failed: {event.message}"

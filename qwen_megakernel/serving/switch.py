@@ -8,7 +8,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from qwen_megakernel.serving.connection import Connection, Dialect
-from qwen_megakernel.serving.events import ContextEvent
+from qwen_megakernel.serving.events import ContextEvent, SessionFailed
 from qwen_megakernel.serving.native import NativeDialect
 from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.serving.session import Session
@@ -44,7 +44,7 @@ class DialectSwitch:
             self._chosen = (NativeDialect if _is_native(data) else SimpleDialect)(self._session)
         self._chosen.receive(data)
 
-    def translate(self, event: ContextEvent) -> list[str | bytes]:
+    def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
         """Hand on; there are no contexts before the choice."""
         return self._chosen.translate(event) if self._chosen is not None else []
 

@@ -1,0 +1,216 @@
+"""Attacks on the edge of a server beside three honest streams, and what the streams notice.
+
+    python tests/attack_edge.py [--seconds 30] [--only ATTACK] [--model DIR --voices DIR]
+
+A row for the server without an attack, then one for each attack. Underruns and first audio are those of
+honest turns, each on a new connection; memory, descriptors and log lines are the server's. The attacker
+is a process of low priority: it would have a machine of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from statistics import median, quantiles
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import numpy as np  # noqa: E402
+from live_server import LiveServer, RawClient, send  # noqa: E402
+
+from pipecat_client.test_client import Playhead  # noqa: E402
+
+NUM_STREAMS = 3
+TEXT = "Good morning, how are you?"
+HELD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nG"
+NO_HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Content-Length: 5\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+FRAGMENTS = b"\x01\x81\0\0\0\0{" + b"\0\x80\0\0\0\0" * 20_000
+PINGS = (b"\x89\xfd\0\0\0\0" + b"p" * 125) * 2000
+START_BUFFER_S = 0.1
+"""What an honest player waits after its first chunk."""
+SOCKETS_PER_S = 500
+SETTLE_S = 10.0
+"""After an attack, before memory is measured."""
+
+
+# ---------------------------------------------------------------------------- honest clients
+
+
+@dataclass
+class Honest:
+    """What honest clients noticed."""
+
+    first_audio_s: list[float] = field(default_factory=list)
+    underruns: int = 0
+    failed: int = 0
+
+    def speak_until(self, stop: threading.Event, server: LiveServer) -> None:
+        """Turn after turn, each on a new connection."""
+        while not stop.is_set():
+            try:
+                self._speak(server)
+            except Exception:  # whatever it is, an honest client was not served
+                self.failed += 1
+                time.sleep(0.1)
+
+    def _speak(self, server: LiveServer) -> None:
+        start, playhead = time.perf_counter(), Playhead()
+        with server.connect(open_timeout=10) as client:
+            send(client, text=TEXT, seed=1)
+            while isinstance(chunk := client.recv(timeout=30), bytes):
+                now = time.perf_counter() - start
+                if not playhead.chunks:
+                    self.first_audio_s.append(now)
+                    now += START_BUFFER_S
+                playhead.add(np.frombuffer(chunk, "<f4"), now)
+        self.underruns += playhead.underruns
+
+
+# ---------------------------------------------------------------------------- attackers
+
+
+def hold_sockets(port: int, request: bytes) -> Iterator[None]:
+    """1,030 sockets that wait for an answer which never comes; after that the oldest is opened anew."""
+    held: list[socket.socket] = []
+    try:
+        while True:
+            with contextlib.suppress(OSError):
+                peer = socket.create_connection(("127.0.0.1", port), timeout=2)
+                held.append(peer)
+                peer.sendall(request[:-1])
+                time.sleep(1 / SOCKETS_PER_S)  # the last byte comes after the answer, if there is one
+                peer.sendall(request[-1:])
+            if len(held) > 1030:
+                held.pop(0).close()
+            yield
+    finally:
+        for peer in held:
+            peer.close()
+
+
+def flood(port: int, data: bytes) -> Iterator[None]:
+    """Frames without end on one socket that reads nothing; when it is cut, on another."""
+    while True:
+        with contextlib.suppress(OSError, AssertionError):
+            server: Any = SimpleNamespace(port=port)
+            attacker = RawClient(server, receive_buffer=4096)
+            with attacker.socket:
+                while True:
+                    attacker.socket.sendall(data)
+                    yield
+        yield
+
+
+ATTACKS: dict[str, tuple[Callable[[int, bytes], Iterator[None]], bytes]] = {
+    "half a second request": (hold_sockets, HELD),
+    "handshakes without answer": (hold_sockets, NO_HANDSHAKE),
+    "empty fragments": (flood, FRAGMENTS),
+    "pings": (flood, PINGS),
+}
+
+
+def attack_until(stop: Event, begun: Event, port: int, name: str) -> None:
+    """A process of its own."""
+    os.nice(10)
+    attack, data = ATTACKS[name]
+    for _ in attack(port, data):
+        begun.set()
+        if stop.is_set():
+            return
+
+
+@contextlib.contextmanager
+def attacking(port: int, name: str | None) -> Iterator[None]:
+    """The attack of that name goes on meanwhile."""
+    context = multiprocessing.get_context("spawn")
+    stop, begun = context.Event(), context.Event()
+    attacker = context.Process(target=attack_until, args=(stop, begun, port, name), daemon=True)
+    if name is not None:
+        attacker.start()
+        assert begun.wait(120), "the attacker did not begin"
+    try:
+        yield
+    finally:
+        stop.set()
+        if name is not None:
+            attacker.join(5)
+            attacker.kill()
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def memory_mb(server: LiveServer) -> float:
+    """Resident."""
+    pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def measure(server: LiveServer, attack: str | None, seconds: float) -> str:
+    """A row of figures."""
+    before_mb, num_lines = memory_mb(server), len(server.err)
+    honest, stop, most_mb, most_fds = Honest(), threading.Event(), 0.0, 0
+    threads = [
+        threading.Thread(target=honest.speak_until, args=(stop, server)) for _ in range(NUM_STREAMS)
+    ]
+    with attacking(server.port, attack):
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            most_mb, most_fds = max(most_mb, memory_mb(server)), max(most_fds, server.num_fds())
+        stop.set()
+    for thread in threads:
+        thread.join(60)
+    time.sleep(SETTLE_S if attack is not None else 0)
+    lines = [line for line in server.err[num_lines:] if " turn " not in line]
+    first = sorted(honest.first_audio_s)
+    p95 = quantiles(first, n=20)[-1] if len(first) > 1 else float("nan")
+    return (
+        f"{len(first):>5} {honest.failed:>6} {honest.underruns:>9} {median(first or [0]) * 1000:>7.0f} "
+        f"{p95 * 1000:>7.0f} {most_mb - before_mb:>+8.0f} {memory_mb(server) - before_mb:>+8.0f} "
+        f"{most_fds:>5} {len(lines):>5}"
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each attack")
+    parser.add_argument("--model", default=str(ROOT / "demo_voice"), metavar="DIR")
+    parser.add_argument("--voices", default=str(ROOT / "demo_voice" / "voices"), metavar="DIR")
+    parser.add_argument("--only", choices=ATTACKS, help="instead of all attacks")
+    options = parser.parse_args()
+    server = LiveServer("--model", options.model, "--voices", options.voices)
+    try:
+        server.wait_until_ready()
+        print(
+            f"{'attack':<26} {'turns':>5} {'failed':>6} {'underruns':>9} {'p50 ms':>7} {'p95 ms':>7} "
+            f"{'peak MB':>8} {'after MB':>8} {'fds':>5} {'lines':>5}"
+        )
+        for name in (None, *([options.only] if options.only else ATTACKS)):
+            print(f"{name or 'none':<26} {measure(server, name, options.seconds)}", flush=True)
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    main()
