@@ -13,7 +13,6 @@ where it broke off (`journal`). Words are timed by estimate (`word_timing`).
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator
@@ -26,21 +25,15 @@ from pipecat.frames.frames import (
     Frame,
     MetricsFrame,
     TTSAudioRawFrame,
-    TTSStoppedFrame,
 )
-from pipecat.processors.frame_processor import FrameProcessorSetup
 from pipecat.services.settings import TTSSettings
-from pipecat.services.tts_service import TextAggregationMode, WebsocketTTSService
-from pipecat.services.websocket_service import ReportErrorCallback, WebsocketService
+from pipecat.services.tts_service import TextAggregationMode
 from pipecat.transcriptions.language import Language
 from pipecat.utils.errors import ErrorCategory
-from pipecat.utils.network import QuickFailureTracker, exponential_backoff_time
 from pipecat.utils.tracing.service_decorators import traced_tts
-from websockets.exceptions import ConnectionClosed
-from websockets.protocol import State
 
-from pipecat_client.handshake import ServerError, open_connection
-from pipecat_client.journal import Journal, Reply
+from pipecat_client.journal import Reply
+from pipecat_client.journal_service import RETRY_S, JournalTTSService
 from pipecat_client.settings import MegakernelTTSSettings, ServerTTSMetricsData
 from pipecat_client.word_timing import Pace, TimedWord, WordClock
 from qwen_megakernel.serving.native_messages import (
@@ -48,15 +41,13 @@ from qwen_megakernel.serving.native_messages import (
     Done,
     Error,
     Progress,
+    Ready,
     Segment,
     Started,
-    encode,
     parse_server_message,
 )
 from qwen_megakernel.serving.wire import LANGUAGE_CODES, ProtocolError
 
-RETRY_S = 1.0
-"""Until text is sent again that a busy server has refused."""
 MAX_REFUSALS = 30
 _CATEGORIES = {"overloaded": ErrorCategory.RATE_LIMIT, "internal": ErrorCategory.SERVER}
 """Of an error inside a context; never one that would mute the bot for the session."""
@@ -73,7 +64,7 @@ class _Playback:
     ttfb_reported: bool = False
 
 
-class MegakernelTTSService(WebsocketTTSService):
+class MegakernelTTSService(JournalTTSService):
     """Qwen3-TTS from this project's server, over one WebSocket.
 
     Where metrics are enabled, the server's own figures of each turn come as `ServerTTSMetricsData`.
@@ -112,11 +103,12 @@ class MegakernelTTSService(WebsocketTTSService):
         store = self.Settings.defaults()
         if settings is not None:
             store.apply_update(settings)
-        kwargs.setdefault("reconnect_backoff_min_wait", 0.5)
-        kwargs.setdefault("reconnect_backoff_max_wait", 5.0)
         # Longer than any pause between two signs of life: progress messages and reconnects.
         kwargs.setdefault("stop_frame_timeout_s", 10.0)
         super().__init__(
+            url=url,
+            token=token,
+            max_reconnect_attempts=max_reconnect_attempts,
             text_aggregation_mode=text_aggregation_mode,
             push_start_frame=True,
             push_stop_frames=True,
@@ -126,22 +118,11 @@ class MegakernelTTSService(WebsocketTTSService):
             settings=store,
             **kwargs,
         )
-        self._url = url
-        self._token = token
         self._times_words = word_timestamps == "estimated"
-        self._max_reconnect_attempts = max_reconnect_attempts
-        # Connections in a row that broke within seconds and brought nothing new.
-        self._quick_failure_tracker = QuickFailureTracker(
-            max_consecutive_failures=max_reconnect_attempts
-        )
-        self._journal = Journal()
         self._playbacks: dict[str, _Playback] = {}
         self._paces: defaultdict[str | None, Pace] = defaultdict(Pace)
         self._stream: Started | None = None
         self._next_sequence = 0
-        self._sending = asyncio.Lock()
-        self._receive_task: asyncio.Task[None] | None = None
-        self._retry_task: asyncio.Task[None] | None = None
 
     # --- what Pipecat asks
 
@@ -153,11 +134,6 @@ class MegakernelTTSService(WebsocketTTSService):
         """English names, as the server has them; a region (`en-GB`) counts as its language."""
         code = str(language.value).split("-")[0].lower()
         return LANGUAGE_CODES.get(code, code)
-
-    async def setup(self, setup: FrameProcessorSetup) -> None:
-        """Set up and connect."""
-        await super().setup(setup)
-        await self._connect()
 
     @traced_tts
     async def run_tts(self, text: str, context_id: str) -> AsyncGenerator[Frame | None, None]:
@@ -236,37 +212,8 @@ class MegakernelTTSService(WebsocketTTSService):
 
     # --- connection
 
-    async def _connect(self) -> None:
-        await super()._connect()
-        if self._receive_task is not None and not self._receive_task.done():
-            return
-        try:
-            await self._connect_websocket()
-        except Exception as error:
-            await self._report_error(ErrorFrame(f"{error}", exception=error))
-        self._receive_task = self.create_task(self._receive_until_given_up(), name="receive")
-
-    async def _disconnect(self) -> None:
-        await super()._disconnect()
-        for task in (self._receive_task, self._retry_task):
-            if task is not None:
-                await self.cancel_task(task)
-        self._receive_task = self._retry_task = None
-        self._journal.clear()
-        self._playbacks.clear()
-        await self._disconnect_websocket()
-
-    async def _connect_websocket(self) -> None:
-        if self._is_connected():
-            return
-        websocket, ready = await open_connection(
-            self._websocket_connect, self._url, self._token, self._init_sample_rate
-        )
-        self._journal.restart(ready.limits)
+    async def _on_ready(self, ready: Ready) -> None:
         self._stream = None
-        self._websocket = websocket
-        logger.debug(f"{self}: connected to {ready.server} at {self._url}")
-        await self._call_event_handler("on_connected")
         voice = self._settings.voice
         if isinstance(voice, str) and voice.lower() not in map(str.lower, ready.voices):
             known = ", ".join(ready.voices) or "none"
@@ -274,88 +221,10 @@ class MegakernelTTSService(WebsocketTTSService):
                 f"voice {voice} is unknown at {self._url}; known: {known}",
                 category=ErrorCategory.APPLICATION,
             )
-        await self._send_due()
 
-    def _classify_error(self, exception: Exception) -> ErrorCategory | None:
-        if isinstance(exception, ServerError) and exception.final:
-            return ErrorCategory.INVALID_REQUEST
-        return super()._classify_error(exception)
-
-    async def _disconnect_websocket(self) -> None:
-        websocket, self._websocket = self._websocket, None
-        if websocket is not None:
-            await websocket.close()
-            await self._call_event_handler("on_disconnected")
-
-    def _is_connected(self) -> bool:
-        return self._websocket is not None and self._websocket.state is State.OPEN
-
-    async def _receive_until_given_up(self) -> None:
-        """Receive and reconnect; what is left unspoken at the end is closed."""
-        connected = self._websocket is not None
-        if not connected and self._reconnect_on_error:
-            connected = await self._try_reconnect(report_error=self._report_error)
-        if connected:
-            await self._receive_task_handler(self._report_error)
-        for reply in self._journal:
-            self._journal.drop(reply.context_id)
-            await self._finish(reply.context_id)
-
-    async def _try_reconnect(
-        self, max_retries: int | None = None, report_error: ReportErrorCallback | None = None
-    ) -> bool:
-        return await super()._try_reconnect(max_retries or self._max_reconnect_attempts, report_error)
-
-    async def _reconnect_websocket(self, attempt_number: int) -> bool:
-        if self._websocket is not None:
-            message = f"{self._url}: connection lost; speech goes on when it is back"
-            await self._report_error(ErrorFrame(message, category=ErrorCategory.CONNECTIVITY))
-        self._keep_alive()
-        num_failures = self._quick_failure_tracker.count
-        if attempt_number == 1 and num_failures > 1:
-            await asyncio.sleep(
-                exponential_backoff_time(
-                    num_failures - 1,
-                    min_wait=self._reconnect_backoff_min_wait,
-                    max_wait=self._reconnect_backoff_max_wait,
-                )
-            )
-            self._keep_alive()
-        try:
-            # Not our base's: it would close the contexts, and we can resume them.
-            return await WebsocketService._reconnect_websocket(self, attempt_number)
-        finally:
-            self._keep_alive()
-
-    def _keep_alive(self) -> None:
-        for reply in self._journal:
-            self._refresh_audio_context(reply.context_id)
-
-    # --- sending
-
-    async def _send_due(self) -> None:
-        """Send what the journal has; what a broken connection swallows is sent over the next."""
-        async with self._sending:
-            try:
-                while self._is_connected() and (message := self._journal.take()) is not None:
-                    await self._websocket.send(encode(message))
-            except ConnectionClosed:
-                logger.debug(f"{self}: connection lost while sending")
-        await self._finish_spoken()
-
-    async def _finish_spoken(self) -> None:
-        for context_id in self._journal.take_finished():
-            await self._finish(context_id)
-
-    def _retry_soon(self) -> None:
-        if self._retry_task is None or self._retry_task.done():
-            self._retry_task = self.create_task(self._retry(), name="retry")
-
-    async def _retry(self) -> None:
-        await asyncio.sleep(RETRY_S)
-        self._keep_alive()
-        self._journal.on_hold = False
-        await self._send_due()
+    async def _disconnect(self) -> None:
+        await super()._disconnect()
+        self._playbacks.clear()
 
     # --- receiving
 
@@ -464,12 +333,6 @@ class MegakernelTTSService(WebsocketTTSService):
                     context_id,
                     includes_inter_frame_spaces=not word.spaced,
                 )
-
-    async def _finish(self, context_id: str) -> None:
-        """All audio of a context is here."""
-        if self.audio_context_available(context_id):
-            await self.append_to_audio_context(context_id, TTSStoppedFrame(context_id=context_id))
-            await self.remove_audio_context(context_id)
 
     async def _push_server_metrics(self, done: Done) -> None:
         if self.metrics_enabled:
