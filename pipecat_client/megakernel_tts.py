@@ -13,10 +13,10 @@ where it broke off (`journal`). Words are timed by estimate (`word_timing`).
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from loguru import logger
@@ -34,8 +34,9 @@ from pipecat.utils.tracing.service_decorators import traced_tts
 
 from pipecat_client.journal import Reply
 from pipecat_client.journal_service import RETRY_S, JournalTTSService
+from pipecat_client.playback import Playback
 from pipecat_client.settings import MegakernelTTSSettings, ServerTTSMetricsData
-from pipecat_client.word_timing import Pace, TimedWord, WordClock
+from pipecat_client.word_timing import Pace, TimedWord
 from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     Done,
@@ -49,19 +50,13 @@ from qwen_megakernel.serving.native_messages import (
 from qwen_megakernel.serving.wire import LANGUAGE_CODES, ProtocolError
 
 MAX_REFUSALS = 30
+SENTENCE_PAUSE_S = 0.3
+"""An LLM that writes nothing for so long after the end of a sentence has ended it."""
+MAX_PAUSE_S = 30.0
+"""After so long a pause within a sentence, what was written of it is spoken as a sentence of its own.
+The server would give the sentence up after a minute."""
 _CATEGORIES = {"overloaded": ErrorCategory.RATE_LIMIT, "internal": ErrorCategory.SERVER}
 """Of an error inside a context; never one that would mute the bot for the session."""
-
-
-@dataclass(slots=True)
-class _Playback:
-    """What is known of a context until it has been played."""
-
-    clock: WordClock
-    asked_at: float
-    """Wall clock, like all of Pipecat's metrics."""
-    first_audio_at: float | None = None
-    ttfb_reported: bool = False
 
 
 class MegakernelTTSService(JournalTTSService):
@@ -92,7 +87,7 @@ class MegakernelTTSService(JournalTTSService):
             token: The server's secret, if it has one.
             settings: Voice, language and the rest; see `Settings`.
             text_aggregation_mode: `SENTENCE` (default) speaks whole sentences; `TOKEN` hands each
-                token of the LLM on, and speech begins some words into the first sentence.
+                token of the LLM on, and speech begins some words into a sentence.
             word_timestamps: `estimated` has the conversation hold what was heard when the bot is
                 interrupted; `off` has it hold whole sentences once they were sent.
             sample_rate: 8000, 16000, 24000 (the model's own) or 48000, made by the server.
@@ -119,7 +114,7 @@ class MegakernelTTSService(JournalTTSService):
             **kwargs,
         )
         self._times_words = word_timestamps == "estimated"
-        self._playbacks: dict[str, _Playback] = {}
+        self._playbacks: dict[str, Playback] = {}
         self._paces: defaultdict[str | None, Pace] = defaultdict(Pace)
         self._stream: Started | None = None
         self._next_sequence = 0
@@ -145,21 +140,58 @@ class MegakernelTTSService(JournalTTSService):
                 category=ErrorCategory.APPLICATION,
             )
             return
-        options = self._settings.speak_fields()
-        complete = not self._is_streaming_tokens
-        self._journal.speak(context_id, text, complete=complete, **options)
         playback = self._playbacks.get(context_id)
         if playback is None:
-            clock = WordClock(self._paces[options["voice"]])
-            playback = self._playbacks[context_id] = _Playback(clock, asked_at=time.time())
-        playback.clock.append(text)
-        if complete:
-            playback.clock.complete_segment()
+            playback = Playback.begin(self._paces[self._settings.voice], self.text_aggregation_language)
+            self._playbacks[context_id] = playback
+        if self._is_streaming_tokens:
+            *sentences, rest = await playback.sentence_ends.split(text)
+            for sentence in sentences:
+                self._ask(context_id, playback, sentence, complete=True)
+            self._ask(context_id, playback, rest, complete=False)
+            loop = asyncio.get_running_loop()
+            loop.call_later(SENTENCE_PAUSE_S, self._on_pause, context_id, playback.last_text_at)
+        else:
+            self._ask(context_id, playback, text, complete=True)
         await self.start_tts_usage_metrics(text)
         if self._receive_task is None or self._receive_task.done():
             await self._connect()
         await self._send_due()
         yield None
+
+    def _ask(self, context_id: str, playback: Playback, text: str, *, complete: bool) -> None:
+        """Have a text spoken, which may end a sentence; an empty one can only end it."""
+        if text:
+            options = self._settings.speak_fields()
+            self._journal.speak(context_id, text, complete=complete, **options)
+            playback.append(text)
+        if complete:
+            self._journal.complete(context_id)
+            playback.clock.complete_segment()
+
+    def _on_pause(self, context_id: str, last_text_at: float) -> None:
+        """The LLM may have paused after the text of this time, at the end of a sentence."""
+        playback = self._playbacks.get(context_id)
+        if playback is None or playback.last_text_at != last_text_at:
+            return
+        if playback.sentence_ends.at_end:
+            self.create_task(self._complete_sentence(context_id, playback), name="pause")
+
+    async def _complete_sentence(self, context_id: str, playback: Playback) -> None:
+        """What the LLM has written is a sentence, although the next one has not begun."""
+        playback.end_sentence(self.text_aggregation_language)
+        self._journal.complete(context_id)
+        # Pipecat holds a sentence's words back until it sees the next one begin.
+        frames = await self._aggregated_frame_sequencer.finalize(context_id)
+        await self._push_sequencer_frames(frames, context_id)
+        await self._send_due()
+
+    async def _push_sequencer_frames(self, frames: list[Frame], context_id: str | None) -> None:
+        # Words that Pipecat has held back come before those that are queued.
+        if context_id and context_id == self._audio_context_manager.playing_context_id:
+            await self._push_word_frames(frames)
+        else:
+            await super()._push_sequencer_frames(frames, context_id)
 
     async def flush_audio(self, context_id: str | None = None) -> None:
         """The turn's text is complete."""
@@ -241,9 +273,7 @@ class MegakernelTTSService(JournalTTSService):
                 case Started():  # contexts are spoken one after another
                     self._stream, self._next_sequence = message, 0
                 case Progress():
-                    reply = self._journal.find(message.context_id)
-                    if reply is not None and message.state != "waiting_for_text":
-                        self._refresh_audio_context(reply.context_id)
+                    await self._on_progress(message)
                 case Segment():
                     await self._on_segment(message)
                 case Done():
@@ -275,6 +305,18 @@ class MegakernelTTSService(JournalTTSService):
         if playback is not None:
             words = playback.clock.advance(reply.num_samples / self.sample_rate)
             await self._add_words(reply.context_id, words)
+
+    async def _on_progress(self, progress: Progress) -> None:
+        """The context lives, also while its text is late."""
+        reply = self._journal.find(progress.context_id)
+        if reply is None:
+            return
+        self._refresh_audio_context(reply.context_id)
+        playback = self._playbacks.get(reply.context_id)
+        if playback is None or progress.state != "waiting_for_text":
+            return
+        if playback.pause_s > MAX_PAUSE_S:
+            await self._complete_sentence(reply.context_id, playback)
 
     async def _on_segment(self, segment: Segment) -> None:
         reply = self._journal.find(segment.context_id)

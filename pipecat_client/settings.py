@@ -16,7 +16,7 @@ class MegakernelTTSSettings(TTSSettings):
     """What can be changed at run time, with a `TTSUpdateSettingsFrame`; None leaves it to the server.
 
     `voice` is a name that the server knows, `language` a `Language` or a name (None: told from the
-    text). A change counts from the next sentence, in token mode from the next turn.
+    text). A change counts from the next sentence.
     """
 
     instruct: str | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
