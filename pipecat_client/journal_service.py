@@ -58,6 +58,14 @@ class JournalTTSService(WebsocketTTSService):
     async def _on_ready(self, ready: Ready) -> None:
         """A connection is open, and nothing was sent on it."""
 
+    @abstractmethod
+    async def _finish(self, context_id: str) -> None:
+        """A reply was spoken to its end."""
+
+    @abstractmethod
+    async def _fail(self, context_id: str) -> None:
+        """A reply will not be spoken to its end."""
+
     # --- connection
 
     async def _connect(self) -> None:
@@ -115,7 +123,7 @@ class JournalTTSService(WebsocketTTSService):
             await self._receive_task_handler(self._report_error)
         for reply in self._journal:
             self._journal.drop(reply.context_id)
-            await self._finish(reply.context_id)
+            await self._fail(reply.context_id)
 
     async def _try_reconnect(
         self, max_retries: int | None = None, report_error: ReportErrorCallback | None = None
@@ -173,7 +181,7 @@ class JournalTTSService(WebsocketTTSService):
         self._journal.on_hold = False
         await self._send_due()
 
-    async def _finish(self, context_id: str) -> None:
+    async def _close(self, context_id: str) -> None:
         """All audio of a context is here."""
         if self.audio_context_available(context_id):
             await self.append_to_audio_context(context_id, TTSStoppedFrame(context_id=context_id))

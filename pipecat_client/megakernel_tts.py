@@ -21,10 +21,12 @@ from typing import Any, Literal
 
 from loguru import logger
 from pipecat.frames.frames import (
+    AggregatedTextProgressFrame,
     ErrorFrame,
     Frame,
     MetricsFrame,
     TTSAudioRawFrame,
+    TTSTextFrame,
 )
 from pipecat.services.settings import TTSSettings
 from pipecat.services.tts_service import TextAggregationMode
@@ -57,6 +59,8 @@ MAX_PAUSE_S = 30.0
 The server would give the sentence up after a minute."""
 _CATEGORIES = {"overloaded": ErrorCategory.RATE_LIMIT, "internal": ErrorCategory.SERVER}
 """Of an error inside a context; never one that would mute the bot for the session."""
+_ENDED_BY_DONE = ("unknown_voice", "unknown_language", "unsupported", "internal")
+"""Errors after which the server itself ends the context."""
 
 
 class MegakernelTTSService(JournalTTSService):
@@ -94,10 +98,14 @@ class MegakernelTTSService(JournalTTSService):
             max_reconnect_attempts: Tries before the service gives up; 20 take about 90 s. A connection
                 that breaks within 5 s and has brought no new speech counts as a try.
             **kwargs: Of `WebsocketTTSService`.
+
+        Raises:
+            ValueError: a setting that no server would take.
         """
         store = self.Settings.defaults()
         if settings is not None:
             store.apply_update(settings)
+        store.check()
         # Longer than any pause between two signs of life: progress messages and reconnects.
         kwargs.setdefault("stop_frame_timeout_s", 10.0)
         super().__init__(
@@ -116,6 +124,8 @@ class MegakernelTTSService(JournalTTSService):
         self._times_words = word_timestamps == "estimated"
         self._playbacks: dict[str, Playback] = {}
         self._paces: defaultdict[str | None, Pace] = defaultdict(Pace)
+        self._ready: Ready | None = None
+        """What the server has offered."""
         self._stream: Started | None = None
         self._next_sequence = 0
 
@@ -144,6 +154,9 @@ class MegakernelTTSService(JournalTTSService):
         if playback is None:
             playback = Playback.begin(self._paces[self._settings.voice], self.text_aggregation_language)
             self._playbacks[context_id] = playback
+        if playback.state == "failed":
+            yield None
+            return
         if self._is_streaming_tokens:
             *sentences, rest = await playback.sentence_ends.split(text)
             for sentence in sentences:
@@ -201,11 +214,13 @@ class MegakernelTTSService(JournalTTSService):
             await self._send_due()
 
     async def on_turn_context_completed(self) -> None:
-        """Close the context of a turn that was never asked for: no `done` would."""
+        """Close the context of a turn that was never asked for, or has failed: no `done` would."""
         context_id = self._turn_context_id
         await super().on_turn_context_completed()
-        if context_id and context_id not in self._journal:
-            await self._finish(context_id)
+        playback = self._playbacks.get(context_id)
+        spoken = playback is not None and playback.state == "spoken"
+        if context_id and context_id not in self._journal and not spoken:
+            await self._close(context_id)
 
     async def on_audio_context_interrupted(self, context_id: str) -> None:
         """Stop the server at its next frame."""
@@ -223,10 +238,26 @@ class MegakernelTTSService(JournalTTSService):
         await self._send_due()
 
     async def _update_settings(self, delta: TTSSettings) -> dict[str, Any]:
+        if (problem := self._problem_with(delta)) is not None:
+            message = f"the settings stay as they are: {problem}"
+            await self.push_error(message, category=ErrorCategory.APPLICATION)
+            return {}
         changed = await super()._update_settings(delta)
         if "model" in changed:
             self._warn_unhandled_updated_settings({"model"})  # the server's to choose
         return changed
+
+    def _problem_with(self, delta: TTSSettings) -> str | None:
+        """Why the settings cannot be changed so, if they cannot."""
+        given = self.Settings()
+        given.apply_update(delta)
+        if isinstance(given.language, str):
+            given.language = self._service_language(given.language)
+        try:
+            given.check()
+        except ValueError as error:
+            return str(error)
+        return given.unserved(self._ready) if self._ready is not None else None
 
     # --- time to first byte: one for each context, as contexts overlap
 
@@ -246,13 +277,10 @@ class MegakernelTTSService(JournalTTSService):
 
     async def _on_ready(self, ready: Ready) -> None:
         self._stream = None
-        voice = self._settings.voice
-        if isinstance(voice, str) and voice.lower() not in map(str.lower, ready.voices):
-            known = ", ".join(ready.voices) or "none"
-            await self.push_error(
-                f"voice {voice} is unknown at {self._url}; known: {known}",
-                category=ErrorCategory.APPLICATION,
-            )
+        self._ready = ready
+        if (problem := self._settings.unserved(ready)) is not None:
+            message = f"{self._url}: {problem}"
+            await self.push_error(message, category=ErrorCategory.APPLICATION)
 
     async def _disconnect(self) -> None:
         await super()._disconnect()
@@ -336,7 +364,7 @@ class MegakernelTTSService(JournalTTSService):
         await self._push_server_metrics(done)
         if done.finish_reason == "error":
             self._journal.drop(reply.context_id)
-            await self._finish(reply.context_id)
+            await self._fail(reply.context_id)
         elif done.finish_reason == "cancelled":
             await self._postpone(reply, "the server has stopped it")
         else:
@@ -352,6 +380,11 @@ class MegakernelTTSService(JournalTTSService):
         else:
             category = _CATEGORIES.get(error.code, ErrorCategory.APPLICATION)
             await self.push_error(f"{error.message} ({error.code})", category=category)
+            if reply is not None and error.code not in _ENDED_BY_DONE:
+                # The context was not opened, or lives on without this text: there will be no `done`.
+                self._journal.cancel(reply.context_id)
+                await self._send_due()
+                await self._fail(reply.context_id)
 
     async def _postpone(self, reply: Reply, reason: str) -> None:
         """Ask again in a while, unless that has been done too often."""
@@ -361,7 +394,7 @@ class MegakernelTTSService(JournalTTSService):
             self._journal.drop(reply.context_id)
             message = f"gave up after {MAX_REFUSALS} refusals: {reason}"
             await self.push_error(message, category=ErrorCategory.RATE_LIMIT)
-            await self._finish(reply.context_id)
+            await self._fail(reply.context_id)
         self._refresh_audio_context(reply.context_id)
         self._retry_soon()
 
@@ -375,6 +408,46 @@ class MegakernelTTSService(JournalTTSService):
                     context_id,
                     includes_inter_frame_spaces=not word.spaced,
                 )
+
+    async def _finish(self, context_id: str) -> None:
+        if context_id in self._playbacks:
+            self._playbacks[context_id].state = "spoken"
+        await self._close(context_id)
+
+    async def _fail(self, context_id: str) -> None:
+        if context_id in self._playbacks:
+            self._playbacks[context_id].state = "failed"
+        # While the LLM writes, Pipecat would open a closed context again for each sentence.
+        if context_id != self._turn_context_id:
+            await self._close(context_id)
+
+    async def _apply_force_complete(self, context_id: str) -> None:
+        """Keep the rest of the text in the conversation only where it was heard."""
+        playback = self._playbacks.get(context_id)
+        if playback is not None and playback.state == "spoken":
+            await super()._apply_force_complete(context_id)
+            return
+        sequencer = self._aggregated_frame_sequencer
+        if self._times_words:
+            # Words that were heard may still wait for the end of their sentence.
+            await self._push_word_frames(await sequencer.finalize(context_id))
+        frames = sequencer.force_complete(context_id, self._word_timestamp_tracker.last_pts)
+        unheard = (TTSTextFrame, AggregatedTextProgressFrame)
+        await self._push_word_frames([each for each in frames if not isinstance(each, unheard)])
+
+    async def append_to_audio_context(self, context_id: str | None, frame: Any) -> None:
+        """Queue what a context plays; text that was never asked for stays out of the conversation."""
+        if isinstance(frame, TTSTextFrame):  # whole sentences, where words are not timed
+            playback = self._playbacks.get(context_id or "")
+            if playback is None or playback.state == "failed":
+                frame.append_to_context = False
+        await super().append_to_audio_context(context_id, frame)
+
+    async def _record_context_audio_outcome(self, context_id: str, received_audio: bool) -> None:
+        # A text that says nothing is spoken in silence. That is no failure.
+        playback = self._playbacks.get(context_id)
+        spoken = playback is not None and playback.state == "spoken"
+        await super()._record_context_audio_outcome(context_id, received_audio or spoken)
 
     async def _push_server_metrics(self, done: Done) -> None:
         if self.metrics_enabled:

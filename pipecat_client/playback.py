@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pipecat_client.sentence_ends import SentenceEnds
 from pipecat_client.word_timing import Pace, WordClock
@@ -23,6 +24,8 @@ class Playback:
     first_audio_at: float | None = None
     """Wall clock."""
     ttfb_reported: bool = False
+    state: Literal["open", "spoken", "failed"] = "open"
+    """Whether the reply was spoken to its end, or will not be."""
 
     @classmethod
     def begin(cls, pace: Pace, language: str) -> Playback:
