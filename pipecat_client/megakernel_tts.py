@@ -22,12 +22,19 @@ from typing import Any, Literal
 from loguru import logger
 from pipecat.frames.frames import (
     AggregatedTextProgressFrame,
+    EndFrame,
     ErrorFrame,
     Frame,
+    InterruptionFrame,
+    LLMFullResponseEndFrame,
+    LLMTextFrame,
     MetricsFrame,
+    TextFrame,
     TTSAudioRawFrame,
+    TTSSpeakFrame,
     TTSTextFrame,
 )
+from pipecat.processors.frame_processor import FrameDirection
 from pipecat.services.settings import TTSSettings
 from pipecat.services.tts_service import TextAggregationMode
 from pipecat.transcriptions.language import Language
@@ -50,6 +57,7 @@ from qwen_megakernel.serving.native_messages import (
     parse_server_message,
 )
 from qwen_megakernel.serving.wire import LANGUAGE_CODES, ProtocolError
+from qwen_megakernel.surrogates import SurrogateJoiner, repair
 
 MAX_REFUSALS = 30
 SENTENCE_PAUSE_S = 0.3
@@ -124,6 +132,8 @@ class MegakernelTTSService(JournalTTSService):
         self._times_words = word_timestamps == "estimated"
         self._playbacks: dict[str, Playback] = {}
         self._paces: defaultdict[str | None, Pace] = defaultdict(Pace)
+        self._surrogates = SurrogateJoiner()
+        """Of what the LLM streams."""
         self._ready: Ready | None = None
         """What the server has offered."""
         self._stream: Started | None = None
@@ -139,6 +149,19 @@ class MegakernelTTSService(JournalTTSService):
         """English names, as the server has them; a region (`en-GB`) counts as its language."""
         code = str(language.value).split("-")[0].lower()
         return LANGUAGE_CODES.get(code, code)
+
+    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+        """As Pipecat does, which cannot split text into sentences that is not Unicode."""
+        if isinstance(frame, (LLMFullResponseEndFrame, EndFrame)):
+            if half := self._surrogates.end():
+                await super().process_frame(LLMTextFrame(half), direction)
+        elif isinstance(frame, InterruptionFrame):
+            self._surrogates.end()
+        elif isinstance(frame, LLMTextFrame) or type(frame) is TextFrame:
+            frame.text = self._surrogates.join(frame.text)
+        elif isinstance(frame, (TextFrame, TTSSpeakFrame)):
+            frame.text = repair(frame.text)
+        await super().process_frame(frame, direction)
 
     @traced_tts
     async def run_tts(self, text: str, context_id: str) -> AsyncGenerator[Frame | None, None]:
