@@ -22,7 +22,7 @@ SAMPLE_BYTES = 2
 
 @dataclass(slots=True)
 class Segment:
-    """A sentence, or in token mode as much of a reply as fits into one context of the server."""
+    """A sentence, or as much of it as fits into one context of the server."""
 
     options: dict[str, Any]
     """Fields of `Speak`."""
@@ -37,6 +37,11 @@ class Segment:
     """Samples, over all connections."""
     num_to_drop: int = 0
     """Samples that come again."""
+
+    @property
+    def blank(self) -> bool:
+        """Whether there is nothing to say as yet; the server makes no segment of that."""
+        return not any(text.strip() for text in self.texts)
 
     def rewind(self) -> None:
         """Make it say itself again, up to where it was heard in silence."""
@@ -150,6 +155,12 @@ class Journal:
         segment.complete = complete
         reply.num_chars += len(text)
         return reply
+
+    def complete(self, context_id: str) -> None:
+        """The text of a reply's last segment is complete; nothing happens where it says nothing."""
+        reply = self._replies.get(context_id)
+        if reply is not None and reply.segments and not reply.segments[-1].blank:
+            reply.segments[-1].complete = True
 
     def end(self, context_id: str) -> None:
         """The reply's text is complete."""

@@ -17,63 +17,61 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from loguru import logger
 from pipecat.frames.frames import (
+    AggregatedTextProgressFrame,
+    EndFrame,
     ErrorFrame,
     Frame,
+    InterruptionFrame,
+    LLMFullResponseEndFrame,
+    LLMTextFrame,
     MetricsFrame,
+    TextFrame,
     TTSAudioRawFrame,
-    TTSStoppedFrame,
+    TTSSpeakFrame,
+    TTSTextFrame,
 )
-from pipecat.processors.frame_processor import FrameProcessorSetup
+from pipecat.processors.frame_processor import FrameDirection
 from pipecat.services.settings import TTSSettings
-from pipecat.services.tts_service import TextAggregationMode, WebsocketTTSService
-from pipecat.services.websocket_service import ReportErrorCallback, WebsocketService
+from pipecat.services.tts_service import TextAggregationMode
 from pipecat.transcriptions.language import Language
 from pipecat.utils.errors import ErrorCategory
-from pipecat.utils.network import QuickFailureTracker, exponential_backoff_time
 from pipecat.utils.tracing.service_decorators import traced_tts
-from websockets.exceptions import ConnectionClosed
-from websockets.protocol import State
 
-from pipecat_client.handshake import ServerError, open_connection
-from pipecat_client.journal import Journal, Reply
+from pipecat_client.journal import Reply
+from pipecat_client.journal_service import RETRY_S, JournalTTSService
+from pipecat_client.playback import Playback
 from pipecat_client.settings import MegakernelTTSSettings, ServerTTSMetricsData
-from pipecat_client.word_timing import Pace, TimedWord, WordClock
+from pipecat_client.word_timing import Pace, TimedWord
 from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     Done,
     Error,
     Progress,
+    Ready,
     Segment,
     Started,
-    encode,
     parse_server_message,
 )
 from qwen_megakernel.serving.wire import LANGUAGE_CODES, ProtocolError
+from qwen_megakernel.surrogates import SurrogateJoiner, repair
 
-RETRY_S = 1.0
-"""Until text is sent again that a busy server has refused."""
 MAX_REFUSALS = 30
+SENTENCE_PAUSE_S = 0.3
+"""An LLM that writes nothing for so long after the end of a sentence has ended it."""
+MAX_PAUSE_S = 30.0
+"""After so long a pause within a sentence, what was written of it is spoken as a sentence of its own.
+The server would give the sentence up after a minute."""
 _CATEGORIES = {"overloaded": ErrorCategory.RATE_LIMIT, "internal": ErrorCategory.SERVER}
 """Of an error inside a context; never one that would mute the bot for the session."""
+_ENDED_BY_DONE = ("unknown_voice", "unknown_language", "unsupported", "internal")
+"""Errors after which the server itself ends the context."""
 
 
-@dataclass(slots=True)
-class _Playback:
-    """What is known of a context until it has been played."""
-
-    clock: WordClock
-    asked_at: float
-    """Wall clock, like all of Pipecat's metrics."""
-    first_audio_at: float | None = None
-    ttfb_reported: bool = False
-
-
-class MegakernelTTSService(WebsocketTTSService):
+class MegakernelTTSService(JournalTTSService):
     """Qwen3-TTS from this project's server, over one WebSocket.
 
     Where metrics are enabled, the server's own figures of each turn come as `ServerTTSMetricsData`.
@@ -101,22 +99,27 @@ class MegakernelTTSService(WebsocketTTSService):
             token: The server's secret, if it has one.
             settings: Voice, language and the rest; see `Settings`.
             text_aggregation_mode: `SENTENCE` (default) speaks whole sentences; `TOKEN` hands each
-                token of the LLM on, and speech begins some words into the first sentence.
+                token of the LLM on, and speech begins some words into a sentence.
             word_timestamps: `estimated` has the conversation hold what was heard when the bot is
                 interrupted; `off` has it hold whole sentences once they were sent.
             sample_rate: 8000, 16000, 24000 (the model's own) or 48000, made by the server.
             max_reconnect_attempts: Tries before the service gives up; 20 take about 90 s. A connection
                 that breaks within 5 s and has brought no new speech counts as a try.
             **kwargs: Of `WebsocketTTSService`.
+
+        Raises:
+            ValueError: a setting that no server would take.
         """
         store = self.Settings.defaults()
         if settings is not None:
             store.apply_update(settings)
-        kwargs.setdefault("reconnect_backoff_min_wait", 0.5)
-        kwargs.setdefault("reconnect_backoff_max_wait", 5.0)
+        store.check()
         # Longer than any pause between two signs of life: progress messages and reconnects.
         kwargs.setdefault("stop_frame_timeout_s", 10.0)
         super().__init__(
+            url=url,
+            token=token,
+            max_reconnect_attempts=max_reconnect_attempts,
             text_aggregation_mode=text_aggregation_mode,
             push_start_frame=True,
             push_stop_frames=True,
@@ -126,22 +129,15 @@ class MegakernelTTSService(WebsocketTTSService):
             settings=store,
             **kwargs,
         )
-        self._url = url
-        self._token = token
         self._times_words = word_timestamps == "estimated"
-        self._max_reconnect_attempts = max_reconnect_attempts
-        # Connections in a row that broke within seconds and brought nothing new.
-        self._quick_failure_tracker = QuickFailureTracker(
-            max_consecutive_failures=max_reconnect_attempts
-        )
-        self._journal = Journal()
-        self._playbacks: dict[str, _Playback] = {}
+        self._playbacks: dict[str, Playback] = {}
         self._paces: defaultdict[str | None, Pace] = defaultdict(Pace)
+        self._surrogates = SurrogateJoiner()
+        """Of what the LLM streams."""
+        self._ready: Ready | None = None
+        """What the server has offered."""
         self._stream: Started | None = None
         self._next_sequence = 0
-        self._sending = asyncio.Lock()
-        self._receive_task: asyncio.Task[None] | None = None
-        self._retry_task: asyncio.Task[None] | None = None
 
     # --- what Pipecat asks
 
@@ -154,10 +150,18 @@ class MegakernelTTSService(WebsocketTTSService):
         code = str(language.value).split("-")[0].lower()
         return LANGUAGE_CODES.get(code, code)
 
-    async def setup(self, setup: FrameProcessorSetup) -> None:
-        """Set up and connect."""
-        await super().setup(setup)
-        await self._connect()
+    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+        """As Pipecat does, which cannot split text into sentences that is not Unicode."""
+        if isinstance(frame, (LLMFullResponseEndFrame, EndFrame)):
+            if half := self._surrogates.end():
+                await super().process_frame(LLMTextFrame(half), direction)
+        elif isinstance(frame, InterruptionFrame):
+            self._surrogates.end()
+        elif isinstance(frame, LLMTextFrame) or type(frame) is TextFrame:
+            frame.text = self._surrogates.join(frame.text)
+        elif isinstance(frame, (TextFrame, TTSSpeakFrame)):
+            frame.text = repair(frame.text)
+        await super().process_frame(frame, direction)
 
     @traced_tts
     async def run_tts(self, text: str, context_id: str) -> AsyncGenerator[Frame | None, None]:
@@ -169,21 +173,61 @@ class MegakernelTTSService(WebsocketTTSService):
                 category=ErrorCategory.APPLICATION,
             )
             return
-        options = self._settings.speak_fields()
-        complete = not self._is_streaming_tokens
-        self._journal.speak(context_id, text, complete=complete, **options)
         playback = self._playbacks.get(context_id)
         if playback is None:
-            clock = WordClock(self._paces[options["voice"]])
-            playback = self._playbacks[context_id] = _Playback(clock, asked_at=time.time())
-        playback.clock.append(text)
-        if complete:
-            playback.clock.complete_segment()
+            playback = Playback.begin(self._paces[self._settings.voice], self.text_aggregation_language)
+            self._playbacks[context_id] = playback
+        if playback.state == "failed":
+            yield None
+            return
+        if self._is_streaming_tokens:
+            *sentences, rest = await playback.sentence_ends.split(text)
+            for sentence in sentences:
+                self._ask(context_id, playback, sentence, complete=True)
+            self._ask(context_id, playback, rest, complete=False)
+            loop = asyncio.get_running_loop()
+            loop.call_later(SENTENCE_PAUSE_S, self._on_pause, context_id, playback.last_text_at)
+        else:
+            self._ask(context_id, playback, text, complete=True)
         await self.start_tts_usage_metrics(text)
         if self._receive_task is None or self._receive_task.done():
             await self._connect()
         await self._send_due()
         yield None
+
+    def _ask(self, context_id: str, playback: Playback, text: str, *, complete: bool) -> None:
+        """Have a text spoken, which may end a sentence; an empty one can only end it."""
+        if text:
+            options = self._settings.speak_fields()
+            self._journal.speak(context_id, text, complete=complete, **options)
+            playback.append(text)
+        if complete:
+            self._journal.complete(context_id)
+            playback.clock.complete_segment()
+
+    def _on_pause(self, context_id: str, last_text_at: float) -> None:
+        """The LLM may have paused after the text of this time, at the end of a sentence."""
+        playback = self._playbacks.get(context_id)
+        if playback is None or playback.last_text_at != last_text_at:
+            return
+        if playback.sentence_ends.at_end:
+            self.create_task(self._complete_sentence(context_id, playback), name="pause")
+
+    async def _complete_sentence(self, context_id: str, playback: Playback) -> None:
+        """What the LLM has written is a sentence, although the next one has not begun."""
+        playback.end_sentence(self.text_aggregation_language)
+        self._journal.complete(context_id)
+        # Pipecat holds a sentence's words back until it sees the next one begin.
+        frames = await self._aggregated_frame_sequencer.finalize(context_id)
+        await self._push_sequencer_frames(frames, context_id)
+        await self._send_due()
+
+    async def _push_sequencer_frames(self, frames: list[Frame], context_id: str | None) -> None:
+        # Words that Pipecat has held back come before those that are queued.
+        if context_id and context_id == self._audio_context_manager.playing_context_id:
+            await self._push_word_frames(frames)
+        else:
+            await super()._push_sequencer_frames(frames, context_id)
 
     async def flush_audio(self, context_id: str | None = None) -> None:
         """The turn's text is complete."""
@@ -193,11 +237,13 @@ class MegakernelTTSService(WebsocketTTSService):
             await self._send_due()
 
     async def on_turn_context_completed(self) -> None:
-        """Close the context of a turn that was never asked for: no `done` would."""
+        """Close the context of a turn that was never asked for, or has failed: no `done` would."""
         context_id = self._turn_context_id
         await super().on_turn_context_completed()
-        if context_id and context_id not in self._journal:
-            await self._finish(context_id)
+        playback = self._playbacks.get(context_id)
+        spoken = playback is not None and playback.state == "spoken"
+        if context_id and context_id not in self._journal and not spoken:
+            await self._close(context_id)
 
     async def on_audio_context_interrupted(self, context_id: str) -> None:
         """Stop the server at its next frame."""
@@ -215,10 +261,26 @@ class MegakernelTTSService(WebsocketTTSService):
         await self._send_due()
 
     async def _update_settings(self, delta: TTSSettings) -> dict[str, Any]:
+        if (problem := self._problem_with(delta)) is not None:
+            message = f"the settings stay as they are: {problem}"
+            await self.push_error(message, category=ErrorCategory.APPLICATION)
+            return {}
         changed = await super()._update_settings(delta)
         if "model" in changed:
             self._warn_unhandled_updated_settings({"model"})  # the server's to choose
         return changed
+
+    def _problem_with(self, delta: TTSSettings) -> str | None:
+        """Why the settings cannot be changed so, if they cannot."""
+        given = self.Settings()
+        given.apply_update(delta)
+        if isinstance(given.language, str):
+            given.language = self._service_language(given.language)
+        try:
+            given.check()
+        except ValueError as error:
+            return str(error)
+        return given.unserved(self._ready) if self._ready is not None else None
 
     # --- time to first byte: one for each context, as contexts overlap
 
@@ -236,126 +298,16 @@ class MegakernelTTSService(WebsocketTTSService):
 
     # --- connection
 
-    async def _connect(self) -> None:
-        await super()._connect()
-        if self._receive_task is not None and not self._receive_task.done():
-            return
-        try:
-            await self._connect_websocket()
-        except Exception as error:
-            await self._report_error(ErrorFrame(f"{error}", exception=error))
-        self._receive_task = self.create_task(self._receive_until_given_up(), name="receive")
+    async def _on_ready(self, ready: Ready) -> None:
+        self._stream = None
+        self._ready = ready
+        if (problem := self._settings.unserved(ready)) is not None:
+            message = f"{self._url}: {problem}"
+            await self.push_error(message, category=ErrorCategory.APPLICATION)
 
     async def _disconnect(self) -> None:
         await super()._disconnect()
-        for task in (self._receive_task, self._retry_task):
-            if task is not None:
-                await self.cancel_task(task)
-        self._receive_task = self._retry_task = None
-        self._journal.clear()
         self._playbacks.clear()
-        await self._disconnect_websocket()
-
-    async def _connect_websocket(self) -> None:
-        if self._is_connected():
-            return
-        websocket, ready = await open_connection(
-            self._websocket_connect, self._url, self._token, self._init_sample_rate
-        )
-        self._journal.restart(ready.limits)
-        self._stream = None
-        self._websocket = websocket
-        logger.debug(f"{self}: connected to {ready.server} at {self._url}")
-        await self._call_event_handler("on_connected")
-        voice = self._settings.voice
-        if isinstance(voice, str) and voice.lower() not in map(str.lower, ready.voices):
-            known = ", ".join(ready.voices) or "none"
-            await self.push_error(
-                f"voice {voice} is unknown at {self._url}; known: {known}",
-                category=ErrorCategory.APPLICATION,
-            )
-        await self._send_due()
-
-    def _classify_error(self, exception: Exception) -> ErrorCategory | None:
-        if isinstance(exception, ServerError) and exception.final:
-            return ErrorCategory.INVALID_REQUEST
-        return super()._classify_error(exception)
-
-    async def _disconnect_websocket(self) -> None:
-        websocket, self._websocket = self._websocket, None
-        if websocket is not None:
-            await websocket.close()
-            await self._call_event_handler("on_disconnected")
-
-    def _is_connected(self) -> bool:
-        return self._websocket is not None and self._websocket.state is State.OPEN
-
-    async def _receive_until_given_up(self) -> None:
-        """Receive and reconnect; what is left unspoken at the end is closed."""
-        connected = self._websocket is not None
-        if not connected and self._reconnect_on_error:
-            connected = await self._try_reconnect(report_error=self._report_error)
-        if connected:
-            await self._receive_task_handler(self._report_error)
-        for reply in self._journal:
-            self._journal.drop(reply.context_id)
-            await self._finish(reply.context_id)
-
-    async def _try_reconnect(
-        self, max_retries: int | None = None, report_error: ReportErrorCallback | None = None
-    ) -> bool:
-        return await super()._try_reconnect(max_retries or self._max_reconnect_attempts, report_error)
-
-    async def _reconnect_websocket(self, attempt_number: int) -> bool:
-        if self._websocket is not None:
-            message = f"{self._url}: connection lost; speech goes on when it is back"
-            await self._report_error(ErrorFrame(message, category=ErrorCategory.CONNECTIVITY))
-        self._keep_alive()
-        num_failures = self._quick_failure_tracker.count
-        if attempt_number == 1 and num_failures > 1:
-            await asyncio.sleep(
-                exponential_backoff_time(
-                    num_failures - 1,
-                    min_wait=self._reconnect_backoff_min_wait,
-                    max_wait=self._reconnect_backoff_max_wait,
-                )
-            )
-            self._keep_alive()
-        try:
-            # Not our base's: it would close the contexts, and we can resume them.
-            return await WebsocketService._reconnect_websocket(self, attempt_number)
-        finally:
-            self._keep_alive()
-
-    def _keep_alive(self) -> None:
-        for reply in self._journal:
-            self._refresh_audio_context(reply.context_id)
-
-    # --- sending
-
-    async def _send_due(self) -> None:
-        """Send what the journal has; what a broken connection swallows is sent over the next."""
-        async with self._sending:
-            try:
-                while self._is_connected() and (message := self._journal.take()) is not None:
-                    await self._websocket.send(encode(message))
-            except ConnectionClosed:
-                logger.debug(f"{self}: connection lost while sending")
-        await self._finish_spoken()
-
-    async def _finish_spoken(self) -> None:
-        for context_id in self._journal.take_finished():
-            await self._finish(context_id)
-
-    def _retry_soon(self) -> None:
-        if self._retry_task is None or self._retry_task.done():
-            self._retry_task = self.create_task(self._retry(), name="retry")
-
-    async def _retry(self) -> None:
-        await asyncio.sleep(RETRY_S)
-        self._keep_alive()
-        self._journal.on_hold = False
-        await self._send_due()
 
     # --- receiving
 
@@ -372,9 +324,7 @@ class MegakernelTTSService(WebsocketTTSService):
                 case Started():  # contexts are spoken one after another
                     self._stream, self._next_sequence = message, 0
                 case Progress():
-                    reply = self._journal.find(message.context_id)
-                    if reply is not None and message.state != "waiting_for_text":
-                        self._refresh_audio_context(reply.context_id)
+                    await self._on_progress(message)
                 case Segment():
                     await self._on_segment(message)
                 case Done():
@@ -407,6 +357,18 @@ class MegakernelTTSService(WebsocketTTSService):
             words = playback.clock.advance(reply.num_samples / self.sample_rate)
             await self._add_words(reply.context_id, words)
 
+    async def _on_progress(self, progress: Progress) -> None:
+        """The context lives, also while its text is late."""
+        reply = self._journal.find(progress.context_id)
+        if reply is None:
+            return
+        self._refresh_audio_context(reply.context_id)
+        playback = self._playbacks.get(reply.context_id)
+        if playback is None or progress.state != "waiting_for_text":
+            return
+        if playback.pause_s > MAX_PAUSE_S:
+            await self._complete_sentence(reply.context_id, playback)
+
     async def _on_segment(self, segment: Segment) -> None:
         reply = self._journal.find(segment.context_id)
         if reply is None:
@@ -425,7 +387,7 @@ class MegakernelTTSService(WebsocketTTSService):
         await self._push_server_metrics(done)
         if done.finish_reason == "error":
             self._journal.drop(reply.context_id)
-            await self._finish(reply.context_id)
+            await self._fail(reply.context_id)
         elif done.finish_reason == "cancelled":
             await self._postpone(reply, "the server has stopped it")
         else:
@@ -441,6 +403,11 @@ class MegakernelTTSService(WebsocketTTSService):
         else:
             category = _CATEGORIES.get(error.code, ErrorCategory.APPLICATION)
             await self.push_error(f"{error.message} ({error.code})", category=category)
+            if reply is not None and error.code not in _ENDED_BY_DONE:
+                # The context was not opened, or lives on without this text: there will be no `done`.
+                self._journal.cancel(reply.context_id)
+                await self._send_due()
+                await self._fail(reply.context_id)
 
     async def _postpone(self, reply: Reply, reason: str) -> None:
         """Ask again in a while, unless that has been done too often."""
@@ -450,7 +417,7 @@ class MegakernelTTSService(WebsocketTTSService):
             self._journal.drop(reply.context_id)
             message = f"gave up after {MAX_REFUSALS} refusals: {reason}"
             await self.push_error(message, category=ErrorCategory.RATE_LIMIT)
-            await self._finish(reply.context_id)
+            await self._fail(reply.context_id)
         self._refresh_audio_context(reply.context_id)
         self._retry_soon()
 
@@ -466,10 +433,44 @@ class MegakernelTTSService(WebsocketTTSService):
                 )
 
     async def _finish(self, context_id: str) -> None:
-        """All audio of a context is here."""
-        if self.audio_context_available(context_id):
-            await self.append_to_audio_context(context_id, TTSStoppedFrame(context_id=context_id))
-            await self.remove_audio_context(context_id)
+        if context_id in self._playbacks:
+            self._playbacks[context_id].state = "spoken"
+        await self._close(context_id)
+
+    async def _fail(self, context_id: str) -> None:
+        if context_id in self._playbacks:
+            self._playbacks[context_id].state = "failed"
+        # While the LLM writes, Pipecat would open a closed context again for each sentence.
+        if context_id != self._turn_context_id:
+            await self._close(context_id)
+
+    async def _apply_force_complete(self, context_id: str) -> None:
+        """Keep the rest of the text in the conversation only where it was heard."""
+        playback = self._playbacks.get(context_id)
+        if playback is not None and playback.state == "spoken":
+            await super()._apply_force_complete(context_id)
+            return
+        sequencer = self._aggregated_frame_sequencer
+        if self._times_words:
+            # Words that were heard may still wait for the end of their sentence.
+            await self._push_word_frames(await sequencer.finalize(context_id))
+        frames = sequencer.force_complete(context_id, self._word_timestamp_tracker.last_pts)
+        unheard = (TTSTextFrame, AggregatedTextProgressFrame)
+        await self._push_word_frames([each for each in frames if not isinstance(each, unheard)])
+
+    async def append_to_audio_context(self, context_id: str | None, frame: Any) -> None:
+        """Queue what a context plays; text that was never asked for stays out of the conversation."""
+        if isinstance(frame, TTSTextFrame):  # whole sentences, where words are not timed
+            playback = self._playbacks.get(context_id or "")
+            if playback is None or playback.state == "failed":
+                frame.append_to_context = False
+        await super().append_to_audio_context(context_id, frame)
+
+    async def _record_context_audio_outcome(self, context_id: str, received_audio: bool) -> None:
+        # A text that says nothing is spoken in silence. That is no failure.
+        playback = self._playbacks.get(context_id)
+        spoken = playback is not None and playback.state == "spoken"
+        await super()._record_context_audio_outcome(context_id, received_audio or spoken)
 
     async def _push_server_metrics(self, done: Done) -> None:
         if self.metrics_enabled:

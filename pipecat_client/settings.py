@@ -8,7 +8,8 @@ from typing import Any
 from pipecat.metrics.metrics import MetricsData
 from pipecat.services.settings import NOT_GIVEN, NotGiven, TTSSettings
 
-from qwen_megakernel.serving.native_messages import Done
+from qwen_megakernel.serving.native_messages import Done, Ready, Speak, check_values
+from qwen_megakernel.serving.wire import ProtocolError, language_name
 
 
 @dataclass
@@ -16,25 +17,41 @@ class MegakernelTTSSettings(TTSSettings):
     """What can be changed at run time, with a `TTSUpdateSettingsFrame`; None leaves it to the server.
 
     `voice` is a name that the server knows, `language` a `Language` or a name (None: told from the
-    text). A change counts from the next sentence, in token mode from the next turn.
+    text). A change counts from the next sentence.
     """
 
     instruct: str | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    """How to speak, for checkpoints that take it."""
+    """How to speak, for checkpoints that take it; up to 1000 characters."""
     temperature: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
     """0 to 10; 0 takes the most likely code."""
     top_k: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    """0 keeps all."""
+    """0 to 65536; 0 keeps all."""
     seed: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
     """The same seed, text and voice give the same speech; None draws one for each sentence."""
     chunk_frames: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    """Frames of 80 ms in one audio message; None begins with one and grows."""
+    """Frames of 80 ms in one audio message, 1 to 8; None begins with one and grows."""
 
     @classmethod
     def defaults(cls) -> MegakernelTTSSettings:
         """All to the server; `model` is a name for metrics."""
         nothing = dict.fromkeys(each.name for each in fields(cls) if each.name != "extra")
         return cls(**nothing | {"model": "qwen3-tts"})
+
+    def check(self) -> None:
+        """Raise `ValueError`, one line, for a value that no server would take."""
+        try:
+            check_values(Speak, self.speak_fields())
+        except ProtocolError as error:
+            raise ValueError(f"settings: {error}") from None
+
+    def unserved(self, ready: Ready) -> str | None:
+        """What this server does not have, in one line, or None."""
+        voice, language = self.voice, self.language
+        if isinstance(voice, str) and voice.lower() not in map(str.lower, ready.voices):
+            return f"voice {voice} is unknown; known: {', '.join(ready.voices) or 'none'}"
+        if isinstance(language, str) and language_name(language) not in ready.languages:
+            return f"language {language} is unknown; known: {', '.join(ready.languages)}"
+        return None
 
     def speak_fields(self) -> dict[str, Any]:
         """For `messages.Speak`."""

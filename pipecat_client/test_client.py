@@ -14,6 +14,7 @@ import ipaddress
 import json
 import os
 import queue
+import re
 import struct
 import sys
 import tempfile
@@ -207,8 +208,7 @@ def read_text(args: argparse.Namespace) -> str:
     """The text to speak, without a byte order mark."""
     try:
         if args.text is not None:
-            text = args.text.removeprefix("\ufeff")
-            text.encode()  # surrogates stand for bytes that could not be decoded
+            text = repair(args.text.removeprefix("\ufeff"))
         elif args.file is not None:
             text = args.file.read_text(encoding="utf-8-sig")
         else:
@@ -221,6 +221,18 @@ def read_text(args: argparse.Namespace) -> str:
         raise ClientError(f"cannot read the text: {error}") from None
     if not text.strip():
         raise ClientError("the text is empty")
+    return text
+
+
+def repair(text: str) -> str:
+    """Join the halves of surrogate pairs; a half that is alone becomes U+FFFD.
+
+    Raises:
+        UnicodeError: a half that stands for a byte that could not be decoded.
+    """
+    text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+    text = re.sub("[\ud800-\udbff\udd00-\udfff]", "\ufffd", text)
+    text.encode()
     return text
 
 
@@ -243,11 +255,11 @@ async def send_text(socket: ClientConnection, args: argparse.Namespace, text: st
     if not args.stream_text:
         await socket.send(json.dumps(build_request(args, text)))
         return
-    first, *rest = text.split()
+    first, *rest = re.findall(r"\s*\S+|\s+$", text)  # all of it: white space can change the speech
     await socket.send(json.dumps({**build_request(args, first), "more": True}))
     for word in rest:
         await asyncio.sleep(1 / args.words_per_second)
-        await socket.send(json.dumps({"text": f" {word}", "more": True}))
+        await socket.send(json.dumps({"text": word, "more": True}))
     await socket.send(json.dumps({"text": "", "more": False}))
 
 

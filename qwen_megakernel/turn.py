@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from qwen_megakernel.config import SAMPLE_RATE
+from qwen_megakernel.surrogates import SurrogateJoiner
 
 FinishReason = Literal["stop", "length", "repeat", "silence", "cancelled", "error"]
 ErrorCode = Literal[
@@ -106,6 +107,7 @@ class Turn:
         self._wake = wake
         self._lock = threading.Lock()
         self._commands: deque[TextCommand] = deque()
+        self._surrogates = SurrogateJoiner()
         self._ended = False
         self._cancelled = False
         self._held = False
@@ -116,13 +118,11 @@ class Turn:
     def append(self, text: str) -> None:
         """Add text after what was given so far.
 
+        A surrogate pair may be split between two texts. A half that is alone is taken for U+FFFD.
+
         Raises:
-            RequestError: after `end`, or for text that is not Unicode (lone surrogates).
+            RequestError: after `end`.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise RequestError("bad_request", "the text has lone surrogates: not Unicode") from None
         self._command(Append(text))
 
     def flush(self) -> None:
@@ -170,10 +170,14 @@ class Turn:
         with self._lock:
             if self._ended:
                 raise RequestError("bad_request", "text after the end of the turn")
-            if isinstance(command, End):
-                self._ended = True
-            elif isinstance(command, Append) and self.first_text_at is None:
-                self.first_text_at = time.monotonic()
+            if isinstance(command, Append):
+                if self.first_text_at is None:
+                    self.first_text_at = time.monotonic()
+                command = Append(self._surrogates.join(command.text))
+            else:
+                self._ended = isinstance(command, End)
+                if half := self._surrogates.end():
+                    self._commands.append(Append(half))
             self._commands.append(command)
         self._wake()
 

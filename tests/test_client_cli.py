@@ -124,6 +124,31 @@ def test_stdin_file_and_streamed_text(live_server, tmp_path):
         assert json.loads(result.stdout)["samples"] > 0
 
 
+def test_streamed_text_and_files_give_the_same_wav_as_the_whole_text(live_server, tmp_path):
+    text = " Hello  there,\n\n  my\tfriend.\u00a0 How are you?\n"
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    typed = ("--stream-text", "--words-per-second", "200")
+    here = ("--url", live_server.url, "--seed", "3", "--temperature", "2", "--chunk-tokens", "1")
+    sounds = []
+    for number, (source, stdin) in enumerate(
+        [
+            (("--text", text), ""),
+            (("--text", text, *typed), ""),
+            (("--file", str(file)), ""),
+            (("--file", str(file), *typed), ""),
+            (("--stdin",), text),
+            (("--stdin", *typed), text),
+        ]
+    ):
+        out = tmp_path / f"{number}.wav"
+        result = run(*here, *source, "--out", str(out), stdin=stdin)
+        assert result.returncode == 0, result.stderr
+        sounds.append(out.read_bytes())
+    assert len(set(sounds)) == 1
+    assert len(sounds[0]) > 10_000
+
+
 def test_refusals_are_one_line(live_server):
     here = ("--url", live_server.url, "--text", "Hi.")
     assert "unknown_voice" in failure(*here, "--voice", "nobody")
@@ -303,6 +328,15 @@ def test_text_that_is_not_utf_8_is_refused_by_name(how, locale, tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith(b"error: the text must be UTF-8")
     assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a \ud83d b", "a \ufffd b"), ("\ude00", "\ufffd"), ("a \ud83d\ude00", "a \U0001f600")],
+)
+def test_halves_of_surrogate_pairs_are_repaired(client_module, text, expected):
+    args = client_module.parse_arguments(["--text", text])
+    assert client_module.read_text(args) == expected
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])

@@ -21,7 +21,8 @@ from qwen_megakernel.__main__ import COMMANDS
 PACKAGE = "qwen_megakernel"
 
 ORDER = (
-    "config", "turn", "cuda_graphs", "build_environment", "kernel_tuning", "checkpoint", "build_tts",
+    "config", "surrogates", "turn", "cuda_graphs", "build_environment", "kernel_tuning", "checkpoint",
+    "build_tts",
     "model", "codec", "prompt", "decoding", "engine", "tts_model",
     "serving", "synth", "tools", "bench", "bench_tts", "__main__",
 )  # fmt: skip

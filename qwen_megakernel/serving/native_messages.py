@@ -370,6 +370,12 @@ def parse_server_message(data: str | bytes) -> ServerMessage:
     return _build(_find(SERVER_TYPES, values), values)
 
 
+def check_values(cls: type, values: dict[str, Any]) -> None:
+    """Raise `ProtocolError` where a message of this class could not hold a value."""
+    for name in values:
+        _rules(cls)[name].read(values, name)
+
+
 def encode(message: ClientMessage | ServerMessage) -> str | bytes:
     """What to send: text, or bytes for audio."""
     if isinstance(message, AudioChunk):

@@ -86,6 +86,8 @@ class WireTap:
         """How many lines are dropped likewise, after the first."""
         self.delay_s = 0.0
         """Before each message of the server."""
+        self.mute = False
+        """Whether audio is kept from the client."""
         self.num_refused = 0
         self._server: Server | None = None
         self._upstream: dict[Request, ClientConnection] = {}
@@ -159,6 +161,8 @@ class WireTap:
                     self.cut_when = None
                 client.transport.abort()
                 return
+            if self.mute and isinstance(message, AudioChunk):
+                continue
             line.heard.append((time.time(), message))
             await client.send(data)
 

@@ -1,0 +1,48 @@
+"""What the service knows of a reply until it has been played."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipecat_client.sentence_ends import SentenceEnds
+from pipecat_client.word_timing import Pace, WordClock
+
+
+@dataclass(slots=True)
+class Playback:
+    """One Pipecat context, from its first text to the end of its audio."""
+
+    clock: WordClock
+    sentence_ends: SentenceEnds
+    """Of the text that the LLM streams."""
+    asked_at: float = field(default_factory=time.time)
+    """Wall clock, like all of Pipecat's metrics."""
+    last_text_at: float = field(default_factory=time.monotonic)
+    """When the LLM last wrote."""
+    first_audio_at: float | None = None
+    """Wall clock."""
+    ttfb_reported: bool = False
+    state: Literal["open", "spoken", "failed"] = "open"
+    """Whether the reply was spoken to its end, or will not be."""
+
+    @classmethod
+    def begin(cls, pace: Pace, language: str) -> Playback:
+        """A context that has no text yet; `language` is that of `SentenceEnds`."""
+        return cls(WordClock(pace), SentenceEnds(language))
+
+    def append(self, text: str) -> None:
+        """The LLM has written more."""
+        self.clock.append(text)
+        self.last_text_at = time.monotonic()
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds since the LLM last wrote."""
+        return time.monotonic() - self.last_text_at
+
+    def end_sentence(self, language: str) -> None:
+        """The text so far is a whole sentence, although the next one has not begun."""
+        self.sentence_ends = SentenceEnds(language)
+        self.clock.complete_segment()

@@ -1,0 +1,51 @@
+"""Where the sentences of a reply end that is still being written."""
+
+from __future__ import annotations
+
+import re
+
+from pipecat.frames.frames import TextType
+from pipecat.utils.string import match_endofsentence
+from pipecat.utils.text.simple_text_aggregator import SimpleTextAggregator
+
+_NUMBER_MAY_GO_ON = re.compile(r"\d\.$")
+_NEXT_SENTENCE = " A"
+"""Text that shows Pipecat's tokenizer whether the period before it belongs to an abbreviation."""
+
+
+class SentenceEnds:
+    """Splits a growing text at the places where Pipecat itself sees sentences end."""
+
+    def __init__(self, language: str) -> None:
+        """`language` is a code such as `en`, as in `TTSService.text_aggregation_language`."""
+        self._language = language
+        self._aggregator = SimpleTextAggregator(aggregation_type=TextType.SENTENCE, language=language)
+        self._sentence = ""
+        """The text since the last end."""
+
+    async def split(self, text: str) -> list[str]:
+        """Take more text; its pieces, each of which but the last ends a sentence.
+
+        A sentence ends where the next one is seen to begin. The first piece is empty where the
+        end lies before this text. An end that is seen too late, within earlier text, is left out.
+        """
+        num_given = len(self._sentence)
+        whole = self._sentence + text
+        pieces, start, position = [], num_given, 0
+        async for sentence in self._aggregator.aggregate(text):
+            rest = whole[position:]
+            position += len(rest) - len(rest.lstrip(" ")) + len(sentence.text)
+            if not whole[position:num_given].strip():
+                end = max(position, num_given)
+                pieces.append(whole[start:end])
+                start = end
+        self._sentence = whole[position:]
+        return [*pieces, whole[start:]]
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the text so far ends with a sentence, if nothing more comes for a while."""
+        text = self._sentence.rstrip()
+        if not text or _NUMBER_MAY_GO_ON.search(text):
+            return False
+        return match_endofsentence(text + _NEXT_SENTENCE, language=self._language) == len(text)

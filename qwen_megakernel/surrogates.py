@@ -1,0 +1,35 @@
+"""Halves of surrogate pairs in text, as broken streams of tokens have them. Such text is not Unicode."""
+
+from __future__ import annotations
+
+import re
+
+REPLACEMENT = "\ufffd"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_FIRST_HALF = re.compile("[\ud800-\udbff]$")
+
+
+def repair(text: str) -> str:
+    """The text with the halves of each pair joined; a half that is alone becomes U+FFFD."""
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+class SurrogateJoiner:
+    """Repairs text that comes in pieces: a pair may begin in one and end in the next."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def join(self, text: str) -> str:
+        """The next piece, repaired; a first half at its end waits for the piece that follows."""
+        text = self._half + text
+        match = _FIRST_HALF.search(text)
+        self._half = match[0] if match else ""
+        return repair(text.removesuffix(self._half))
+
+    def end(self) -> str:
+        """What is left when no piece follows: U+FFFD for a half that waits, or nothing."""
+        half, self._half = self._half, ""
+        return REPLACEMENT if half else ""

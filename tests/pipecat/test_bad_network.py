@@ -1,0 +1,68 @@
+"""Delay, jitter and stalls on the way: no word is lost, and none is spoken twice."""
+
+import asyncio
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client/requirements.txt")
+
+from conversation import TURN, make_service, only, pcm, play, spoken, turn
+from live_server import ROOT
+from pipecat.frames.frames import TTSStartedFrame, TTSStoppedFrame
+from pipecat.services.tts_service import TextAggregationMode
+from slow_link import SlowLink
+
+CLIENT = ROOT / "pipecat_client" / "test_client.py"
+EXACT = {"seed": 11, "chunk_frames": 1, "temperature": 2.0}
+
+
+def speak(url, mode, **options):
+    return play(make_service(url, text_aggregation_mode=mode, **EXACT, **options), turn(*TURN))
+
+
+@pytest.mark.parametrize("mode", list(TextAggregationMode))
+@pytest.mark.parametrize("cut_after", [None, 8], ids=["whole", "cut"])
+def test_reply_over_a_bad_network(live_server, mode, cut_after):
+    async def scenario():
+        undisturbed, _ = await speak(live_server.url, mode)
+        async with SlowLink(live_server.port, cut_after=cut_after) as link:
+            # A stall is shorter than what Pipecat waits for audio; a break and the way back are not.
+            down, errors = await speak(link.url, mode, stop_frame_timeout_s=3.0)
+        return undisturbed, down, errors, link
+
+    undisturbed, down, errors, link = asyncio.run(scenario())
+    assert link.num_stalls >= 1
+    assert link.num_connections == len(errors) + 1 == (1 if cut_after is None else 2)
+    assert pcm(down) == pcm(undisturbed) != b""
+    assert spoken(down) == "".join(TURN)
+    assert len(only(down, TTSStartedFrame)) == len(only(down, TTSStoppedFrame)) == 1
+
+
+@pytest.mark.parametrize(
+    "typed", [(), ("--stream-text", "--words-per-second", "50")], ids=["at-once", "typed"]
+)
+def test_client_over_a_bad_network(live_server, tmp_path, typed):
+    async def run(url, name):
+        out = tmp_path / name
+        arguments = ("--url", url, "--text", "".join(TURN), "--seed", "11", "--temperature", "2")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, CLIENT, *arguments, *typed, "--chunk-tokens", "1", "--json", "--out", out,
+            stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        figures, _ = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 0
+        return json.loads(figures), out.read_bytes()
+
+    async def scenario():
+        _, undisturbed = await run(live_server.url, "near.wav")
+        async with SlowLink(live_server.port) as link:
+            return undisturbed, *await run(link.url, "far.wav"), link
+
+    undisturbed, figures, sound, link = asyncio.run(scenario())
+    assert link.num_stalls >= 1
+    assert sound == undisturbed
+    assert figures["ttfb_ms"] > 2 * 80
+    assert figures["underruns"] >= 1  # the gaps are counted, and how long they were
+    assert figures["stalled_ms"] > 500

@@ -1,0 +1,73 @@
+"""Halves of surrogate pairs: joined where both are there, replaced where one is alone."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_megakernel.surrogates import SurrogateJoiner, repair
+from qwen_megakernel.turn import Append, End, Flush, Turn
+
+FIRST, SECOND, FACE = "\ud83d", "\ude00", "\U0001f600"
+
+
+def joined(*pieces):
+    joiner = SurrogateJoiner()
+    return [*map(joiner.join, pieces), joiner.end()]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hello.", "Hello."),
+        (FACE, FACE),
+        (f"a{FIRST}{SECOND}b", f"a{FACE}b"),
+        (f"a{FIRST}b", "a\ufffdb"),
+        (f"a{FIRST}", "a\ufffd"),
+        (f"{SECOND}b", "\ufffdb"),
+        (f"{SECOND}{FIRST}", "\ufffd\ufffd"),
+        (f"{FIRST}{FIRST}{SECOND}", f"\ufffd{FACE}"),
+    ],
+)
+def test_repair(text, expected):
+    assert repair(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (("Glad ", "to."), ["Glad ", "to.", ""]),
+        ((f"Glad {FIRST}", f"{SECOND}."), ["Glad ", f"{FACE}.", ""]),
+        ((f"Glad {FIRST}", "", f"{SECOND}."), ["Glad ", "", f"{FACE}.", ""]),
+        ((f"Glad {FIRST}", "so."), ["Glad ", "\ufffdso.", ""]),
+        ((f"Glad {FIRST}",), ["Glad ", "\ufffd"]),
+        ((SECOND, FIRST), ["\ufffd", "", "\ufffd"]),
+    ],
+)
+def test_halves_in_consecutive_pieces_are_joined(pieces, expected):
+    assert joined(*pieces) == expected
+
+
+@given(st.text(st.sampled_from(f"ab {FIRST}{SECOND}{FACE}")), st.data())
+def test_any_split_gives_the_same_unicode_text(text, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    ends = [0, *cuts, len(text)]
+    pieces = [text[start:end] for start, end in pairwise(ends)]
+    found = "".join(joined(*pieces))
+    assert found == repair(text)
+    found.encode()
+
+
+def test_a_turn_takes_tokens_with_halves():
+    turn = Turn(lambda: None)
+    turn.append(f"Glad {FIRST}")
+    turn.append(f"{SECOND} to see")
+    turn.append(f" you {FIRST}")
+    turn.flush()
+    turn.append(f"now {FIRST}")
+    turn.end()
+    texts = [c.text if isinstance(c, Append) else c for c in turn.take_commands()]
+    assert texts == [
+        "Glad ", f"{FACE} to see", " you ", "\ufffd", Flush(), "now ", "\ufffd", End(),
+    ]  # fmt: skip
