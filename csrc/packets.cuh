@@ -15,7 +15,7 @@
 // Position 0's own pass ends with a QKV, which has a buffer of its own; whoever goes on has read all rows of the down
 // projection before it, so of that layer nothing is still to be read.
 //
-// The alternative that lost: grid barriers, 2.3 us each while weights stream (EXPERIMENTS.md).
+// The alternative that lost: grid barriers, 2.3 us each while weights stream (docs/experiments.md).
 #pragma once
 
 #include "encodings.cuh"

@@ -50,7 +50,7 @@ struct SamplerShared {
 };
 
 constexpr int kOtherBytes = sizeof(Scratch) + sizeof(FrameParams);
-// A longer ring is slower on an H200: 1159, 1286 us a frame with 22 and 42 slots (csrc/EXPERIMENTS.md).
+// A longer ring is slower on an H200: 1159, 1286 us a frame with 22 and 42 slots (docs/experiments.md).
 #ifndef QWEN_TTS_RING_SLOTS  // geometry.h may have another number, which `tune` found better on its GPU
 #define QWEN_TTS_RING_SLOTS 22
 #endif

@@ -19,7 +19,7 @@ from qwen_megakernel.build_environment import cache_folder
 
 SCHEMA = 1
 DEFAULT_L2_SHARE = 0.5
-"""Of L2, for the weights that every pass of the predictor reads again (csrc/EXPERIMENTS.md)."""
+"""Of L2, for the weights that every pass of the predictor reads again (docs/experiments.md)."""
 _PREFIX = "tuning-"
 
 Report = Callable[[str], None]

@@ -38,7 +38,7 @@ FASTER = {"1": (0.95, 0.96), "8": (0.97, 0.99)}
 
 RING_22 = {1: (1159, 1162, 1152, 1151), 8: (1353, 1384, 1346, 1339)}
 RING_42 = {1: (1286, 1284, 1245, 1258), 8: (1477, 1475, 1419, 1417)}
-"""Microseconds of a frame on an H200 with rings of 22 and of 42 slots (csrc/EXPERIMENTS.md)."""
+"""Microseconds of a frame on an H200 with rings of 22 and of 42 slots (docs/experiments.md)."""
 CTAS_132 = {1: (1805,), 8: (2089,)}
 CTAS_120 = {1: (1915,), 8: (2120,)}
 """Of an earlier kernel on an H100."""

@@ -45,7 +45,7 @@ MAX_POSITIONS = 8192
 """Positions that the kernel's attention can split (kMaxSplits in csrc/params.h)."""
 _LONG_PROMPT = 49
 """Rows from which a prompt goes through PyTorch, which takes 2.9 ms for up to 128 of them; the kernel
-takes 0.46 ms for every eight (H200, 0.6B shape; csrc/EXPERIMENTS.md)."""
+takes 0.46 ms for every eight (H200, 0.6B shape; docs/experiments.md)."""
 _MAX_SPINS = 4_000_000
 """Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
 
