@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_megakernel.serving.access import is_loopback
+from qwen_megakernel.serving.admission import AdmissionLimits
 from qwen_megakernel.serving.app import Phase, ServerSettings
 from qwen_megakernel.serving.observe import configure_logging, log
 from qwen_megakernel.serving.process import Report, bind, run
@@ -169,6 +170,7 @@ SERVER_OPTIONS = (
         "--allow-origin", (), _origin, "origin of web pages that may connect", "URL", repeatable=True
     ),
     Option("--max-connections", 64, _count, "connections at the same time", "N"),
+    Option("--max-queue-s", 10.0, _seconds, "seconds that a turn may wait for a slot", "SECONDS"),
     Option("--max-text-chars", 4096, _count, "characters of one turn's text", "N"),
     Option("--drain-s", 10.0, _seconds, "seconds that running turns get on SIGTERM", "SECONDS"),
     Option("--log-format", "text", _choice("text", "json"), "text or json", "NAME"),
@@ -335,6 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_connections=options.max_connections,
         max_text_chars=options.max_text_chars,
         drain_s=options.drain_s,
+        admission=AdmissionLimits(max_queue_s=options.max_queue_s),
     )
 
     def announce(decoder: TTSDecoder) -> None:

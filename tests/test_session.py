@@ -185,12 +185,13 @@ def test_choices_that_cannot_be_served_fail_their_context(choices, code):
 @played
 async def test_a_turn_that_the_engine_refuses_fails_its_context_and_the_next_goes_on():
     stage = Stage()
-    stage.decoder.refusal = RequestError("overloaded", "64 turns are waiting already")
+    stage.decoder.refusal = RequestError("overloaded", "too many turns", 4.0)
     stage.session.append("a", "Word.")
     stage.decoder.refusal = None
     stage.session.append("b", "Word.")
     (failed,) = await stage.events()
     assert (failed.context_id, failed.code, len(stage.turns)) == ("a", "overloaded", 1)
+    assert failed.retry_after_s == 4.0
 
 
 @played
@@ -393,7 +394,7 @@ async def test_audio_counts_although_its_context_fails_while_it_is_taken():
     stage.turns[0].speak(MAX_UNSENT_BYTES // 4)
     stage.turns[0].finish()
     await asyncio.sleep(0)
-    stage.decoder.refusal = RequestError("overloaded", "64 turns are waiting already")
+    stage.decoder.refusal = RequestError("overloaded", "too many turns", 4.0)
     _, audio, failed = await stage.events()
     assert failed.figures.num_samples == len(audio.samples) == MAX_UNSENT_BYTES // 4
 

@@ -78,6 +78,8 @@ class ActiveTurn:
         self.guard = RunawayGuard(request.params.guards)
         self.opened_at = time.monotonic()
         self.slot: int | None = None
+        self.slot_since = 0.0
+        """When it got its slot, if it has one."""
         self.max_frames = 0
         self.following: Prompt | None = None
         """The prompt of the next utterance, which takes the text from now on; see `end_utterance`."""

@@ -36,6 +36,7 @@ from qwen_megakernel.codec.interface import FrameCodec, LaunchedAudio
 from qwen_megakernel.config import HOP
 from qwen_megakernel.decoding.interface import DecoderBackend, LaunchedFrame
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
+from qwen_megakernel.engine.capacity import Capacity, SlotClock
 from qwen_megakernel.prompt.builder import Prompt, PromptBuilder
 from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Turn
 
@@ -82,7 +83,6 @@ class Engine:
         prompts: PromptBuilder,
         *,
         eos_id: int,
-        max_waiting: int = 64,
         max_text_wait_s: float = 60.0,
         cpu_threads: int | None = None,
     ) -> None:
@@ -93,15 +93,15 @@ class Engine:
             codec: has the same number of slots.
             prompts: of the same checkpoint.
             eos_id: code 0 that ends an utterance.
-            max_waiting: turns that may wait for a slot; a further one is refused as overloaded.
             max_text_wait_s: a turn that waits longer than this for text ends as an error.
             cpu_threads: threads that PyTorch computes with; None leaves it the choice.
         """
         self._backend, self._codec, self._prompts, self._eos_id = backend, codec, prompts, eos_id
-        self._max_waiting, self._max_text_wait_s = max_waiting, max_text_wait_s
+        self._max_text_wait_s = max_text_wait_s
         self._cpu_threads = cpu_threads
         self._zero_row = torch.zeros_like(prompts.pad_row)
         self._free_slots = list(range(backend.num_slots))
+        self._slot_clock = SlotClock(backend.num_slots)
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
         self._waiting: list[ActiveTurn] = []
         self._speaking: list[ActiveTurn] = []
@@ -126,6 +126,18 @@ class Engine:
         """Turns that hold a slot."""
         return len(self._speaking)
 
+    def capacity(self) -> Capacity:
+        """The load as it stands; from any thread."""
+        now, speaking = time.monotonic(), list(self._speaking)
+        opened = [turn for turn, _, _ in list(self._opened) if turn.first_text_at is not None]
+        queued = [*opened, *(a.turn for a in list(self._waiting) if a.prompt.ready)]
+        return Capacity(
+            num_slots=self._backend.num_slots,
+            num_free=len(self._free_slots),
+            num_queued=sum(not turn.cancelled for turn in queued),
+            slot_s=self._slot_clock.mean_s(now - a.slot_since for a in speaking),
+        )
+
     def open_turn(self, request: TurnRequest, sink: Sink, text: str = "", *, end: bool = False) -> Turn:
         """Begin a turn.
 
@@ -136,7 +148,7 @@ class Engine:
             end: whether the text is complete.
 
         Raises:
-            RequestError: a request that cannot be served, too many turns waiting, or no engine.
+            RequestError: a request that cannot be served, or no engine.
         """
         self._prompts.check(request.voice, request.language, instruct=request.instruct)
         if end and not text.strip():
@@ -159,8 +171,6 @@ class Engine:
             raise RequestError("internal", _DECODER_FAILED)
         if self._closing:
             raise RequestError("overloaded", "shutting down")
-        if self.num_waiting >= self._max_waiting:
-            raise RequestError("overloaded", f"{self._max_waiting} turns are waiting already")
 
     def close(self, drain_s: float = 0.0) -> None:
         """Let running turns speak on for `drain_s`, cancel the rest, and end the thread."""
@@ -209,6 +219,11 @@ class Engine:
     def _take_opened(self) -> None:
         while self._opened:
             turn, request, sink = self._opened[0]  # it counts as waiting while its prompt is made
+            if turn.cancelled:
+                self._opened.popleft()
+                turn.mark_finished()
+                sink(Finished("cancelled", 0, 0, 0.0))
+                continue
             try:
                 prompt = self._open_prompt(request)
             except Exception:
@@ -291,6 +306,7 @@ class Engine:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
             return True
         slot = self._free_slots.pop(0)
+        active.slot_since = time.monotonic()
         self._speaking.append(active)  # before it leaves `_waiting`: it must always be counted
         self._waiting.remove(active)
         active.slot, active.max_frames = slot, min(active.request.params.max_frames, room)
@@ -366,19 +382,21 @@ class Engine:
     def _requeue(self, active: ActiveTurn) -> None:
         """Take a slot from a turn whose utterance has ended; the turn waits with its next one."""
         self._waiting.append(active)  # before it leaves `_speaking`: it must always be counted
-        self._speaking.remove(active)
-        self._backend.release(active.slot)
-        self._free_slots.append(active.slot)
+        self._release_slot(active)
         active.begin_following()
 
     def _finish(self, active: ActiveTurn, reason: FinishReason, error: str | None = None) -> None:
         if active.slot is None:
             self._waiting.remove(active)
         else:
-            self._speaking.remove(active)
-            self._backend.release(active.slot)
-            self._free_slots.append(active.slot)
+            self._release_slot(active)
         active.finish(reason, error)
+
+    def _release_slot(self, active: ActiveTurn) -> None:
+        self._speaking.remove(active)
+        self._backend.release(active.slot)
+        self._free_slots.append(active.slot)
+        self._slot_clock.add(time.monotonic() - active.slot_since)
 
     def _idle_timeout(self) -> float | None:
         """Seconds until a turn may run without a call from outside; None when no turn is open."""

@@ -11,7 +11,7 @@ their clients are refused with HTTP 503, a WebSocket's at the handshake.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.applications import Starlette
@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen_megakernel.serving import switch
 from qwen_megakernel.serving.access import AccessRules, check_access
+from qwen_megakernel.serving.admission import Admission, AdmissionLimits
 from qwen_megakernel.serving.observe import Metrics, log
 from qwen_megakernel.serving.open_sessions import NotAdmitted, OpenSessions
 from qwen_megakernel.serving.server_state import ServerState
@@ -46,6 +47,7 @@ class ServerSettings:
     max_connections: int = 64
     max_text_chars: int = 4096
     drain_s: float = 10.0
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
 
     @property
     def max_message_bytes(self) -> int:
@@ -62,6 +64,7 @@ class App:
         self.phase: Phase = "starting"
         self.detail = ""
         self._server: ServerState | None = None
+        self._admission = Admission(settings.admission)
         self._sessions = OpenSessions(settings.max_connections, self._get_ready)
         self._metrics = Metrics(
             num_sessions=lambda: len(self._sessions),
@@ -91,7 +94,11 @@ class App:
     def start_serving(self, decoder: TTSDecoder) -> None:
         """Take turns from now on."""
         self._server = ServerState(
-            decoder, self._metrics, self.settings.max_text_chars, self.settings.max_message_bytes
+            decoder,
+            self._metrics,
+            self.settings.max_text_chars,
+            self.settings.max_message_bytes,
+            self._admission,
         )
         self.report("ready")
 

@@ -81,6 +81,8 @@ class ContextFailed:
     begun: bool
     """Whether a turn was opened for it."""
     figures: Figures
+    retry_after_s: float | None = None
+    """Seconds after which it may be tried again, where that is known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -334,6 +334,8 @@ class Session:
         options = segment.options
         context.start_clock()
         try:
+            if not context.num_turns:  # text that was let in is spoken to its end
+                self.server.admission.check_turn(self.server.decoder.capacity())
             turn = self.server.decoder.open_turn(
                 segment.text,
                 sink=sink,

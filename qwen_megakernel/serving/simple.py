@@ -54,7 +54,9 @@ class SimpleDialect:
                 self._cancel()
             else:
                 self._speak(message)
-        except (ProtocolError, RequestError) as error:
+        except RequestError as error:
+            self._session.reply(encode_error(error.code, str(error), error.retry_after_s))
+        except ProtocolError as error:
             self._session.reply(encode_error(error.code, str(error)))
 
     def translate(self, event: ContextEvent) -> list[str | bytes]:
@@ -65,7 +67,7 @@ class SimpleDialect:
             case ContextDone(reason=reason, figures=figures):
                 return [_done(reason, figures)]
             case ContextFailed(begun=False):
-                return [encode_error(event.code, event.message)]
+                return [encode_error(event.code, event.message, event.retry_after_s)]
             case ContextFailed(context_id, figures=figures):
                 message = f"turn {self._session.name}-{context_id} failed: {event.message}"
                 num_samples, generation_s = figures.num_samples, figures.generation_s
