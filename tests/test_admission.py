@@ -12,10 +12,17 @@ from hypothesis import strategies as st
 from session_stage import Stage
 
 from qwen_megakernel.engine.capacity import Capacity, SlotClock
-from qwen_megakernel.serving.admission import Admission, AdmissionLimits, predicted_start_s
+from qwen_megakernel.serving.access import client_address
+from qwen_megakernel.serving.admission import (
+    Admission,
+    AdmissionLimits,
+    NotAdmitted,
+    predicted_start_s,
+)
 from qwen_megakernel.serving.events import ContextFailed, SegmentDone
 from qwen_megakernel.turn import RequestError
 
+FREE = Capacity(num_slots=4, num_free=4, num_queued=0, slot_s=2.0)
 LOADS = st.builds(
     Capacity,
     num_slots=st.integers(1, 64),
@@ -25,9 +32,16 @@ LOADS = st.builds(
 )
 
 
-def refusal(admission: Admission, *args) -> RequestError | None:
+class Caller:
+    """A connection with turns."""
+
+    def __init__(self, address, num_turns=0):
+        self.address, self.num_turns = address, num_turns
+
+
+def refusal(admission: Admission, caller: Caller, load: Capacity) -> RequestError | None:
     try:
-        admission.check_turn(*args)
+        admission.check_turn(caller, load)
     except RequestError as refused:
         return refused
     return None
@@ -40,7 +54,7 @@ def refusal(admission: Admission, *args) -> RequestError | None:
 def test_a_turn_is_let_in_exactly_if_it_will_begin_in_time(load, limit_s):
     start_s = predicted_start_s(load)
     assert (start_s == 0) == (load.num_free > load.num_queued)
-    refused = refusal(Admission(AdmissionLimits(max_queue_s=limit_s)), load)
+    refused = refusal(Admission(AdmissionLimits(max_queue_s=limit_s)), Caller(None), load)
     assert (refused is None) == (start_s <= limit_s)
     if refused is not None:
         assert refused.code == "overloaded"
@@ -124,23 +138,24 @@ class Slots:
 )
 def test_who_is_let_in_begins_in_time_and_nobody_starves(num_slots, turn_s, limit_s, gaps):
     slots, admission = Slots(num_slots, turn_s), Admission(AdmissionLimits(max_queue_s=limit_s))
-    now, num_accepted, returns = 0.0, 0, []
+    now, predicted, returns = 0.0, [], []
     for gap in gaps:
         now += gap
         slots.go_on_to(now)
-        refused = refusal(admission, slots.capacity())
+        refused = refusal(admission, Caller(None), slots.capacity())
         if refused is None:
+            predicted.append(predicted_start_s(slots.capacity()))
             slots.open(now)
-            num_accepted += 1
         else:
             returns.append(now + refused.retry_after_s)
             assert slots.queue or len(slots.ends) == num_slots, "refused beside a free slot"
     slots.go_on_to(now + 10_000)
-    assert len(slots.waits) == num_accepted
-    # Slots become free in bunches of one turn's time: so much later than predicted, at most.
-    assert max(slots.waits, default=0) <= limit_s + turn_s + 1e-6
+    # Slots may become free in bunches: so much later than predicted, at most.
+    for waited_s, start_s in zip(slots.waits, predicted, strict=True):  # in the order of arrival
+        assert waited_s <= start_s + turn_s + 1e-6
+        assert start_s <= limit_s
     if returns:  # nobody came after the last refusal, so its hint is right
-        assert max(returns) - now <= (num_accepted + 1) * turn_s + 1
+        assert max(returns) - now <= (len(predicted) + 1) * turn_s + 1
 
 
 @given(st.integers(1, 8), st.integers(2, 30), st.integers(1, 60))
@@ -192,3 +207,82 @@ def test_a_context_that_was_let_in_is_spoken_to_its_end():
         assert SegmentDone in await stage.kinds()
 
     asyncio.run(play())
+
+
+# --- connections and addresses ----------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(1, 12),
+    st.integers(1, 6),
+    st.lists(st.tuples(st.sampled_from([None, "a", "b", "c"]), st.booleans()), max_size=60),
+)
+def test_connections_never_exceed_their_limits(total, each, steps):
+    admission = Admission(AdmissionLimits(max_connections=total, max_connections_per_address=each))
+    inside: list[Caller] = []
+    for address, leaves in steps:
+        if leaves and inside:
+            caller = inside.pop(0)
+            admission.leave(caller)
+            admission.leave(caller)
+            continue
+        caller, of_address = Caller(address), sum(c.address == address for c in inside)
+        full, own = len(inside) >= total, address is not None and of_address >= each
+        if full or own:
+            with pytest.raises(NotAdmitted) as refused:
+                admission.enter(caller)
+            assert refused.value.own_limit == (own and not full)
+        else:
+            admission.enter(caller)
+            inside.append(caller)
+    for caller in inside:
+        admission.leave(caller)
+    assert not admission._by_address
+    assert not admission._clients
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(1, 10))
+def test_turns_of_an_address_never_exceed_their_limit(turns, limit):
+    admission = Admission(AdmissionLimits(max_turns_per_address=limit))
+    callers = [Caller("a", number) for number in turns]
+    stranger, local = Caller("b"), Caller(None, 100)
+    for caller in (*callers, stranger, local):
+        admission.enter(caller)
+    refused = refusal(admission, callers[0], FREE)
+    assert (refused is not None) == (sum(turns) >= limit)
+    if refused is not None:
+        assert refused.retry_after_s >= 1
+    assert refusal(admission, stranger, FREE) is None
+    assert refusal(admission, local, FREE) is None
+
+
+def test_a_cancelled_turn_does_not_count():
+    async def play():
+        stage = Stage()
+        stage.session.append("a", "Word.")
+        assert stage.session.num_turns == 1
+        stage.session.cancel("a")
+        assert stage.session.num_turns == 0  # although the engine has not answered
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("peer", "counted_by"),
+    [
+        (None, None),
+        (("127.0.0.1", 1), None),
+        (("127.9.9.9", 1), None),
+        (("::1", 1), None),
+        (("::ffff:127.0.0.1", 1), None),
+        (("203.0.113.7", 5), "203.0.113.7"),
+        (("::ffff:203.0.113.7", 5), "203.0.113.7"),
+        (("2001:db8:1:2:3:4:5:6", 5), "2001:db8:1:2::/64"),
+        (("2001:db8:1:2::9", 5), "2001:db8:1:2::/64"),
+        (("fe80::1%eth0", 5), "fe80::/64"),
+        (("unknown", 0), "unknown"),
+    ],
+)
+def test_clients_are_counted_by_their_address(peer, counted_by):
+    assert client_address(peer) == counted_by

@@ -11,7 +11,7 @@ their clients are refused with HTTP 503, a WebSocket's at the handshake.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.applications import Starlette
@@ -22,9 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen_megakernel.serving import switch
 from qwen_megakernel.serving.access import AccessRules, check_access
-from qwen_megakernel.serving.admission import Admission, AdmissionLimits
+from qwen_megakernel.serving.admission import Admission, AdmissionLimits, NotAdmitted
 from qwen_megakernel.serving.observe import Metrics, log
-from qwen_megakernel.serving.open_sessions import NotAdmitted, OpenSessions
+from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.serving.server_state import ServerState
 
 if TYPE_CHECKING:
@@ -44,10 +44,24 @@ class ServerSettings:
     port: int = 8765
     token: str | None = None
     allow_origins: frozenset[str] = frozenset()
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses and networks whose `X-Forwarded-For` is believed."""
     max_connections: int = 64
+    max_connections_per_address: int = 32
+    max_turns_per_address: int = 32
+    max_queue_s: float = 10.0
     max_text_chars: int = 4096
     drain_s: float = 10.0
-    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+
+    @property
+    def admission(self) -> AdmissionLimits:
+        """Of connections and turns."""
+        return AdmissionLimits(
+            max_connections=self.max_connections,
+            max_connections_per_address=self.max_connections_per_address,
+            max_turns_per_address=self.max_turns_per_address,
+            max_queue_s=self.max_queue_s,
+        )
 
     @property
     def max_message_bytes(self) -> int:
@@ -65,7 +79,7 @@ class App:
         self.detail = ""
         self._server: ServerState | None = None
         self._admission = Admission(settings.admission)
-        self._sessions = OpenSessions(settings.max_connections, self._get_ready)
+        self._sessions = OpenSessions(self._admission, self._get_ready)
         self._metrics = Metrics(
             num_sessions=lambda: len(self._sessions),
             num_active=lambda: self._server.decoder.num_active if self._server else 0,
@@ -157,7 +171,9 @@ def _name_paths(routes: Sequence[BaseRoute]) -> str:
 
 async def _refuse(request: Request, refusal: Exception) -> Response:
     """The answer to a client that is not admitted. Of a WebSocket it refuses the handshake."""
-    return JSONResponse({"error": str(refusal)}, 503, {"Retry-After": str(NotAdmitted.retry_after_s)})
+    assert isinstance(refusal, NotAdmitted)
+    status = 429 if refusal.own_limit else 503
+    return JSONResponse({"error": str(refusal)}, status, {"Retry-After": str(refusal.retry_after_s)})
 
 
 class _Gate:

@@ -121,6 +121,8 @@ def _uvicorn_config(app: App) -> uvicorn.Config:
         ws=SocketProtocol,
         ws_max_size=app.settings.max_message_bytes,
         ws_per_message_deflate=False,
+        proxy_headers=bool(app.settings.trusted_proxies),
+        forwarded_allow_ips=list(app.settings.trusted_proxies),
         ws_ping_interval=20,
         ws_ping_timeout=20,
         lifespan="off",

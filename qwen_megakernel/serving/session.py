@@ -73,9 +73,15 @@ class SessionRules:
 class Session:
     """The contexts of one client. Methods that follow the client raise `RequestError`."""
 
-    def __init__(self, server: ServerState, name: str, rules: SessionRules | None = None) -> None:
-        """`name` is for the log."""
-        self.server, self.name = server, name
+    def __init__(
+        self,
+        server: ServerState,
+        name: str,
+        rules: SessionRules | None = None,
+        address: str | None = None,
+    ) -> None:
+        """`name` is for the log; clients of one `address` share its limits, None has none."""
+        self.server, self.name, self.address = server, name, address
         self.rules = rules or SessionRules()
         """A dialect that the first message decides sets them before it opens a context."""
         self.bytes_in_carrier: Callable[[], int] = lambda: 0
@@ -92,6 +98,11 @@ class Session:
     def busy(self) -> bool:
         """Whether a context is open."""
         return bool(self._contexts)
+
+    @property
+    def num_turns(self) -> int:
+        """Turns that wait or speak, without cancelled ones."""
+        return sum(c.speaking and not c.cancelled for c in self._contexts.values())
 
     @property
     def unsent_bytes(self) -> int:
@@ -335,7 +346,7 @@ class Session:
         context.start_clock()
         try:
             if not context.num_turns:  # text that was let in is spoken to its end
-                self.server.admission.check_turn(self.server.decoder.capacity())
+                self.server.admission.check_turn(self, self.server.decoder.capacity())
             turn = self.server.decoder.open_turn(
                 segment.text,
                 sink=sink,
