@@ -188,6 +188,8 @@ SERVER_OPTIONS = (
         repeatable=True,
     ),
     Option("--max-queue-s", 10.0, _seconds, "seconds that a turn may wait for a slot", "SECONDS"),
+    Option("--max-messages-per-s", 500, _count, "messages of a connection; twice as many at once", "N"),
+    Option("--idle-s", 600.0, _seconds, "silence that closes a connection; 0 is no limit", "SECONDS"),
     Option("--max-text-chars", 4096, _count, "characters of one turn's text", "N"),
     Option("--drain-s", 10.0, _seconds, "seconds that running turns get on SIGTERM", "SECONDS"),
     Option("--log-format", "text", _choice("text", "json"), "text or json", "NAME"),
@@ -356,6 +358,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_connections_per_address=options.max_connections_per_address,
         max_turns_per_address=options.max_turns_per_address,
         max_queue_s=options.max_queue_s,
+        max_messages_per_s=options.max_messages_per_s,
+        idle_s=options.idle_s,
         max_text_chars=options.max_text_chars,
         drain_s=options.drain_s,
     )

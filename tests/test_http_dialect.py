@@ -18,7 +18,7 @@ import pytest
 from live_server import LONG
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from qwen_megakernel import GenerationParams, TTSDecoder
@@ -235,6 +235,40 @@ def test_clients_of_one_address_share_its_connections(tts, trusted):
 
     proxies = ("127.0.0.1",) if trusted else ()
     serve(tts, script, max_connections_per_address=1, trusted_proxies=proxies)
+
+
+def test_a_socket_on_which_nothing_is_said_is_closed(tts, caplog):
+    async def script(stage):
+        def listen():
+            with connect(f"ws://127.0.0.1:{stage.port}") as client:
+                with pytest.raises(ConnectionClosed) as closed:
+                    client.recv(timeout=20)
+                return closed.value.rcvd.code
+
+        assert await asyncio.to_thread(listen) == 1001
+        assert await stage.figure("connections") == 0
+
+    with caplog.at_level(logging.INFO, "qwen_megakernel"):
+        serve(tts, script, idle_s=0.3)
+    assert "connection 1: idle for 0.3 s, closed" in caplog.text
+
+
+def test_what_a_client_that_has_left_still_had_to_say_is_not_read(tts):
+    async def script(stage):
+        def flood():
+            with connect(f"ws://127.0.0.1:{stage.port}") as client:
+                for _ in range(400):
+                    client.send("{}")
+                client.socket.shutdown(socket.SHUT_RDWR)
+
+        await asyncio.to_thread(flood)
+        for _ in range(200):  # at ten messages a second the rest would take 38 s
+            if not await stage.figure("connections"):
+                return
+            await asyncio.sleep(0.05)
+        pytest.fail("the session is still there")
+
+    serve(tts, script, max_messages_per_s=10)
 
 
 def test_a_full_engine_is_a_status_with_the_time_to_come_back(tts, monkeypatch):

@@ -31,7 +31,7 @@ SANS_IO = ("access", "wire", "native_messages", "simple_messages")
 """Of `serving`: standard library and each other only, so that clients can use them."""
 CORE = (
     "session", "context", "account", "events", "options", "outbox", "server_state", "open_sessions",
-    "admission",
+    "admission", "message_rate",
 )  # fmt: skip
 """Of `serving`: what every dialect translates for. It knows no wire."""
 

@@ -1,8 +1,11 @@
 """The session core: contexts in order, their ends, and what waits for whom. There is no wire here."""
 
 import asyncio
+import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from session_stage import SEGMENT_S, InstantDecoder, Stage
 
 from qwen_megakernel.serving.events import (
@@ -15,6 +18,7 @@ from qwen_megakernel.serving.events import (
     SegmentDone,
     SessionOver,
 )
+from qwen_megakernel.serving.message_rate import BURST_S, MessageRate
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.outbox import MAX_MESSAGES
 from qwen_megakernel.serving.session import MAX_UNSENT_BYTES, SessionRules
@@ -382,6 +386,52 @@ async def test_a_client_that_does_not_read_its_replies_is_not_read():
         await stage.session.take()
         await asyncio.sleep(0)
     assert len(await stage.events()) == MAX_MESSAGES // 2
+
+
+@played
+async def test_a_client_that_sends_too_fast_is_read_more_slowly():
+    stage = Stage(max_messages_per_s=200)
+    start = time.monotonic()
+    for _ in range(400):
+        await stage.session.keep_pace()  # two seconds' worth come at once
+    assert time.monotonic() - start < 1
+    for _ in range(100):
+        await stage.session.keep_pace()
+    assert time.monotonic() - start >= 0.45
+
+
+@given(st.lists(st.floats(0, 0.1), min_size=1, max_size=300), st.integers(1, 1000))
+def test_no_more_messages_are_read_than_the_rate_allows(gaps, per_s):
+    now, rate = 0.0, MessageRate(per_s, 0.0)
+    for number, gap in enumerate(gaps, start=1):
+        now += gap
+        assert number <= per_s * (BURST_S + now) + 1.001
+        now += rate.delay_s(now)
+
+
+@played
+async def test_a_session_in_which_nothing_is_said_is_over():
+    stage = Stage(idle_s=0.3)
+    for _ in range(4):
+        await asyncio.sleep(0.1)
+        await stage.session.keep_pace()
+    assert await stage.events() == []
+    await asyncio.sleep(0.4)
+    assert await stage.events() == [SessionOver("idle")]
+
+
+@played
+async def test_a_session_that_speaks_or_has_no_limit_is_not_idle():
+    speaking, unlimited = Stage(idle_s=0.3), Stage(idle_s=0)
+    speaking.session.append("a", "Word.")
+    for _ in range(5):
+        speaking.turns[0].speak()
+        await asyncio.sleep(0.08)
+        assert SessionOver not in await speaking.kinds()
+    assert await unlimited.events() == []
+    speaking.session.close()
+    await asyncio.sleep(0.5)
+    assert await speaking.events() == [], "a timer went on after the end"
 
 
 @played

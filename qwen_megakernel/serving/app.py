@@ -50,6 +50,8 @@ class ServerSettings:
     max_connections_per_address: int = 32
     max_turns_per_address: int = 32
     max_queue_s: float = 10.0
+    max_messages_per_s: int = 500
+    idle_s: float = 600.0
     max_text_chars: int = 4096
     drain_s: float = 10.0
 
@@ -113,6 +115,8 @@ class App:
             self.settings.max_text_chars,
             self.settings.max_message_bytes,
             self._admission,
+            self.settings.max_messages_per_s,
+            self.settings.idle_s,
         )
         self.report("ready")
 

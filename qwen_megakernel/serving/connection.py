@@ -25,7 +25,7 @@ FLUSH_S = 10.0
 """A socket that is closed in good order but cannot be flushed for so long is cut."""
 
 
-CLOSE_CODES = {"going_away": 1001, "protocol_error": 1002}
+CLOSE_CODES = {"going_away": 1001, "idle": 1001, "protocol_error": 1002}
 """Of WebSocket, by why a session is over."""
 
 
@@ -102,6 +102,8 @@ class Connection:
             data = message.get("text")
             self._dialect.receive(message["bytes"] if data is None else data)
             await self._session.keep_pace()
+            if self._transport.is_closing():
+                return  # what a client that has left still had to say would be read at its pace
             # A packet may hold thousands of messages; other connections want their turn.
             await asyncio.sleep(0)
 

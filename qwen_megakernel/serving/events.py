@@ -15,7 +15,7 @@ import numpy as np
 from qwen_megakernel.turn import ErrorCode, FinishReason
 
 ContextState = Literal["queued", "waiting_for_text", "speaking"]
-SessionEnd = Literal["going_away", "protocol_error"]
+SessionEnd = Literal["going_away", "idle", "protocol_error"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,10 @@ class ServerState:
     max_text_chars: int = 4096
     max_message_bytes: int = 65_536
     admission: Admission = field(default_factory=Admission)
+    max_messages_per_s: float = 500.0
+    """Of a session; twice as many may come at once."""
+    idle_s: float = 600.0
+    """A session in which nothing is said for so long is over; 0 is no limit."""
     draining: bool = False
     """The server is going down: turns go on, none may begin."""
 
