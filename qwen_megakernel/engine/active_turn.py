@@ -100,6 +100,7 @@ class ActiveTurn:
         self._idle_since: float | None = None
         self._idle_s = 0.0
         self._late_since: float | None = None
+        self._late_s = 0.0
 
     @property
     def started_at(self) -> float:
@@ -139,7 +140,8 @@ class ActiveTurn:
         self.prompt, self.following, self.slot = self.following, None, None
         self.guard = RunawayGuard(self.request.params.guards)
         self.num_fed = self._utterance_start = self.num_frames  # the frame that said EOS has no audio
-        self.last_fed, self._num_chunks, self._late_since = False, 0, None
+        self.last_fed, self._num_chunks = False, 0
+        self._late_since, self._late_s = None, 0.0
 
     def lead_s(self, now: float) -> float:
         """Seconds of launched audio not yet played; minus infinity before the first frame."""
@@ -186,15 +188,16 @@ class ActiveTurn:
         return now - self._idle_since if self._idle_since is not None else 0.0
 
     def mark_late(self, now: float) -> None:
-        """Notice since when the slot has been held without text for it."""
-        if not self.text_late or self.in_flight:
-            self._late_since = None
-        elif self._late_since is None:
-            self._late_since = now
+        """Notice from when to when the slot is held without text for it."""
+        late_s = self.late_for_s(now)
+        if self.text_late and not self.in_flight:
+            self._late_since = now if self._late_since is None else self._late_since
+        else:
+            self._late_s, self._late_since = late_s, None
 
     def late_for_s(self, now: float) -> float:
-        """Seconds for which the slot has been held without text for it."""
-        return now - self._late_since if self._late_since is not None else 0.0
+        """Seconds for which this utterance has held the slot without text for it, in all."""
+        return self._late_s + (now - self._late_since if self._late_since is not None else 0.0)
 
     def feed(self) -> Tensor | None:
         """Count a frame as launched; its text row [hidden], None for the first frame, which has none."""

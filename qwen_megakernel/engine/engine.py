@@ -43,8 +43,8 @@ from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Tur
 log = logging.getLogger(__name__)
 
 LATE_TEXT_S = 1.0
-"""Seconds for which a turn without text keeps its slot while one turn waits for a slot; half of it while
-two wait, and so on."""
+"""Seconds for which an utterance may hold a slot without text for it, in all, while one turn waits for a
+slot; half of it while two wait, and so on."""
 _PREFILL_LEAD_S = 0.05
 """Seconds that every speaking turn must be ahead of its playback for several turns to be prefilled at
 once."""
@@ -262,7 +262,7 @@ class Engine:
             self._finish(active, "error", f"no text for {self._max_text_wait_s:g} s")
 
     def _late_limit_s(self) -> float:
-        """Seconds for which a turn without text keeps its slot; infinity while nobody needs one."""
+        """Seconds for which an utterance may hold a slot without text; infinity while none is needed."""
         queued = 0 if self._free_slots else sum(a.prompt.ready for a in self._waiting)
         return LATE_TEXT_S / queued if queued else math.inf
 
@@ -273,7 +273,7 @@ class Engine:
             return
         num_needed = sum(a.prompt.ready for a in self._waiting)
         num_needed -= sum(a.following is not None for a in self._speaking)
-        late = [a for a in self._speaking if a.following is None and a.late_for_s(now) >= limit_s]
+        late = [a for a in self._speaking if a.text_late and a.late_for_s(now) >= limit_s]
         late.sort(key=lambda a: a.late_for_s(now), reverse=True)
         for active in late[: max(0, num_needed)]:
             active.end_utterance(self._open_prompt(active.request))
