@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import ipaddress
 import os
 import re
 import sys
@@ -32,7 +33,7 @@ DTYPES = ("auto", "bf16", "fp32")
 
 EXAMPLE = f"""\
 Every option has a variable of the same name, as shown in [brackets]; the command line wins.
---allow-origin takes several, separated by commas in its variable.
+--allow-origin and --trusted-proxy take several, separated by commas in their variables.
 
 example:
   {PREFIX}TOKEN=$(openssl rand -hex 16) python server.py --speaker-ref me.wav --port 9000
@@ -90,6 +91,13 @@ def _origin(text: str) -> str:
     if not re.fullmatch(r"https?://[^/\s?#@*]+", text):
         raise ValueError("expected one origin, such as https://app.example.org or http://localhost:3000")
     return text.lower()
+
+
+def _network(text: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError:
+        raise ValueError("expected an address or a network, such as 10.0.0.7 or 10.0.0.0/8") from None
 
 
 def _file(text: str) -> Path:
@@ -177,6 +185,19 @@ SERVER_OPTIONS = (
     Option("--max-connections", 64, _count, "connections at the same time", "N"),
     Option("--spare-sockets", 256, _count, "sockets beyond that, for HTTP and open handshakes", "N"),
     Option("--request-timeout-s", 10.0, _timeout, "seconds until a request is complete", "SECONDS"),
+    Option("--max-connections-per-address", 32, _count, "of them from one address", "N"),
+    Option("--max-turns-per-address", 32, _count, "turns of one address that wait or speak", "N"),
+    Option(
+        "--trusted-proxy",
+        (),
+        _network,
+        "proxy whose X-Forwarded-For names the client",
+        "ADDRESS",
+        repeatable=True,
+    ),
+    Option("--max-queue-s", 10.0, _seconds, "seconds that a turn may wait for a slot", "SECONDS"),
+    Option("--max-messages-per-s", 500, _count, "messages of a connection; twice as many at once", "N"),
+    Option("--idle-s", 600.0, _seconds, "silence that closes a connection; 0 is no limit", "SECONDS"),
     Option("--max-text-chars", 4096, _count, "characters of one turn's text", "N"),
     Option("--drain-s", 10.0, _seconds, "seconds that running turns get on SIGTERM", "SECONDS"),
     Option("--log-format", "text", _choice("text", "json"), "text or json", "NAME"),
@@ -343,6 +364,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_connections=options.max_connections,
         spare_sockets=options.spare_sockets,
         request_timeout_s=options.request_timeout_s,
+        trusted_proxies=options.trusted_proxy,
+        max_connections_per_address=options.max_connections_per_address,
+        max_turns_per_address=options.max_turns_per_address,
+        max_queue_s=options.max_queue_s,
+        max_messages_per_s=options.max_messages_per_s,
+        idle_s=options.idle_s,
         max_text_chars=options.max_text_chars,
         drain_s=options.drain_s,
     )

@@ -27,6 +27,7 @@ from qwen_megakernel.codec.encoder import CodecEncoder
 from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
 from qwen_megakernel.engine.active_turn import TurnRequest
 from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
+from qwen_megakernel.engine.capacity import Capacity
 from qwen_megakernel.engine.engine import Engine
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.builder import PromptBuilder
@@ -345,6 +346,10 @@ class TTSDecoder:
     def num_waiting(self) -> int:
         """Turns that wait for a slot or for their first text."""
         return self._engine.num_waiting
+
+    def capacity(self) -> Capacity:
+        """What the engine can take now; from any thread."""
+        return self._engine.capacity()
 
     @property
     def error(self) -> Exception | None:

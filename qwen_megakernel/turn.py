@@ -29,9 +29,10 @@ ErrorCode = Literal[
 class RequestError(ValueError):
     """A request that cannot be served: one line that says what was given and what is allowed."""
 
-    def __init__(self, code: ErrorCode, message: str) -> None:
+    def __init__(self, code: ErrorCode, message: str, retry_after_s: float | None = None) -> None:
+        """`retry_after_s`: seconds after which the same request may be served, where that is known."""
         super().__init__(message)
-        self.code = code
+        self.code, self.retry_after_s = code, retry_after_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from qwen_megakernel import TTSDecoder
+from qwen_megakernel.engine.capacity import Capacity
 from qwen_megakernel.serving import process
 from qwen_megakernel.serving.app import App, ServerSettings
 
@@ -34,6 +35,8 @@ _TIME = re.compile(r'("generation_s": ?|"(?:ttfc_ms|rtf)": ?(?!0\.0[,}]))[\d.e-]
 """A zero of the last two is no time: nothing was measured."""
 _TIME_IN_LOG = re.compile(r"(ttfc|rtf) \d[\d.]*")
 _VERSION = re.compile(r"(qwen-megakernel/)[\w.]+")
+FULL = Capacity(num_slots=4, num_free=0, num_queued=23, slot_s=2.0)
+"""A turn would begin in 12 s."""
 _LIMIT_S = 60.0
 _HEADER = struct.Struct("<II")
 _DTYPES = {"pcm_s16le": ("<i2", 32_767), "pcm_f32le": ("<f4", 1)}

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from qwen_megakernel.engine.capacity import Capacity
 from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.session import Session
 from qwen_megakernel.turn import Audio, Finished, RequestError, Started, Turn
@@ -23,6 +24,7 @@ class FakeDecoder:
     def __init__(self):
         self.voices = {"anna": None, "bob": None}
         self.error = None
+        self.load = Capacity(num_slots=4, num_free=4, num_queued=0, slot_s=2.0)
         self.refusal = None
         """Raised by the next `open_turn`."""
         self.opened = []
@@ -30,6 +32,9 @@ class FakeDecoder:
     def check(self, voice, language, *, instruct):
         if language not in self.languages:
             raise RequestError("unknown_language", "no such language")
+
+    def capacity(self):
+        return self.load
 
     def open_turn(self, text, *, sink, ended, **options):
         if self.refusal is not None:

@@ -288,16 +288,6 @@ def test_text_after_the_end_is_refused(tts):
     turn.cancel()
 
 
-def test_too_many_waiting_turns_are_refused(tts):
-    waiting = [tts.open_turn(sink=Listener()) for _ in range(64)]
-    with pytest.raises(RequestError, match="64 turns are waiting") as caught:
-        tts.open_turn(sink=Listener())
-    assert caught.value.code == "overloaded"
-    for turn in waiting:
-        turn.cancel()
-    wait_idle(tts)
-
-
 def test_a_turn_whose_prompt_is_being_made_is_waiting(tts, monkeypatch):
     began, go_on, make = threading.Event(), threading.Event(), tts._engine._prompts.open
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from golden_records import Golden
-from scripted_talk import Stage, check, gated, wait_until
+from scripted_talk import FULL, Stage, check, gated, wait_until
 
 from qwen_megakernel import TTSDecoder
 
@@ -286,11 +286,11 @@ def script_client_hangs_up(stage: Stage) -> None:
 
 
 def script_engine_is_full(stage: Stage) -> None:
-    client, engine = stage.client(hello=PLAIN), stage.tts._engine
-    before, engine._max_waiting = engine._max_waiting, 0
+    client = stage.client(hello=PLAIN)
+    stage.tts.capacity = lambda: FULL
     speak(client, "a", "One too many.", seed=1)
     client.hear(2)
-    engine._max_waiting = before
+    del stage.tts.capacity
     speak(client, "b", "Room again.", seed=12)
     tell(client, "end", "b")
     client.hear(3)

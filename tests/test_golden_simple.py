@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from golden_records import Golden
-from scripted_talk import Server, Stage, check, gated, wait_until
+from scripted_talk import FULL, Server, Stage, check, gated, wait_until
 
 from qwen_megakernel import TTSDecoder
 
@@ -172,11 +172,11 @@ def script_queue_is_full(stage: Stage) -> None:
 
 
 def script_engine_is_full(stage: Stage) -> None:
-    client, engine = stage.client(), stage.tts._engine
-    before, engine._max_waiting = engine._max_waiting, 0
+    client = stage.client()
+    stage.tts.capacity = lambda: FULL
     client.say(text="One too many.", seed=1)
     client.hear()
-    engine._max_waiting = before
+    del stage.tts.capacity
     client.say(text="Room again.", seed=10)
     client.hear()
 

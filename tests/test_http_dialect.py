@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import json
 import logging
+import math
 import re
 import socket
 import time
@@ -17,11 +18,13 @@ import pytest
 from live_server import LONG
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from qwen_megakernel import GenerationParams, TTSDecoder
+from qwen_megakernel.engine.capacity import Capacity
 from qwen_megakernel.serving import process
+from qwen_megakernel.serving.access import client_address
 from qwen_megakernel.serving.app import DIALECTS, App, ServerSettings
 from qwen_megakernel.serving.events import ContextAudio, ContextDone, ContextFailed
 from qwen_megakernel.serving.options import SpeechOptions
@@ -45,18 +48,26 @@ class Speech(Response):
         self.sessions, self.text, self.choices = sessions, fields.pop("text"), SpeechOptions(**fields)
 
     async def __call__(self, scope, receive, send):
-        with self.sessions.admit() as session:  # when the client hangs up, this is cancelled
+        address = client_address(scope["client"])
+        with self.sessions.admit(address) as session:  # when the client hangs up, this is cancelled
             try:
                 session.append("speech", self.text, self.choices, ended=True)
             except RequestError as refusal:
                 answer = PlainTextResponse(str(refusal), 400)
             else:
-                answer = StreamingResponse(self.samples(session), media_type="audio/pcm")
+                answer = await self.answer(session)
             await answer(scope, receive, send)
 
-    async def samples(self, session):
+    async def answer(self, session):
+        events = await session.take()
+        match events[0]:
+            case ContextFailed(code="overloaded", message=message, retry_after_s=seconds):
+                return PlainTextResponse(message, 503, {"Retry-After": str(math.ceil(seconds))})
+        return StreamingResponse(self.samples(session, events), media_type="audio/pcm")
+
+    async def samples(self, session, events=()):
         while True:
-            for event in await session.take():
+            for event in events or await session.take():
                 match event:
                     case ContextAudio(samples=samples):
                         yield samples.astype("<f4").tobytes()
@@ -64,6 +75,7 @@ class Speech(Response):
                         raise RuntimeError(message)  # the answer breaks off
                     case ContextDone():
                         return
+            events = ()
 
 
 # --- a server and its clients -----------------------------------------------------------------------
@@ -201,6 +213,74 @@ def test_a_drain_ends_what_goes_on_and_lets_nobody_in(tts):
         await until(lambda: not tts.num_active, 5)
 
     serve(tts, script, drain_s=0.2)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_clients_of_one_address_share_its_connections(tts, trusted):
+    async def script(stage):
+        def join(address):
+            headers = {"X-Forwarded-For": address}
+            return connect(f"ws://127.0.0.1:{stage.port}", additional_headers=headers)
+
+        with await asyncio.to_thread(join, "203.0.113.7"), await asyncio.to_thread(join, "203.0.113.8"):
+            if trusted:
+                with pytest.raises(InvalidStatus) as refused:
+                    await asyncio.to_thread(join, "203.0.113.7")
+                response = refused.value.response
+                assert (response.status_code, response.headers["Retry-After"]) == (429, "5")
+                assert json.loads(response.body)["error"] == "this address has 1 connections already"
+            else:  # a client may claim what it likes, and this machine is not counted
+                with await asyncio.to_thread(join, "203.0.113.7"):
+                    pass
+
+    proxies = ("127.0.0.1",) if trusted else ()
+    serve(tts, script, max_connections_per_address=1, trusted_proxies=proxies)
+
+
+def test_a_socket_on_which_nothing_is_said_is_closed(tts, caplog):
+    async def script(stage):
+        def listen():
+            with connect(f"ws://127.0.0.1:{stage.port}") as client:
+                with pytest.raises(ConnectionClosed) as closed:
+                    client.recv(timeout=20)
+                return closed.value.rcvd.code
+
+        assert await asyncio.to_thread(listen) == 1001
+        assert await stage.figure("connections") == 0
+
+    with caplog.at_level(logging.INFO, "qwen_megakernel"):
+        serve(tts, script, idle_s=0.3)
+    assert "connection 1: idle for 0.3 s, closed" in caplog.text
+
+
+def test_what_a_client_that_has_left_still_had_to_say_is_not_read(tts):
+    async def script(stage):
+        def flood():
+            with connect(f"ws://127.0.0.1:{stage.port}") as client:
+                for _ in range(400):
+                    client.send("{}")
+                client.socket.shutdown(socket.SHUT_RDWR)
+
+        await asyncio.to_thread(flood)
+        for _ in range(200):  # at ten messages a second the rest would take 38 s
+            if not await stage.figure("connections"):
+                return
+            await asyncio.sleep(0.05)
+        pytest.fail("the session is still there")
+
+    serve(tts, script, max_messages_per_s=10)
+
+
+def test_a_full_engine_is_a_status_with_the_time_to_come_back(tts, monkeypatch):
+    async def script(stage):
+        monkeypatch.setattr(tts, "capacity", lambda: Capacity(4, 0, 23, 2.0))
+        status, headers, body = await stage.post(text="One too many.")
+        assert (status, headers["Retry-After"]) == (503, "2")
+        assert body == b"a turn would wait 12.0 s for a slot, and may wait 10 s"
+        monkeypatch.undo()
+        assert (await stage.post(text="Room again.", seed=1))[0] == 200
+
+    serve(tts, script)
 
 
 def test_its_clients_count(tts):

@@ -32,14 +32,12 @@ SANS_IO = ("access", "wire", "native_messages", "simple_messages")
 """Of `serving`: standard library and each other only, so that clients can use them."""
 CORE = (
     "session", "context", "account", "events", "options", "outbox", "server_state", "open_sessions",
+    "admission", "message_rate",
 )  # fmt: skip
 """Of `serving`: what every dialect translates for. It knows no wire."""
 
 MAX_LINES = 500
-LONGER = {
-    "tests/test_checkpoint.py": 600,
-    "tests/test_server.py": 690,
-}
+LONGER = {"tests/test_checkpoint.py": 600, "tests/test_server.py": 690}
 """Files that are too long today; the numbers may only go down, and no file may be added."""
 CATCH_ALLS = {"utils", "util", "common", "helpers", "misc"}
 

@@ -1,8 +1,11 @@
 """The session core: contexts in order, their ends, and what waits for whom. There is no wire here."""
 
 import asyncio
+import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from session_stage import SEGMENT_S, InstantDecoder, Stage
 
 from qwen_megakernel.serving.events import (
@@ -15,6 +18,7 @@ from qwen_megakernel.serving.events import (
     SegmentDone,
     SessionOver,
 )
+from qwen_megakernel.serving.message_rate import BURST_S, MessageRate
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.outbox import MAX_MESSAGES
 from qwen_megakernel.serving.session import MAX_UNSENT_BYTES, SessionRules
@@ -185,12 +189,13 @@ def test_choices_that_cannot_be_served_fail_their_context(choices, code):
 @played
 async def test_a_turn_that_the_engine_refuses_fails_its_context_and_the_next_goes_on():
     stage = Stage()
-    stage.decoder.refusal = RequestError("overloaded", "64 turns are waiting already")
+    stage.decoder.refusal = RequestError("overloaded", "too many turns", 4.0)
     stage.session.append("a", "Word.")
     stage.decoder.refusal = None
     stage.session.append("b", "Word.")
     (failed,) = await stage.events()
     assert (failed.context_id, failed.code, len(stage.turns)) == ("a", "overloaded", 1)
+    assert failed.retry_after_s == 4.0
 
 
 @played
@@ -384,6 +389,52 @@ async def test_a_client_that_does_not_read_its_replies_is_not_read():
 
 
 @played
+async def test_a_client_that_sends_too_fast_is_read_more_slowly():
+    stage = Stage(max_messages_per_s=200)
+    start = time.monotonic()
+    for _ in range(400):
+        await stage.session.keep_pace()  # two seconds' worth come at once
+    assert time.monotonic() - start < 1
+    for _ in range(100):
+        await stage.session.keep_pace()
+    assert time.monotonic() - start >= 0.45
+
+
+@given(st.lists(st.floats(0, 0.1), min_size=1, max_size=300), st.integers(1, 1000))
+def test_no_more_messages_are_read_than_the_rate_allows(gaps, per_s):
+    now, rate = 0.0, MessageRate(per_s, 0.0)
+    for number, gap in enumerate(gaps, start=1):
+        now += gap
+        assert number <= per_s * (BURST_S + now) + 1.001
+        now += rate.delay_s(now)
+
+
+@played
+async def test_a_session_in_which_nothing_is_said_is_over():
+    stage = Stage(idle_s=0.3)
+    for _ in range(4):
+        await asyncio.sleep(0.1)
+        await stage.session.keep_pace()
+    assert await stage.events() == []
+    await asyncio.sleep(0.4)
+    assert await stage.events() == [SessionOver("idle")]
+
+
+@played
+async def test_a_session_that_speaks_or_has_no_limit_is_not_idle():
+    speaking, unlimited = Stage(idle_s=0.3), Stage(idle_s=0)
+    speaking.session.append("a", "Word.")
+    for _ in range(5):
+        speaking.turns[0].speak()
+        await asyncio.sleep(0.08)
+        assert SessionOver not in await speaking.kinds()
+    assert await unlimited.events() == []
+    speaking.session.close()
+    await asyncio.sleep(0.5)
+    assert await speaking.events() == [], "a timer went on after the end"
+
+
+@played
 async def test_audio_counts_although_its_context_fails_while_it_is_taken():
     """Taking it makes room for the next turn, which the engine refuses."""
     stage = Stage()
@@ -393,7 +444,7 @@ async def test_audio_counts_although_its_context_fails_while_it_is_taken():
     stage.turns[0].speak(MAX_UNSENT_BYTES // 4)
     stage.turns[0].finish()
     await asyncio.sleep(0)
-    stage.decoder.refusal = RequestError("overloaded", "64 turns are waiting already")
+    stage.decoder.refusal = RequestError("overloaded", "too many turns", 4.0)
     _, audio, failed = await stage.events()
     assert failed.figures.num_samples == len(audio.samples) == MAX_UNSENT_BYTES // 4
 

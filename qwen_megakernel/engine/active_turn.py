@@ -20,6 +20,7 @@ from qwen_megakernel.turn import (
     FinishReason,
     Flush,
     Sink,
+    Started,
     Turn,
     TurnEvent,
 )
@@ -77,19 +78,29 @@ class ActiveTurn:
         self.guard = RunawayGuard(request.params.guards)
         self.opened_at = time.monotonic()
         self.slot: int | None = None
+        self.slot_since = 0.0
+        """When it got its slot, if it has one."""
         self.max_frames = 0
+        self.following: Prompt | None = None
+        """The prompt of the next utterance, which takes the text from now on; see `end_utterance`."""
+        self.started = False
+        """Whether the turn has a slot, or had one."""
         self.num_fed = 0
         """Frames launched."""
         self.num_frames = 0
         """Frames whose audio has been delivered."""
         self.last_fed = False
         """Whether the last frame is launched: the turn only waits for its audio."""
+        self._utterance_start = 0
+        """Frames of earlier utterances."""
         self._pending: list[np.ndarray] = []
         self._num_chunks = 0
         self._num_samples = 0
         self._first_audio_at: float | None = None
         self._idle_since: float | None = None
         self._idle_s = 0.0
+        self._late_since: float | None = None
+        self._late_s = 0.0
 
     @property
     def started_at(self) -> float:
@@ -98,20 +109,51 @@ class ActiveTurn:
 
     def take_text(self) -> None:
         """Move the caller's commands into the prompt."""
+        prompt = self.following or self.prompt
         for command in self.turn.take_commands():
             if isinstance(command, Append):
-                self.prompt.append(command.text)
+                prompt.append(command.text)
             elif isinstance(command, Flush):
-                self.prompt.flush()
+                prompt.flush()
             else:
-                self.prompt.end()
+                prompt.end()
+
+    def begin_utterance(self, now: float) -> None:
+        """The prompt is in a slot. If playback has run dry meanwhile, it goes on from here."""
+        if self._first_audio_at is not None:
+            self._first_audio_at = max(self._first_audio_at, now - self.num_frames * FRAME_S)
+        if not self.started:
+            self.started = True
+            self.emit(Started())
+
+    def end_utterance(self, following: Prompt) -> None:
+        """Let the turn speak the text that it has, and then give its slot back.
+
+        A word that may be incomplete goes to `following`, as does the text that comes later.
+        """
+        following.append(self.prompt.end_before_held())
+        self.following = following
+
+    def begin_following(self) -> None:
+        """The utterance has ended: wait for a slot with the next one."""
+        self.hand_out()
+        self.prompt, self.following, self.slot = self.following, None, None
+        self.guard = RunawayGuard(self.request.params.guards)
+        self.num_fed = self._utterance_start = self.num_frames  # the frame that said EOS has no audio
+        self.last_fed, self._num_chunks = False, 0
+        self._late_since, self._late_s = None, 0.0
 
     def lead_s(self, now: float) -> float:
         """Seconds of launched audio not yet played; minus infinity before the first frame."""
-        if not self.num_fed:
+        if not self.begun:
             return -math.inf
         played_s = 0.0 if self._first_audio_at is None else now - self._first_audio_at
         return self.num_fed * FRAME_S - played_s
+
+    @property
+    def begun(self) -> bool:
+        """Whether a frame of this utterance is launched."""
+        return self.num_fed > self._utterance_start
 
     @property
     def in_flight(self) -> bool:
@@ -123,7 +165,7 @@ class ActiveTurn:
         """Whether the turn cannot go on before more text comes."""
         if self.slot is None:
             return not self.prompt.ready
-        return bool(self.num_fed) and self.prompt.next_text_row() is None
+        return self.begun and self.prompt.next_text_row() is None
 
     def wait_s(self, now: float) -> float:
         """Seconds until this turn may decode; infinity while its text is late or it is held."""
@@ -145,13 +187,25 @@ class ActiveTurn:
         """Seconds since the turn last could run."""
         return now - self._idle_since if self._idle_since is not None else 0.0
 
+    def mark_late(self, now: float) -> None:
+        """Notice from when to when the slot is held without text for it."""
+        late_s = self.late_for_s(now)
+        if self.text_late and not self.in_flight:
+            self._late_since = now if self._late_since is None else self._late_since
+        else:
+            self._late_s, self._late_since = late_s, None
+
+    def late_for_s(self, now: float) -> float:
+        """Seconds for which this utterance has held the slot without text for it, in all."""
+        return self._late_s + (now - self._late_since if self._late_since is not None else 0.0)
+
     def feed(self) -> Tensor | None:
         """Count a frame as launched; its text row [hidden], None for the first frame, which has none."""
-        row = self.prompt.next_text_row() if self.num_fed else None
+        row = self.prompt.next_text_row() if self.begun else None
         if row is not None:
             self.prompt.advance()
         self.num_fed += 1
-        self.last_fed = self.num_fed >= self._frame_limit()
+        self.last_fed = self.num_fed - self._utterance_start >= self._frame_limit()
         return row
 
     def _frame_limit(self) -> int:

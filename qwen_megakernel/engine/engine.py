@@ -6,6 +6,10 @@ A frame takes the turns whose playback runs out first, as many as the backend's 
 out a turn whose next text row has not come, and one that is further ahead of its playback than its
 lead. Nothing else decides order.
 
+A turn whose text is late keeps its slot while no other turn needs it. If turns wait for a slot, it
+keeps it for `LATE_TEXT_S` shared by those that wait: then it speaks the words that it has to their
+end, gives the slot back, and joins the end of the queue when more text comes.
+
     device    frame n   codec n   frame n+1   codec n+1
     host           codes n^  launch n+1   audio n^    codes n+1^
 
@@ -18,6 +22,7 @@ frame is launched.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -31,11 +36,15 @@ from qwen_megakernel.codec.interface import FrameCodec, LaunchedAudio
 from qwen_megakernel.config import HOP
 from qwen_megakernel.decoding.interface import DecoderBackend, LaunchedFrame
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
-from qwen_megakernel.prompt.builder import PromptBuilder
-from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
+from qwen_megakernel.engine.capacity import Capacity, SlotClock
+from qwen_megakernel.prompt.builder import Prompt, PromptBuilder
+from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Turn
 
 log = logging.getLogger(__name__)
 
+LATE_TEXT_S = 1.0
+"""Seconds for which an utterance may hold a slot without text for it, in all, while one turn waits for a
+slot; half of it while two wait, and so on."""
 _PREFILL_LEAD_S = 0.05
 """Seconds that every speaking turn must be ahead of its playback for several turns to be prefilled at
 once."""
@@ -51,6 +60,8 @@ class _FrameSlot:
     """Whether all of its text, EOS included, was fed by this frame."""
     ending: FinishReason | None
     """Why the turn ends after this frame, if it does."""
+    discarded: bool = False
+    """Whether the frame ended an utterance: it has no audio."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +83,6 @@ class Engine:
         prompts: PromptBuilder,
         *,
         eos_id: int,
-        max_waiting: int = 64,
         max_text_wait_s: float = 60.0,
         cpu_threads: int | None = None,
     ) -> None:
@@ -83,15 +93,15 @@ class Engine:
             codec: has the same number of slots.
             prompts: of the same checkpoint.
             eos_id: code 0 that ends an utterance.
-            max_waiting: turns that may wait for a slot; a further one is refused as overloaded.
             max_text_wait_s: a turn that waits longer than this for text ends as an error.
             cpu_threads: threads that PyTorch computes with; None leaves it the choice.
         """
         self._backend, self._codec, self._prompts, self._eos_id = backend, codec, prompts, eos_id
-        self._max_waiting, self._max_text_wait_s = max_waiting, max_text_wait_s
+        self._max_text_wait_s = max_text_wait_s
         self._cpu_threads = cpu_threads
         self._zero_row = torch.zeros_like(prompts.pad_row)
         self._free_slots = list(range(backend.num_slots))
+        self._slot_clock = SlotClock(backend.num_slots)
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
         self._waiting: list[ActiveTurn] = []
         self._speaking: list[ActiveTurn] = []
@@ -116,6 +126,18 @@ class Engine:
         """Turns that hold a slot."""
         return len(self._speaking)
 
+    def capacity(self) -> Capacity:
+        """The load as it stands; from any thread."""
+        now, speaking = time.monotonic(), list(self._speaking)
+        opened = [turn for turn, _, _ in list(self._opened) if turn.first_text_at is not None]
+        queued = [*opened, *(a.turn for a in list(self._waiting) if a.prompt.ready)]
+        return Capacity(
+            num_slots=self._backend.num_slots,
+            num_free=len(self._free_slots),
+            num_queued=sum(not turn.cancelled for turn in queued),
+            slot_s=self._slot_clock.mean_s(now - a.slot_since for a in speaking),
+        )
+
     def open_turn(self, request: TurnRequest, sink: Sink, text: str = "", *, end: bool = False) -> Turn:
         """Begin a turn.
 
@@ -126,7 +148,7 @@ class Engine:
             end: whether the text is complete.
 
         Raises:
-            RequestError: a request that cannot be served, too many turns waiting, or no engine.
+            RequestError: a request that cannot be served, or no engine.
         """
         self._prompts.check(request.voice, request.language, instruct=request.instruct)
         if end and not text.strip():
@@ -149,8 +171,6 @@ class Engine:
             raise RequestError("internal", _DECODER_FAILED)
         if self._closing:
             raise RequestError("overloaded", "shutting down")
-        if self.num_waiting >= self._max_waiting:
-            raise RequestError("overloaded", f"{self._max_waiting} turns are waiting already")
 
     def close(self, drain_s: float = 0.0) -> None:
         """Let running turns speak on for `drain_s`, cancel the rest, and end the thread."""
@@ -187,6 +207,7 @@ class Engine:
         self._take_opened()
         for active in [*self._waiting, *self._speaking]:
             self._take_input(active)
+        self._end_late_utterances()
         prefilled = self._prefill_waiting()
         batch = self._choose()
         launched = self._launch(batch) if batch else None
@@ -198,13 +219,13 @@ class Engine:
     def _take_opened(self) -> None:
         while self._opened:
             turn, request, sink = self._opened[0]  # it counts as waiting while its prompt is made
+            if turn.cancelled:
+                self._opened.popleft()
+                turn.mark_finished()
+                sink(Finished("cancelled", 0, 0, 0.0))
+                continue
             try:
-                prompt = self._prompts.open(
-                    request.voice,
-                    request.language,
-                    instruct=request.instruct,
-                    streaming=request.streaming,
-                )
+                prompt = self._open_prompt(request)
             except Exception:
                 log.exception("a turn's prompt could not be made")
                 self._opened.popleft()
@@ -214,6 +235,11 @@ class Engine:
             with self._open_lock:
                 self._opened.popleft()
                 self._waiting.append(ActiveTurn(turn, request, prompt, sink))
+
+    def _open_prompt(self, request: TurnRequest) -> Prompt:
+        return self._prompts.open(
+            request.voice, request.language, instruct=request.instruct, streaming=request.streaming
+        )
 
     def _take_input(self, active: ActiveTurn) -> None:
         """Take a turn's text and cancel; end the turn if that ends it."""
@@ -227,13 +253,30 @@ class Engine:
             log.exception("a turn's text could not be taken")
             self._finish(active, "error", "the text could not be tokenised")
             return
-        if active.prompt.empty:
+        if active.prompt.empty and active.following is None:
             self._finish(active, "stop")
             return
         if active.slot is None:
             active.mark_idle(active.text_late, now)
         if active.text_late and active.idle_for_s(now) > self._max_text_wait_s:
             self._finish(active, "error", f"no text for {self._max_text_wait_s:g} s")
+
+    def _late_limit_s(self) -> float:
+        """Seconds for which an utterance may hold a slot without text; infinity while none is needed."""
+        queued = 0 if self._free_slots else sum(a.prompt.ready for a in self._waiting)
+        return LATE_TEXT_S / queued if queued else math.inf
+
+    def _end_late_utterances(self) -> None:
+        """Get slots back from turns whose text is late, as many as other turns need."""
+        limit_s, now = self._late_limit_s(), time.monotonic()
+        if limit_s == math.inf:
+            return
+        num_needed = sum(a.prompt.ready for a in self._waiting)
+        num_needed -= sum(a.following is not None for a in self._speaking)
+        late = [a for a in self._speaking if a.text_late and a.late_for_s(now) >= limit_s]
+        late.sort(key=lambda a: a.late_for_s(now), reverse=True)
+        for active in late[: max(0, num_needed)]:
+            active.end_utterance(self._open_prompt(active.request))
 
     def _prefill_waiting(self) -> bool:
         """Prefill waiting turns into slots; whether one could be served.
@@ -244,9 +287,9 @@ class Engine:
         if not self._prefill_next():
             return False
         now = time.monotonic()
-        if all(a.lead_s(now) > _PREFILL_LEAD_S for a in self._speaking if a.num_fed):
+        if all(a.lead_s(now) > _PREFILL_LEAD_S for a in self._speaking if a.begun):
             room = self._backend.max_batch
-            while sum(not a.num_fed for a in self._speaking) < room and self._prefill_next():
+            while sum(not a.begun for a in self._speaking) < room and self._prefill_next():
                 pass
         return True
 
@@ -263,12 +306,13 @@ class Engine:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
             return True
         slot = self._free_slots.pop(0)
+        active.slot_since = time.monotonic()
         self._speaking.append(active)  # before it leaves `_waiting`: it must always be counted
         self._waiting.remove(active)
         active.slot, active.max_frames = slot, min(active.request.params.max_frames, room)
         self._codec.reset(slot)
         self._backend.prefill(slot, rows, active.request.params, active.prompt.shared)
-        active.emit(Started())
+        active.begin_utterance(time.monotonic())
         return True
 
     def _choose(self) -> list[ActiveTurn]:
@@ -278,6 +322,7 @@ class Engine:
         for active in self._speaking:
             if active.last_fed:
                 continue
+            active.mark_late(now)
             waits = active.wait_s(now) > 0
             active.mark_idle(waits and not active.in_flight, now)
             if waits:
@@ -301,7 +346,10 @@ class Engine:
             active = part.turn
             if active.turn.finished:
                 continue
-            if code0 == self._eos_id:
+            if code0 == self._eos_id and active.following is not None:
+                part.discarded = True
+                self._requeue(active)
+            elif code0 == self._eos_id:
                 self._finish(active, "cancelled" if active.turn.cancelled else "stop")
             elif active.guard.repeats_after(code0):
                 part.ending, active.last_fed = "repeat", True
@@ -315,7 +363,7 @@ class Engine:
         if pending is None:
             return False
         for part, samples in zip(pending.slots, pending.audio.samples(), strict=True):
-            if not part.turn.turn.finished:
+            if not (part.discarded or part.turn.turn.finished):
                 self._deliver_audio(part, samples[:HOP])
         return True
 
@@ -331,14 +379,24 @@ class Engine:
         if ending is not None:
             self._finish(active, ending)
 
+    def _requeue(self, active: ActiveTurn) -> None:
+        """Take a slot from a turn whose utterance has ended; the turn waits with its next one."""
+        self._waiting.append(active)  # before it leaves `_speaking`: it must always be counted
+        self._release_slot(active)
+        active.begin_following()
+
     def _finish(self, active: ActiveTurn, reason: FinishReason, error: str | None = None) -> None:
         if active.slot is None:
             self._waiting.remove(active)
         else:
-            self._speaking.remove(active)
-            self._backend.release(active.slot)
-            self._free_slots.append(active.slot)
+            self._release_slot(active)
         active.finish(reason, error)
+
+    def _release_slot(self, active: ActiveTurn) -> None:
+        self._speaking.remove(active)
+        self._backend.release(active.slot)
+        self._free_slots.append(active.slot)
+        self._slot_clock.add(time.monotonic() - active.slot_since)
 
     def _idle_timeout(self) -> float | None:
         """Seconds until a turn may run without a call from outside; None when no turn is open."""
@@ -346,7 +404,7 @@ class Engine:
             return None
         now = time.monotonic()
         waits: Iterable[float] = (a.wait_s(now) for a in self._speaking)
-        return min([*waits, self._max_text_wait_s, 1.0])
+        return min([*waits, self._late_limit_s(), self._max_text_wait_s, 1.0])
 
     def _fail_all(self) -> None:
         """Tell every turn that the device is lost."""

@@ -89,6 +89,11 @@ class TextFeed:
         """The tokens of all held text, as if the text ended here; more may follow."""
         return self._commit(len(self._held.rstrip()))
 
+    def take_held(self) -> str:
+        """The text whose tokens could still change; it is held no longer."""
+        held, self._held = self._held, ""
+        return held
+
     def _commit(self, length: int) -> list[int]:
         ready, self._held = self._held[:length], self._held[length:]
         return self._tokenizer.encode(ready) if ready else []
@@ -132,6 +137,15 @@ class Prompt:
     def end(self) -> None:
         """No more text: what is held is committed and EOS follows."""
         self.flush()
+        self._close()
+
+    def end_before_held(self) -> str:
+        """End the text after its last committed word. The text that was held back is returned."""
+        held = self._feed.take_held()
+        self._close()
+        return held
+
+    def _close(self) -> None:
         self._text_rows.append(self._builder.eos_row)
         self._ended = True
 

@@ -46,6 +46,25 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def client_address(peer: tuple[str, int] | None) -> str | None:
+    """What a client is counted by, from the address and the port of its socket.
+
+    An IPv4 address, or the first 64 bits of an IPv6 one, which is what a single customer has. None is
+    this machine: whoever comes through a proxy or a tunnel has its address.
+    """
+    if peer is None or is_loopback(peer[0]):
+        return None
+    try:
+        address = ipaddress.ip_address(peer[0].partition("%")[0])
+    except ValueError:
+        return peer[0]
+    if address.version == 4:
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return client_address((str(address.ipv4_mapped), peer[1]))
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
 def check_access(rules: AccessRules, path: str, headers: Headers, query: bytes) -> Refusal | None:
     """None if the request may pass; `/health` alone needs no token."""
     values: dict[bytes, list[bytes]] = {}

@@ -22,8 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen_megakernel.serving import switch
 from qwen_megakernel.serving.access import AccessRules, check_access
+from qwen_megakernel.serving.admission import Admission, AdmissionLimits, NotAdmitted
 from qwen_megakernel.serving.observe import Metrics, edge_log, log
-from qwen_megakernel.serving.open_sessions import NotAdmitted, OpenSessions
+from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.serving.server_state import ENGINE_STOPPED, ServerState
 from qwen_megakernel.turn import RequestError
 
@@ -44,13 +45,30 @@ class ServerSettings:
     port: int = 8765
     token: str | None = None
     allow_origins: frozenset[str] = frozenset()
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses and networks whose `X-Forwarded-For` is believed."""
     max_connections: int = 64
     spare_sockets: int = 256
     """Open at a time beyond `max_connections`: HTTP, and handshakes that are not accepted."""
     request_timeout_s: float = 10.0
     """Until a request is complete, until a handshake is answered."""
+    max_connections_per_address: int = 32
+    max_turns_per_address: int = 32
+    max_queue_s: float = 10.0
+    max_messages_per_s: int = 500
+    idle_s: float = 600.0
     max_text_chars: int = 4096
     drain_s: float = 10.0
+
+    @property
+    def admission(self) -> AdmissionLimits:
+        """Of connections and turns."""
+        return AdmissionLimits(
+            max_connections=self.max_connections,
+            max_connections_per_address=self.max_connections_per_address,
+            max_turns_per_address=self.max_turns_per_address,
+            max_queue_s=self.max_queue_s,
+        )
 
     @property
     def max_message_bytes(self) -> int:
@@ -67,7 +85,8 @@ class App:
         self.phase: Phase = "starting"
         self.detail = ""
         self._server: ServerState | None = None
-        self._sessions = OpenSessions(settings.max_connections, self._get_ready)
+        self._admission = Admission(settings.admission)
+        self._sessions = OpenSessions(self._admission, self._get_ready)
         self._metrics = Metrics(
             num_sessions=lambda: len(self._sessions),
             num_active=lambda: self._server.decoder.num_active if self._server else 0,
@@ -96,7 +115,13 @@ class App:
     def start_serving(self, decoder: TTSDecoder) -> None:
         """Take turns from now on."""
         self._server = ServerState(
-            decoder, self._metrics, self.settings.max_text_chars, self.settings.max_message_bytes
+            decoder,
+            self._metrics,
+            self.settings.max_text_chars,
+            self.settings.max_message_bytes,
+            self._admission,
+            self.settings.max_messages_per_s,
+            self.settings.idle_s,
         )
         self.report("ready")
 
@@ -160,7 +185,9 @@ def _name_paths(routes: Sequence[BaseRoute]) -> str:
 
 async def _refuse(request: Request, refusal: Exception) -> Response:
     """The answer to a client that is not admitted. Of a WebSocket it refuses the handshake."""
-    return _refusal(request.scope, str(refusal), 503, {"Retry-After": str(NotAdmitted.retry_after_s)})
+    assert isinstance(refusal, NotAdmitted)
+    status = 429 if refusal.own_limit else 503
+    return _refusal(request.scope, str(refusal), status, {"Retry-After": str(refusal.retry_after_s)})
 
 
 def _unserved(message: str) -> ASGIApp:

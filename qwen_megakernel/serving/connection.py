@@ -16,7 +16,7 @@ from qwen_megakernel.serving.observe import log
 from qwen_megakernel.serving.protocols import FLUSH_S, SEND_TIMEOUT_S
 from qwen_megakernel.serving.session import Session
 
-CLOSE_CODES = {"going_away": 1001, "protocol_error": 1002, "server_failed": 1011}
+CLOSE_CODES = {"going_away": 1001, "idle": 1001, "protocol_error": 1002, "server_failed": 1011}
 """Of WebSocket, by why a session is over."""
 
 
@@ -61,6 +61,8 @@ class Connection:
             data = message.get("text")
             self._dialect.receive(message["bytes"] if data is None else data)
             await self._session.keep_pace()
+            if self._transport.is_closing():
+                return  # what a client that has left still had to say would be read at its pace
             # A packet may hold thousands of messages; other connections want their turn.
             await asyncio.sleep(0)
 

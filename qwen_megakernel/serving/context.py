@@ -239,7 +239,12 @@ class Context:
         if self.failure is None:
             return ContextDone(self.context_id, self.reason, figures)
         return ContextFailed(
-            self.context_id, self.failure.code, str(self.failure), self.num_turns > 0, figures
+            self.context_id,
+            self.failure.code,
+            str(self.failure),
+            self.num_turns > 0,
+            figures,
+            self.failure.retry_after_s,
         )
 
     def record(self, default_voice: str | None) -> TurnRecord:

@@ -15,7 +15,7 @@ import numpy as np
 from qwen_megakernel.turn import ErrorCode, FinishReason
 
 ContextState = Literal["queued", "waiting_for_text", "speaking"]
-SessionEnd = Literal["going_away", "protocol_error", "server_failed"]
+SessionEnd = Literal["going_away", "idle", "protocol_error", "server_failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,8 @@ class ContextFailed:
     begun: bool
     """Whether a turn was opened for it."""
     figures: Figures
+    retry_after_s: float | None = None
+    """Seconds after which it may be tried again, where that is known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,8 @@ class NativeDialect:
             context_id = getattr(message, "context_id", None)
             self._follow(message)
         except RequestError as error:
-            self._reply(Error(context_id, error.code, error_line(str(error))))
+            message = error_line(str(error))
+            self._reply(Error(context_id, error.code, message, error.retry_after_s))
         except ProtocolError as error:
             self._reply(Error(error.context_id or context_id, error.code, error_line(str(error))))
             if error.code == "unsupported_protocol":
@@ -165,7 +166,7 @@ class NativeDialect:
             case ContextDone(context_id, reason, figures):
                 return [self._done(context_id, reason, figures)]
             case ContextFailed(context_id, code, message, figures=figures):
-                error = Error(context_id, code, error_line(message))
+                error = Error(context_id, code, error_line(message), event.retry_after_s)
                 return [error, self._done(context_id, "error", figures)]
             case SessionFailed(code, message):
                 return [Error(None, code, error_line(message))]

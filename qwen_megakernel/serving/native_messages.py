@@ -308,6 +308,8 @@ class Error:
     code: Annotated[str, _one_of(get_args(ErrorCode))]
     message: Annotated[str, _narrowed(_string, maxLength=300)]
     """One line; `wire.error_line` cuts it."""
+    retry_after_s: Annotated[float | None, _or_none(_seconds)] = None
+    """Seconds after which it may be tried again, where that is known."""
 
 
 ServerMessage = Ready | Started | AudioChunk | Progress | Segment | Done | Error

@@ -1,4 +1,4 @@
-"""The sessions that are open, whatever carries them: who is let in, and how they are drained."""
+"""The sessions that are open, whatever carries them, and how they are drained."""
 
 from __future__ import annotations
 
@@ -7,28 +7,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 
+from qwen_megakernel.serving.admission import Admission
 from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.session import Session, SessionRules
 from qwen_megakernel.turn import RequestError
 
 
-class NotAdmitted(Exception):
-    """A client that cannot be served now. `str()` of it says why; the app answers with HTTP 503."""
-
-    retry_after_s = 5
-
-
 class OpenSessions:
     """All open sessions of a server."""
 
-    def __init__(self, max_sessions: int, get_ready: Callable[[], ServerState]) -> None:
+    def __init__(self, admission: Admission, get_ready: Callable[[], ServerState]) -> None:
         """Begin with none.
 
         Args:
-            max_sessions: open at a time.
+            admission: decides who is let in.
             get_ready: what sessions share; raises `NotAdmitted` while the server takes no clients.
         """
-        self._max_sessions, self._get_ready = max_sessions, get_ready
+        self._admission, self._get_ready = admission, get_ready
         self._sessions: set[Session] = set()
         self._numbers = count(1)
 
@@ -41,22 +36,26 @@ class OpenSessions:
         return sum(session.unsent_bytes for session in self._sessions)
 
     @contextmanager
-    def admit(self, rules: SessionRules | None = None) -> Iterator[Session]:
+    def admit(self, address: str | None, rules: SessionRules | None = None) -> Iterator[Session]:
         """A session for one client. It counts, and is closed, with the context.
 
+        Args:
+            address: what the client is counted by with others (`access.client_address`).
+            rules: of the dialect, where it is known.
+
         Raises:
-            NotAdmitted: the server is not ready, or full.
+            NotAdmitted: the server is not ready, or full, or the address has enough.
         """
         server = self._get_ready()
-        if len(self._sessions) >= self._max_sessions:
-            raise NotAdmitted(f"all {self._max_sessions} connections are taken")
-        session = Session(server, str(next(self._numbers)), rules)
+        session = Session(server, str(next(self._numbers)), rules, address)
+        self._admission.enter(session)
         self._sessions.add(session)
         try:
             yield session
         finally:
             session.close()
             self._sessions.discard(session)
+            self._admission.leave(session)
 
     async def drain(self, limit_s: float) -> None:
         """Let running turns end, up to a limit in seconds; then stop them and finish every session."""

@@ -145,6 +145,8 @@ def _uvicorn_config(app: App) -> uvicorn.Config:
         backlog=BACKLOG,
         ws_max_size=app.settings.max_message_bytes,
         ws_per_message_deflate=False,
+        proxy_headers=bool(app.settings.trusted_proxies),
+        forwarded_allow_ips=list(app.settings.trusted_proxies),
         ws_ping_interval=PING_INTERVAL_S,
         ws_ping_timeout=PONG_TIMEOUT_S,
         lifespan="off",

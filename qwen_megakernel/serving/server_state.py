@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from qwen_megakernel.serving.admission import Admission
 from qwen_megakernel.serving.observe import Metrics
 from qwen_megakernel.serving.options import SpeechOptions, TurnOptions
 from qwen_megakernel.turn import RequestError
@@ -25,6 +26,11 @@ class ServerState:
     metrics: Metrics
     max_text_chars: int = 4096
     max_message_bytes: int = 65_536
+    admission: Admission = field(default_factory=Admission)
+    max_messages_per_s: float = 500.0
+    """Of a session; twice as many may come at once."""
+    idle_s: float = 600.0
+    """A session in which nothing is said for so long is over; 0 is no limit."""
     draining: bool = False
     """The server is going down: turns go on, none may begin."""
 

@@ -34,6 +34,8 @@ from qwen_megakernel.serving.events import (
     SessionFailed,
     SessionOver,
 )
+from qwen_megakernel.serving.message_rate import MessageRate
+from qwen_megakernel.serving.observe import log
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.outbox import Ended, Entry, Outbox, Output
 from qwen_megakernel.serving.server_state import ServerState
@@ -74,9 +76,15 @@ class SessionRules:
 class Session:
     """The contexts of one client. Methods that follow the client raise `RequestError`."""
 
-    def __init__(self, server: ServerState, name: str, rules: SessionRules | None = None) -> None:
-        """`name` is for the log."""
-        self.server, self.name = server, name
+    def __init__(
+        self,
+        server: ServerState,
+        name: str,
+        rules: SessionRules | None = None,
+        address: str | None = None,
+    ) -> None:
+        """`name` is for the log; clients of one `address` share its limits, None has none."""
+        self.server, self.name, self.address = server, name, address
         self.rules = rules or SessionRules()
         """A dialect that the first message decides sets them before it opens a context."""
         self.bytes_in_carrier: Callable[[], int] = lambda: 0
@@ -88,11 +96,21 @@ class Session:
         self._numbers = count(1)
         self._retry: asyncio.TimerHandle | None = None
         self._quiet: asyncio.TimerHandle | None = None
+        self._active_at = time.monotonic()
+        """When the client, or the server beside its reports of silence, last said something."""
+        self._rate = MessageRate(server.max_messages_per_s, self._active_at)
+        self._idle: asyncio.TimerHandle | None = None
+        self._check_idle()
 
     @property
     def busy(self) -> bool:
         """Whether a context is open."""
         return bool(self._contexts)
+
+    @property
+    def num_turns(self) -> int:
+        """Turns that wait or speak, without cancelled ones."""
+        return sum(c.speaking and not c.cancelled for c in self._contexts.values())
 
     @property
     def unsent_bytes(self) -> int:
@@ -199,7 +217,7 @@ class Session:
         """The client is gone: stop its turns now. A second call does nothing."""
         for context in list(self._contexts.values()):
             self._stop(context, tell=False)
-        for timer in (self._retry, self._quiet):
+        for timer in (self._retry, self._quiet, self._idle):
             if timer is not None:
                 timer.cancel()
 
@@ -218,14 +236,20 @@ class Session:
                 return events
 
     async def keep_pace(self) -> None:
-        """Wait while the client leaves too many messages unread: for a carrier, before it reads on."""
+        """Count a message of the client, and wait before the carrier reads on.
+
+        It waits while the client leaves too many messages unread, and while it sends too many.
+        """
+        self._active_at = time.monotonic()
         await self._outbox.until_short()
+        if delay_s := self._rate.delay_s(time.monotonic()):
+            await asyncio.sleep(delay_s)
 
     def _resolve(self, entry: Entry) -> list[SessionEvent]:
         if not isinstance(entry, Output):
             return [entry]
         context, what = entry.context, entry.what
-        context.quiet_since = time.monotonic()
+        context.quiet_since = self._active_at = time.monotonic()
         if isinstance(what, Ended):
             return self._conclude(context)
         events: list[SessionEvent] = []
@@ -342,6 +366,8 @@ class Session:
         options = segment.options
         context.start_clock()
         try:
+            if not context.num_turns:  # text that was let in is spoken to its end
+                self.server.admission.check_turn(self, self.server.decoder.capacity())
             turn = self.server.decoder.open_turn(
                 segment.text,
                 sink=sink,
@@ -401,6 +427,16 @@ class Session:
         self._advance()
 
     # -- silence ----------------------------------------------------------------------------
+
+    def _check_idle(self) -> None:
+        if not self.server.idle_s:
+            return
+        left_s = self._active_at + self.server.idle_s - time.monotonic()
+        if left_s > 0:
+            self._idle = asyncio.get_running_loop().call_later(left_s, self._check_idle)
+            return
+        log.info("connection %s: idle for %g s, closed", self.name, self.server.idle_s)
+        self.finish("idle")
 
     def _watch(self) -> None:
         if self._quiet is None and self._contexts:

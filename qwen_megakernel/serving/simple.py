@@ -55,7 +55,9 @@ class SimpleDialect:
                 self._cancel()
             else:
                 self._speak(message)
-        except (ProtocolError, RequestError) as error:
+        except RequestError as error:
+            self._session.reply(encode_error(error.code, str(error), error.retry_after_s))
+        except ProtocolError as error:
             self._session.reply(encode_error(error.code, str(error)))
 
     def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
@@ -65,7 +67,9 @@ class SimpleDialect:
                 return [samples.astype("<f4", copy=False).tobytes()]
             case ContextDone(reason=reason, figures=figures):
                 return [_done(reason, figures)]
-            case ContextFailed(begun=False) | SessionFailed():
+            case ContextFailed(begun=False):
+                return [encode_error(event.code, event.message, event.retry_after_s)]
+            case SessionFailed():
                 return [encode_error(event.code, event.message)]
             case ContextFailed(context_id, figures=figures):
                 message = f"turn {self._session.name}-{context_id} failed: {event.message}"

@@ -21,7 +21,8 @@ Server to client:
         A turn is over; one for each turn, cancelled ones included. A `cancel` that finds nothing to
         stop is answered with an empty one, so that a client never waits in vain.
     {"error": "...", "code": "..."}
-        A message was refused; the connection lives on. With "done": true beside it, a turn that had
+        A message was refused; the connection lives on. An overloaded server may say "retry_after_s":
+        seconds after which the text may be sent again. With "done": true beside it, a turn that had
         begun failed.
 """
 
@@ -106,9 +107,10 @@ def encode_failed(message: str, *, samples: int, generation_s: float) -> str:
     return json.dumps({**_error_fields("internal", message), **done})
 
 
-def encode_error(code: str, message: str) -> str:
+def encode_error(code: str, message: str, retry_after_s: float | None = None) -> str:
     """A refusal."""
-    return json.dumps(_error_fields(code, message))
+    later = {} if retry_after_s is None else {"retry_after_s": retry_after_s}
+    return json.dumps({**_error_fields(code, message), **later})
 
 
 def _error_fields(code: str, message: str) -> dict[str, Any]:

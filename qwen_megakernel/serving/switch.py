@@ -7,6 +7,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
+from qwen_megakernel.serving.access import client_address
 from qwen_megakernel.serving.connection import Connection, Dialect
 from qwen_megakernel.serving.events import ContextEvent, SessionFailed
 from qwen_megakernel.serving.native import NativeDialect
@@ -20,7 +21,7 @@ def routes(sessions: OpenSessions) -> list[BaseRoute]:
     """The route, and an answer to those who come without a WebSocket."""
 
     async def speak(websocket: WebSocket) -> None:
-        with sessions.admit() as session:
+        with sessions.admit(client_address(websocket.client)) as session:
             await Connection(websocket, session, DialectSwitch(session)).run()
 
     return [Route("/", _explain), WebSocketRoute("/", speak)]

@@ -1,0 +1,58 @@
+"""The engine says what it can take, and turns that are cancelled cost nothing."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from listener import LONG, TEXT, Listener, wait_idle
+
+from qwen_megakernel import TTSDecoder
+
+
+@pytest.fixture(scope="module")
+def tts(tiny_base):
+    with TTSDecoder.load(tiny_base, num_slots=4) as loaded:
+        yield loaded
+
+
+def test_the_capacity_counts_turns_that_need_a_slot(tts):
+    silent = [tts.open_turn(sink=Listener()) for _ in range(80)]
+    assert (tts.capacity().num_slots, tts.capacity().num_free, tts.capacity().num_queued) == (4, 4, 0)
+    speaking = [Listener() for _ in range(4)]
+    turns = [tts.open_turn(TEXT, sink=each, ended=True, params=LONG) for each in speaking]
+    for listener in speaking:
+        listener.wait_for_audio()
+    queued = [tts.open_turn(TEXT, sink=Listener(), ended=True, params=LONG) for _ in range(3)]
+    assert (tts.capacity().num_free, tts.capacity().num_queued) == (0, 3)
+    queued[0].cancel()
+    assert tts.capacity().num_queued == 2
+    before = tts.capacity().slot_s
+    time.sleep(0.2)
+    assert tts.capacity().slot_s > before, "turns that hold their slots count with their time so far"
+    for turn in [*silent, *turns, *queued]:
+        turn.cancel()
+    wait_idle(tts)
+    assert (tts.capacity().num_free, tts.capacity().num_queued) == (4, 0)
+
+
+def test_a_turn_that_is_cancelled_at_once_costs_no_prompt(tts, monkeypatch):
+    opened, make, began, go_on = [], tts._engine._prompts.open, threading.Event(), threading.Event()
+
+    def counted(*args, **options):
+        opened.append(args)
+        began.set()
+        assert go_on.wait(10)
+        return make(*args, **options)
+
+    monkeypatch.setattr(tts._engine._prompts, "open", counted)
+    first, listeners = tts.open_turn(sink=Listener()), [Listener() for _ in range(50)]
+    assert began.wait(10)
+    for listener in listeners:
+        tts.open_turn("Hello.", sink=listener, ended=True).cancel()
+    go_on.set()
+    assert {listener.wait().reason for listener in listeners} == {"cancelled"}
+    assert len(opened) == 1
+    first.cancel()
+    wait_idle(tts)

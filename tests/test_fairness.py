@@ -1,0 +1,135 @@
+"""Nobody is shut out by others: a flood of cancels, silent turns on every slot, many slow writers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack, suppress
+
+from live_server import LiveServer, RawClient
+from native_client import Heard, NativeClient
+
+from qwen_megakernel.serving.native_messages import AudioChunk, Cancel, End, Error
+
+LIMIT_S = 240.0
+
+
+def speak_once(client: NativeClient, context_id: str) -> float:
+    """Seconds until the first audio of a short context."""
+    start = time.monotonic()
+    client.speak(context_id, "Hello there.", seed=1)
+    client.send(End(context_id))
+    client.wait_for(AudioChunk, context_id)
+    first_s = time.monotonic() - start
+    client.hear(context_id)
+    return first_s
+
+
+def test_a_flood_of_cancelled_turns_gets_nobody_refused(live_server):
+    """Their turns counted as waiting, and one connection had everybody refused."""
+    flood, stop = RawClient(live_server), threading.Event()
+    flood.send(type="hello", protocol=1)
+
+    def pour() -> None:
+        number = 0
+        with suppress(OSError):
+            while not stop.is_set():
+                for _ in range(100):
+                    number += 1
+                    flood.send(type="speak", context_id=f"c{number}", text="Hello there.")
+                    flood.send(type="cancel")
+
+    def drain() -> None:
+        with suppress(OSError):
+            while flood.socket.recv(1 << 18):
+                pass
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (pour, drain)]
+    with NativeClient(live_server) as client:
+        speak_once(client, "alone")
+        for thread in threads:
+            thread.start()
+        for number in range(10):
+            speak_once(client, f"beside-{number}")
+        assert not [error for heard in client.heard.values() for error in heard.of(Error)]
+    stop.set()
+    flood.reset()
+    live_server.wait_until_idle(10)
+
+
+def test_silent_turns_do_not_keep_the_slots(live_server):
+    """Two words and no end, on every slot and twice as often: each held a slot for a minute."""
+    with ExitStack() as stack:
+        silent = [stack.enter_context(NativeClient(live_server)) for _ in range(32)]
+        for client in silent:
+            client.speak("a", "Hello there, how ", seed=1)
+        with NativeClient(live_server) as client:
+            client.speak("b", "Good morning.", seed=1)
+            client.send(End("b"))
+            assert client.hear("b", 30).done.finish_reason == "stop"
+        for client in silent:
+            client.send(Cancel("a"))
+    live_server.wait_until_idle(10)
+
+
+NUM_WRITERS = 200
+PIECES = ("One two ", "three.")
+PAUSE_S = 0.3
+
+
+class Writer:
+    """An honest client whose text comes in two pieces, some time apart."""
+
+    def __init__(self, server: LiveServer, number: int) -> None:
+        self.client, self.seed = NativeClient(server, checked=False), number
+        self.heard: Heard | None = None
+        self.first_s = 0.0
+        """Until the first audio, or the refusal."""
+
+    def run(self) -> None:
+        """Write everything and hear to the end."""
+        start = time.monotonic()
+        for piece in PIECES:
+            self.client.speak("a", piece, seed=self.seed)
+            time.sleep(PAUSE_S)
+        self.client.send(End("a"))
+        while not isinstance(self.client.receive(LIMIT_S), (AudioChunk, Error)):
+            pass
+        self.first_s = time.monotonic() - start
+        self.heard = self.client.hear("a", LIMIT_S)
+        self.client.socket.close()
+
+    @property
+    def refusal(self) -> Error | None:
+        return next(iter(self.heard.of(Error)), None)
+
+
+def test_two_hundred_slow_writers_on_sixteen_slots(brief_base, recording, report):
+    """Each of them is spoken, or is told at once when to come back; the slots go round."""
+    options = ("--num-slots", "16", "--max-connections", "250", "--max-queue-s", "20")
+    server = LiveServer("--model", str(brief_base), "--speaker-ref", str(recording), *options)
+    try:
+        server.wait_until_ready()
+        writers = [Writer(server, number) for number in range(NUM_WRITERS)]
+        threads = [threading.Thread(target=writer.run, daemon=True) for writer in writers]
+        start = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0.0, start + LIMIT_S - time.monotonic()))
+        elapsed_s = time.monotonic() - start
+        assert not [writer for writer in writers if writer.heard is None]
+    finally:
+        server.kill()
+    refused = [writer for writer in writers if writer.refusal is not None]
+    spoken = [writer for writer in writers if writer.refusal is None]
+    assert {(w.refusal.code, w.refusal.retry_after_s >= 1) for w in refused} <= {("overloaded", True)}
+    assert {writer.heard.done.finish_reason for writer in spoken} <= {"stop", "length"}
+    assert all(writer.heard.done.samples for writer in spoken)
+    assert len(spoken) >= 16
+    audio_s = sum(writer.heard.done.duration_s for writer in spoken)
+    first_s = max(writer.first_s for writer in spoken)
+    report(
+        f"{len(spoken)} spoken, the last after {first_s:.1f} s; {len(refused)} refused; "
+        f"{audio_s:.0f} s of audio in {elapsed_s:.1f} s"
+    )

@@ -1,0 +1,156 @@
+"""A turn whose text is late keeps its slot only while nobody needs it, and nothing of it is lost."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import SimpleNamespace
+
+import pytest
+from listener import Listener, wait_idle
+
+from qwen_megakernel import GenerationParams, TTSDecoder
+from qwen_megakernel.engine import engine
+from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
+from qwen_megakernel.turn import Audio, Started, Turn
+
+PARAMS = GenerationParams(seed=1, min_frames=8)
+"""Text that is late is late before the model may say EOS."""
+
+
+@pytest.fixture
+def tts(brief_base, recording):
+    """One slot; turns say EOS after a few frames once their text is complete."""
+    with TTSDecoder.load(brief_base, num_slots=1, device="cpu", backend="torch") as loaded:
+        loaded.add_voice("default", loaded.clone_voice(recording.read_bytes()))
+        loaded._engine._max_text_wait_s = 3600  # nothing else gives a slot back
+        yield loaded
+
+
+@pytest.fixture
+def texts(tts, monkeypatch):
+    """The text of every prompt that the engine opens, in order."""
+    texts, make = [], tts._engine._prompts.open
+
+    def opened(*args, **options):
+        prompt, number = make(*args, **options), len(texts)
+        texts.append("")
+        append, end_before_held = prompt.append, prompt.end_before_held
+
+        def appended(text):
+            texts[number] += text
+            append(text)
+
+        def ended_before_held():
+            held = end_before_held()
+            texts[number] = texts[number].removesuffix(held)
+            return held
+
+        prompt.append, prompt.end_before_held = appended, ended_before_held
+        return prompt
+
+    monkeypatch.setattr(tts._engine._prompts, "open", opened)
+    return texts
+
+
+def stalled(tts, text):
+    """A turn that holds the slot and waits for text."""
+    listener = Listener()
+    turn = tts.open_turn(text, sink=listener, params=PARAMS)
+    listener.wait_for_audio()
+    deadline = time.monotonic() + 60
+    while not tts._engine._speaking[0].text_late:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return turn, listener
+
+
+def complete(tts, text="Good morning."):
+    listener = Listener()
+    tts.open_turn(text, sink=listener, ended=True, params=PARAMS)
+    return listener
+
+
+def test_a_slot_without_text_is_given_to_a_turn_that_waits(tts, texts):
+    turn, late = stalled(tts, "Hello there, how")
+    other = complete(tts)
+    assert other.wait().reason == "stop"  # the late turn would hold the slot for a minute
+    assert not turn.finished
+    turn.append("ever are you?")
+    turn.end()
+    assert late.wait().reason == "stop"
+    assert texts == ["Hello there,", "Good morning.", " however are you?"]
+    assert [type(event) for event in late.events].count(Started) == 1
+    finished = late.events[-1]
+    assert finished.num_samples == len(late.samples) == finished.num_frames * 1920
+    wait_idle(tts)
+
+
+def test_a_slot_without_text_is_kept_while_nobody_needs_it(tts, texts):
+    turn, late = stalled(tts, "Hello there, how")
+    time.sleep(2 * engine.LATE_TEXT_S)
+    turn.append(" are you?")
+    turn.end()
+    late.wait()
+    assert len(texts) == 1
+
+
+def test_a_late_turn_that_ends_after_it_gave_its_slot_back_is_done(tts, texts):
+    turn, late = stalled(tts, "Hello there, ")
+    complete(tts).wait()
+    turn.end()
+    assert late.wait().reason == "stop"
+    assert texts[-1].strip() == ""
+
+
+def test_a_late_turn_can_be_cancelled_after_it_gave_its_slot_back(tts):
+    turn, late = stalled(tts, "Hello there, how")
+    complete(tts).wait()
+    turn.cancel()
+    assert late.wait().reason == "cancelled"
+    wait_idle(tts)
+
+
+def test_turns_with_late_text_take_turns(tts):
+    """Many writers on one slot: each gets its words spoken, whoever else is slow."""
+    listeners, turns = [Listener() for _ in range(6)], []
+    for listener in listeners:
+        turns.append(tts.open_turn("One two ", sink=listener, params=PARAMS))
+    for listener in listeners:
+        listener.wait_for_audio(30)
+    for turn in turns:
+        turn.append("three. ")
+        turn.end()
+    for listener in listeners:
+        assert listener.wait().reason == "stop"
+        assert any(isinstance(event, Audio) for event in listener.events)
+
+
+@pytest.mark.parametrize(
+    ("free", "queued", "limit_s"), [(1, 5, math.inf), (0, 0, math.inf), (0, 1, 1), (0, 4, 0.25)]
+)
+def test_the_more_turns_wait_the_sooner_a_slot_is_given_back(free, queued, limit_s):
+    class Ready:
+        class prompt:
+            ready = True
+
+    idle = object.__new__(engine.Engine)  # no thread
+    idle._free_slots, idle._waiting = [0] * free, [Ready()] * queued
+    assert idle._late_limit_s() == limit_s * engine.LATE_TEXT_S
+
+
+def test_words_that_drip_do_not_keep_a_slot():
+    """Each word came in time, and together they kept the slot for an hour."""
+    prompt = SimpleNamespace(row=None, next_text_row=lambda: prompt.row)
+    active = ActiveTurn(Turn(lambda: None), TurnRequest(voice=None), prompt, lambda event: None)
+    active.slot, active.num_fed, active.num_frames = 0, 1, 1
+    for second in range(10):
+        prompt.row = None
+        active.mark_late(second + 0.1)
+        prompt.row = "a word"
+        active.mark_late(second + 0.5)
+        active.mark_late(second + 0.9)  # speaking is not counted
+    assert active.late_for_s(10.0) == pytest.approx(10 * 0.4)
+    active.following = prompt
+    active.begin_following()
+    assert active.late_for_s(20.0) == 0
