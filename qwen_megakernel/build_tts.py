@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from qwen_megakernel.build_environment import cache_folder, find_nvcc
+from qwen_megakernel.bundled import bundled_folder
 from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig, TransformerConfig
 
 try:
@@ -30,7 +31,7 @@ try:
 except ImportError:  # Windows, which has everything but the kernels
     fcntl = None  # type: ignore[assignment]
 
-SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+SOURCES = bundled_folder("csrc")
 MIN_ARCH = 90
 """Bulk copies to shared memory with mbarriers, and 64-bit tagged exchanges at their speed."""
 KNOWN_ARCHES = ("90a", "120a")

@@ -20,7 +20,7 @@ import qwen_megakernel
 PACKAGE = "qwen_megakernel"
 
 ORDER = (
-    "config", "turn", "cuda_graphs", "build_environment", "checkpoint", "build_tts",
+    "config", "turn", "bundled", "cuda_graphs", "build_environment", "checkpoint", "build_tts",
     "model", "codec", "prompt", "decoding", "engine", "tts_model",
     "serving", "synth", "tools", "bench", "bench_tts", "__main__",
 )  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 from live_server import ROOT
 from test_layout import PACKAGE, SOURCES, write_tree
 
-from qwen_megakernel.__main__ import COMMANDS
+from qwen_megakernel.__main__ import COMMANDS, SCRIPT
 from qwen_megakernel.tools.serve import banner
 
 DECLARED_IN = {"server.py": f"{PACKAGE}/tools/serve.py"}
@@ -60,9 +60,10 @@ def commands_exist(root: Path) -> Iterator[str]:
             for module in re.findall(r"-m training\.(\w+)", code):
                 if not (root / "training" / f"{module}.py").is_file():
                     yield f"{page.name}: -m training.{module}"
-            for command in re.findall(rf"-m {PACKAGE} ([a-z-]+)", code):
+            ours = rf"(-m {PACKAGE}|(?<![\w/-]){SCRIPT}) ([a-z][a-z-]*)"
+            for program, command in re.findall(ours, code):
                 if command not in COMMANDS:
-                    yield f"{page.name}: -m {PACKAGE} {command}"
+                    yield f"{page.name}: {program} {command}"
             for target in re.findall(r"(?:^|[`$&;] *)make ([a-z]+)", code, re.MULTILINE):
                 if target not in targets:
                     yield f"{page.name}: make {target}"
@@ -121,6 +122,7 @@ FAULTS = [
     (links_lead_somewhere, "README.md", "[there](#there)\n# Here"),
     (commands_exist, "README.md", "```\npython serve.py --port 1\n```"),
     (commands_exist, "README.md", "run `python -m qwen_megakernel dance`"),
+    (commands_exist, "README.md", "run `qwen-megakernel dance`"),
     (commands_exist, "training/README.md", "run `python -m training.nothing`"),
     (commands_exist, "README.md", "run `make money`"),
     (commands_exist, "README.md", "so:\n\n    make money  # now\n"),

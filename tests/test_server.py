@@ -512,7 +512,7 @@ def test_banner_says_what_to_do_next(live_server):
     banner = "".join(live_server.out)
     port = live_server.port
     assert f"ssh -L {port}:127.0.0.1:{port} user@host" in banner
-    assert f"python pipecat_client/test_client.py --url ws://127.0.0.1:{port} --text" in banner
+    assert f"python -m qwen_megakernel say --url ws://127.0.0.1:{port} --text" in banner
     assert "voices:  default" in banner
 
 

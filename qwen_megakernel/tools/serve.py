@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""Command line of the server: `python server.py --help`."""
+"""`python -m qwen_megakernel serve`, and `python server.py`: the server."""
 
 from __future__ import annotations
 
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from qwen_megakernel.serving.access import is_loopback
 from qwen_megakernel.serving.app import Phase, ServerSettings
 from qwen_megakernel.serving.observe import configure_logging, log
-from qwen_megakernel.serving.process import Report, bind, run
+from qwen_megakernel.serving.process import Report, bind
+from qwen_megakernel.serving.process import run as serve
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
@@ -35,7 +35,7 @@ Every option has a variable of the same name, as shown in [brackets]; the comman
 --allow-origin takes several, separated by commas in its variable.
 
 example:
-  {PREFIX}TOKEN=$(openssl rand -hex 16) python server.py --speaker-ref me.wav --port 9000
+  {PREFIX}TOKEN=$(openssl rand -hex 16) %(prog)s --speaker-ref me.wav --port 9000
 """
 
 
@@ -176,33 +176,12 @@ SERVER_OPTIONS = (
 OPTIONS = (*MODEL_OPTIONS, *VOICE_OPTIONS, *SERVER_OPTIONS)
 
 
-def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:
-    """Checked options: command line, then environment, then defaults. Exits with 2 if one is wrong."""
-    parser = _build_parser()
-    given = parser.parse_args(argv)
-    options = argparse.Namespace()
-    for option in OPTIONS:
-        source, texts = option.flag, getattr(given, option.name)
-        if texts is None and option.variable in environ:
-            source, texts = option.variable, environ[option.variable]
-            texts = [t.strip() for t in texts.split(",") if t.strip()] if option.repeatable else texts
-        try:
-            setattr(options, option.name, _convert(option, texts))
-        except ValueError as error:
-            parser.error(f"{source}: {error}")
-    _check_together(parser, options)
-    return options
-
-
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="server.py",
-        usage="python server.py [options]",
-        description="Serve Qwen3-TTS over WebSocket.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All of `OPTIONS`. Each stays None where the command line does not have it: see `resolve`."""
+    parser.allow_abbrev = False
+    parser.usage = "%(prog)s [options]"
+    parser.epilog = EXAMPLE
+    parser.set_defaults(parser=parser)
     titles = {"model": MODEL_OPTIONS, "voices": VOICE_OPTIONS, "server": SERVER_OPTIONS}
     for title, options in titles.items():
         group = parser.add_argument_group(title)
@@ -215,7 +194,22 @@ def _build_parser() -> argparse.ArgumentParser:
             else:
                 action = "append" if option.repeatable else "store"
                 group.add_argument(option.flag, help=text, action=action, metavar=option.metavar)
-    return parser
+
+
+def resolve(given: argparse.Namespace, environ: Mapping[str, str]) -> argparse.Namespace:
+    """Checked options: command line, then environment, then defaults. Exits with 2 if one is wrong."""
+    options = argparse.Namespace()
+    for option in OPTIONS:
+        source, texts = option.flag, getattr(given, option.name)
+        if texts is None and option.variable in environ:
+            source, texts = option.variable, environ[option.variable]
+            texts = [t.strip() for t in texts.split(",") if t.strip()] if option.repeatable else texts
+        try:
+            setattr(options, option.name, _convert(option, texts))
+        except ValueError as error:
+            given.parser.error(f"{source}: {error}")
+    _check_together(given.parser, options)
+    return options
 
 
 def _convert(option: Option, texts: str | list[str] | None) -> Any:
@@ -306,24 +300,23 @@ def banner(decoder: TTSDecoder, host: str, port: int, has_token: bool) -> str:
             *facts,
             f"  voices:  {voices}",
             *tunnel,
-            f"  try:     python pipecat_client/test_client.py --url ws://{address}:{port}{token} "
+            f"  try:     python -m qwen_megakernel say --url ws://{address}:{port}{token} "
             '--text "Hello, I can hear you."',
         ]
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the server; the exit code."""
-    options = parse_options(sys.argv[1:] if argv is None else argv, os.environ)
+    options = resolve(args, os.environ)
     configure_logging(options.log_format)
     warn_unknown_variables(os.environ)
     try:
         listener = bind(options.host, options.port)
     except OSError as error:
         reason = error.strerror or error
-        print(
-            f"server.py: cannot listen on {options.host} port {options.port}: {reason}", file=sys.stderr
-        )
+        address = f"{options.host} port {options.port}"
+        print(f"{args.parser.prog}: cannot listen on {address}: {reason}", file=sys.stderr)
         return 1
     port = listener.getsockname()[1]
     log.info("listening on %s port %d", options.host, port, extra={"fields": {"port": port}})
@@ -341,8 +334,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.log_format == "text":
             print(banner(decoder, options.host, port, options.token is not None), flush=True)
 
-    return run(settings, listener, lambda report: load_decoder(options, report), announce)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return serve(settings, listener, lambda report: load_decoder(options, report), announce)
