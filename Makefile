@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Test files that `make test` runs side by side; 0 runs them one after another.
+JOBS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -35,7 +37,7 @@ demo: $(RUN)  ## Speak through a real server with the tiny voice in demo_voice: 
 	$(PY) -m qwen_megakernel demo $(ARGS)
 
 test: $(TEST) $(PARITY) $(EARS) lint  ## Check style and run the tests (ARGS="-k name" chooses)
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(TEST) $(PARITY) $(EARS)  ## The true 0.6B shape, and the long runs of cancels and random clients
 	$(PY) -m pytest -m slow $(ARGS)
