@@ -154,7 +154,7 @@ class MegakernelTTSService(WebsocketTTSService):
         code = str(language.value).split("-")[0].lower()
         return LANGUAGE_CODES.get(code, code)
 
-    async def setup(self, setup: FrameProcessorSetup) -> None:
+    async def setup(self, setup: FrameProcessorSetup) -> None:  # type: ignore[override]
         """Set up and connect."""
         await super().setup(setup)
         await self._connect()
@@ -214,7 +214,7 @@ class MegakernelTTSService(WebsocketTTSService):
         self._journal.cancel(context_id)
         await self._send_due()
 
-    async def _update_settings(self, delta: TTSSettings) -> dict[str, Any]:
+    async def _update_settings(self, delta: TTSSettings) -> dict[str, Any]:  # type: ignore[override]
         changed = await super()._update_settings(delta)
         if "model" in changed:
             self._warn_unhandled_updated_settings({"model"})  # the server's to choose
@@ -259,6 +259,7 @@ class MegakernelTTSService(WebsocketTTSService):
     async def _connect_websocket(self) -> None:
         if self._is_connected():
             return
+        assert self._init_sample_rate is not None  # __init__ gives it
         websocket, ready = await open_connection(
             self._websocket_connect, self._url, self._token, self._init_sample_rate
         )
@@ -337,7 +338,11 @@ class MegakernelTTSService(WebsocketTTSService):
         """Send what the journal has; what a broken connection swallows is sent over the next."""
         async with self._sending:
             try:
-                while self._is_connected() and (message := self._journal.take()) is not None:
+                while (
+                    self._is_connected()
+                    and self._websocket is not None
+                    and (message := self._journal.take()) is not None
+                ):
                     await self._websocket.send(encode(message))
             except ConnectionClosed:
                 logger.debug(f"{self}: connection lost while sending")
@@ -360,6 +365,7 @@ class MegakernelTTSService(WebsocketTTSService):
     # --- receiving
 
     async def _receive_messages(self) -> None:
+        assert self._websocket is not None, "not connected"
         async for data in self._websocket:
             try:
                 message = parse_server_message(data)
@@ -473,5 +479,6 @@ class MegakernelTTSService(WebsocketTTSService):
 
     async def _push_server_metrics(self, done: Done) -> None:
         if self.metrics_enabled:
-            data = ServerTTSMetricsData.of(done, self.name, self._settings.model)
+            model = self._settings.model
+            data = ServerTTSMetricsData.of(done, self.name, model if isinstance(model, str) else None)
             await self.push_frame(MetricsFrame(data=[data]))

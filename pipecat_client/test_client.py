@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import ipaddress
 import json
 import os
@@ -216,13 +217,15 @@ def _positive(text: str) -> float:
 def read_text(args: argparse.Namespace) -> str:
     """The text to speak, without a byte order mark."""
     try:
+        text: str
         if args.text is not None:
             text = args.text.removeprefix("\ufeff")
             text.encode()  # surrogates stand for bytes that could not be decoded
         elif args.file is not None:
             text = args.file.read_text(encoding="utf-8-sig")
         else:
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
             text = sys.stdin.read()
     except UnicodeError:
         hint = "iconv -f latin1 -t utf-8 converts Latin-1"

@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
         out.unlink(missing_ok=True)
         with running_server("--model", CHECKPOINT, "--voices", CHECKPOINT / "voices") as port:
             url = f"ws://127.0.0.1:{port}"
-            options = ("--url", url, "--voice", VOICE, "--seed", SEED, "--text", args.text)
+            options = ("--url", url, "--voice", VOICE, "--seed", str(SEED), "--text", str(args.text))
             run_step(*PROGRAM, "say", *options, "--out", out, limit_s=CLIENT_S)
     except (DemoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

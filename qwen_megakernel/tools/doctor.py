@@ -110,7 +110,10 @@ def check_packages(requirements: str, installed: Callable[[str], str] = metadata
     lines = (line.partition("#")[0].strip() for line in requirements.splitlines())
     found = [Requirement(line) for line in lines if line]
     wanted = [r for r in found if r.marker is None or r.marker.evaluate({"extra": "server"})]
-    missing, wrong, other, pinned = [], [], [], []
+    missing: list[str] = []
+    wrong: list[str] = []
+    other: list[str] = []
+    pinned: list[str] = []
     for each in wanted:
         try:
             have = installed(each.name)
