@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Test files that `make test` runs side by side; 0 runs them one after another.
+JOBS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -34,8 +36,8 @@ install: $(RUN)  ## Make .venv with everything the server needs
 demo: $(RUN)  ## Speak through a real server with the tiny voice in demo_voice: build/demo.wav
 	$(PY) -m qwen_megakernel demo $(ARGS)
 
-test: $(TEST) $(PARITY) $(EARS) lint  ## Check style and run the tests (ARGS="-k name" chooses)
-	$(PY) -m pytest -m "not slow" $(ARGS)
+test: $(TEST) $(PARITY) $(EARS) lint  ## Check style and types, and run the tests (ARGS="-k name" chooses)
+	$(PY) -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(TEST) $(PARITY) $(EARS)  ## The true 0.6B shape, and the long runs of cancels and random clients
 	$(PY) -m pytest -m slow $(ARGS)
@@ -51,9 +53,10 @@ test-gpu: $(TEST)  ## All tests that need a GPU, the kernels' in both of their f
 	$(PY) -m pytest -m gpu --form small tests/test_kernel_step.py tests/test_kernel_stress.py \
 	  tests/test_codec_cuda.py $(ARGS)
 
-lint: $(TEST)  ## Check style only
+lint: $(TEST)  ## Check style and types only
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
 
 format: $(TEST)  ## Put the style right
@@ -65,7 +68,7 @@ doctor: $(RUN)  ## Check this machine
 	$(PY) -m qwen_megakernel doctor $(ARGS)
 
 clean:  ## Remove what was made, but for .venv
-	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 $(PY):

@@ -260,7 +260,7 @@ class MegakernelTTSService(JournalTTSService):
         self._journal.cancel(context_id)
         await self._send_due()
 
-    async def _update_settings(self, delta: TTSSettings) -> dict[str, Any]:
+    async def _update_settings(self, delta: TTSSettings) -> dict[str, Any]:  # type: ignore[override]
         if (problem := self._problem_with(delta)) is not None:
             message = f"the settings stay as they are: {problem}"
             await self.push_error(message, category=ErrorCategory.APPLICATION)
@@ -312,6 +312,7 @@ class MegakernelTTSService(JournalTTSService):
     # --- receiving
 
     async def _receive_messages(self) -> None:
+        assert self._websocket is not None, "not connected"
         async for data in self._websocket:
             try:
                 message = parse_server_message(data)
@@ -474,5 +475,6 @@ class MegakernelTTSService(JournalTTSService):
 
     async def _push_server_metrics(self, done: Done) -> None:
         if self.metrics_enabled:
-            data = ServerTTSMetricsData.of(done, self.name, self._settings.model)
+            model = self._settings.model
+            data = ServerTTSMetricsData.of(done, self.name, model if isinstance(model, str) else None)
             await self.push_frame(MetricsFrame(data=[data]))

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ try:
     from pipecat.services.tts_service import TextAggregationMode
     from pipecat.transports.base_transport import BaseTransport, TransportParams
     from pipecat.transports.websocket.fastapi import FastAPIWebsocketParams
-    from pipecat.turns.user_mute import AlwaysUserMuteStrategy
+    from pipecat.turns.user_mute import AlwaysUserMuteStrategy, BaseUserMuteStrategy
     from pipecat.workers.runner import WorkerRunner
 except ImportError as error:
     sys.exit(f"{Path(__file__).name}: {error}: pip install -r pipecat_client/requirements.txt")
@@ -128,7 +129,9 @@ def make_stt(options: argparse.Namespace) -> FrameProcessor:
     if options.scripted:
         return ScriptedSTT()
     name = options.stt or _default_stt()
-    service = getattr(importlib.import_module(f"pipecat.services.{name}.stt"), STT[name][0])
+    service: Callable[..., FrameProcessor] = getattr(
+        importlib.import_module(f"pipecat.services.{name}.stt"), STT[name][0]
+    )
     return service(api_key=os.environ[_key_of(name)]) if name in KEYED_STT else service()
 
 
@@ -170,7 +173,7 @@ async def run_agent(
     transport: BaseTransport, options: argparse.Namespace, **runner_options: Any
 ) -> None:
     """One conversation, until the client leaves."""
-    mute = [AlwaysUserMuteStrategy()] if options.half_duplex else []
+    mute: list[BaseUserMuteStrategy] = [AlwaysUserMuteStrategy()] if options.half_duplex else []
     user, assistant = LLMContextAggregatorPair(
         LLMContext(),
         user_params=LLMUserAggregatorParams(vad_analyzer=SileroVADAnalyzer(), user_mute_strategies=mute),
@@ -210,6 +213,7 @@ async def run_agent(
 async def bot(arguments: RunnerArguments) -> None:
     """What Pipecat's runner starts for each client."""
     transport = await create_transport(arguments, TRANSPORTS)
+    assert arguments.cli_args is not None  # our own command line has parsed them
     await run_agent(transport, arguments.cli_args, handle_sigint=arguments.handle_sigint)
 
 

@@ -65,7 +65,7 @@ class ScriptedLLM(FrameProcessor):
 
     def _answer(self, frame: LLMContextFrame) -> str:
         messages = frame.context.get_messages()
-        last = messages[-1] if messages else {}
+        last: object = messages[-1] if messages else None
         said = last.get("content") if isinstance(last, dict) and last.get("role") == "user" else None
         if isinstance(said, str) and HEARD not in said:
             return f"You said: {said}"

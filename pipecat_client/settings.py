@@ -34,7 +34,9 @@ class MegakernelTTSSettings(TTSSettings):
     @classmethod
     def defaults(cls) -> MegakernelTTSSettings:
         """All to the server; `model` is a name for metrics."""
-        nothing = dict.fromkeys(each.name for each in fields(cls) if each.name != "extra")
+        nothing: dict[str, Any] = dict.fromkeys(
+            each.name for each in fields(cls) if each.name != "extra"
+        )
         return cls(**nothing | {"model": "qwen3-tts"})
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import ipaddress
 import json
 import os
@@ -161,14 +162,11 @@ class Speaker:
         self._thread.join()
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Speak a text through the server and measure it.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    parser.allow_abbrev = False
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="what to say")
     source.add_argument("--file", type=Path, help="file with what to say")
@@ -187,32 +185,47 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="the same seed, text and voice give the same speech")
     parser.add_argument("--stream-text", action="store_true", help="send the text word by word")
     parser.add_argument(
-        "--words-per-second", type=float, default=8.0, help="with --stream-text (default: %(default)s)"
+        "--words-per-second",
+        type=_positive,
+        default=8.0,
+        help="with --stream-text (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, help="WAV file to write, 16 bit")
     parser.add_argument("--play", action="store_true", help="play while receiving (needs sounddevice)")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=_positive,
         default=30.0,
         help="seconds to wait for the server, each time (default: %(default)s)",
     )
-    args = parser.parse_args(argv)
-    if args.words_per_second <= 0 or args.timeout <= 0:
-        parser.error("--words-per-second and --timeout must be above 0")
-    return args
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options of a command line of its own."""
+    parser = argparse.ArgumentParser(description="Speak a text through the server and measure it.")
+    add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0: {text!r}")
+    return value
 
 
 def read_text(args: argparse.Namespace) -> str:
     """The text to speak, without a byte order mark."""
     try:
+        text: str
         if args.text is not None:
             text = repair(args.text.removeprefix("\ufeff"))
         elif args.file is not None:
             text = args.file.read_text(encoding="utf-8-sig")
         else:
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
             text = sys.stdin.read()
     except UnicodeError:
         hint = "iconv -f latin1 -t utf-8 converts Latin-1"
@@ -446,9 +459,8 @@ def explain(error: Exception, url: str) -> str:
     return f"{url}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def main(argv: list[str] | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run the client; the exit code."""
-    args = parse_arguments(argv)
     try:
         summary = asyncio.run(speak(args, read_text(args)))
     except FAILURES as error:
@@ -470,6 +482,11 @@ def show(figures: str) -> int:
             print(f"error: cannot print the figures: {error.strerror}", file=sys.stderr)
             return 1
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the client from a command line of its own; the exit code."""
+    return run(parse_arguments(argv))
 
 
 if __name__ == "__main__":

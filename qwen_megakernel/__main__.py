@@ -1,4 +1,4 @@
-"""`python -m qwen_megakernel COMMAND ...`: the command line.
+"""`qwen-megakernel COMMAND ...`, or `python -m qwen_megakernel COMMAND ...`: the command line.
 
 A command is a line in `COMMANDS` and two functions in the module named there:
 `add_arguments(parser)` and `run(args) -> int`, the exit status. Only the chosen command's module
@@ -11,24 +11,32 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
+SCRIPT = "qwen-megakernel"
+OWN = {"qwen_megakernel", "pipecat_client"}
 COMMANDS = {
-    "build": ("tools.build", "compile the CUDA kernels ahead of time"),
-    "bench": ("bench_tts", "measure kernel, parts and whole turns on this machine"),
-    "demo": ("tools.demo", "speak once through a real server with the demonstration voice"),
-    "doctor": ("tools.doctor", "check this machine, and say how to put right what is wrong"),
-    "protocol-schema": ("tools.protocol_schema", "print the JSON Schema of the native protocol"),
-    "tune": ("bench.tune", "find the frame kernel's fastest setting on this GPU, and keep it"),
-    "synth-checkpoint": ("synth.checkpoint", "write a checkpoint of random weights (noise for a voice)"),
+    "serve": (".tools.serve", "serve Qwen3-TTS over WebSocket"),
+    "say": ("pipecat_client.test_client", "speak a text through a server and measure it"),
+    "demo": (".tools.demo", "speak once through a real server with the demonstration voice"),
+    "doctor": (".tools.doctor", "check this machine, and say how to put right what is wrong"),
+    "build": (".tools.build", "compile the CUDA kernels ahead of time"),
+    "bench": (".bench_tts", "measure kernel, parts and whole turns on this machine"),
+    "tune": (".bench.tune", "find the frame kernel's fastest setting on this GPU, and keep it"),
+    "protocol-schema": (".tools.protocol_schema", "print the JSON Schema of the native protocol"),
+    "synth-checkpoint": (
+        ".synth.checkpoint",
+        "write a checkpoint of random weights (noise for a voice)",
+    ),
 }
-"""Command -> (module of this package, one line of help)."""
+"""Command -> (module, with a dot before it if it is of this package; one line of help)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (2 for wrong usage, by way of `SystemExit`)."""
     listing = "\n".join(f"  {name:18}{text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m qwen_megakernel",
+        prog=SCRIPT if Path(sys.argv[0]).name == SCRIPT else f"python -m {__package__}",
         usage="%(prog)s COMMAND ...",
         description="Real-time Qwen3-TTS.",
         epilog=f"commands:\n{listing}\n\nCOMMAND --help says more.",
@@ -37,16 +45,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
-    module_name, text = COMMANDS[chosen.command]
-    module = import_module(f"{__package__}.{module_name}")
-    own = argparse.ArgumentParser(
-        prog=f"{parser.prog} {chosen.command}",
+    return run_command(chosen.command, chosen.arguments, prog=f"{parser.prog} {chosen.command}")
+
+
+def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
+    """Run one of `COMMANDS`; the exit status.
+
+    Args:
+        name: of the command.
+        arguments: after the command's name.
+        prog: how its usage and its errors call the command.
+    """
+    module_name, text = COMMANDS[name]
+    try:
+        module = import_module(module_name, __package__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OWN:
+            raise
+        print(
+            f"{prog}: {error.name} is not installed: pip install '{SCRIPT}[server]', "
+            "or in a checkout: pip install -r requirements.txt",
+            file=sys.stderr,
+        )
+        return 1
+    parser = argparse.ArgumentParser(
+        prog=prog,
         description=f"{text[0].upper()}{text[1:]}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module.add_arguments(own)
+    module.add_arguments(parser)
     try:
-        return module.run(own.parse_args(chosen.arguments))
+        return module.run(parser.parse_args(arguments))
     except KeyboardInterrupt:
         return 130
 

@@ -431,4 +431,4 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if found is not None:
             print(tables(found))
-    return 0 if bench_against.passed(found.get("against", {})) else 1
+    return 0 if bench_against.passed((found or {}).get("against", {})) else 1

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from qwen_megakernel.build_environment import cache_folder, find_nvcc
+from qwen_megakernel.bundled import bundled_folder
 from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig, TransformerConfig
 
 try:
@@ -30,7 +31,7 @@ try:
 except ImportError:  # Windows, which has everything but the kernels
     fcntl = None  # type: ignore[assignment]
 
-SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+SOURCES = bundled_folder("csrc")
 MIN_ARCH = 90
 """Bulk copies to shared memory with mbarriers, and 64-bit tagged exchanges at their speed."""
 KNOWN_ARCHES = ("90a", "120a")
@@ -275,8 +276,10 @@ def compiler_release(nvcc: Path) -> str:
     """The compiler's release, such as 13.0.88. Raises `BuildError` where it does not run."""
     try:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        return re.search(r"\bV([\d.]+)", said)[1]
-    except (OSError, subprocess.CalledProcessError, TypeError):
+        if match := re.search(r"\bV([\d.]+)", said):
+            return match[1]
+        raise ValueError(said)
+    except (OSError, subprocess.CalledProcessError, ValueError):
         raise BuildError(f"{nvcc} does not run: reinstall the CUDA toolkit, or set CUDA_HOME") from None
 
 
@@ -318,12 +321,21 @@ def _compile(library: Library, arch: str, nvcc: Path, folder: Path, name: str) -
         )
     for source in library.cpp_sources:
         define = f"-DQWEN_TTS_LIBRARY={_identifier(name)}"
-        command = [nvcc, *_torch_flags(), define, f"-I{folder}"]
+        command: list[str | Path] = [nvcc, *_torch_flags(), define, f"-I{folder}"]
         jobs.append((source, [*command, "-c", SOURCES / source, "-o", folder / f"{source}.o"]))
     _run_all(jobs, folder)
     objects = [folder / f"{source}.o" for source, _ in jobs]
     product = folder / f"{library.name}.so"
-    link = [nvcc, "-shared", "-cudart=static", *objects, "-o", product, "-Xlinker", "-Bsymbolic"]
+    link: list[str | Path] = [
+        nvcc,
+        "-shared",
+        "-cudart=static",
+        *objects,
+        "-o",
+        product,
+        "-Xlinker",
+        "-Bsymbolic",
+    ]
     if library.cpp_sources:
         root = Path(torch.__file__).parent / "lib"
         link += [f"-L{root}", "-ltorch", "-ltorch_cpu", "-lc10"]

@@ -327,7 +327,7 @@ class TTSDecoder:
     def warm_up(self, progress: Progress | None = None) -> None:
         """Speak a few frames with every voice, so that the first client does not pay for it."""
         params = GenerationParams(max_frames=_WARM_UP_FRAMES)
-        for name in self.voices or {"": None}:
+        for name in self.voices or ("",):
             if progress:
                 progress(f"warming up{f': voice {name}' if name else ''}")
             try:

@@ -28,6 +28,8 @@ LONG = {
 """More speech than any test waits for: only a cancel or a disconnect ends it soon.
 
 The seed matters: one wild turn in six says EOS within 13 s of audio; this one does not."""
+SOON = 80
+"""Frames, half of these 13 s: a turn that stops for another reason than its end has spoken fewer."""
 
 
 class LiveServer:
@@ -98,13 +100,17 @@ class LiveServer:
     def ready(self) -> dict:
         return json.loads(self.get("/ready")[1])
 
-    def wait_until_idle(self, limit_s: float = 5.0) -> float:
-        """Seconds until no turn holds or awaits a slot."""
-        start = time.monotonic()
-        while time.monotonic() - start < limit_s:
+    def frames_of_cancelled_turn(self, after: int) -> int:
+        """Frames of a cancelled turn, as logged after the first `after` lines."""
+        return int(self.wait_for_line(r"turn \S+: cancelled, .*frames (\d+)", after=after)[1])
+
+    def wait_until_idle(self, limit_s: float = 30.0) -> None:
+        """Until no turn holds or awaits a slot."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
             state = self.ready()
             if not state["active"] and not state["waiting"]:
-                return time.monotonic() - start
+                return
             time.sleep(0.005)
         raise AssertionError(f"turns did not end: {state}")
 

@@ -186,6 +186,7 @@ def test_everything_on_a_cpu(tiny_base, tmp_path):
         assert 0 < turns["ttfc_ms"]["p50"] <= turns["ttfc_ms"]["p95"] <= turns["ttfc_ms"]["p99"]
         assert turns["rtf"]["p50"] > 0
         assert set(turns["finish_reasons"]) <= {"cancelled", "stop", "length"}
+        assert (turns["cancel_ms"] is None) == ("cancelled" not in turns["finish_reasons"])
     assert len(SENTENCE) / 15 - 0.1 < server["sentence"]["audio_s"] < 2 * len(SENTENCE) / 15
     assert done.stdout.rstrip("\n") == bench_tts.tables(found)
     assert found["command"].startswith("python -m qwen_megakernel bench --device cpu --model ")

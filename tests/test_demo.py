@@ -47,7 +47,7 @@ def test_speaks_so_that_it_is_understood(tmp_path, listener):
     assert errors <= words // 3, heard
     assert "finished: stop" in out
     assert "spoken by the demonstration voice" in out
-    assert "server.py --model Qwen/Qwen3-TTS-12Hz-0.6B-Base --speaker-ref voice.wav" in out
+    assert "qwen_megakernel serve --model Qwen/Qwen3-TTS-12Hz-0.6B-Base --speaker-ref voice.wav" in out
     assert server_is_gone(out)
 
 

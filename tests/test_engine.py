@@ -169,8 +169,8 @@ def test_cancel_stops_within_a_frame_and_nothing_is_heard_after(tts):
             listener = Listener()
             turn = tts.open_turn(TEXT, sink=listener, ended=True, params=LONG)
             listener.wait_for_audio()
-            cancelled_at = time.monotonic()
             turn.cancel()
+            cancelled_at = time.monotonic()
             assert listener.wait(5).reason == "cancelled"
             finished_at = listener.times[-1]
             assert sum(t > cancelled_at for t in frames) <= 1
@@ -179,6 +179,28 @@ def test_cancel_stops_within_a_frame_and_nothing_is_heard_after(tts):
             assert listener.times[-1] == finished_at
     finally:
         backend.launch = original
+    wait_idle(tts)
+
+
+def test_a_turn_after_a_cancel_is_in_the_next_frame(tts, monkeypatch):
+    backend, launched = tts._engine._backend, []
+    original = backend.launch
+
+    def counting(slots, text_rows, noise=None):
+        launched.append(len(slots))
+        return original(slots, text_rows, noise)
+
+    monkeypatch.setattr(backend, "launch", counting)
+    for _ in range(5):
+        first, second = Listener(), Listener()
+        turn = tts.open_turn(TEXT, sink=first, ended=True, params=LONG)
+        first.wait_for_audio()
+        turn.cancel()
+        launched.clear()
+        tts.open_turn(TEXT, sink=second, ended=True, params=GenerationParams(max_frames=12))
+        assert second.wait().num_frames == 12
+        assert len(launched) <= 12 + 2  # and the two that were being made when the cancel came
+        assert set(launched) == {1}
     wait_idle(tts)
 
 

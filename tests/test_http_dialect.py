@@ -210,7 +210,7 @@ def test_a_drain_ends_what_goes_on_and_lets_nobody_in(tts):
         assert json.loads(body) == {"error": "not ready: draining"}
         assert (await reader.read()).endswith(b"\r\n0\r\n\r\n")  # in good order
         await draining
-        await until(lambda: not tts.num_active, 5)
+        await until(lambda: not tts.num_active)
 
     serve(tts, script, drain_s=0.2)
 

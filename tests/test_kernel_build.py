@@ -104,9 +104,7 @@ def start_build() -> subprocess.Popen:
 def test_what_was_built_is_found_again_at_once(library, cache):
     lines = []
     product = build(library, "90a", lines.append)
-    started = time.monotonic()
     assert build(library, "90a", lines.append) == product
-    assert time.monotonic() - started < 1
     assert lines == ["compiling the twice kernel for sm_90a (once, about a minute)"]
     assert [kernel.kernel for kernel in resources(product)] == ["twice"]
 
@@ -127,9 +125,10 @@ def test_a_build_that_was_killed_is_made_anew(library, cache):
     os.kill(child.pid, signal.SIGKILL)  # its compiler lives on, as after an out-of-memory kill
     child.wait(10)
     assert not list(cache.glob("twice-*/twice.so"))
-    started = time.monotonic()
-    assert build(library, "90a").is_file()
-    assert time.monotonic() - started < 60
+    lines = []
+    assert build(library, "90a", lines.append).is_file()
+    assert len(lines) == 1
+    assert lines[0].startswith("compiling")  # it did not wait for anybody
     assert [path.name for path in cache.iterdir() if path.name.startswith("building-")] == []
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)

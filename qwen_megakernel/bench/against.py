@@ -19,18 +19,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 
 from qwen_megakernel.bench.frame_kernel import BenchError
 from qwen_megakernel.engine.backends import in_daemon_thread
 from qwen_megakernel.synth.checkpoint import write_checkpoint
+from qwen_megakernel.synth.config import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("worker.py")
@@ -60,7 +62,7 @@ class Plan:
     """Of `PARTS`."""
     code_shapes: Sequence[str]
     """Shapes whose codes are compared."""
-    shape: str
+    shape: Shape
     """Of what is timed."""
     streams: Sequence[int]
     positions: Sequence[int]
@@ -153,13 +155,14 @@ class WorkerProcess:
             expired.set()
             self._kill()
 
+        stdin, stdout = self._pipes()
         timer = threading.Timer(timeout_s, expire)
         timer.daemon = True
         timer.start()
         try:
-            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self._process.stdin.flush()
-            reply = self._process.stdout.readline()
+            stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            stdin.flush()
+            reply = stdout.readline()
         except (BrokenPipeError, ValueError):  # ValueError: another thread has closed the pipe
             reply = ""
         finally:
@@ -169,6 +172,11 @@ class WorkerProcess:
         self._kill()
         why = f"no reply in {timeout_s:.0f} s" if expired.is_set() else "the process ended"
         raise BenchError(f"{self.name}: {do}: {why}: {self._last_line()}")
+
+    def _pipes(self) -> tuple[IO[str], IO[str]]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        return self._process.stdin, self._process.stdout
 
     def _last_line(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
@@ -190,13 +198,14 @@ class WorkerProcess:
 
     def close(self) -> None:
         """Let it end by itself, and kill it if it does not."""
+        stdin, stdout = self._pipes()
         with suppress(BrokenPipeError):
-            self._process.stdin.close()
+            stdin.close()
         try:
             self._process.wait(CLOSE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._kill()
-        self._process.stdout.close()
+        stdout.close()
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -345,7 +354,7 @@ def _prepare(plan: Plan, pairs: Sequence[Pair], checkpoint: Path, report: Report
 
     first, others = pairs[0].values(), [worker for pair in pairs[1:] for worker in pair.values()]
     report(f"starting {2 * len(pairs)} processes, and building what they need")
-    jobs = {worker.name: in_daemon_thread(build, worker) for worker in first}
+    jobs: dict[str, Future[Any]] = {worker.name: in_daemon_thread(build, worker) for worker in first}
     jobs |= {worker.name: in_daemon_thread(worker.ask, "ready", START_TIMEOUT_S) for worker in others}
     if "speed" in plan.parts:
         jobs["the random checkpoint"] = in_daemon_thread(write)
@@ -358,7 +367,7 @@ def _compare_codes(plan: Plan, pair: Pair, report: Report) -> Iterator[list[dict
     """The JSON's `codes`, a shape more each time."""
     compared = []
     for shape in plan.code_shapes:
-        request = {"shape": shape, "streams": plan.streams, "frames": CODE_FRAMES}
+        request: dict[str, Any] = {"shape": shape, "streams": plan.streams, "frames": CODE_FRAMES}
         a, b = (pair[version].ask("codes", **request) for version in "AB")
         difference = first_difference(a, b)
         report(f"codes of shape {shape}: {difference or 'equal'}")
@@ -370,8 +379,12 @@ def _compare_speed(
     plan: Plan, pairs: Sequence[Pair], checkpoint: Path, report: Report
 ) -> Iterator[dict[str, Any]]:
     """The JSON's `speech` and `figures`, from the second instances on with one of each more."""
-    sizes = {"streams": plan.streams, "positions": plan.positions, "repeats": plan.repeats}
-    request = {
+    sizes: dict[str, Any] = {
+        "streams": plan.streams,
+        "positions": plan.positions,
+        "repeats": plan.repeats,
+    }
+    request: dict[str, Any] = {
         "shape": plan.shape, "checkpoint": str(checkpoint), "longest": max(plan.positions),
         "repeats": plan.repeats,
     }  # fmt: skip

@@ -63,6 +63,8 @@ class TurnFigures:
     """Text sent to first audible sample played: the first 10 ms above -50 dBFS."""
     rtf: float
     """Server's clock: time of generation over audio."""
+    cancel_ms: float | None
+    """Cancel sent to its acknowledgement; None where the turn ended by itself."""
     audio_s: float
     """Received."""
     underruns: int
@@ -135,7 +137,7 @@ class BenchClient:
         self._num_turns += 1
         context = f"turn-{self._num_turns}"
         enough = int(len(text) / CHARS_PER_S * SAMPLE_RATE)
-        player, cancelled = Player(), False
+        player, cancelled_at = Player(), None
         start = time.perf_counter()
         self._send(Speak(context, text, language="english", seed=seed))
         self._send(End(context))
@@ -146,10 +148,11 @@ class BenchClient:
             elif isinstance(message, Error):
                 raise RuntimeError(f"the server refused a turn: {message.message}")
             elif isinstance(message, Done):
-                return _figures(text, message, player, start)
-            if player.num_samples >= enough and not cancelled:
+                cancel_s = None if cancelled_at is None else time.perf_counter() - cancelled_at
+                return _figures(text, message, player, start, cancel_s)
+            if player.num_samples >= enough and cancelled_at is None:
+                cancelled_at = time.perf_counter()
                 self._send(Cancel(context))
-                cancelled = True
 
     def _send(self, message: Hello | Speak | End | Cancel) -> None:
         self._socket.send(encode(message))
@@ -158,7 +161,7 @@ class BenchClient:
         return parse_server_message(self._socket.recv(timeout=TURN_S))
 
 
-def _figures(text: str, done: Done, player: Player, start: float) -> TurnFigures:
+def _figures(text: str, done: Done, player: Player, start: float, cancel_s: float | None) -> TurnFigures:
     if done.ttfc_ms is None or done.rtf is None or player.first_at is None:
         raise RuntimeError(f"a turn had no sound: {done.finish_reason}")
     audible = player.audible_at
@@ -168,6 +171,7 @@ def _figures(text: str, done: Done, player: Player, start: float) -> TurnFigures
         ttfb_ms=1000 * (player.first_at - start),
         ttfa_ms=None if audible is None else 1000 * (audible - start),
         rtf=done.rtf,
+        cancel_ms=None if cancel_s is None else 1000 * cancel_s,
         audio_s=player.num_samples / SAMPLE_RATE,
         underruns=player.underruns,
         finish_reason=done.finish_reason,
@@ -195,12 +199,14 @@ def mixed_texts(count: int, seed: int = 0) -> list[str]:
 
 def summary(turns: Sequence[TurnFigures]) -> dict[str, Any]:
     """Spreads of the turns' figures, and what they added up to."""
+    cancels = [turn.cancel_ms for turn in turns if turn.cancel_ms is not None]
     audible = [turn.ttfa_ms for turn in turns if turn.ttfa_ms is not None]
     return {
         "ttfc_ms": asdict(Spread.of([turn.ttfc_ms for turn in turns])),
         "ttfb_ms": asdict(Spread.of([turn.ttfb_ms for turn in turns])),
         "ttfa_ms": asdict(Spread.of(audible)) if audible else None,
         "rtf": asdict(Spread.of([turn.rtf for turn in turns])),
+        "cancel_ms": asdict(Spread.of(cancels)) if cancels else None,
         "audio_s": sum(turn.audio_s for turn in turns),
         "underruns": sum(turn.underruns for turn in turns),
         "finish_reasons": sorted({turn.finish_reason for turn in turns}),

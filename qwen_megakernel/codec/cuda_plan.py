@@ -15,6 +15,7 @@ and all sums are float32.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ class CodecPlan:
     def _vector(x: Tensor, repeat: int = 1) -> Tensor:
         return pad_channels(x.float(), 0).repeat(repeat).contiguous()
 
-    def _snake(self, snake: SnakeBeta) -> dict[str, Tensor | Activation]:
+    def _snake(self, snake: SnakeBeta) -> dict[str, Any]:
         snake.prepare()
         return {
             "activation": Activation.SNAKE,
@@ -109,7 +110,7 @@ class CodecPlan:
             "act_b": self._vector(snake._strength[:, 0]),
         }
 
-    def _gemm(self, matrix: Tensor, source: Rows, taps: int = 1, **rest: object) -> None:
+    def _gemm(self, matrix: Tensor, source: Rows, taps: int = 1, **rest: Any) -> None:
         weights = pack_fragments(matrix)
         segments = segments_for(len(matrix), weights.shape[1], source.rows)
         self.ops.append(GemmOp(weights, source, taps, len(matrix), segments, **rest))
@@ -154,7 +155,7 @@ class CodecPlan:
         weights = pad_channels(last.conv.weight[0].float().T, 1).contiguous()
         self.ops.append(LastConvOp(rings["last"], weights, float(last.conv.bias), self.pcm))
 
-    def _conv(self, conv: CausalConv, source: Rows, **rest: object) -> None:
+    def _conv(self, conv: CausalConv, source: Rows, **rest: Any) -> None:
         matrix, layer = conv_matrix(conv.conv.weight), conv.conv
         self._gemm(
             matrix, source, layer.kernel_size[0], dilation=layer.dilation[0],
@@ -176,7 +177,7 @@ class CodecPlan:
         table = rope_table(config, config.sliding_window, x.data.device)
         rope = pad_channels(table, 2).permute(1, 2, 0).contiguous()
 
-        def written(norm: torch.nn.RMSNorm) -> dict[str, object]:
+        def written(norm: torch.nn.RMSNorm) -> dict[str, Any]:
             """The residual stream moves on; its row is left ready for `norm`."""
             return {
                 "raw": x, "out": row, "activation": Activation.NORM_WEIGHT,
@@ -266,7 +267,7 @@ class CodecPlan:
                 self._conv(unit.conv1, rings[i], out=middle, **self._snake(unit.act2))
                 self._conv(unit.conv2, middle, residual=x, **after)
 
-    def _unit(self, unit: ResidualUnit, source: Rows, **after: object) -> None:
+    def _unit(self, unit: ResidualUnit, source: Rows, **after: Any) -> None:
         conv, snake = unit.conv1.conv, self._snake(unit.act2)
         matrix = torch.cat([conv_matrix(layer.conv.weight) for layer in (unit.conv1, unit.conv2)], 1)
         weights = pack_fragments(matrix, len(matrix), unit_block(len(matrix)))

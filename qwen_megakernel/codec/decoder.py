@@ -346,7 +346,7 @@ class CodecStream:
         self.num_slots = num_slots
         self._decoder = decoder
         self._device = decoder.pre_conv.conv.weight.device
-        layers = [m for m in decoder.modules() if isinstance(m, Recurrent) and prod(m.history_shape)]
+        layers = [m for m in decoder.modules() if isinstance(m, Recurrent) and prod(m.history_shape) > 0]
         sizes = [prod(layer.history_shape) for layer in layers]
         # One row per slot holds all its histories, so that a reset is one fill.
         self._state = torch.zeros(num_slots, sum(sizes), dtype=decoder.dtype, device=self._device)

@@ -91,8 +91,8 @@ class TalkerPrefill:
             values.index_copy_(1, positions, v[0].transpose(0, 1))
             # [ROWS, kv_heads * group, dim] -> [kv_heads, group * ROWS, dim] and back.
             grouped = q[0].unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3).flatten(1, 2)
-            in_reach = (rows[None, :, :reach] for rows in (keys, values))
-            out = F.scaled_dot_product_attention(grouped[None], *in_reach, attn_mask=mask)
+            near_keys, near_values = keys[None, :, :reach], values[None, :, :reach]
+            out = F.scaled_dot_product_attention(grouped[None], near_keys, near_values, attn_mask=mask)
             return out.unflatten(2, (-1, ROWS)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
         x = self._rows

@@ -146,12 +146,12 @@ class Backends:
             CheckpointError: `megakernel` was named and cannot run.
         """
         shape = (talker, self._config.talker, self._config.predictor)
-        sizes = {"num_slots": num_slots, "max_positions": max_positions}
+        sizes: dict[str, Any] = {"num_slots": num_slots, "max_positions": max_positions}
 
-        def kernel(library: Path) -> MegakernelBackend:
+        def kernel(library: Path) -> DecoderBackend:
             self._progress("packing the weights for the frame kernel")
             chosen = {"grid": self._setting.grid, "l2_share": self._setting.l2_share}
-            made = MegakernelBackend(*shape, library=library, **sizes, **chosen)
+            made: DecoderBackend = MegakernelBackend(*shape, library=library, **sizes, **chosen)
             if self._tuning is not None:
                 self._runs["tuning"] = str(self._tuning)
             _forget_layers(talker)
@@ -166,11 +166,16 @@ class Backends:
             CheckpointError: `megakernel` was named and the codec's kernels cannot run.
         """
 
-        def kernels(library: Path) -> CudaCodecStream:
+        def kernels(library: Path) -> FrameCodec:
             self._progress("capturing the codec's graphs")
-            return CudaCodecStream(decoder, num_slots, library, max_streams=max_streams)
+            stream: FrameCodec = CudaCodecStream(decoder, num_slots, library, max_streams=max_streams)
+            return stream
 
-        return self._make("codec", "kernels", kernels, lambda: CodecStream(decoder, num_slots))
+        def plain() -> FrameCodec:
+            stream: FrameCodec = CodecStream(decoder, num_slots)
+            return stream
+
+        return self._make("codec", "kernels", kernels, plain)
 
     @property
     def description(self) -> dict[str, str]:

@@ -28,6 +28,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -333,7 +334,7 @@ class Engine:
 
     def _launch(self, batch: list[ActiveTurn]) -> _InFlightFrame:
         """Begin one frame for each turn of the batch, and the codec behind it."""
-        slots = [a.slot for a in batch]
+        slots = [cast("int", a.slot) for a in batch]
         rows = [self._zero_row if row is None else row for row in (a.feed() for a in batch)]
         frame = self._backend.launch(slots, torch.stack(rows) if len(rows) > 1 else rows[0][None])
         audio = self._codec.launch(slots, frame.device_codes)

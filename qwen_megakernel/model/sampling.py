@@ -103,6 +103,7 @@ class Draws:
                 gumbel_noise(self._seeds, frames, part, size)
                 for part, size in zip(codebooks.split((1, NUM_CODEBOOKS - 1)), self._sizes, strict=True)
             )
+        assert self._noise is not None  # made above, the first time
         here = slice(frame - self._first, frame - self._first + 1)
         return self._noise[0][here, 0], self._noise[1][here]
 

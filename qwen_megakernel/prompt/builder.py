@@ -320,7 +320,7 @@ class PromptBuilder:
             self._codec_rows([codec.codec_bos_id]),
             self.pad_row[:0].reshape(0, 0),
         )
-        if voice.mode == "icl":
+        if voice.ref_codes is not None and voice.ref_text is not None:  # icl
             ref_codes = voice.ref_codes.to(self._device)
             codec_rows = torch.cat([codec_rows, self._talker.code_rows(ref_codes)])
             ref_text_rows = self.text_rows(self.tokenizer.encode(voice.ref_text.strip()))
@@ -340,10 +340,10 @@ class PromptBuilder:
                 f"a {config.mode} checkpoint cannot take a voice of kind {voice.mode}, "
                 f"only {' or '.join(allowed)}",
             )
-        if voice.mode == "preset" and voice.speaker.lower() not in config.talker.speaker_ids:
+        if voice.speaker is not None and voice.speaker.lower() not in config.talker.speaker_ids:
             known = ", ".join(sorted(config.talker.speaker_ids))
             raise RequestError("unknown_voice", f"preset {voice.speaker!r}, allowed: {known}")
-        if voice.mode in ("x_vector", "icl"):
+        if voice.speaker_embedding is not None:
             width, hidden = voice.speaker_embedding.shape[0], config.talker.hidden_size
             if width != hidden:
                 raise RequestError(
@@ -354,7 +354,7 @@ class PromptBuilder:
         """Codec ids [think, think_bos, language, think_eos], or the untagged form for auto."""
         codec = self._config.talker
         name = language
-        if voice.mode == "preset" and language in ("auto", "chinese"):
+        if voice.speaker is not None and language in ("auto", "chinese"):
             name = codec.speaker_dialects.get(voice.speaker.lower(), language)
         if name == "auto":
             return [codec.codec_nothink_id, codec.codec_think_bos_id, codec.codec_think_eos_id]
@@ -363,10 +363,10 @@ class PromptBuilder:
 
     def _speaker_row(self, voice: Voice) -> Tensor | None:
         """[1, hidden] of the voice's speaker, None when it has none."""
-        if voice.mode == "designed":
-            return None
-        if voice.mode == "preset":
+        if voice.speaker is not None:
             return self._codec_rows([self._config.talker.speaker_ids[voice.speaker.lower()]])
+        if voice.speaker_embedding is None:
+            return None
         return voice.speaker_embedding.to(self._device, self._dtype)[None]
 
     def _with_instruct(self, prefix: _Prefix, instruct: str) -> _Prefix:

@@ -95,6 +95,7 @@ class Voice:
             raise VoiceError("reference codes need a speaker embedding, it is missing")
         if self.ref_codes is not None:
             _check_codes(self.ref_codes)
+        if self.ref_text is not None:
             _check_ref_text(self.ref_text)
 
     @property
@@ -119,6 +120,7 @@ class Voice:
         metadata = _FILE_FORMAT | {"mode": self.mode, "hidden_size": str(len(self.speaker_embedding))}
         if self.ref_codes is not None:
             tensors["ref_codes"] = self.ref_codes
+        if self.ref_text is not None:
             metadata["ref_text"] = self.ref_text
         path.write_bytes(safetensors.torch.save(tensors, metadata))
 
@@ -153,7 +155,7 @@ class Voice:
             tensors = {name: file.get_tensor(name) for name in expected_names}
         voice = cls(**tensors, ref_text=metadata.get("ref_text"))
         stated = (metadata.get("mode"), metadata.get("hidden_size"))
-        actual = (voice.mode, str(len(voice.speaker_embedding)))
+        actual = (voice.mode, str(len(tensors["speaker_embedding"])))
         if stated != actual:
             raise VoiceError(f"its mode and hidden_size are stated as {stated!r:.80} but are {actual}")
         return voice
@@ -232,7 +234,7 @@ class VoiceCloner:
             _check_ref_text(ref_text)  # before the expensive part
         audio = torch.from_numpy(decode_reference(data))
         embedding = self.speaker_encoder.embed(audio)
-        if ref_text is None:
+        if ref_text is None or self.codec_encoder is None:
             return Voice.x_vector(embedding)
         return Voice.icl(embedding, self.codec_encoder.encode(audio), ref_text)
 
@@ -271,10 +273,10 @@ def load_voices(folder: Path, cloner: VoiceCloner) -> dict[str, Voice]:
             voice = Voice.load(_resolve_inside(path, folder))
         else:
             voice = _clone_file(path, folder, cloner)
-        if len(voice.speaker_embedding) != cloner.hidden_size:
+        width = 0 if voice.speaker_embedding is None else len(voice.speaker_embedding)
+        if width != cloner.hidden_size:
             raise VoiceError(
-                f"{path}: a voice for a model of width {len(voice.speaker_embedding)}, "
-                f"this one has {cloner.hidden_size}"
+                f"{path}: a voice for a model of width {width}, this one has {cloner.hidden_size}"
             )
         voices[path.stem] = voice
     return voices

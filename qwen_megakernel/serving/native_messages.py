@@ -101,9 +101,9 @@ def _short_string(max_chars: int) -> _Rule:
     return _Rule(read, {"type": "string", "maxLength": max_chars})
 
 
-def _number(kinds: tuple[type, ...], low: float, high: float) -> _Rule:
+def _number(kinds: tuple[type[int | float], ...], low: float, high: float) -> _Rule:
     def read(values: dict[str, Any], key: str) -> int | float:
-        value = get_number(values, key, kinds, low, high)
+        value: int | float | None = get_number(values, key, kinds, low, high)
         if value is None:
             raise ProtocolError("bad_request", f"{key} is {'null' if key in values else 'missing'}")
         return value
@@ -347,8 +347,8 @@ def parse_client_message(data: str | bytes) -> ClientMessage:
         if cls is Hello:
             _check_protocol(values)  # first: another version may have other fields
         _refuse_unknown(cls, values, "type")
-        message = _build(cls, values)
-        if cls is Hello:
+        message: ClientMessage = _build(cls, values)
+        if isinstance(message, Hello):
             _refuse_unknown(AudioFormat, values.get("audio") or {})
             _check_format(message.audio)
         return message
@@ -369,7 +369,8 @@ def parse_server_message(data: str | bytes) -> ServerMessage:
     values = parse_object(data)
     if get_string(values, "type") not in SERVER_TYPES:
         raise ProtocolError("unsupported", "a message of a type that this client does not know")
-    return _build(_find(SERVER_TYPES, values), values)
+    message: ServerMessage = _build(_find(SERVER_TYPES, values), values)
+    return message
 
 
 def check_values(cls: type, values: dict[str, Any]) -> None:
@@ -451,6 +452,7 @@ def _check_format(audio: AudioFormat) -> None:
 
 def _readable_context_id(values: dict[str, Any]) -> str | None:
     try:
-        return _context_id.read(values, "context_id")
+        context_id: str = _context_id.read(values, "context_id")
     except ProtocolError:
         return None
+    return context_id

@@ -41,7 +41,7 @@ class PcmEncoder:
         )
 
     def _to_bytes(self, samples: np.ndarray) -> bytes:
-        clamped = np.clip(samples, -1.0, 1.0)
+        clamped: np.ndarray = np.clip(samples, -1.0, 1.0)
         if self._audio.encoding == "pcm_f32le":
             return clamped.astype("<f4", copy=False).tobytes()
         return np.rint(clamped * 32_767.0).astype("<i2").tobytes()

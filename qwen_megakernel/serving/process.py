@@ -102,16 +102,17 @@ async def _run(
     stop = _stop_signal()
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     loading = _in_daemon_thread(lambda: load(app.report))
-    await asyncio.wait({loading, stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+    awaited: set[asyncio.Future[Any]] = {loading, stop, serving}
+    await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         _tell_serving_ended(serving)
         return 1
     if not loading.done():
         # Nothing can interrupt a thread that loads; there is nothing to save either.
         _exit_now(0)
-    if loading.exception() is not None:
+    if (error := loading.exception()) is not None:
         app.report("failed")
-        _tell_load_failure(loading.exception())
+        _tell_load_failure(error)
         return await _shut_down(server, serving, 1)
     decoder = loading.result()
     app.start_serving(decoder)

@@ -97,7 +97,7 @@ def get_flag(fields: dict[str, Any], key: str) -> bool:
 
 
 def get_number(
-    fields: dict[str, Any], key: str, kinds: tuple[type, ...], low: float, high: float
+    fields: dict[str, Any], key: str, kinds: tuple[type[int | float], ...], low: float, high: float
 ) -> Any:  # int | float | None, as `kinds` says
     """A number in a range; None when absent or null."""
     value = fields.get(key)

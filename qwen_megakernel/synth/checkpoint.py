@@ -132,10 +132,13 @@ def _rules(config: ModelConfig) -> list[tuple[str, ToSpec]]:
 def tensor_specs(config: ModelConfig) -> tuple[Specs, Specs]:
     """Every tensor of the root `model.safetensors`, and of the one in `speech_tokenizer/`."""
     with torch.device("meta"):
-        root = {"talker.": Talker(config.talker, config.predictor)}
+        root: dict[str, torch.nn.Module] = {"talker.": Talker(config.talker, config.predictor)}
         if config.speaker_encoder is not None:
             root["speaker_encoder."] = SpeakerEncoder(config.speaker_encoder)
-        speech = {"encoder.": CodecEncoder(config.codec_encoder), "decoder.": CodecDecoder(config.codec)}
+        speech: dict[str, torch.nn.Module] = {}
+        if config.codec_encoder is not None:
+            speech["encoder."] = CodecEncoder(config.codec_encoder)
+        speech["decoder."] = CodecDecoder(config.codec)
     rules = _rules(config)
 
     def spec(name: str, shape: tuple[int, ...]) -> TensorSpec:

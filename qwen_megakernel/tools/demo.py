@@ -1,7 +1,4 @@
-"""The whole way once, on any machine: the demonstration voice, a real server, the real client.
-
-For checkouts only: `server.py`, the client and the voice are not part of the package.
-"""
+"""The whole way once, on any machine: the demonstration voice, a real server, the real client."""
 
 from __future__ import annotations
 
@@ -17,16 +14,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-SERVER = ROOT / "server.py"
-CLIENT = ROOT / "pipecat_client" / "test_client.py"
+from qwen_megakernel.bundled import bundled_folder
 
-CHECKPOINT = ROOT / "demo_voice"
-"""The tiny checkpoint that the repository carries; see its README.md."""
+PROGRAM = ("-m", "qwen_megakernel")
+CHECKPOINT = bundled_folder("demo_voice")
+"""The tiny checkpoint that comes with the package; see its README.md."""
 VOICE = "rms"
 SEED = 3
 """The demo sounds the same each time, so that who hears something else knows that it is."""
@@ -44,7 +40,7 @@ CLOSING = """\
 plain English ({card}). The real model sounds like a person. With a recording of the voice to
 clone (3 to 30 s of one speaker; downloads 2.5 GB once):
 
-  {python} server.py --model Qwen/Qwen3-TTS-12Hz-0.6B-Base --speaker-ref voice.wav
+  {python} -m qwen_megakernel serve --model Qwen/Qwen3-TTS-12Hz-0.6B-Base --speaker-ref voice.wav
 """
 
 
@@ -54,12 +50,12 @@ class DemoError(RuntimeError):
 
 def run_step(*arguments: str | Path, limit_s: float) -> None:
     """Run one of our programs to its end and show how it was called; raises `DemoError`."""
-    shown = " ".join(["$ python", *(shlex.quote(_short(argument)) for argument in arguments)])
+    shown = _shown(arguments)
     print(shown, flush=True)
     command = [sys.executable, *map(str, arguments)]
     try:
         status = subprocess.run(
-            command, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, timeout=limit_s
+            command, env=_environment(), stdin=subprocess.DEVNULL, timeout=limit_s
         ).returncode
     except subprocess.TimeoutExpired:
         raise DemoError(f"not done after {limit_s:.0f} s: {shown[2:]}") from None
@@ -76,16 +72,16 @@ def running_server(*arguments: str | Path, show: Callable[[str], None] = _print)
     """A server on a free port, ready; gives the port. Stopped at the end, whatever happens.
 
     Args:
-        arguments: of `server.py`.
+        arguments: of the command `serve`.
         show: takes the command line and the lines of the server's log, from any thread.
 
     Raises:
         DemoError: it did not get ready, or did not stop cleanly.
     """
-    show(" ".join(["$ python server.py --port 0", *(shlex.quote(_short(a)) for a in arguments)]))
+    command = (*PROGRAM, "serve", "--port", "0", *arguments)
+    show(_shown(command))
     process = subprocess.Popen(
-        [sys.executable, str(SERVER), "--port", "0", *map(str, arguments)],
-        cwd=ROOT,
+        [sys.executable, *map(str, command)],
         env=_environment(),
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -153,10 +149,15 @@ def _environment() -> dict[str, str]:
     return {**kept, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
+def _shown(command: Sequence[str | Path]) -> str:
+    return " ".join(["$ python", *(shlex.quote(_short(argument)) for argument in command)])
+
+
 def _short(argument: str | Path) -> str:
-    """A path as seen from the checkout."""
-    if isinstance(argument, Path) and argument.is_relative_to(ROOT):
-        return str(argument.relative_to(ROOT))
+    """A path as seen from the working folder."""
+    here = Path.cwd()
+    if isinstance(argument, Path) and argument.is_relative_to(here):
+        return str(argument.relative_to(here))
     return str(argument)
 
 
@@ -166,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder",
         type=Path,
-        default=ROOT / "build",
+        default=Path("build"),
         metavar="DIR",
         help="where demo.wav goes (default: build)",
     )
@@ -179,15 +180,14 @@ def run(args: argparse.Namespace) -> int:
     folder = args.folder.absolute()
     out = folder / "demo.wav"
     try:
-        for needed in (SERVER, CHECKPOINT):
-            if not needed.exists():
-                raise DemoError(f"{needed} is missing; the demo needs a checkout of the repository")
+        if not CHECKPOINT.is_dir():
+            raise DemoError(f"{CHECKPOINT}: the demonstration voice is missing")
         folder.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
         with running_server("--model", CHECKPOINT, "--voices", CHECKPOINT / "voices") as port:
             url = f"ws://127.0.0.1:{port}"
-            options = ("--url", url, "--voice", VOICE, "--seed", SEED, "--text", args.text)
-            run_step(CLIENT, *options, "--out", out, limit_s=CLIENT_S)
+            options = ("--url", url, "--voice", VOICE, "--seed", str(SEED), "--text", str(args.text))
+            run_step(*PROGRAM, "say", *options, "--out", out, limit_s=CLIENT_S)
     except (DemoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -41,7 +41,11 @@ ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ROOT / "requirements.txt"
 DEFAULT_MODEL = "Qwen/Qwen3-TTS-12Hz-0.6B-Base"
 MIN_PYTHON = (3, 11)
-INSTALL = "pip install -r requirements.txt"
+INSTALL = (
+    "pip install -r requirements.txt"
+    if REQUIREMENTS.is_file()
+    else "pip install 'qwen-megakernel[server]'"
+)
 
 DRIVERS = {(12, 0): 525, (12, 4): 550, (12, 6): 560, (12, 8): 570, (12, 9): 575, (13, 0): 580}
 """CUDA version -> the first driver branch that runs it in full."""
@@ -107,7 +111,10 @@ def check_packages(requirements: str, installed: Callable[[str], str] = metadata
     lines = (line.partition("#")[0].strip() for line in requirements.splitlines())
     found = [Requirement(line) for line in lines if line]
     wanted = [r for r in found if r.marker is None or r.marker.evaluate({"extra": "server"})]
-    missing, wrong, other, pinned = [], [], [], []
+    missing: list[str] = []
+    wrong: list[str] = []
+    other: list[str] = []
+    pinned: list[str] = []
     for each in wanted:
         try:
             have = installed(each.name)
@@ -198,7 +205,7 @@ def check_torch(found: Gpus, torch: Torch) -> Check:
     if not covers(torch.arch_list, capability):
         archs = " ".join(torch.arch_list) or "no GPU"
         arch = f"sm_{''.join(map(str, capability))}"
-        fix = f"pip install --upgrade --force-reinstall -r requirements.txt   (its torch has {arch})"
+        fix = f"{INSTALL} --upgrade --force-reinstall   (its torch has {arch})"
         return Check("torch", "fail", f"{detail} has no code for {arch}, only for {archs}", fix)
     return Check("torch", "ok", f"{detail}, finds the GPU")
 
@@ -408,7 +415,8 @@ def check_port(port: int) -> Check:
         try:
             listener.bind(("127.0.0.1", port))
         except OSError as error:
-            fix = f"python server.py --port {port + 1}, or see who has it: ss -ltnp 'sport = :{port}'"
+            other = f"python -m qwen_megakernel serve --port {port + 1}"
+            fix = f"{other}, or see who has it: ss -ltnp 'sport = :{port}'"
             return Check("port", "fail", f"{port} on 127.0.0.1: {error.strerror}", fix)
     return Check("port", "ok", f"{port} on 127.0.0.1 is free")
 

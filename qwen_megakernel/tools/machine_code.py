@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from qwen_megakernel.bundled import bundled_folder
 from qwen_megakernel.tools.cubin import CubinError, read_cubin
 
-TABLE = Path(__file__).resolve().parents[2] / "csrc" / "machine_code.md"
+TABLE = bundled_folder("csrc") / "machine_code.md"
 UPDATE_COMMAND = "python -m qwen_megakernel build --table"
 INSTRUCTION_BYTES = 16
 """Of every architecture since sm_70."""

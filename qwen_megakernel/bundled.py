@@ -1,0 +1,16 @@
+"""Folders that come with the package: the kernels' sources and the demonstration voice.
+
+A checkout has them beside the package, an installed package inside it. Standard library only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def bundled_folder(name: str) -> Path:
+    """The folder `csrc` or `demo_voice`; it may be missing where neither place has it."""
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name

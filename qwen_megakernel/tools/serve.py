@@ -1,0 +1,374 @@
+"""`python -m qwen_megakernel serve`, and `python server.py`: the server."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import ipaddress
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_megakernel.serving.access import is_loopback
+from qwen_megakernel.serving.app import Phase, ServerSettings
+from qwen_megakernel.serving.observe import configure_logging, log
+from qwen_megakernel.serving.process import Report, bind
+from qwen_megakernel.serving.process import run as serve
+
+if TYPE_CHECKING:
+    from qwen_megakernel.tts_model import TTSDecoder
+
+_STARTED = time.monotonic()
+PREFIX = "QWEN_MEGAKERNEL_"
+OTHER_VARIABLES = {f"{PREFIX}CACHE"}
+"""Read elsewhere in the project."""
+MAX_REFERENCE_BYTES = 20 << 20
+BACKENDS = ("auto", "torch", "megakernel")
+DTYPES = ("auto", "bf16", "fp32")
+
+EXAMPLE = f"""\
+Every option has a variable of the same name, as shown in [brackets]; the command line wins.
+--allow-origin and --trusted-proxy take several, separated by commas in their variables.
+
+example:
+  {PREFIX}TOKEN=$(openssl rand -hex 16) %(prog)s --speaker-ref me.wav --port 9000
+"""
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65_535:
+        raise ValueError("expected a port, 0 to 65535 (0 takes a free one)")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
+        raise ValueError("expected a whole number, 1 to 1000000")
+    return int(text)
+
+
+def _slots(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise ValueError("expected a whole number, 1 to 64")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 3600.0:  # NaN fails too
+        raise ValueError("expected seconds, 0 to 3600")
+    return value
+
+
+def _timeout(text: str) -> float:
+    if _seconds(text) < 0.1:
+        raise ValueError("expected seconds, 0.1 to 3600")
+    return float(text)
+
+
+def _flag(text: str) -> bool:
+    known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+    if text.lower() not in known:
+        raise ValueError("expected 1 or 0")
+    return known[text.lower()]
+
+
+def _token(text: str) -> str:
+    if not re.fullmatch(r"[!-~]{8,256}", text):
+        raise ValueError("expected 8 to 256 visible ASCII characters")
+    return text
+
+
+def _origin(text: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s?#@*]+", text):
+        raise ValueError("expected one origin, such as https://app.example.org or http://localhost:3000")
+    return text.lower()
+
+
+def _network(text: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError:
+        raise ValueError("expected an address or a network, such as 10.0.0.7 or 10.0.0.0/8") from None
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise ValueError(f"{text}: not a file that can be read")
+    if path.stat().st_size > MAX_REFERENCE_BYTES:
+        raise ValueError(f"{text}: larger than {MAX_REFERENCE_BYTES >> 20} MiB")
+    return path
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if not path.is_dir():
+        raise ValueError(f"{text}: not a folder")
+    return path
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise ValueError("expected auto, cpu, cuda or cuda:N")
+    return text
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("expected some text")
+    return text
+
+
+def _choice(*names: str) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"expected {' or '.join(names)}")
+        return text
+
+    return convert
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its flag, its variable `QWEN_MEGAKERNEL_...`, its check."""
+
+    flag: str
+    default: Any
+    convert: Callable[[str], Any]
+    help: str
+    metavar: str
+    repeatable: bool = False
+
+    @property
+    def name(self) -> str:
+        """As an attribute."""
+        return self.flag.lstrip("-").replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """In the environment."""
+        return PREFIX + self.name.upper()
+
+
+MODEL_OPTIONS = (
+    Option(
+        "--model", "Qwen/Qwen3-TTS-12Hz-0.6B-Base", _text, "checkpoint on disk or Hugging Face", "NAME"
+    ),
+    Option("--revision", None, _text, "commit, tag or branch of the repository", "NAME"),
+    Option("--offline", False, _flag, "never download", ""),
+    Option("--backend", "auto", _choice(*BACKENDS), " or ".join(BACKENDS), "NAME"),
+    Option("--device", "auto", _device, "auto, cpu, cuda or cuda:N", "NAME"),
+    Option("--dtype", "auto", _choice(*DTYPES), " or ".join(DTYPES), "NAME"),
+    Option("--num-slots", 16, _slots, "turns that may speak at a time; 8 of them share a frame", "N"),
+)
+VOICE_OPTIONS = (
+    Option("--speaker-ref", None, _file, "recording to clone as the voice 'default'", "PATH"),
+    Option("--speaker-ref-text", None, _text, "what is said in it (closer clone, in-context)", "TEXT"),
+    Option("--voices", None, _folder, "folder of saved voices", "DIR"),
+)
+SERVER_OPTIONS = (
+    Option("--host", "127.0.0.1", _text, "address to listen on; a public one needs --token", "ADDRESS"),
+    Option("--port", 8765, _port, "port to listen on; 0 takes a free one", "N"),
+    Option("--token", None, _token, "secret that clients must send; better in its variable", "SECRET"),
+    Option(
+        "--allow-origin", (), _origin, "origin of web pages that may connect", "URL", repeatable=True
+    ),
+    Option("--max-connections", 64, _count, "connections at the same time", "N"),
+    Option("--spare-sockets", 256, _count, "sockets beyond that, for HTTP and open handshakes", "N"),
+    Option("--request-timeout-s", 10.0, _timeout, "seconds until a request is complete", "SECONDS"),
+    Option("--max-connections-per-address", 32, _count, "of them from one address", "N"),
+    Option("--max-turns-per-address", 32, _count, "turns of one address that wait or speak", "N"),
+    Option(
+        "--trusted-proxy",
+        (),
+        _network,
+        "proxy whose X-Forwarded-For names the client",
+        "ADDRESS",
+        repeatable=True,
+    ),
+    Option("--max-queue-s", 10.0, _seconds, "seconds that a turn may wait for a slot", "SECONDS"),
+    Option("--max-messages-per-s", 500, _count, "messages of a connection; twice as many at once", "N"),
+    Option("--idle-s", 600.0, _seconds, "silence that closes a connection; 0 is no limit", "SECONDS"),
+    Option("--max-text-chars", 4096, _count, "characters of one turn's text", "N"),
+    Option("--drain-s", 10.0, _seconds, "seconds that running turns get on SIGTERM", "SECONDS"),
+    Option("--log-format", "text", _choice("text", "json"), "text or json", "NAME"),
+)
+OPTIONS = (*MODEL_OPTIONS, *VOICE_OPTIONS, *SERVER_OPTIONS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """All of `OPTIONS`. Each stays None where the command line does not have it: see `resolve`."""
+    parser.allow_abbrev = False
+    parser.usage = "%(prog)s [options]"
+    parser.epilog = EXAMPLE
+    parser.set_defaults(parser=parser)
+    titles = {"model": MODEL_OPTIONS, "voices": VOICE_OPTIONS, "server": SERVER_OPTIONS}
+    for title, options in titles.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            default = "none" if option.default in (None, ()) else option.default
+            shown = "" if option.default is False else f" (default: {default})"
+            text = f"{option.help}{shown} [{option.variable}]"
+            if option.convert is _flag:
+                group.add_argument(option.flag, help=text, action="store_const", const="1")
+            else:
+                action = "append" if option.repeatable else "store"
+                group.add_argument(option.flag, help=text, action=action, metavar=option.metavar)
+
+
+def resolve(given: argparse.Namespace, environ: Mapping[str, str]) -> argparse.Namespace:
+    """Checked options: command line, then environment, then defaults. Exits with 2 if one is wrong."""
+    options = argparse.Namespace()
+    for option in OPTIONS:
+        source, texts = option.flag, getattr(given, option.name)
+        if texts is None and option.variable in environ:
+            source, texts = option.variable, environ[option.variable]
+            texts = [t.strip() for t in texts.split(",") if t.strip()] if option.repeatable else texts
+        try:
+            setattr(options, option.name, _convert(option, texts))
+        except ValueError as error:
+            given.parser.error(f"{source}: {error}")
+    _check_together(given.parser, options)
+    return options
+
+
+def _convert(option: Option, texts: str | list[str] | None) -> Any:
+    if texts is None:
+        return option.default
+    if isinstance(texts, list):
+        return tuple(option.convert(text) for text in texts)
+    return option.convert(texts)
+
+
+def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.speaker_ref_text and not options.speaker_ref:
+        parser.error("--speaker-ref-text: says what is spoken in --speaker-ref, which is missing")
+    if not is_loopback(options.host) and options.token is None:
+        parser.error(
+            f"--host {options.host}: others could reach the server, and it has no --token. "
+            f"Set {PREFIX}TOKEN, or keep the default host and tunnel: "
+            f"ssh -L {options.port}:127.0.0.1:{options.port} user@host"
+        )
+
+
+def warn_unknown_variables(environ: Mapping[str, str]) -> None:
+    """A misspelt variable would otherwise do nothing, silently."""
+    known = {option.variable for option in OPTIONS} | OTHER_VARIABLES
+    for name in sorted(n for n in environ if n.startswith(PREFIX) and n not in known):
+        log.warning("%s is set, but no option has that name", name)
+
+
+def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
+    """Load model and voices and warm up; runs in the loader's thread."""
+    steps = [("starting", _STARTED)]
+
+    def tell(phase: Phase, text: str) -> None:
+        steps.append((text, time.monotonic()))
+        report(phase, text)
+
+    def progress(text: str) -> None:
+        tell("loading", text)
+
+    progress("importing torch")
+    from qwen_megakernel.tts_model import TTSDecoder  # seconds, while the port already answers
+
+    decoder = TTSDecoder.load(
+        options.model,
+        backend=options.backend,
+        device=options.device,
+        dtype=options.dtype,
+        num_slots=options.num_slots,
+        revision=options.revision,
+        offline=options.offline,
+        progress=progress,
+    )
+    if options.voices is not None or options.speaker_ref is not None:
+        progress("loading voices")
+    if options.voices is not None:
+        decoder.load_voices(options.voices)
+    if options.speaker_ref is not None:
+        voice = decoder.clone_voice(options.speaker_ref.read_bytes(), options.speaker_ref_text)
+        decoder.add_voice("default", voice)
+        decoder.default_voice = "default"
+    decoder.warm_up(lambda text: tell("warming_up", text))
+    log.info("%s", time_spent(steps, time.monotonic()))
+    # What is loaded stays: the garbage collector, which stops all turns, need not look at it again.
+    gc.collect()
+    gc.freeze()
+    return decoder
+
+
+def time_spent(steps: Sequence[tuple[str, float]], now: float) -> str:
+    """Where the time went, from what began when; what took less than 0.1 s is left out."""
+    ends = [*(start for _, start in steps[1:]), now]
+    spent = [(text, end - start) for (text, start), end in zip(steps, ends, strict=True)]
+    parts = "; ".join(f"{text} {seconds:.1f} s" for text, seconds in spent if seconds >= 0.1)
+    return f"{now - steps[0][1]:.1f} s since the start: {parts}"
+
+
+def banner(decoder: TTSDecoder, host: str, port: int, has_token: bool) -> str:
+    """What to do next, ready to paste."""
+    facts = [f"  {name + ':':<9}{value}" for name, value in decoder.description.items()]
+    voices = ", ".join(sorted(decoder.voices)) or "none (give one with --speaker-ref or --voices)"
+    here = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    address = f"[{here}]" if ":" in here else here
+    token = f' --token "${PREFIX}TOKEN"' if has_token else ""
+    tunnel = [f"  tunnel:  ssh -L {port}:127.0.0.1:{port} user@host"] if is_loopback(host) else []
+    return "\n".join(
+        [
+            f"Ready on ws://{address}:{port}",
+            *facts,
+            f"  voices:  {voices}",
+            *tunnel,
+            f"  try:     python -m qwen_megakernel say --url ws://{address}:{port}{token} "
+            '--text "Hello, I can hear you."',
+        ]
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the server; the exit code."""
+    options = resolve(args, os.environ)
+    configure_logging(options.log_format)
+    warn_unknown_variables(os.environ)
+    try:
+        listener = bind(options.host, options.port)
+    except OSError as error:
+        reason = error.strerror or error
+        address = f"{options.host} port {options.port}"
+        print(f"{args.parser.prog}: cannot listen on {address}: {reason}", file=sys.stderr)
+        return 1
+    port = listener.getsockname()[1]
+    log.info("listening on %s port %d", options.host, port, extra={"fields": {"port": port}})
+    settings = ServerSettings(
+        host=options.host,
+        port=port,
+        token=options.token,
+        allow_origins=frozenset(options.allow_origin),
+        max_connections=options.max_connections,
+        spare_sockets=options.spare_sockets,
+        request_timeout_s=options.request_timeout_s,
+        trusted_proxies=options.trusted_proxy,
+        max_connections_per_address=options.max_connections_per_address,
+        max_turns_per_address=options.max_turns_per_address,
+        max_queue_s=options.max_queue_s,
+        max_messages_per_s=options.max_messages_per_s,
+        idle_s=options.idle_s,
+        max_text_chars=options.max_text_chars,
+        drain_s=options.drain_s,
+    )
+
+    def announce(decoder: TTSDecoder) -> None:
+        if options.log_format == "text":
+            print(banner(decoder, options.host, port, options.token is not None), flush=True)
+
+    return serve(settings, listener, lambda report: load_decoder(options, report), announce)
