@@ -377,6 +377,10 @@ class SamplingParams:
             raise ValueError(f"top_p is {self.top_p}, allowed: above 0, up to 1")
 
 
+MAX_UTTERANCE_FRAMES = 2048
+"""Frames that the model speaks in one go, 163.84 s; a longer text is spoken in parts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Guards:
     """Ends for utterances that the model itself would not end (0.3-0.5 % of them run away).
@@ -412,10 +416,12 @@ class GenerationParams:
     """Key of the turn's Philox draws, 0 .. 2**64 - 1."""
     min_frames: int = 2
     """EOS is suppressed for so many frames (`min_new_tokens` of the official model)."""
-    max_frames: int = 2048
+    max_frames: int | None = None
+    """Where the caller cuts the turn off; None speaks the whole text."""
     guards: Guards = field(default_factory=Guards)
 
     def __post_init__(self) -> None:
         _check_range("seed", self.seed, 0, 2**64 - 1)
         _check_range("min_frames", self.min_frames, 0, 2**31)
-        _check_range("max_frames", self.max_frames, 1, 2**31)
+        if self.max_frames is not None:
+            _check_range("max_frames", self.max_frames, 1, 2**31)

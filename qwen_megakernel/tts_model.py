@@ -46,7 +46,7 @@ at best no faster, and on a busy machine a hundred times slower."""
 
 
 class SynthesisError(RuntimeError):
-    """A turn that ended as an error; the message says why."""
+    """A turn that failed, or whose speech was cut off; the message says why."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -312,14 +312,15 @@ class TTSDecoder:
 
         Raises:
             RequestError: at once, for what cannot be served.
-            SynthesisError: from the iterator, when the turn fails.
+            SynthesisError: from the iterator, when the turn fails; or at its end, when the speech was
+                cut off (`length`) although `params` set no `max_frames`.
         """
         events: queue.SimpleQueue[TurnEvent] = queue.SimpleQueue()
         turn = self.open_turn(text, voice=voice, sink=events.put, ended=True, **options)
         return _chunks(turn, events)
 
     def synthesize(self, text: str, voice: str | Voice | None = None, **options: Any) -> np.ndarray:
-        """The stream joined: float32 [samples] at 24 kHz."""
+        """The stream joined: float32 [samples] at 24 kHz. Raises what `stream` raises."""
         chunks = list(self.stream(text, voice, **options))
         return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.float32)
 
@@ -369,7 +370,7 @@ def _chunks(turn: Turn, events: queue.SimpleQueue[TurnEvent]) -> Iterator[np.nda
             if isinstance(event, Audio):
                 yield event.samples
             elif isinstance(event, Finished):
-                if event.reason == "error":
+                if event.error is not None:
                     raise SynthesisError(event.error)
                 return
     finally:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
 
-from qwen_megakernel.config import FRAME_S, GenerationParams, Guards
+from qwen_megakernel.config import FRAME_S, MAX_UTTERANCE_FRAMES, GenerationParams, Guards
 from qwen_megakernel.prompt.builder import Prompt
+from qwen_megakernel.prompt.parts import PromptParts
 from qwen_megakernel.prompt.voice import Voice
 from qwen_megakernel.turn import (
     Append,
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 CHUNK_RAMP = (1, 1, 2, 4)
 """Frames of a turn's first chunks; the last number repeats. The first are small so that audio starts at
 once; later ones are larger because a message costs the same whatever its length."""
+
+PART_SEED_STEP = 2**32
+"""Part k of a long text draws with the turn's seed plus k times this: no seed that counts on from
+segment to segment meets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +77,22 @@ class RunawayGuard:
 class ActiveTurn:
     """A turn as the engine's thread sees it."""
 
-    def __init__(self, turn: Turn, request: TurnRequest, prompt: Prompt, sink: Sink) -> None:
-        self.turn, self.request, self.prompt, self._sink = turn, request, prompt, sink
+    def __init__(self, turn: Turn, request: TurnRequest, parts: PromptParts, sink: Sink) -> None:
+        self.turn, self.request, self.parts, self._sink = turn, request, parts, sink
         self.guard = RunawayGuard(request.params.guards)
         self.opened_at = time.monotonic()
         self.slot: int | None = None
-        self.max_frames = 0
+        self.part = 0
+        """The number of the text's part that is spoken."""
+        self.prefilled = False
+        """Whether the slot holds this part's prompt."""
+        self._room = 0
+        self._part_start = 0
+        """Frames of earlier parts."""
+        self._reason: FinishReason = "stop"
+        self._cut_off: str | None = None
         self.num_fed = 0
-        """Frames launched."""
+        """Frames launched, less those that nobody hears because their part was over."""
         self.num_frames = 0
         """Frames whose audio has been delivered."""
         self.last_fed = False
@@ -92,6 +105,17 @@ class ActiveTurn:
         self._idle_s = 0.0
 
     @property
+    def prompt(self) -> Prompt:
+        """The prompt of the part that is spoken."""
+        return self.parts.current
+
+    @property
+    def params(self) -> GenerationParams:
+        """The parameters of the part that is spoken."""
+        params = self.request.params
+        return replace(params, seed=(params.seed + self.part * PART_SEED_STEP) % 2**64)
+
+    @property
     def started_at(self) -> float:
         """When the turn's clocks began: its first text."""
         return self.turn.first_text_at or self.opened_at
@@ -100,11 +124,39 @@ class ActiveTurn:
         """Move the caller's commands into the prompt."""
         for command in self.turn.take_commands():
             if isinstance(command, Append):
-                self.prompt.append(command.text)
+                self.parts.append(command.text)
             elif isinstance(command, Flush):
-                self.prompt.flush()
+                self.parts.flush()
             else:
-                self.prompt.end()
+                self.parts.end()
+
+    def begin_part(self, room: int) -> None:
+        """The slot holds the prompt, and has so many positions left."""
+        self.prefilled, self._room = True, room
+
+    def end_part(self, reason: FinishReason) -> FinishReason | None:
+        """The speech of a part has ended; why the turn ends, None if the next part follows.
+
+        The reason of a turn is the first that is not `stop`.
+        """
+        cut_by_caller = reason == "length" and self.num_fed == self.request.params.max_frames
+        if self._reason == "stop":
+            self._reason = reason
+            if reason == "length" and not cut_by_caller:
+                self._cut_off = self._describe_cut()
+        if cut_by_caller or not self.parts.has_next:
+            return self._reason
+        self.parts.advance()
+        self.part, self.prefilled = self.part + 1, False
+        self.guard = RunawayGuard(self.request.params.guards)
+        self.num_fed = self._part_start = self.num_frames
+        self.last_fed = False
+        return None
+
+    def _describe_cut(self) -> str:
+        frames, tokens = self.num_frames - self._part_start, self.prompt.num_text_tokens
+        where = f" in part {self.part + 1}" if self.part or self.parts.has_next else ""
+        return f"the speech was cut off{where}: {frames} frames are the most for {tokens} text tokens"
 
     def lead_s(self, now: float) -> float:
         """Seconds of launched audio not yet played; minus infinity before the first frame."""
@@ -121,9 +173,9 @@ class ActiveTurn:
     @property
     def text_late(self) -> bool:
         """Whether the turn cannot go on before more text comes."""
-        if self.slot is None:
+        if not self.prefilled:
             return not self.prompt.ready
-        return bool(self.num_fed) and self.prompt.next_text_row() is None
+        return self.num_fed > self._part_start and self.prompt.next_text_row() is None
 
     def wait_s(self, now: float) -> float:
         """Seconds until this turn may decode; infinity while its text is late or it is held."""
@@ -146,8 +198,8 @@ class ActiveTurn:
         return now - self._idle_since if self._idle_since is not None else 0.0
 
     def feed(self) -> Tensor | None:
-        """Count a frame as launched; its text row [hidden], None for the first frame, which has none."""
-        row = self.prompt.next_text_row() if self.num_fed else None
+        """Count a frame as launched; its text row [hidden], None for a part's first, which has none."""
+        row = self.prompt.next_text_row() if self.num_fed > self._part_start else None
         if row is not None:
             self.prompt.advance()
         self.num_fed += 1
@@ -155,10 +207,14 @@ class ActiveTurn:
         return row
 
     def _frame_limit(self) -> int:
-        budget = self.request.params.guards.budget(self.prompt.num_text_tokens)
-        if budget is None or not self.prompt.ended:
-            return self.max_frames
-        return min(self.max_frames, budget)
+        """What `num_fed` may be while this part is spoken."""
+        params = self.request.params
+        limit = min(self._room, MAX_UTTERANCE_FRAMES)
+        budget = params.guards.budget(self.prompt.num_text_tokens)
+        if budget is not None and self.prompt.ended:
+            limit = min(limit, budget)
+        limit += self._part_start
+        return limit if params.max_frames is None else min(limit, params.max_frames)
 
     def add_frame(self, samples: np.ndarray) -> None:
         """Take a frame's audio, float32 [1920]; hand out a chunk when one is full."""
@@ -195,7 +251,7 @@ class ActiveTurn:
                 num_frames=self.num_frames,
                 num_samples=self._num_samples,
                 generation_s=self._generation_s(now),
-                error=error,
+                error=error if error is not None or reason != "length" else self._cut_off,
             )
         )
 

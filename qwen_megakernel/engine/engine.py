@@ -31,7 +31,8 @@ from qwen_megakernel.codec.interface import FrameCodec, LaunchedAudio
 from qwen_megakernel.config import HOP
 from qwen_megakernel.decoding.interface import DecoderBackend, LaunchedFrame
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
-from qwen_megakernel.prompt.builder import PromptBuilder
+from qwen_megakernel.prompt.builder import Prompt, PromptBuilder
+from qwen_megakernel.prompt.parts import PromptParts, max_part_tokens
 from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
 
 log = logging.getLogger(__name__)
@@ -47,10 +48,17 @@ class _FrameSlot:
     """One turn's part of a launched frame."""
 
     turn: ActiveTurn
+    part: int
+    """The part of the turn's text."""
     text_exhausted: bool
     """Whether all of its text, EOS included, was fed by this frame."""
     ending: FinishReason | None
-    """Why the turn ends after this frame, if it does."""
+    """Why the part ends after this frame, if it does."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for the frame any more."""
+        return self.turn.turn.finished or self.part != self.turn.part
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +221,13 @@ class Engine:
                 continue
             with self._open_lock:
                 self._opened.popleft()
-                self._waiting.append(ActiveTurn(turn, request, prompt, sink))
+                self._waiting.append(ActiveTurn(turn, request, self._split(request, prompt), sink))
+
+    def _split(self, request: TurnRequest, prompt: Prompt) -> PromptParts:
+        """The prompts of a turn that begins with this one."""
+        room = self._backend.max_positions - prompt.num_fixed_rows
+        max_tokens = max_part_tokens(request.params.guards, room, streaming=prompt.streaming)
+        return PromptParts(self._prompts.tokenizer, prompt, max_tokens)
 
     def _take_input(self, active: ActiveTurn) -> None:
         """Take a turn's text and cancel; end the turn if that ends it."""
@@ -251,10 +265,11 @@ class Engine:
         return True
 
     def _prefill_next(self) -> bool:
-        """Give the first waiting turn that has its text a slot; whether one could be served."""
-        if not self._free_slots:
-            return False
-        active = next((a for a in self._waiting if a.prompt.ready), None)
+        """Prefill the next part of a turn that speaks, else the first waiting turn that has its text
+        and for which there is a slot; whether one could be served."""
+        goes_on = (a for a in self._speaking if not a.prefilled and a.prompt.ready)
+        begins = (a for a in self._waiting if self._free_slots and a.prompt.ready)
+        active = next(goes_on, None) or next(begins, None)
         if active is None:
             return False
         rows = active.prompt.rows()
@@ -262,13 +277,15 @@ class Engine:
         if room < 1:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
             return True
-        slot = self._free_slots.pop(0)
-        self._speaking.append(active)  # before it leaves `_waiting`: it must always be counted
-        self._waiting.remove(active)
-        active.slot, active.max_frames = slot, min(active.request.params.max_frames, room)
-        self._codec.reset(slot)
-        self._backend.prefill(slot, rows, active.request.params, active.prompt.shared)
-        active.emit(Started())
+        if active.slot is None:
+            active.slot = self._free_slots.pop(0)
+            self._speaking.append(active)  # before it leaves `_waiting`: it must always be counted
+            self._waiting.remove(active)
+        active.begin_part(room)
+        self._codec.reset(active.slot)
+        self._backend.prefill(active.slot, rows, active.params, active.prompt.shared)
+        if not active.part:
+            active.emit(Started())
         return True
 
     def _choose(self) -> list[ActiveTurn]:
@@ -282,7 +299,7 @@ class Engine:
             active.mark_idle(waits and not active.in_flight, now)
             if waits:
                 active.hand_out()  # audio held for a fuller chunk is not held while the turn waits
-            else:
+            elif active.prefilled:
                 runnable.append(active)
         return sorted(runnable, key=lambda a: a.lead_s(now))[: self._backend.max_batch]
 
@@ -292,17 +309,20 @@ class Engine:
         rows = [self._zero_row if row is None else row for row in (a.feed() for a in batch)]
         frame = self._backend.launch(slots, torch.stack(rows) if len(rows) > 1 else rows[0][None])
         audio = self._codec.launch(slots, frame.device_codes)
-        parts = [_FrameSlot(a, a.prompt.text_exhausted, "length" if a.last_fed else None) for a in batch]
+        parts = [
+            _FrameSlot(a, a.part, a.prompt.text_exhausted, "length" if a.last_fed else None)
+            for a in batch
+        ]
         return _InFlightFrame(parts, frame, audio)
 
     def _read_codes(self, launched: _InFlightFrame) -> None:
         """Wait for a frame's codes: end turns that said EOS, mark those that end after its audio."""
         for part, code0 in zip(launched.slots, launched.frame.codes()[:, 0].tolist(), strict=True):
             active = part.turn
-            if active.turn.finished:
+            if part.over:
                 continue
             if code0 == self._eos_id:
-                self._finish(active, "cancelled" if active.turn.cancelled else "stop")
+                self._end_part(active, "stop")
             elif active.guard.repeats_after(code0):
                 part.ending, active.last_fed = "repeat", True
         self._pending_audio = launched
@@ -315,7 +335,7 @@ class Engine:
         if pending is None:
             return False
         for part, samples in zip(pending.slots, pending.audio.samples(), strict=True):
-            if not part.turn.turn.finished:
+            if not part.over:
                 self._deliver_audio(part, samples[:HOP])
         return True
 
@@ -329,14 +349,24 @@ class Engine:
         silent = active.guard.silent_after(samples, text_exhausted=part.text_exhausted)
         ending = "silence" if silent and part.ending != "repeat" else part.ending
         if ending is not None:
+            self._end_part(active, ending)
+
+    def _end_part(self, active: ActiveTurn, reason: FinishReason) -> None:
+        """Go on with the next part of the turn's text, in the same slot, or end the turn."""
+        if active.turn.cancelled:
+            self._finish(active, "cancelled")
+        elif (ending := active.end_part(reason)) is not None:
             self._finish(active, ending)
+        else:
+            self._backend.release(active.slot)
 
     def _finish(self, active: ActiveTurn, reason: FinishReason, error: str | None = None) -> None:
         if active.slot is None:
             self._waiting.remove(active)
         else:
             self._speaking.remove(active)
-            self._backend.release(active.slot)
+            if active.prefilled:
+                self._backend.release(active.slot)
             self._free_slots.append(active.slot)
         active.finish(reason, error)
 
