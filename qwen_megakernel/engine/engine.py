@@ -31,6 +31,7 @@ from qwen_megakernel.codec.interface import FrameCodec, LaunchedAudio
 from qwen_megakernel.config import HOP
 from qwen_megakernel.decoding.interface import DecoderBackend, LaunchedFrame
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
+from qwen_megakernel.engine.reference_states import ReferenceStates
 from qwen_megakernel.prompt.builder import Prompt, PromptBuilder
 from qwen_megakernel.prompt.parts import PromptParts, max_part_tokens
 from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
@@ -98,6 +99,7 @@ class Engine:
         self._backend, self._codec, self._prompts, self._eos_id = backend, codec, prompts, eos_id
         self._max_waiting, self._max_text_wait_s = max_waiting, max_text_wait_s
         self._cpu_threads = cpu_threads
+        self._references = ReferenceStates()
         self._zero_row = torch.zeros_like(prompts.pad_row)
         self._free_slots = list(range(backend.num_slots))
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
@@ -282,7 +284,7 @@ class Engine:
             self._speaking.append(active)  # before it leaves `_waiting`: it must always be counted
             self._waiting.remove(active)
         active.begin_part(room)
-        self._codec.reset(active.slot)
+        self._references.begin(self._codec, active.slot, active.request.voice)
         self._backend.prefill(active.slot, rows, active.params, active.prompt.shared)
         if not active.part:
             active.emit(Started())
