@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from qwen_megakernel.config import GenerationParams, SamplingParams
 from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.session import Session
 from qwen_megakernel.turn import Audio, Finished, RequestError, Started, Turn
@@ -18,6 +19,7 @@ class FakeDecoder:
     """Turns that do what a test says."""
 
     default_voice = "anna"
+    default_params = GenerationParams(SamplingParams(0.4, 12, 1.0, 1.05))
     languages = ("auto", "english")
 
     def __init__(self):

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qwen_megakernel.config import SAMPLINGS
+
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = ROOT / "server.py"
 CLIENT = ROOT / "pipecat_client" / "test_client.py"
@@ -164,6 +166,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m qwen_megakernel demo`."""
     parser.add_argument("--text", default=TEXT, help="what to say")
     parser.add_argument(
+        "--sampling", choices=SAMPLINGS, default="original", help="as of server.py (default: original)"
+    )
+    parser.add_argument(
         "--folder",
         type=Path,
         default=ROOT / "build",
@@ -184,7 +189,8 @@ def run(args: argparse.Namespace) -> int:
                 raise DemoError(f"{needed} is missing; the demo needs a checkout of the repository")
         folder.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
-        with running_server("--model", CHECKPOINT, "--voices", CHECKPOINT / "voices") as port:
+        voices = ("--voices", CHECKPOINT / "voices", "--sampling", args.sampling)
+        with running_server("--model", CHECKPOINT, *voices) as port:
             url = f"ws://127.0.0.1:{port}"
             options = ("--url", url, "--voice", VOICE, "--seed", SEED, "--text", args.text)
             run_step(CLIENT, *options, "--out", out, limit_s=CLIENT_S)
