@@ -3,7 +3,7 @@
 
     python test_client.py --text "Hello there." --out hello.wav
 
-Exit code 0 when the server finished the turn, 1 with one line on stderr otherwise.
+Exit code 0 when the server spoke the whole text, 1 with one line on stderr otherwise.
 """
 
 from __future__ import annotations
@@ -468,7 +468,11 @@ def run(args: argparse.Namespace) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return show(json.dumps(asdict(summary)) if args.json else summary.lines())
+    status = show(json.dumps(asdict(summary)) if args.json else summary.lines())
+    if summary.finish_reason == "length":
+        print("error: the server cut the speech off (finish_reason length)", file=sys.stderr)
+        return 1
+    return status
 
 
 def show(figures: str) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import queue
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from torch import nn
 from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, resolve
 from qwen_megakernel.codec.decoder import CodecDecoder
 from qwen_megakernel.codec.encoder import CodecEncoder
-from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
+from qwen_megakernel.config import SAMPLE_RATE, SAMPLINGS, ConfigError, GenerationParams
 from qwen_megakernel.engine.active_turn import TurnRequest
 from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
 from qwen_megakernel.engine.capacity import Capacity
@@ -47,7 +48,7 @@ at best no faster, and on a busy machine a hundred times slower."""
 
 
 class SynthesisError(RuntimeError):
-    """A turn that ended as an error; the message says why."""
+    """A turn that failed, or whose speech was cut off; the message says why."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -87,6 +88,7 @@ class TTSDecoder:
         dtype: torch.dtype,
         num_slots: int,
         max_positions: int,
+        params: GenerationParams,
         name: str,
         progress: Progress,
     ) -> None:
@@ -98,6 +100,8 @@ class TTSDecoder:
         self.languages = config.talker.languages
         """Names for `language`, `auto` first."""
         self.voices: dict[str, Voice] = {}
+        self.default_params = params
+        """Sampling of a turn that chooses none; its seed is not used."""
         self.default_voice: str | None = None
         """The voice of a request that names none; None is the model's own choice."""
 
@@ -151,6 +155,7 @@ class TTSDecoder:
         dtype: str = "auto",
         num_slots: int = 16,
         max_positions: int = 3072,
+        sampling: str = "original",
         revision: str | None = None,
         offline: bool = False,
         progress: Progress | None = None,
@@ -165,6 +170,9 @@ class TTSDecoder:
             num_slots: turns that can speak at a time; as many of them as the backend takes share a
                 frame.
             max_positions: prompt rows plus frames of one turn (12.5 frames a second).
+            sampling: what turns draw with that choose nothing: `original` (the talker at temperature
+                0.3 and top-k 15) or `checkpoint` (its `generation_config.json`; the released ones say
+                0.9 and 50).
             revision: commit of a Hugging Face id.
             offline: use only what is in the cache.
             progress: told what is being done, a line each.
@@ -179,8 +187,16 @@ class TTSDecoder:
         precision = choose_dtype(dtype, chosen)
         if num_slots < 1:
             raise CheckpointError(f"num_slots is {num_slots}, allowed: at least 1")
+        if sampling not in SAMPLINGS:
+            raise CheckpointError(f"sampling is {sampling!r}, allowed: {', '.join(SAMPLINGS)}")
         report(f"opening {model}")
         checkpoint = Checkpoint(resolve(model, revision=revision, offline=offline))
+        try:
+            params = GenerationParams()
+            if sampling == "checkpoint":
+                params = GenerationParams.from_folder(checkpoint.folder)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
         try:
             return cls(
                 checkpoint,
@@ -189,6 +205,7 @@ class TTSDecoder:
                 dtype=precision,
                 num_slots=num_slots,
                 max_positions=max_positions,
+                params=params,
                 name=str(model),
                 progress=report,
             )
@@ -286,7 +303,7 @@ class TTSDecoder:
             instruct: how to speak (VoiceDesign and 1.7B CustomVoice checkpoints).
             streaming: text layout; None is the checkpoint's own. Live text starts early only
                 in the streaming layout.
-            params: sampling, seed and limits; None is the default with a random seed.
+            params: sampling, seed and limits; None is `default_params` with a random seed.
             chunk_frames: 80 ms frames a chunk; None is a ramp that begins with one.
             max_lead_s: how far ahead of playback to run; None is as fast as possible.
 
@@ -298,7 +315,7 @@ class TTSDecoder:
             language=language,
             instruct=instruct,
             streaming=streaming,
-            params=params or GenerationParams(seed=secrets.randbits(64)),
+            params=params or replace(self.default_params, seed=secrets.randbits(64)),
             chunk_frames=chunk_frames,
             max_lead_s=max_lead_s,
         )
@@ -313,20 +330,21 @@ class TTSDecoder:
 
         Raises:
             RequestError: at once, for what cannot be served.
-            SynthesisError: from the iterator, when the turn fails.
+            SynthesisError: from the iterator, when the turn fails; or at its end, when the speech was
+                cut off (`length`) although `params` set no `max_frames`.
         """
         events: queue.SimpleQueue[TurnEvent] = queue.SimpleQueue()
         turn = self.open_turn(text, voice=voice, sink=events.put, ended=True, **options)
         return _chunks(turn, events)
 
     def synthesize(self, text: str, voice: str | Voice | None = None, **options: Any) -> np.ndarray:
-        """The stream joined: float32 [samples] at 24 kHz."""
+        """The stream joined: float32 [samples] at 24 kHz. Raises what `stream` raises."""
         chunks = list(self.stream(text, voice, **options))
         return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.float32)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Speak a few frames with every voice, so that the first client does not pay for it."""
-        params = GenerationParams(max_frames=_WARM_UP_FRAMES)
+        params = replace(self.default_params, max_frames=_WARM_UP_FRAMES)
         for name in self.voices or ("",):
             if progress:
                 progress(f"warming up{f': voice {name}' if name else ''}")
@@ -374,7 +392,7 @@ def _chunks(turn: Turn, events: queue.SimpleQueue[TurnEvent]) -> Iterator[np.nda
             if isinstance(event, Audio):
                 yield event.samples
             elif isinstance(event, Finished):
-                if event.reason == "error":
+                if event.error is not None:
                     raise SynthesisError(event.error)
                 return
     finally:

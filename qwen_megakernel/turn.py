@@ -60,6 +60,8 @@ class Finished:
     generation_s: float
     """First text accepted -> end, less the time in which the turn waited for text or was ahead."""
     error: str | None = None
+    """Why it failed, in one line; or, of the reason `length`, that the speech was cut off although the
+    caller had set no `max_frames`."""
 
     @property
     def duration_s(self) -> float:

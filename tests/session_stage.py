@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from qwen_megakernel.config import GenerationParams, SamplingParams
 from qwen_megakernel.engine.capacity import Capacity
 from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.session import Session
@@ -19,6 +20,7 @@ class FakeDecoder:
     """Turns that do what a test says."""
 
     default_voice = "anna"
+    default_params = GenerationParams(SamplingParams(0.4, 12, 1.0, 1.05))
     languages = ("auto", "english")
 
     def __init__(self):

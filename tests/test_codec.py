@@ -146,6 +146,26 @@ def test_reset_makes_a_slot_new_and_leaves_the_others():
     assert torch.equal(stream.decode([1], rest), stream.decode([0], rest))
 
 
+@pytest.mark.parametrize("config", [TINY, SHORT_WINDOW], ids=["tiny", "short window"])
+def test_a_slot_goes_on_from_a_prepared_state(config):
+    stream = CodecStream(shared_decoder(config), 3)
+    reference, speech, other = random_codes(70), random_codes(7, 5), random_codes(6, 9)
+    together = stream.decode([0], torch.cat((reference, speech), 1))[:, 70 * HOP :]
+    alone = stream.decode([1], other)
+    stream.reset(1)
+    begun = stream.decode([1], other[:, :2])
+    state = stream.state_after(reference[0])
+    for slot in (2, 0):  # one new, one used
+        stream.restore(slot, state)
+        torch.testing.assert_close(stream.decode([slot], speech), together, rtol=0, atol=1e-5)
+    begun = torch.cat((begun, stream.decode([1], other[:, 2:])), 1)
+    torch.testing.assert_close(begun, alone, rtol=0, atol=1e-5)
+    stream.reset(2)
+    assert (stream.decode([2], speech) - together).abs().max() > 1e-2, (
+        "the reference makes no difference"
+    )
+
+
 @pytest.mark.parametrize(
     ("slots", "codes", "message"),
     [

@@ -215,3 +215,28 @@ def test_a_code_out_of_range_counts_as_the_nearest(library):
     nearest = codes.clamp(0, TINY.codebook_size - 1)
     stream = CudaCodecStream(decoder, 2, library)
     assert torch.equal(decode(stream, [0], codes), decode(stream, [1], nearest))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [TRUE, ODD], ids=["true", "odd"])
+@torch.no_grad()
+def test_a_slot_goes_on_from_a_prepared_state_bit_for_bit(config, library):
+    """Longer than the window, beside a slot that is in the middle of its speech, more than once."""
+    stream = CudaCodecStream(lively_decoder(config, "cuda"), 4, library, max_streams=3)
+    reference, speech = random_codes(90, slots=1), random_codes(9, 5, slots=1)
+    together = decode(stream, [3], torch.cat((reference, speech), 1))[:, 90 * HOP :]
+    beside = random_codes(6, 7, slots=1)
+    alone = decode(stream, [2], beside)
+    stream.reset(2)
+    begun = decode(stream, [2], beside[:, :3])
+    state = stream.state_after(reference[0])
+    assert state.num_frames == 90
+    for slot in (0, 3, 1):
+        stream.restore(slot, state)
+    assert torch.equal(torch.cat((begun, decode(stream, [2], beside[:, 3:])), 1), alone)
+    for slot in (0, 3):
+        assert torch.equal(decode(stream, [slot], speech), together)
+    stream.reset(0)
+    fresh = decode(stream, [0], speech)
+    assert not torch.equal(fresh, together)
+    assert torch.equal(decode(stream, [1], speech), together), "the state was moved by its use"

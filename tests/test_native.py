@@ -49,6 +49,7 @@ def test_hello_is_answered_with_all_there_is_to_choose(live_server):
     assert {"auto", "english"} <= set(ready.languages)
     assert (ready.limits.max_text_chars, ready.limits.max_contexts) == (4096, 8)
     assert ready.limits.max_message_bytes == 65_536
+    assert (ready.sampling.temperature, ready.sampling.top_k) == (0.3, 15)
 
 
 @pytest.mark.parametrize("first", ["nonsense", '{"text": ""}', "[]", b"\0"])

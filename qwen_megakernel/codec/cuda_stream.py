@@ -28,7 +28,7 @@ from qwen_megakernel.codec.cuda_ops import (
 from qwen_megakernel.codec.cuda_plan import CodecPlan
 from qwen_megakernel.codec.cuda_tiling import choose_tile, choose_unit_shape
 from qwen_megakernel.codec.decoder import CodecDecoder, check_slots
-from qwen_megakernel.codec.interface import LaunchedAudio
+from qwen_megakernel.codec.interface import CodecState, LaunchedAudio
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS
 
 __all__ = ["CudaCodecStream", "batch_sizes"]
@@ -271,6 +271,27 @@ class CudaCodecStream:
         check_slots([slot], self.num_slots)
         self._plan.state[slot].zero_()
         self._plan.frame_counts[slot] = 0
+
+    @torch.no_grad()
+    def state_after(self, codes: Tensor) -> CodecState:
+        """See `FrameCodec.state_after`. The frames go through the slot of streams that nobody reads."""
+        spare = self.num_slots
+        with torch.cuda.device(self._device):
+            self._plan.state[spare].zero_()
+            self._plan.frame_counts[spare] = 0
+            self._launcher.input[0, 0] = spare
+            self._slots = None  # the next launch writes its own
+            for frame in codes.to(self._device):
+                self._launcher.input[0, 1:].copy_(frame)
+                self._graphs[1].replay()
+            return CodecState(self._plan.state[spare].clone(), len(codes))
+
+    @torch.no_grad()
+    def restore(self, slot: int, state: CodecState) -> None:
+        """See `FrameCodec.restore`. Raises `ValueError` for a slot out of range."""
+        check_slots([slot], self.num_slots)
+        self._plan.state[slot].copy_(state.values)
+        self._plan.frame_counts[slot] = state.num_frames
 
     @torch.no_grad()
     def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedAudio:

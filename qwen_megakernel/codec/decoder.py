@@ -22,11 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_megakernel.codec.interface import LaunchedAudio
+from qwen_megakernel.codec.interface import CodecState, LaunchedAudio
 from qwen_megakernel.codec.layers import CausalConv, CausalUpsample, Recurrent, SlotStates, SnakeBeta
 from qwen_megakernel.config import NUM_CODEBOOKS, CodecConfig
 
 __all__ = ["CodecDecoder", "CodecStream"]
+
+
+_FRAMES_AT_ONCE = 32
+"""Frames of a reference that are decoded in one call: memory grows with them."""
 
 
 class Codebook(nn.Module):
@@ -346,21 +350,48 @@ class CodecStream:
         self.num_slots = num_slots
         self._decoder = decoder
         self._device = decoder.pre_conv.conv.weight.device
-        layers = [m for m in decoder.modules() if isinstance(m, Recurrent) and prod(m.history_shape) > 0]
-        sizes = [prod(layer.history_shape) for layer in layers]
+        self._layers = [
+            m for m in decoder.modules() if isinstance(m, Recurrent) and prod(m.history_shape) > 0
+        ]
+        self._sizes = [prod(layer.history_shape) for layer in self._layers]
         # One row per slot holds all its histories, so that a reset is one fill.
-        self._state = torch.zeros(num_slots, sum(sizes), dtype=decoder.dtype, device=self._device)
-        self._histories = {
-            layer: part.unflatten(1, layer.history_shape)
-            for layer, part in zip(layers, self._state.split(sizes, dim=1), strict=True)
-        }
+        self._state = torch.zeros(num_slots, sum(self._sizes), dtype=decoder.dtype, device=self._device)
+        self._histories = self._histories_in(self._state)
         self._frame_counts = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
+
+    def _histories_in(self, state: Tensor) -> dict[Recurrent, Tensor]:
+        """The histories of all layers, as views of rows like those of `_state`."""
+        return {
+            layer: part.unflatten(1, layer.history_shape)
+            for layer, part in zip(self._layers, state.split(self._sizes, dim=1), strict=True)
+        }
 
     def reset(self, slot: int) -> None:
         """Make `slot` as new."""
         check_slots([slot], self.num_slots)
         self._state[slot].zero_()
         self._frame_counts[slot] = 0
+
+    @torch.no_grad()
+    def state_after(self, codes: Tensor) -> CodecState:
+        """See `FrameCodec.state_after`."""
+        values, slot = torch.zeros_like(self._state[:1]), torch.zeros(1, dtype=torch.int64)
+        slot, frame_counts = slot.to(self._device), torch.zeros_like(self._frame_counts[:1])
+        histories = self._histories_in(values)
+        for part in self._clamped(codes).split(_FRAMES_AT_ONCE):
+            self._decoder(part[None], SlotStates(histories, frame_counts, slot))
+            frame_counts += len(part)
+        return CodecState(values[0], len(codes))
+
+    def restore(self, slot: int, state: CodecState) -> None:
+        """See `FrameCodec.restore`. Raises `ValueError` for a slot out of range."""
+        check_slots([slot], self.num_slots)
+        self._state[slot].copy_(state.values)
+        self._frame_counts[slot] = state.num_frames
+
+    def _clamped(self, codes: Tensor) -> Tensor:
+        """Codes of the codebook, int64, on the decoder's device."""
+        return codes.to(self._device, torch.int64).clamp(0, self._decoder.config.codebook_size - 1)
 
     @torch.no_grad()
     def decode(self, slots: Sequence[int], codes: Tensor) -> Tensor:
@@ -391,8 +422,7 @@ class CodecStream:
         """See `FrameCodec.launch`. Raises `ValueError` for a slot out of range or twice."""
         check_slots(slots, self.num_slots)
         slot_ids = torch.tensor(slots, dtype=torch.int64, device=self._device)
-        codes = codes.to(self._device, torch.int64).clamp(0, self._decoder.config.codebook_size - 1)
-        pcm = self._step(slot_ids, codes[:, None])
+        pcm = self._step(slot_ids, self._clamped(codes)[:, None])
         return LaunchedAudio(ready=lambda: True, samples=lambda: pcm.cpu().numpy())
 
     def _step(self, slots: Tensor, codes: Tensor) -> Tensor:

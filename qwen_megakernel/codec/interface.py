@@ -24,6 +24,16 @@ class LaunchedAudio:
     the next."""
 
 
+@dataclass(frozen=True, slots=True)
+class CodecState:
+    """What a codec remembers of the frames that a slot has decoded; only its maker can read it."""
+
+    values: Tensor
+    """All histories of one slot, one row, on the codec's device."""
+    num_frames: int
+    """How many frames were decoded."""
+
+
 class FrameCodec(Protocol):
     """Codes to audio for many slots; each slot goes on where it stopped."""
 
@@ -31,6 +41,18 @@ class FrameCodec(Protocol):
 
     def reset(self, slot: int) -> None:
         """Forget what `slot` has decoded, once all earlier launches are done."""
+
+    def state_after(self, codes: Tensor) -> CodecState:
+        """The state of a slot that has decoded these frames and nothing else; no slot moves.
+
+        Decodes the frames, so it takes their time. Call it where `launch` may be called.
+
+        Args:
+            codes: integers [1 or more, 16], on any device, clamped as by `launch`.
+        """
+
+    def restore(self, slot: int, state: CodecState) -> None:
+        """Make `slot` go on from a state of this codec, once all earlier launches are done: a copy."""
 
     def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedAudio:
         """Begin the next frame of each slot.

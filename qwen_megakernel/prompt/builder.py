@@ -43,6 +43,16 @@ class TextTokenizer:
         """Token ids of a text, no control tokens added."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of token ids."""
+        return self._backend.decode(token_ids, skip_special_tokens=False)
+
+    def words(self, text: str) -> list[str]:
+        """The pieces of a text that are tokenised one by one."""
+        return [
+            text[start:end] for _, (start, end) in self._backend.pre_tokenizer.pre_tokenize_str(text)
+        ]
+
     def normalise(self, text: str) -> str:
         """The form that is tokenised (NFC)."""
         normaliser = self._backend.normalizer
@@ -118,7 +128,7 @@ class Prompt:
     """The rows of one turn, growing with its text."""
 
     def __init__(self, builder: PromptBuilder, prefix: _Prefix, *, streaming: bool) -> None:
-        self._builder, self._prefix, self._streaming = builder, prefix, streaming
+        self._builder, self._prefix, self.streaming = builder, prefix, streaming
         self._feed = TextFeed(builder.tokenizer)
         self._text_rows = list(prefix.ref_text_rows)
         self._next = 0
@@ -128,11 +138,11 @@ class Prompt:
 
     def append(self, text: str) -> None:
         """More text."""
-        self._extend(self._feed.append(text))
+        self.extend(self._feed.append(text))
 
     def flush(self) -> None:
         """Commit the text held back at an unstable boundary."""
-        self._extend(self._feed.flush())
+        self.extend(self._feed.flush())
 
     def end(self) -> None:
         """No more text: what is held is committed and EOS follows."""
@@ -149,10 +159,22 @@ class Prompt:
         self._text_rows.append(self._builder.eos_row)
         self._ended = True
 
-    def _extend(self, token_ids: list[int]) -> None:
+    def extend(self, token_ids: list[int]) -> None:
+        """More text, as tokens."""
         if token_ids:
             self.num_text_tokens += len(token_ids)
             self._text_rows.extend(self._builder.each_text_row(token_ids))
+
+    def sibling(self) -> Prompt:
+        """An empty prompt of the same voice, language, instruction and layout."""
+        return Prompt(self._builder, self._prefix, streaming=self.streaming)
+
+    @property
+    def num_fixed_rows(self) -> int:
+        """Prompt rows that do not come from the turn's own text."""
+        prefix = self._prefix
+        beside = 0 if self.streaming else len(prefix.ref_text_rows) + 1
+        return len(prefix.rows) + len(prefix.codec_rows) + beside
 
     @property
     def ended(self) -> bool:
@@ -167,14 +189,14 @@ class Prompt:
     @property
     def ready(self) -> bool:
         """Whether enough text is there for `rows`."""
-        if not self._streaming:
+        if not self.streaming:
             return self._ended
         return self._ended or len(self._text_rows) >= len(self._prefix.codec_rows)
 
     def rows(self) -> Tensor:
         """Prompt rows [p, hidden] to prefill; call once, when `ready`."""
         prefix, codec, builder = self._prefix, self._prefix.codec_rows, self._builder
-        if not self._streaming:
+        if not self.streaming:
             text = torch.stack(self._text_rows) + builder.codec_pad_row
             self._next = len(self._text_rows)
             return torch.cat([prefix.rows, text, builder.pad_row + codec])
@@ -187,7 +209,7 @@ class Prompt:
     def shared(self) -> SharedRows:
         """The beginning of `rows` that every text has with this voice and language."""
         count = len(self._prefix.rows)
-        if self._streaming:  # the reference's text, but for the last row, which is decoded
+        if self.streaming:  # the reference's text, but for the last row, which is decoded
             count += min(len(self._prefix.ref_text_rows), len(self._prefix.codec_rows) - 1)
         return SharedRows(self._prefix.key, count)
 

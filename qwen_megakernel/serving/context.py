@@ -69,10 +69,10 @@ class SpokenSegment:
 class Context:
     """One reply: its text, its turns, what was generated and what was sent."""
 
-    def __init__(self, context_id: str, name: str) -> None:
-        """`name` is for the log; the id is the client's."""
+    def __init__(self, context_id: str, name: str, options: TurnOptions) -> None:
+        """`name` is for the log; the id is the client's; `options` are the server's."""
         self.context_id, self.name = context_id, name
-        self.options = TurnOptions()
+        self.options = options
         """Of the last segment."""
         self.account = Account()
         self.waiting: deque[WaitingSegment] = deque()

@@ -33,6 +33,7 @@ from qwen_megakernel.serving.native_messages import (
     Limits,
     Progress,
     Ready,
+    Sampling,
     Segment,
     ServerMessage,
     Speak,
@@ -136,6 +137,7 @@ class NativeDialect:
             hello.audio.sample_rate,
             hello.client or "a client without a name",
         )
+        talker = server.decoder.default_params.talker
         self._reply(
             Ready(
                 protocol=PROTOCOL,
@@ -148,6 +150,7 @@ class NativeDialect:
                 languages=tuple(server.decoder.languages),
                 limits=Limits(server.max_text_chars, RULES.max_contexts, server.max_message_bytes),
                 server=f"qwen-megakernel/{__version__}",
+                sampling=Sampling(talker.temperature, talker.top_k),
             )
         )
 

@@ -234,6 +234,14 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the talker draws with where a client chooses nothing."""
+
+    temperature: Annotated[float, _number((int, float), 0, 10)]
+    top_k: Annotated[int, _integer(0, 1 << 16)]
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """The answer to `Hello`."""
 
@@ -247,6 +255,8 @@ class Ready:
     languages: Annotated[tuple[str, ...], _narrowed(_strings, minItems=1)]
     limits: Annotated[Limits, _object(Limits)]
     server: Annotated[str, _string]
+    sampling: Annotated[Sampling | None, _or_none(_object(Sampling))] = None
+    """An earlier server does not say."""
 
 
 @dataclass(frozen=True, slots=True)

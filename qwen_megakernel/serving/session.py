@@ -36,7 +36,7 @@ from qwen_megakernel.serving.events import (
 )
 from qwen_megakernel.serving.message_rate import MessageRate
 from qwen_megakernel.serving.observe import log
-from qwen_megakernel.serving.options import SpeechOptions
+from qwen_megakernel.serving.options import SpeechOptions, TurnOptions
 from qwen_megakernel.serving.outbox import Ended, Entry, Outbox, Output
 from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.turn import Audio, Finished, RequestError, Started, TurnEvent
@@ -280,7 +280,8 @@ class Session:
 
     def _open(self, context_id: str) -> Context:
         number = context_id if self.rules.own_ids else next(self._numbers)
-        context = Context(context_id, f"{self.name}-{number}")
+        options = TurnOptions(params=self.server.decoder.default_params)
+        context = Context(context_id, f"{self.name}-{number}", options)
         self._used_ids.append(context_id)
         self._contexts[context_id] = context
         self._watch()

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwen_megakernel.bundled import bundled_folder
+from qwen_megakernel.config import SAMPLINGS
 
 PROGRAM = ("-m", "qwen_megakernel")
 CHECKPOINT = bundled_folder("demo_voice")
@@ -165,6 +166,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m qwen_megakernel demo`."""
     parser.add_argument("--text", default=TEXT, help="what to say")
     parser.add_argument(
+        "--sampling", choices=SAMPLINGS, default="original", help="as of server.py (default: original)"
+    )
+    parser.add_argument(
         "--folder",
         type=Path,
         default=Path("build"),
@@ -184,7 +188,8 @@ def run(args: argparse.Namespace) -> int:
             raise DemoError(f"{CHECKPOINT}: the demonstration voice is missing")
         folder.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
-        with running_server("--model", CHECKPOINT, "--voices", CHECKPOINT / "voices") as port:
+        voices = ("--voices", CHECKPOINT / "voices", "--sampling", args.sampling)
+        with running_server("--model", CHECKPOINT, *voices) as port:
             url = f"ws://127.0.0.1:{port}"
             options = ("--url", url, "--voice", VOICE, "--seed", str(SEED), "--text", str(args.text))
             run_step(*PROGRAM, "say", *options, "--out", out, limit_s=CLIENT_S)

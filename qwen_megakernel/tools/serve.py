@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_megakernel.config import SAMPLINGS
 from qwen_megakernel.serving.access import is_loopback
 from qwen_megakernel.serving.app import Phase, ServerSettings
 from qwen_megakernel.serving.observe import configure_logging, log
@@ -168,6 +169,15 @@ MODEL_OPTIONS = (
     Option("--backend", "auto", _choice(*BACKENDS), " or ".join(BACKENDS), "NAME"),
     Option("--device", "auto", _device, "auto, cpu, cuda or cuda:N", "NAME"),
     Option("--dtype", "auto", _choice(*DTYPES), " or ".join(DTYPES), "NAME"),
+    Option(
+        "--sampling",
+        "original",
+        _choice(*SAMPLINGS),
+        "how codes are drawn where a client chooses nothing: original (temperature 0.3, top-k 15) or "
+        "checkpoint (its generation_config.json; the released ones say 0.9 and 50)",
+        "NAME",
+    ),
+    Option("--text-cleaning", "on", _choice("on", "off"), "leave out what cannot be spoken", "NAME"),
     Option("--num-slots", 16, _slots, "turns that may speak at a time; 8 of them share a frame", "N"),
 )
 VOICE_OPTIONS = (
@@ -287,6 +297,8 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
         device=options.device,
         dtype=options.dtype,
         num_slots=options.num_slots,
+        sampling=options.sampling,
+        text_cleaning=options.text_cleaning == "on",
         revision=options.revision,
         offline=options.offline,
         progress=progress,

@@ -1,0 +1,164 @@
+"""A turn's text as prompts: one where a single utterance holds it, else one for each part.
+
+A part holds so many tokens that its speech fits into an utterance (`max_part_tokens`). Tokens of
+its first half are given to its prompt at once. Then only whole sentences are given: a sentence that
+does not fit begins the next part. Where one sentence fills the half, the part ends at a clause, else
+at a word, else where it must. The cuts depend on the text alone, not on how it arrives.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+
+from qwen_megakernel.config import MAX_UTTERANCE_FRAMES, Guards
+from qwen_megakernel.prompt.builder import Prompt, TextFeed, TextTokenizer
+
+MIN_PART_TOKENS = 32
+"""However little room there is, a part is not made smaller."""
+_TAIL_TOKENS = 8
+"""As many as tell whether a sentence ends."""
+
+_NOTHING, _WORD, _CLAUSE, _SENTENCE = range(4)
+_WIDE = "。！？｡，；：、"
+"""Signs that no space follows. They share a word with the letters behind them."""
+_WIDE_ENDS = re.compile(r"[。！？｡]['\"’”)\]}」』】）》]*$")
+_ENDS = re.compile(r"[.!?…]['\"’”)\]}»」』】）》]*$")
+_WIDE_PAUSES, _PAUSES = tuple("，；：、"), tuple(",;:–—")
+
+
+def max_part_tokens(guards: Guards, room: int, *, streaming: bool) -> int:
+    """Text tokens of a part, so that its length budget is within an utterance's limit.
+
+    Args:
+        guards: of the turn; the default ones where their budget is off.
+        room: positions of a slot that are left beside the prompt's rows of no text.
+        streaming: the text layout; otherwise each token takes a position of its own.
+    """
+    bound = guards if guards.frames_per_token else Guards()
+    by_frames = (MAX_UTTERANCE_FRAMES - bound.base_frames) // bound.frames_per_token
+    by_room = (room - bound.base_frames) // (bound.frames_per_token + (not streaming))
+    return max(MIN_PART_TOKENS, min(by_frames, by_room))
+
+
+class PromptParts:
+    """The prompts of one turn, in the order in which they are spoken."""
+
+    def __init__(self, tokenizer: TextTokenizer, first: Prompt, max_tokens: int) -> None:
+        """`first` is empty; the others are made like it."""
+        self._tokenizer, self._feed = tokenizer, TextFeed(tokenizer)
+        self._prompts = deque([first])
+        self._max_tokens, self._free_tokens = max_tokens, max_tokens // 2
+        self._count = 0
+        """Tokens that the last prompt has."""
+        self._tail: list[int] = []
+        """The last of them."""
+        self._held: list[tuple[str, list[int]]] = []
+        """Words of a sentence that may belong to the next part, and their tokens."""
+        self._num_held = 0
+
+    @property
+    def current(self) -> Prompt:
+        """The prompt to speak now."""
+        return self._prompts[0]
+
+    @property
+    def has_next(self) -> bool:
+        """Whether there is text beyond the current prompt; if so, that one is complete."""
+        return len(self._prompts) > 1
+
+    def advance(self) -> None:
+        """Go on to the next prompt."""
+        self._prompts.popleft()
+
+    def append(self, text: str) -> None:
+        """More text."""
+        self._take(self._feed.append(text))
+
+    def flush(self) -> None:
+        """Give the prompts all text that is held."""
+        self._take(self._feed.flush())
+        self._give_held()
+
+    def end(self) -> None:
+        """No more text."""
+        self.flush()
+        self._prompts[-1].end()
+
+    def _take(self, token_ids: list[int]) -> None:
+        if not self._held and self._count + len(token_ids) <= self._free_tokens:
+            self._give(token_ids)
+        else:
+            self._add_words(self._tokenizer.decode(token_ids))
+
+    def _add_words(self, text: str) -> None:
+        for word in self._tokenizer.words(text):
+            self._add(word)
+
+    def _add(self, word: str) -> None:
+        token_ids = self._tokenizer.encode(word)
+        if len(token_ids) > self._max_tokens and len(word) > 1:
+            half = len(word) // 2
+            self._add(word[:half])
+            self._add(word[half:])
+            return
+        if not self._held and self._count + len(token_ids) <= self._free_tokens:
+            self._give(token_ids)
+            return
+        said = "".join(w for w, _ in self._held[-2:])
+        if self._held and (_border(said, word) == _SENTENCE or _WIDE_ENDS.match(word[0])):
+            self._give_held()
+        fits = self._count + self._num_held + len(token_ids) <= self._max_tokens
+        if fits or word.isspace():  # a part neither begins nor ends with white space
+            self._held.append((word, token_ids))
+            self._num_held += len(token_ids)
+        else:
+            self._cut(word)
+
+    def _cut(self, word: str) -> None:
+        """End the part at the best place before `word`, and add what is behind it to the next."""
+        words = [*(w for w, _ in self._held), word]
+        before, text = self._tokenizer.decode(self._tail), "".join(words)
+        places, start = [], 0  # number of a word, characters of it, characters of the text
+        for number, one in enumerate(words):
+            places.append((number, 0, start))
+            if len(one) > 1 and one[0] in _WIDE:
+                places.append((number, 1, start + 1))
+            start += len(one)
+        number, inside, at = max(
+            (place for place in places if place[2] or self._count),
+            key=lambda place: (_border(before + text[: place[2]], text[place[2] :]), place[2]),
+        )
+        kept = self._held[:number]
+        while kept and not inside and kept[-1][0].isspace():
+            kept.pop()
+        for _, token_ids in kept:
+            self._give(token_ids)
+        if inside:
+            self._give(self._tokenizer.encode(words[number][:inside]))
+        self._prompts[-1].end()
+        self._prompts.append(self._prompts[-1].sibling())
+        self._count, self._tail, self._held, self._num_held = 0, [], [], 0
+        self._add_words(text[at:].lstrip())
+
+    def _give_held(self) -> None:
+        for _, token_ids in self._held:
+            self._give(token_ids)
+        self._held, self._num_held = [], 0
+
+    def _give(self, token_ids: list[int]) -> None:
+        self._prompts[-1].extend(token_ids)
+        self._count += len(token_ids)
+        self._tail = [*self._tail, *token_ids][-_TAIL_TOKENS:]
+
+
+def _border(before: str, after: str) -> int:
+    """What ends between two texts: the higher, the better a place to cut."""
+    said = before.rstrip()
+    rest = after.lstrip()
+    gap = before[len(said) :] + after[: len(after) - len(rest)]
+    if "\n" in gap or _WIDE_ENDS.search(said) or (gap and _ENDS.search(said)):
+        return _SENTENCE
+    if said.endswith(_WIDE_PAUSES) or (gap and said.endswith(_PAUSES)):
+        return _CLAUSE
+    return _WORD if gap else _NOTHING
