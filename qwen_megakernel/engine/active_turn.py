@@ -13,16 +13,7 @@ from torch import Tensor
 from qwen_megakernel.config import FRAME_S, GenerationParams, Guards
 from qwen_megakernel.prompt.builder import Prompt
 from qwen_megakernel.prompt.voice import Voice
-from qwen_megakernel.turn import (
-    Append,
-    Audio,
-    Finished,
-    FinishReason,
-    Flush,
-    Sink,
-    Turn,
-    TurnEvent,
-)
+from qwen_megakernel.turn import Audio, Finished, FinishReason, Sink, Turn, TurnEvent
 
 log = logging.getLogger(__name__)
 
@@ -97,14 +88,11 @@ class ActiveTurn:
         return self.turn.first_text_at or self.opened_at
 
     def take_text(self) -> None:
-        """Move the caller's commands into the prompt."""
-        for command in self.turn.take_commands():
-            if isinstance(command, Append):
-                self.prompt.append(command.text)
-            elif isinstance(command, Flush):
-                self.prompt.flush()
-            else:
-                self.prompt.end()
+        """Move tokens that the caller's text has become into the prompt, a bounded number."""
+        tokens, complete = self.turn.take_text()
+        self.prompt.extend(tokens)
+        if complete and not self.prompt.ended:
+            self.prompt.end()
 
     def lead_s(self, now: float) -> float:
         """Seconds of launched audio not yet played; minus infinity before the first frame."""

@@ -133,9 +133,9 @@ class Engine:
             raise RequestError("bad_request", "the text is empty")
         if request.chunk_frames is not None and request.chunk_frames < 1:
             raise RequestError("bad_request", f"chunk_frames is {request.chunk_frames}, allowed: 1 up")
-        turn = Turn(self._wake.set)
-        if text:
-            turn.append(text)
+        self._check_open()  # a turn that is refused costs no tokenising
+        turn = Turn(self._wake.set, self._prompts.open_feed())
+        turn.append(text)
         if end:
             turn.end()
         with self._open_lock:
@@ -187,13 +187,14 @@ class Engine:
         self._take_opened()
         for active in [*self._waiting, *self._speaking]:
             self._take_input(active)
+        more_text = any(a.turn.has_text for a in [*self._waiting, *self._speaking])
         prefilled = self._prefill_waiting()
         batch = self._choose()
         launched = self._launch(batch) if batch else None
         delivered = self._hand_out()
         if launched is not None:
             self._read_codes(launched)
-        return prefilled or delivered or launched is not None
+        return more_text or prefilled or delivered or launched is not None
 
     def _take_opened(self) -> None:
         while self._opened:
@@ -221,12 +222,7 @@ class Engine:
         if active.turn.cancelled or self._cancel_all:
             self._finish(active, "cancelled")
             return
-        try:
-            active.take_text()
-        except Exception:
-            log.exception("a turn's text could not be taken")
-            self._finish(active, "error", "the text could not be tokenised")
-            return
+        active.take_text()
         if active.prompt.empty:
             self._finish(active, "stop")
             return
