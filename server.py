@@ -154,6 +154,7 @@ MODEL_OPTIONS = (
     Option("--backend", "auto", _choice(*BACKENDS), " or ".join(BACKENDS), "NAME"),
     Option("--device", "auto", _device, "auto, cpu, cuda or cuda:N", "NAME"),
     Option("--dtype", "auto", _choice(*DTYPES), " or ".join(DTYPES), "NAME"),
+    Option("--text-cleaning", "on", _choice("on", "off"), "leave out what cannot be spoken", "NAME"),
     Option("--num-slots", 16, _slots, "turns that may speak at a time; 8 of them share a frame", "N"),
 )
 VOICE_OPTIONS = (
@@ -264,6 +265,7 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
         device=options.device,
         dtype=options.dtype,
         num_slots=options.num_slots,
+        text_cleaning=options.text_cleaning == "on",
         revision=options.revision,
         offline=options.offline,
         progress=progress,

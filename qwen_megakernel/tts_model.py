@@ -86,6 +86,7 @@ class TTSDecoder:
         dtype: torch.dtype,
         num_slots: int,
         max_positions: int,
+        text_cleaning: bool,
         name: str,
         progress: Progress,
     ) -> None:
@@ -118,7 +119,7 @@ class TTSDecoder:
             self.add_voice(speaker, Voice.preset(speaker))
         self._designed = Voice.designed()
         progress("loading the tokenizer")
-        self._prompts = PromptBuilder(talker, config, tokenizer.result())
+        self._prompts = PromptBuilder(talker, config, tokenizer.result(), clean_text=text_cleaning)
         decoder = backends.make_decoder(
             talker,
             num_slots=num_slots,
@@ -150,6 +151,7 @@ class TTSDecoder:
         dtype: str = "auto",
         num_slots: int = 16,
         max_positions: int = 3072,
+        text_cleaning: bool = True,
         revision: str | None = None,
         offline: bool = False,
         progress: Progress | None = None,
@@ -164,6 +166,8 @@ class TTSDecoder:
             num_slots: turns that can speak at a time; as many of them as the backend takes share a
                 frame.
             max_positions: prompt rows plus frames of one turn (12.5 frames a second).
+            text_cleaning: leave out of every text what cannot be spoken (docs/text.md); without it
+                a text becomes the official package's tokens whatever is in it.
             revision: commit of a Hugging Face id.
             offline: use only what is in the cache.
             progress: told what is being done, a line each.
@@ -188,6 +192,7 @@ class TTSDecoder:
                 dtype=precision,
                 num_slots=num_slots,
                 max_positions=max_positions,
+                text_cleaning=text_cleaning,
                 name=str(model),
                 progress=report,
             )

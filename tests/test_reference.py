@@ -44,7 +44,8 @@ class Both:
         with torch.device("meta"):
             talker = Talker(checkpoint.config.talker, checkpoint.config.predictor)
         checkpoint.load("talker.", talker, dtype=dtype)
-        prompts = PromptBuilder(talker, checkpoint.config, load_tokenizer(folder))
+        # The official package cleans no text.
+        prompts = PromptBuilder(talker, checkpoint.config, load_tokenizer(folder), clean_text=False)
         return cls(theirs, talker, checkpoint.config, prompts)
 
     def backend(self, **options) -> TorchBackend:

@@ -25,6 +25,7 @@ from torch import Tensor
 from qwen_megakernel.config import ModelConfig
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.shared_rows import SharedRows
+from qwen_megakernel.prompt.text_cleaning import TextCleaner
 from qwen_megakernel.prompt.text_feed import TextFeed, TextTokenizer
 from qwen_megakernel.prompt.voice import Voice
 from qwen_megakernel.turn import RequestError
@@ -148,8 +149,11 @@ class Prompt:
 class PromptBuilder:
     """Makes prompts; holds what all of them share, computed once."""
 
-    def __init__(self, talker: Talker, config: ModelConfig, tokenizer: Tokenizer) -> None:
-        self._talker, self._config = talker, config
+    def __init__(
+        self, talker: Talker, config: ModelConfig, tokenizer: Tokenizer, *, clean_text: bool = True
+    ) -> None:
+        """`clean_text`: whether feeds leave out what cannot be spoken (see docs/text.md)."""
+        self._talker, self._config, self._clean_text = talker, config, clean_text
         self.tokenizer = TextTokenizer(tokenizer)
         weight = talker.codec_head.weight
         self._device, self._dtype = weight.device, weight.dtype
@@ -165,7 +169,7 @@ class PromptBuilder:
 
     def open_feed(self) -> TextFeed:
         """What turns one turn's text into the tokens of its `Prompt`; touches no tensors."""
-        return TextFeed(self.tokenizer)
+        return TextFeed(self.tokenizer, TextCleaner() if self._clean_text else None)
 
     @torch.inference_mode()
     def text_rows(self, token_ids: list[int]) -> Tensor:

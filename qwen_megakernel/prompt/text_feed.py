@@ -7,6 +7,8 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer
 
+from qwen_megakernel.prompt.text_cleaning import TextCleaner
+
 _PIECE = 1024
 """Characters that are looked at together: the tokenizer's time grows faster than a longer text."""
 _LETTER, _NUMBER, _SPACE, _OTHER = "L", "N", " ", "*"
@@ -40,8 +42,9 @@ class TextFeed:
     on growing is looked at when it may have ended, not at each append.
     """
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: TextTokenizer, cleaner: TextCleaner | None = None) -> None:
+        """Tokenise with `tokenizer` what `cleaner` leaves of the text; None leaves all of it."""
+        self._tokenizer, self._cleaner = tokenizer, cleaner
         self._held: list[str] = []
         """Pieces of the text that is not committed."""
         self._num_held = 0
@@ -53,6 +56,8 @@ class TextFeed:
 
     def append(self, text: str) -> list[int]:
         """Take more text; the tokens that can no longer change."""
+        if self._cleaner is not None:
+            text = self._cleaner.clean(text)
         ids = []
         for start in range(0, len(text), _PIECE):
             ids += self._append(text[start : start + _PIECE])

@@ -164,6 +164,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m qwen_megakernel demo`."""
     parser.add_argument("--text", default=TEXT, help="what to say")
     parser.add_argument(
+        "--text-cleaning",
+        choices=("on", "off"),
+        default="on",
+        help="leave out of the text what cannot be spoken (default: on)",
+    )
+    parser.add_argument(
         "--folder",
         type=Path,
         default=ROOT / "build",
@@ -184,7 +190,9 @@ def run(args: argparse.Namespace) -> int:
                 raise DemoError(f"{needed} is missing; the demo needs a checkout of the repository")
         folder.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
-        with running_server("--model", CHECKPOINT, "--voices", CHECKPOINT / "voices") as port:
+        cleaning = () if args.text_cleaning == "on" else ("--text-cleaning", "off")
+        server = ("--model", CHECKPOINT, "--voices", CHECKPOINT / "voices", *cleaning)
+        with running_server(*server) as port:
             url = f"ws://127.0.0.1:{port}"
             options = ("--url", url, "--voice", VOICE, "--seed", SEED, "--text", args.text)
             run_step(CLIENT, *options, "--out", out, limit_s=CLIENT_S)
