@@ -89,6 +89,7 @@ class TTSDecoder:
         num_slots: int,
         max_positions: int,
         params: GenerationParams,
+        text_cleaning: bool,
         name: str,
         progress: Progress,
     ) -> None:
@@ -123,7 +124,7 @@ class TTSDecoder:
             self.add_voice(speaker, Voice.preset(speaker))
         self._designed = Voice.designed()
         progress("loading the tokenizer")
-        self._prompts = PromptBuilder(talker, config, tokenizer.result())
+        self._prompts = PromptBuilder(talker, config, tokenizer.result(), clean_text=text_cleaning)
         decoder = backends.make_decoder(
             talker,
             num_slots=num_slots,
@@ -156,6 +157,7 @@ class TTSDecoder:
         num_slots: int = 16,
         max_positions: int = 3072,
         sampling: str = "original",
+        text_cleaning: bool = True,
         revision: str | None = None,
         offline: bool = False,
         progress: Progress | None = None,
@@ -173,6 +175,8 @@ class TTSDecoder:
             sampling: what turns draw with that choose nothing: `original` (the talker at temperature
                 0.3 and top-k 15) or `checkpoint` (its `generation_config.json`; the released ones say
                 0.9 and 50).
+            text_cleaning: leave out of every text what cannot be spoken (docs/text.md); without it
+                a text becomes the official package's tokens whatever is in it.
             revision: commit of a Hugging Face id.
             offline: use only what is in the cache.
             progress: told what is being done, a line each.
@@ -206,6 +210,7 @@ class TTSDecoder:
                 num_slots=num_slots,
                 max_positions=max_positions,
                 params=params,
+                text_cleaning=text_cleaning,
                 name=str(model),
                 progress=report,
             )

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -79,39 +79,40 @@ Sink = Callable[[TurnEvent], None]
 """Takes a turn's events, in order, on the engine's thread: it must hand over, not work."""
 
 
-@dataclass(frozen=True, slots=True)
-class Append:
-    """More text."""
-
-    text: str
+MAX_BLOCK = 512
+"""Tokens that the engine takes of a turn at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Flush:
-    """Commit text that was held back because a longer text could tokenise differently."""
+class TokenFeed(Protocol):
+    """Turns text that arrives in pieces into tokens (`prompt.text_feed.TextFeed`)."""
 
+    def append(self, text: str) -> list[int]:
+        """Take more text; the tokens that can no longer change."""
 
-@dataclass(frozen=True, slots=True)
-class End:
-    """No more text."""
-
-
-TextCommand = Append | Flush | End
+    def flush(self) -> list[int]:
+        """The tokens of the text that was held back."""
 
 
 class Turn:
     """Handle of one utterance, made by `Engine.open_turn`.
 
     `append`, `flush`, `end`, `hold` and `cancel` may be called from any thread and never block on
-    decoding. `take_commands` and `mark_finished` are the engine's side.
+    decoding. Text is tokenised on the caller's thread, once: the engine takes tokens, a bounded number
+    at a time. `take_text` and `mark_finished` are the engine's side.
     """
 
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
+    def __init__(self, wake: Callable[[], None], feed: TokenFeed) -> None:
+        """`wake` makes the engine look at its turns; `feed` is this turn's own."""
+        self._wake, self._feed = wake, feed
+        self._feed_lock = threading.Lock()
+        """Held while text is tokenised; the engine never waits for it."""
         self._lock = threading.Lock()
-        self._commands: deque[TextCommand] = deque()
         self._surrogates = SurrogateJoiner()
+        self._blocks: deque[list[int]] = deque()
+        """Tokens that the engine has not taken, at most `MAX_BLOCK` in each."""
         self._ended = False
+        self._complete = False
+        """Whether the blocks are the rest of the text."""
         self._cancelled = False
         self._held = False
         self._finished = False
@@ -119,25 +120,38 @@ class Turn:
         """`time.monotonic()` of the first text: where the turn's clocks start."""
 
     def append(self, text: str) -> None:
-        """Add text after what was given so far.
+        """Add text after what was given so far. Empty text changes nothing.
 
         A surrogate pair may be split between two texts. A half that is alone is taken for U+FFFD.
 
         Raises:
             RequestError: after `end`.
         """
-        self._command(Append(text))
+        with self._feed_lock:
+            self._check_growing()
+            if not text or self._over:
+                return
+            if self.first_text_at is None:
+                self.first_text_at = time.monotonic()
+            self._give(self._feed.append(self._surrogates.join(text)))
 
     def flush(self) -> None:
-        """Speak what is held back at an unstable boundary (see `prompt.TextFeed`)."""
-        self._command(Flush())
+        """Speak what is held back at an unstable boundary (see `prompt.text_feed.TextFeed`).
+
+        Raises:
+            RequestError: after `end`.
+        """
+        with self._feed_lock:
+            self._check_growing()
+            self._give(self._flush_feed())
 
     def end(self) -> None:
         """Say that the text is complete. A second call does nothing."""
-        with self._lock:
+        with self._feed_lock:
             if self._ended:
                 return
-        self._command(End())
+            self._ended = True
+            self._give(self._flush_feed(), complete=True)
 
     def cancel(self) -> None:
         """Stop at the next frame; `Finished("cancelled")` follows. May be called at any time."""
@@ -169,27 +183,45 @@ class Turn:
         """Whether the last event was handed out."""
         return self._finished
 
-    def _command(self, command: TextCommand) -> None:
+    @property
+    def _over(self) -> bool:
+        return self._cancelled or self._finished
+
+    def _check_growing(self) -> None:
+        if self._ended:
+            raise RequestError("bad_request", "text after the end of the turn")
+
+    def _flush_feed(self) -> list[int]:
+        """The tokens of all text that was held back, half a surrogate pair too."""
+        if self._over:
+            return []
+        half = self._surrogates.end()
+        return (self._feed.append(half) if half else []) + self._feed.flush()
+
+    def _give(self, tokens: list[int], *, complete: bool = False) -> None:
+        """Hand tokens over to the engine, which need not look where there is nothing new."""
+        if not tokens and not complete:
+            return
         with self._lock:
-            if self._ended:
-                raise RequestError("bad_request", "text after the end of the turn")
-            if isinstance(command, Append):
-                if self.first_text_at is None:
-                    self.first_text_at = time.monotonic()
-                command = Append(self._surrogates.join(command.text))
+            if self._blocks and len(self._blocks[-1]) + len(tokens) <= MAX_BLOCK:
+                self._blocks[-1] += tokens
             else:
-                self._ended = isinstance(command, End)
-                if half := self._surrogates.end():
-                    self._commands.append(Append(half))
-            self._commands.append(command)
+                self._blocks.extend(
+                    tokens[start : start + MAX_BLOCK] for start in range(0, len(tokens), MAX_BLOCK)
+                )
+            self._complete |= complete
         self._wake()
 
-    def take_commands(self) -> list[TextCommand]:
-        """Everything said since the last call, in order."""
+    def take_text(self) -> tuple[list[int], bool]:
+        """The next tokens, at most `MAX_BLOCK`, and whether they are the last of a complete text."""
         with self._lock:
-            commands = list(self._commands)
-            self._commands.clear()
-        return commands
+            tokens = self._blocks.popleft() if self._blocks else []
+            return tokens, self._complete and not self._blocks
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there are tokens to take."""
+        return bool(self._blocks)
 
     def mark_finished(self) -> None:
         """Called by the engine with the last event."""

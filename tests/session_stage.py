@@ -48,11 +48,21 @@ class FakeDecoder:
         return turn
 
 
+class NoTokens:
+    """A feed of a turn that has no engine."""
+
+    def append(self, text):
+        return []
+
+    def flush(self):
+        return []
+
+
 class FakeTurn(Turn):
     """What the engine does is done by the test."""
 
     def __init__(self, text, sink, options):
-        super().__init__(lambda: None)
+        super().__init__(lambda: None, NoTokens())
         self.opened_at, self.text, self.sink, self.options = time.monotonic(), text, sink, options
         self.num_samples = 0
 

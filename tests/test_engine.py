@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 
@@ -16,7 +15,7 @@ from qwen_megakernel.config import HOP, Guards
 from qwen_megakernel.engine.active_turn import CHUNK_RAMP, RunawayGuard
 from qwen_megakernel.prompt.voice import Voice
 from qwen_megakernel.tts_model import SynthesisError
-from qwen_megakernel.turn import Append, Audio, End, Finished, RequestError, Started
+from qwen_megakernel.turn import MAX_BLOCK, Audio, Finished, RequestError, Started
 
 
 @pytest.fixture(scope="module")
@@ -466,14 +465,27 @@ def test_eos_ends_as_stop(tts):
     assert 2 <= finished.num_frames < 200
 
 
-def test_commands_keep_their_order():
-    from qwen_megakernel.turn import Flush, Turn
+def test_text_is_tokenised_by_its_caller_and_embedded_as_it_is_needed(tts, monkeypatch):
+    """However much text comes at once, a frame costs the engine the same."""
+    threads, made = set(), []
+    encode, rows = tts._prompts.tokenizer.encode, tts._prompts.each_text_row
+    monkeypatch.setattr(
+        tts._prompts.tokenizer,
+        "encode",
+        lambda text: (threads.add(threading.current_thread()), encode(text))[1],
+    )
+    monkeypatch.setattr(tts._prompts, "each_text_row", lambda ids: (made.append(len(ids)), rows(ids))[1])
+    finished = speak(tts, TEXT * 60, params=GenerationParams(max_frames=40)).events[-1]
+    assert finished.num_frames == 40
+    assert threads == {threading.current_thread()}
+    assert made == [64], "rows of 40 frames out of some thousand"
 
-    turn, woken = Turn(lambda: woken.put(1)), queue.SimpleQueue()
-    turn.append("a")
-    turn.flush()
-    turn.append("b")
-    turn.end()
-    assert turn.take_commands() == [Append("a"), Flush(), Append("b"), End()]
-    assert turn.take_commands() == []
-    assert woken.qsize() == 4
+
+def test_a_text_longer_than_the_engine_takes_at_a_time_is_taken_whole(tts):
+    num_tokens = len(tts._prompts.tokenizer.encode(TEXT * 60))
+    assert num_tokens > 2 * MAX_BLOCK
+    for streaming in (True, False):
+        guards = Guards(repeat_frames=0, base_frames=5 - num_tokens, frames_per_token=1)
+        params = GenerationParams(guards=guards)
+        finished = speak(tts, TEXT * 60, params=params, streaming=streaming).events[-1]
+        assert (finished.reason, finished.num_frames) == ("length", 5)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from listener import LONG, TEXT, Listener, speak
+from prompt_text import give_text
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
 from qwen_megakernel.checkpoint import Checkpoint
@@ -113,8 +114,7 @@ def test_a_turn_is_what_kernel_and_codec_give_step_by_step(kernels):
     spoken = speak(kernels, params=PARAMS)
     assert spoken.events[-1].num_frames == 40
     prompt = kernels._prompts.open(kernels._find_voice(None))
-    prompt.append(TEXT)
-    prompt.end()
+    give_text(kernels._prompts, prompt, TEXT)
     backend, codec, slot = kernels._engine._backend, kernels._engine._codec, 15
     codec.reset(slot)
     backend.prefill(slot, prompt.rows(), PARAMS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import official
 import pytest
 import torch
+from prompt_text import give_text
 from torch import Tensor
 
 from qwen_megakernel.checkpoint import Checkpoint
@@ -43,10 +44,9 @@ class Both:
         with torch.device("meta"):
             talker = Talker(checkpoint.config.talker, checkpoint.config.predictor)
         checkpoint.load("talker.", talker, dtype=dtype)
-        tokenizer = load_tokenizer(folder)
-        return cls(
-            theirs, talker, checkpoint.config, PromptBuilder(talker, checkpoint.config, tokenizer)
-        )
+        # The official package cleans no text.
+        prompts = PromptBuilder(talker, checkpoint.config, load_tokenizer(folder), clean_text=False)
+        return cls(theirs, talker, checkpoint.config, prompts)
 
     def backend(self, **options) -> TorchBackend:
         return TorchBackend(self.talker, self.config.talker, self.config.predictor, **options)
@@ -141,8 +141,7 @@ def design(tiny_voice_design):
 
 
 def assert_same_rows(both: Both, prompt, theirs: dict, text: str = TEXT) -> None:
-    prompt.append(text)
-    prompt.end()
+    give_text(both.prompts, prompt, text)
     rows = prompt.rows()
     expected = theirs["inputs_embeds"][0]
     assert rows.shape == expected.shape
@@ -220,8 +219,7 @@ def decode_all(both: Both, backend: TorchBackend, texts: list[str], language: st
     prompts, slots = [], list(reversed(range(len(texts))))
     for slot, text in zip(slots, texts, strict=True):
         prompt = both.prompts.open(both.voice(), language)
-        prompt.append(text)
-        prompt.end()
+        give_text(both.prompts, prompt, text)
         backend.prefill(slot, prompt.rows(), GREEDY)
         prompts.append(prompt)
     frames, text_rows = [], torch.zeros(len(texts), both.config.talker.hidden_size)
@@ -283,8 +281,7 @@ def forced_logits(both: Both, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Our teacher-forced logits: talker [frames, vocabulary], predictor [frames, 15, vocabulary]."""
     backend = both.backend(num_slots=1, max_positions=128)
     prompt = both.prompts.open(both.voice(), "english")
-    prompt.append(TEXT)
-    prompt.end()
+    give_text(both.prompts, prompt, TEXT)
     backend.prefill(0, prompt.rows(), GREEDY)
     talker, predictor, text_row = [], [], torch.zeros(both.config.talker.hidden_size)
     for frame in codes:
@@ -356,8 +353,7 @@ def sampled(both: Both, backend: TorchBackend, slots: list[int], seeds: list[int
     prompts = []
     for slot, seed in zip(slots, seeds, strict=True):
         prompt = both.prompts.open(both.voice(), "english")
-        prompt.append(TEXT)
-        prompt.end()
+        give_text(both.prompts, prompt, TEXT)
         backend.prefill(slot, prompt.rows(), GenerationParams(seed=seed))
         prompts.append(prompt)
     codes, text_rows = [], torch.zeros(len(slots), both.config.talker.hidden_size)
@@ -387,8 +383,7 @@ def test_a_stream_joins_and_leaves_without_touching_others(base):
     backend = base.backend(num_slots=3, max_positions=128)
     alone = sampled(base, backend, [0], [7], 16)[0]
     prompt = base.prompts.open(base.voice(), "english")
-    prompt.append(TEXT)
-    prompt.end()
+    give_text(base.prompts, prompt, TEXT)
     rows, hidden = prompt.rows(), base.config.talker.hidden_size
     backend.prefill(0, rows, GenerationParams(seed=7))
     codes, text_row = [], torch.zeros(hidden)

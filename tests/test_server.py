@@ -567,6 +567,7 @@ def test_used_port_is_one_line_at_once(live_server):
         (["--speaker-ref-text", "Hi"], {}, "--speaker-ref-text"),
         (["--voices", "/nowhere"], {}, "--voices"),
         (["--backend", "tpu"], {}, "--backend"),
+        (["--text-cleaning", "some"], {}, "--text-cleaning"),
         (["--drain-s", "nan"], {}, "--drain-s"),
         (["--allow-origin", "*"], {}, "--allow-origin"),
         (["--token", "short"], {}, "--token"),

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from prompt_text import give_text
 
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.prompt.builder import PromptBuilder
@@ -40,8 +41,7 @@ def test_talker_is_trained_on_the_prompts_that_are_spoken(builder, streaming, la
     speaker = torch.randn(config.talker.hidden_size)
 
     prompt = builder.open(Voice.x_vector(speaker), language, streaming=streaming)
-    prompt.append(TEXT)
-    prompt.end()
+    give_text(builder, prompt, TEXT)
     spoken = list(prompt.rows())
     for codes in torch.from_numpy(frames):
         spoken.append(talker.code_rows(codes[None])[0] + prompt.next_text_row())

@@ -5,31 +5,26 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
 
-from qwen_megakernel.config import FRAME_S, GenerationParams, Guards
+from qwen_megakernel.config import FRAME_S, MAX_UTTERANCE_FRAMES, GenerationParams, Guards
 from qwen_megakernel.prompt.builder import Prompt
+from qwen_megakernel.prompt.parts import PromptParts
 from qwen_megakernel.prompt.voice import Voice
-from qwen_megakernel.turn import (
-    Append,
-    Audio,
-    Finished,
-    FinishReason,
-    Flush,
-    Sink,
-    Started,
-    Turn,
-    TurnEvent,
-)
+from qwen_megakernel.turn import Audio, Finished, FinishReason, Sink, Turn, TurnEvent
 
 log = logging.getLogger(__name__)
 
 CHUNK_RAMP = (1, 1, 2, 4)
 """Frames of a turn's first chunks; the last number repeats. The first are small so that audio starts at
 once; later ones are larger because a message costs the same whatever its length."""
+
+PART_SEED_STEP = 2**32
+"""Part k of a turn draws with the turn's seed plus k times this: no seed that counts on from segment to
+segment meets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +69,31 @@ class ActiveTurn:
     """A turn as the engine's thread sees it."""
 
     def __init__(self, turn: Turn, request: TurnRequest, prompt: Prompt, sink: Sink) -> None:
-        self.turn, self.request, self.prompt, self._sink = turn, request, prompt, sink
+        self.turn, self.request, self._sink = turn, request, sink
+        self.parts = PromptParts(prompt)
         self.guard = RunawayGuard(request.params.guards)
         self.opened_at = time.monotonic()
         self.slot: int | None = None
         self.slot_since = 0.0
         """When it got its slot, if it has one."""
-        self.max_frames = 0
-        self.following: Prompt | None = None
-        """The prompt of the next utterance, which takes the text from now on; see `end_utterance`."""
-        self.started = False
-        """Whether the turn has a slot, or had one."""
+        self.part = 0
+        """The number of the text's part that is spoken."""
+        self.prefilled = False
+        """Whether the slot holds this part's prompt."""
+        self.gives_back = False
+        """Whether the slot is for others when this part ends; see `end_utterance`."""
+        self.reason: FinishReason = "stop"
+        """Why the first part ended that did not end by `stop`."""
+        self._cut_off: str | None = None
+        self._room = 0
+        self._part_start = 0
+        """Frames of earlier parts."""
         self.num_fed = 0
-        """Frames launched."""
+        """Frames launched, less those that nobody hears because their part was over."""
         self.num_frames = 0
         """Frames whose audio has been delivered."""
         self.last_fed = False
         """Whether the last frame is launched: the turn only waits for its audio."""
-        self._utterance_start = 0
-        """Frames of earlier utterances."""
         self._pending: list[np.ndarray] = []
         self._num_chunks = 0
         self._num_samples = 0
@@ -103,44 +104,73 @@ class ActiveTurn:
         self._late_s = 0.0
 
     @property
+    def prompt(self) -> Prompt:
+        """The prompt of the part that is spoken."""
+        return self.parts.current
+
+    @property
+    def params(self) -> GenerationParams:
+        """The parameters of the part that is spoken."""
+        params = self.request.params
+        return replace(params, seed=(params.seed + self.part * PART_SEED_STEP) % 2**64)
+
+    @property
     def started_at(self) -> float:
         """When the turn's clocks began: its first text."""
         return self.turn.first_text_at or self.opened_at
 
     def take_text(self) -> None:
-        """Move the caller's commands into the prompt."""
-        prompt = self.following or self.prompt
-        for command in self.turn.take_commands():
-            if isinstance(command, Append):
-                prompt.append(command.text)
-            elif isinstance(command, Flush):
-                prompt.flush()
-            else:
-                prompt.end()
+        """Move tokens that the caller's text has become into the prompts, a bounded number."""
+        tokens, complete = self.turn.take_text()
+        self.parts.extend(tokens)
+        if complete:
+            self.parts.end()
 
-    def begin_utterance(self, now: float) -> None:
-        """The prompt is in a slot. If playback has run dry meanwhile, it goes on from here."""
+    def begin_part(self, room: int, now: float) -> None:
+        """The slot holds the prompt, and has so many positions left.
+
+        If playback has run dry meanwhile, it goes on from here.
+        """
+        self.prefilled, self._room = True, room
         if self._first_audio_at is not None:
             self._first_audio_at = max(self._first_audio_at, now - self.num_frames * FRAME_S)
-        if not self.started:
-            self.started = True
-            self.emit(Started())
 
-    def end_utterance(self, following: Prompt) -> None:
-        """Let the turn speak the text that it has, and then give its slot back.
+    def end_utterance(self) -> None:
+        """Let the turn speak the tokens that it has, and then give its slot back.
 
-        A word that may be incomplete goes to `following`, as does the text that comes later.
+        Later text is another part, also the end of a word that may be incomplete.
         """
-        following.append(self.prompt.end_before_held())
-        self.following = following
+        self.parts.cut()
+        self.gives_back = True
 
-    def begin_following(self) -> None:
-        """The utterance has ended: wait for a slot with the next one."""
-        self.hand_out()
-        self.prompt, self.following, self.slot = self.following, None, None
+    def end_part(self, reason: FinishReason) -> FinishReason | None:
+        """The speech of a part has ended; why the turn ends, None if the next part follows.
+
+        The reason of a turn is the first that is not `stop`.
+        """
+        cut_by_caller = reason == "length" and self.num_fed == self.request.params.max_frames
+        if self.reason == "stop":
+            self.reason = reason
+            if reason == "length" and not cut_by_caller:
+                self._cut_off = self._describe_cut()
+        if cut_by_caller or not self.parts.has_next:
+            return self.reason
+        self.parts.advance()
+        self.part, self.prefilled = self.part + 1, False
         self.guard = RunawayGuard(self.request.params.guards)
-        self.num_fed = self._utterance_start = self.num_frames  # the frame that said EOS has no audio
-        self.last_fed, self._num_chunks = False, 0
+        self.num_fed = self._part_start = self.num_frames
+        self.last_fed = False
+        return None
+
+    def _describe_cut(self) -> str:
+        frames, tokens = self.num_frames - self._part_start, self.prompt.num_text_tokens
+        where = f" in part {self.part + 1}" if self.part or self.parts.has_next else ""
+        return f"the speech was cut off{where}: {frames} frames are the most for {tokens} text tokens"
+
+    def wait_again(self) -> None:
+        """The slot is given back: the next part waits for another."""
+        self.hand_out()
+        self.slot, self.gives_back, self._num_chunks = None, False, 0
         self._late_since, self._late_s = None, 0.0
 
     def lead_s(self, now: float) -> float:
@@ -152,8 +182,8 @@ class ActiveTurn:
 
     @property
     def begun(self) -> bool:
-        """Whether a frame of this utterance is launched."""
-        return self.num_fed > self._utterance_start
+        """Whether a frame of this part is launched."""
+        return self.num_fed > self._part_start
 
     @property
     def in_flight(self) -> bool:
@@ -163,7 +193,7 @@ class ActiveTurn:
     @property
     def text_late(self) -> bool:
         """Whether the turn cannot go on before more text comes."""
-        if self.slot is None:
+        if not self.prefilled:
             return not self.prompt.ready
         return self.begun and self.prompt.next_text_row() is None
 
@@ -200,19 +230,23 @@ class ActiveTurn:
         return self._late_s + (now - self._late_since if self._late_since is not None else 0.0)
 
     def feed(self) -> Tensor | None:
-        """Count a frame as launched; its text row [hidden], None for the first frame, which has none."""
+        """Count a frame as launched; its text row [hidden], None for a part's first, which has none."""
         row = self.prompt.next_text_row() if self.begun else None
         if row is not None:
             self.prompt.advance()
         self.num_fed += 1
-        self.last_fed = self.num_fed - self._utterance_start >= self._frame_limit()
+        self.last_fed = self.num_fed >= self._frame_limit()
         return row
 
     def _frame_limit(self) -> int:
-        budget = self.request.params.guards.budget(self.prompt.num_text_tokens)
-        if budget is None or not self.prompt.ended:
-            return self.max_frames
-        return min(self.max_frames, budget)
+        """What `num_fed` may be while this part is spoken."""
+        params = self.request.params
+        limit = min(self._room, MAX_UTTERANCE_FRAMES)
+        budget = params.guards.budget(self.prompt.num_text_tokens)
+        if budget is not None and self.prompt.ended:
+            limit = min(limit, budget)
+        limit += self._part_start
+        return limit if params.max_frames is None else min(limit, params.max_frames)
 
     def add_frame(self, samples: np.ndarray) -> None:
         """Take a frame's audio, float32 [1920]; hand out a chunk when one is full."""
@@ -249,7 +283,7 @@ class ActiveTurn:
                 num_frames=self.num_frames,
                 num_samples=self._num_samples,
                 generation_s=self._generation_s(now),
-                error=error,
+                error=error if error is not None or reason != "length" else self._cut_off,
             )
         )
 

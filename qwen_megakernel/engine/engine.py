@@ -38,8 +38,10 @@ from qwen_megakernel.config import HOP
 from qwen_megakernel.decoding.interface import DecoderBackend, LaunchedFrame
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
 from qwen_megakernel.engine.capacity import Capacity, SlotClock
-from qwen_megakernel.prompt.builder import Prompt, PromptBuilder
-from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Turn
+from qwen_megakernel.engine.reference_states import ReferenceStates
+from qwen_megakernel.prompt.builder import PromptBuilder
+from qwen_megakernel.prompt.parts import PartFeed, max_part_tokens
+from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +59,17 @@ class _FrameSlot:
     """One turn's part of a launched frame."""
 
     turn: ActiveTurn
+    part: int
+    """The part of the turn's text."""
     text_exhausted: bool
     """Whether all of its text, EOS included, was fed by this frame."""
     ending: FinishReason | None
-    """Why the turn ends after this frame, if it does."""
-    discarded: bool = False
-    """Whether the frame ended an utterance: it has no audio."""
+    """Why the part ends after this frame, if it does."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for the frame any more."""
+        return self.turn.turn.finished or self.part != self.turn.part
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,7 @@ class Engine:
         self._backend, self._codec, self._prompts, self._eos_id = backend, codec, prompts, eos_id
         self._max_text_wait_s = max_text_wait_s
         self._cpu_threads = cpu_threads
+        self._references = ReferenceStates()
         self._zero_row = torch.zeros_like(prompts.pad_row)
         self._free_slots = list(range(backend.num_slots))
         self._slot_clock = SlotClock(backend.num_slots)
@@ -156,9 +164,9 @@ class Engine:
             raise RequestError("bad_request", "the text is empty")
         if request.chunk_frames is not None and request.chunk_frames < 1:
             raise RequestError("bad_request", f"chunk_frames is {request.chunk_frames}, allowed: 1 up")
-        turn = Turn(self._wake.set)
-        if text:
-            turn.append(text)
+        self._check_open()  # a turn that is refused costs no tokenising
+        turn = Turn(self._wake.set, self._open_feed(request))
+        turn.append(text)
         if end:
             turn.end()
         with self._open_lock:
@@ -166,6 +174,16 @@ class Engine:
             self._opened.append((turn, request, sink))
         self._wake.set()
         return turn
+
+    def _open_feed(self, request: TurnRequest) -> PartFeed:
+        """What turns the text of a turn into tokens, on its caller's thread."""
+        streaming = self._prompts.streams(request.streaming)
+        num_fixed = self._prompts.count_fixed_rows(
+            request.voice, request.language, instruct=request.instruct, streaming=streaming
+        )
+        room = self._backend.max_positions - num_fixed
+        max_tokens = max_part_tokens(request.params.guards, room, streaming=streaming)
+        return PartFeed(self._prompts.open_feed(), self._prompts.tokenizer, max_tokens)
 
     def _check_open(self) -> None:
         if self.error is not None:
@@ -208,6 +226,7 @@ class Engine:
         self._take_opened()
         for active in [*self._waiting, *self._speaking]:
             self._take_input(active)
+        more_text = any(a.turn.has_text for a in [*self._waiting, *self._speaking])
         self._end_late_utterances()
         prefilled = self._prefill_waiting()
         batch = self._choose()
@@ -215,7 +234,7 @@ class Engine:
         delivered = self._hand_out()
         if launched is not None:
             self._read_codes(launched)
-        return prefilled or delivered or launched is not None
+        return more_text or prefilled or delivered or launched is not None
 
     def _take_opened(self) -> None:
         while self._opened:
@@ -226,7 +245,12 @@ class Engine:
                 sink(Finished("cancelled", 0, 0, 0.0))
                 continue
             try:
-                prompt = self._open_prompt(request)
+                prompt = self._prompts.open(
+                    request.voice,
+                    request.language,
+                    instruct=request.instruct,
+                    streaming=request.streaming,
+                )
             except Exception:
                 log.exception("a turn's prompt could not be made")
                 self._opened.popleft()
@@ -237,25 +261,15 @@ class Engine:
                 self._opened.popleft()
                 self._waiting.append(ActiveTurn(turn, request, prompt, sink))
 
-    def _open_prompt(self, request: TurnRequest) -> Prompt:
-        return self._prompts.open(
-            request.voice, request.language, instruct=request.instruct, streaming=request.streaming
-        )
-
     def _take_input(self, active: ActiveTurn) -> None:
         """Take a turn's text and cancel; end the turn if that ends it."""
         now = time.monotonic()
         if active.turn.cancelled or self._cancel_all:
             self._finish(active, "cancelled")
             return
-        try:
-            active.take_text()
-        except Exception:
-            log.exception("a turn's text could not be taken")
-            self._finish(active, "error", "the text could not be tokenised")
-            return
-        if active.prompt.empty and active.following is None:
-            self._finish(active, "stop")
+        active.take_text()
+        if active.prompt.empty and not active.prefilled:
+            self._finish(active, active.reason)
             return
         if active.slot is None:
             active.mark_idle(active.text_late, now)
@@ -273,11 +287,11 @@ class Engine:
         if limit_s == math.inf:
             return
         num_needed = sum(a.prompt.ready for a in self._waiting)
-        num_needed -= sum(a.following is not None for a in self._speaking)
+        num_needed -= sum(a.gives_back for a in self._speaking)
         late = [a for a in self._speaking if a.text_late and a.late_for_s(now) >= limit_s]
         late.sort(key=lambda a: a.late_for_s(now), reverse=True)
         for active in late[: max(0, num_needed)]:
-            active.end_utterance(self._open_prompt(active.request))
+            active.end_utterance()
 
     def _prefill_waiting(self) -> bool:
         """Prefill waiting turns into slots; whether one could be served.
@@ -295,10 +309,11 @@ class Engine:
         return True
 
     def _prefill_next(self) -> bool:
-        """Give the first waiting turn that has its text a slot; whether one could be served."""
-        if not self._free_slots:
-            return False
-        active = next((a for a in self._waiting if a.prompt.ready), None)
+        """Prefill the next part of a turn that speaks, else the first waiting turn that has its text
+        and for which there is a slot; whether one could be served."""
+        goes_on = (a for a in self._speaking if not a.prefilled and a.prompt.ready)
+        begins = (a for a in self._waiting if self._free_slots and a.prompt.ready)
+        active = next(goes_on, None) or next(begins, None)
         if active is None:
             return False
         rows = active.prompt.rows()
@@ -306,14 +321,16 @@ class Engine:
         if room < 1:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
             return True
-        slot = self._free_slots.pop(0)
-        active.slot_since = time.monotonic()
-        self._speaking.append(active)  # before it leaves `_waiting`: it must always be counted
-        self._waiting.remove(active)
-        active.slot, active.max_frames = slot, min(active.request.params.max_frames, room)
-        self._codec.reset(slot)
-        self._backend.prefill(slot, rows, active.request.params, active.prompt.shared)
-        active.begin_utterance(time.monotonic())
+        now = time.monotonic()
+        if active.slot is None:
+            active.slot, active.slot_since = self._free_slots.pop(0), now
+            self._speaking.append(active)  # before it leaves `_waiting`: it must always be counted
+            self._waiting.remove(active)
+        active.begin_part(room, now)
+        self._references.begin(self._codec, active.slot, active.request.voice)
+        self._backend.prefill(active.slot, rows, active.params, active.prompt.shared)
+        if not active.part:
+            active.emit(Started())
         return True
 
     def _choose(self) -> list[ActiveTurn]:
@@ -328,7 +345,7 @@ class Engine:
             active.mark_idle(waits and not active.in_flight, now)
             if waits:
                 active.hand_out()  # audio held for a fuller chunk is not held while the turn waits
-            else:
+            elif active.prefilled:
                 runnable.append(active)
         return sorted(runnable, key=lambda a: a.lead_s(now))[: self._backend.max_batch]
 
@@ -338,20 +355,20 @@ class Engine:
         rows = [self._zero_row if row is None else row for row in (a.feed() for a in batch)]
         frame = self._backend.launch(slots, torch.stack(rows) if len(rows) > 1 else rows[0][None])
         audio = self._codec.launch(slots, frame.device_codes)
-        parts = [_FrameSlot(a, a.prompt.text_exhausted, "length" if a.last_fed else None) for a in batch]
+        parts = [
+            _FrameSlot(a, a.part, a.prompt.text_exhausted, "length" if a.last_fed else None)
+            for a in batch
+        ]
         return _InFlightFrame(parts, frame, audio)
 
     def _read_codes(self, launched: _InFlightFrame) -> None:
         """Wait for a frame's codes: end turns that said EOS, mark those that end after its audio."""
         for part, code0 in zip(launched.slots, launched.frame.codes()[:, 0].tolist(), strict=True):
             active = part.turn
-            if active.turn.finished:
+            if part.over:
                 continue
-            if code0 == self._eos_id and active.following is not None:
-                part.discarded = True
-                self._requeue(active)
-            elif code0 == self._eos_id:
-                self._finish(active, "cancelled" if active.turn.cancelled else "stop")
+            if code0 == self._eos_id:
+                self._end_part(active, "stop")
             elif active.guard.repeats_after(code0):
                 part.ending, active.last_fed = "repeat", True
         self._pending_audio = launched
@@ -364,7 +381,7 @@ class Engine:
         if pending is None:
             return False
         for part, samples in zip(pending.slots, pending.audio.samples(), strict=True):
-            if not (part.discarded or part.turn.turn.finished):
+            if not part.over:
                 self._deliver_audio(part, samples[:HOP])
         return True
 
@@ -378,24 +395,32 @@ class Engine:
         silent = active.guard.silent_after(samples, text_exhausted=part.text_exhausted)
         ending = "silence" if silent and part.ending != "repeat" else part.ending
         if ending is not None:
-            self._finish(active, ending)
+            self._end_part(active, ending)
 
-    def _requeue(self, active: ActiveTurn) -> None:
-        """Take a slot from a turn whose utterance has ended; the turn waits with its next one."""
-        self._waiting.append(active)  # before it leaves `_speaking`: it must always be counted
-        self._release_slot(active)
-        active.begin_following()
+    def _end_part(self, active: ActiveTurn, reason: FinishReason) -> None:
+        """Go on with the next part of the turn, in the same slot or in another, or end the turn."""
+        if active.turn.cancelled:
+            self._finish(active, "cancelled")
+        elif (ending := active.end_part(reason)) is not None:
+            self._finish(active, ending)
+        else:
+            self._backend.release(active.slot)
+            if active.gives_back:
+                self._waiting.append(active)  # before it leaves `_speaking`: it must always be counted
+                self._leave_slot(active)
+                active.wait_again()
 
     def _finish(self, active: ActiveTurn, reason: FinishReason, error: str | None = None) -> None:
         if active.slot is None:
             self._waiting.remove(active)
         else:
-            self._release_slot(active)
+            if active.prefilled:
+                self._backend.release(active.slot)
+            self._leave_slot(active)
         active.finish(reason, error)
 
-    def _release_slot(self, active: ActiveTurn) -> None:
+    def _leave_slot(self, active: ActiveTurn) -> None:
         self._speaking.remove(active)
-        self._backend.release(active.slot)
         self._free_slots.append(active.slot)
         self._slot_clock.add(time.monotonic() - active.slot_since)
 

@@ -14,7 +14,6 @@ None where the next text row has not come yet. It never pads in place of late te
 from __future__ import annotations
 
 import itertools
-import unicodedata
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,87 +25,14 @@ from torch import Tensor
 from qwen_megakernel.config import ModelConfig
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.shared_rows import SharedRows
+from qwen_megakernel.prompt.text_cleaning import TextCleaner
+from qwen_megakernel.prompt.text_feed import TextFeed, TextTokenizer
 from qwen_megakernel.prompt.voice import Voice
 from qwen_megakernel.turn import RequestError
 
 _MAX_CACHED_PREFIXES = 64
-
-
-class TextTokenizer:
-    """The checkpoint's byte-level BPE; control tokens spelt out in a text stay plain text."""
-
-    def __init__(self, backend: Tokenizer) -> None:
-        self._backend = Tokenizer.from_str(backend.to_str())
-        self._backend.encode_special_tokens = True
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, no control tokens added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
-
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of token ids."""
-        return self._backend.decode(token_ids, skip_special_tokens=False)
-
-    def words(self, text: str) -> list[str]:
-        """The pieces of a text that are tokenised one by one."""
-        return [
-            text[start:end] for _, (start, end) in self._backend.pre_tokenizer.pre_tokenize_str(text)
-        ]
-
-    def normalise(self, text: str) -> str:
-        """The form that is tokenised (NFC)."""
-        normaliser = self._backend.normalizer
-        return normaliser.normalize_str(text) if normaliser else text
-
-    def stable_length(self, text: str) -> int:
-        """How many leading characters tokenise the same whatever text follows.
-
-        BPE works within pre-tokens, so it is enough to know which of these are final. The last
-        one may grow; white space before it may join with more white space, or turn out to be
-        the end of the text, which is dropped; and a combining mark at its start may still be
-        reordered into the character before.
-        """
-        spans = [span for _, span in self._backend.pre_tokenizer.pre_tokenize_str(text)]
-        keep = len(spans) - 1
-        while keep > 0:
-            last, following = text[spans[keep - 1][1] - 1], text[spans[keep][0]]
-            if not last.isspace() and not unicodedata.combining(following):
-                break
-            keep -= 1
-        return spans[keep - 1][1] if keep > 0 else 0
-
-
-class TextFeed:
-    """Turns text that arrives in pieces into exactly the tokens of the whole text.
-
-    White space around the whole text is dropped.
-    """
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._held = ""
-        self._begun = False
-
-    def append(self, text: str) -> list[int]:
-        """Take more text; the tokens that can no longer change."""
-        if not self._begun:
-            text = text.lstrip()
-            self._begun = bool(text)
-        self._held = self._tokenizer.normalise(self._held + text)
-        return self._commit(self._tokenizer.stable_length(self._held))
-
-    def flush(self) -> list[int]:
-        """The tokens of all held text, as if the text ended here; more may follow."""
-        return self._commit(len(self._held.rstrip()))
-
-    def take_held(self) -> str:
-        """The text whose tokens could still change; it is held no longer."""
-        held, self._held = self._held, ""
-        return held
-
-    def _commit(self, length: int) -> list[int]:
-        ready, self._held = self._held[:length], self._held[length:]
-        return self._tokenizer.encode(ready) if ready else []
+_ROWS_AHEAD = 64
+"""Text rows that are made at a time: one a frame is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,52 +55,42 @@ class Prompt:
 
     def __init__(self, builder: PromptBuilder, prefix: _Prefix, *, streaming: bool) -> None:
         self._builder, self._prefix, self.streaming = builder, prefix, streaming
-        self._feed = TextFeed(builder.tokenizer)
+        self._token_ids: list[int] = []
         self._text_rows = list(prefix.ref_text_rows)
+        """Those made so far: a long text's are made as they are needed."""
+        self._num_ref_rows = len(self._text_rows)
         self._next = 0
         self._ended = False
-        self.num_text_tokens = 0
-        """Tokens of the turn's own text so far."""
-
-    def append(self, text: str) -> None:
-        """More text."""
-        self.extend(self._feed.append(text))
-
-    def flush(self) -> None:
-        """Commit the text held back at an unstable boundary."""
-        self.extend(self._feed.flush())
-
-    def end(self) -> None:
-        """No more text: what is held is committed and EOS follows."""
-        self.flush()
-        self._close()
-
-    def end_before_held(self) -> str:
-        """End the text after its last committed word. The text that was held back is returned."""
-        held = self._feed.take_held()
-        self._close()
-        return held
-
-    def _close(self) -> None:
-        self._text_rows.append(self._builder.eos_row)
-        self._ended = True
 
     def extend(self, token_ids: list[int]) -> None:
-        """More text, as tokens."""
-        if token_ids:
-            self.num_text_tokens += len(token_ids)
-            self._text_rows.extend(self._builder.each_text_row(token_ids))
+        """More tokens of the turn's text (see `TextFeed`)."""
+        self._token_ids += token_ids
+
+    def end(self) -> None:
+        """No more text: EOS follows."""
+        self._ended = True
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Tokens of the turn's own text so far."""
+        return len(self._token_ids)
+
+    @property
+    def _num_text_rows(self) -> int:
+        """Rows that there can be so far: the reference's text, the text, EOS."""
+        return self._num_ref_rows + len(self._token_ids) + self._ended
+
+    def _make_rows(self, count: int) -> list[Tensor]:
+        """The first `count` text rows, at most `_num_text_rows`."""
+        while len(self._text_rows) < count:
+            made, needed = len(self._text_rows) - self._num_ref_rows, count - self._num_ref_rows
+            ids = self._token_ids[made : max(needed, made + _ROWS_AHEAD)]
+            self._text_rows += self._builder.each_text_row(ids) if ids else [self._builder.eos_row]
+        return self._text_rows[:count]
 
     def sibling(self) -> Prompt:
         """An empty prompt of the same voice, language, instruction and layout."""
         return Prompt(self._builder, self._prefix, streaming=self.streaming)
-
-    @property
-    def num_fixed_rows(self) -> int:
-        """Prompt rows that do not come from the turn's own text."""
-        prefix = self._prefix
-        beside = 0 if self.streaming else len(prefix.ref_text_rows) + 1
-        return len(prefix.rows) + len(prefix.codec_rows) + beside
 
     @property
     def ended(self) -> bool:
@@ -184,23 +100,23 @@ class Prompt:
     @property
     def empty(self) -> bool:
         """Complete, and there is nothing to say."""
-        return self._ended and not self.num_text_tokens
+        return self._ended and not self._token_ids
 
     @property
     def ready(self) -> bool:
         """Whether enough text is there for `rows`."""
         if not self.streaming:
             return self._ended
-        return self._ended or len(self._text_rows) >= len(self._prefix.codec_rows)
+        return self._ended or self._num_text_rows >= len(self._prefix.codec_rows)
 
     def rows(self) -> Tensor:
         """Prompt rows [p, hidden] to prefill; call once, when `ready`."""
         prefix, codec, builder = self._prefix, self._prefix.codec_rows, self._builder
         if not self.streaming:
-            text = torch.stack(self._text_rows) + builder.codec_pad_row
-            self._next = len(self._text_rows)
+            text = torch.stack(self._make_rows(self._num_text_rows)) + builder.codec_pad_row
+            self._next = len(text)
             return torch.cat([prefix.rows, text, builder.pad_row + codec])
-        text = self._text_rows[: len(codec)]
+        text = self._make_rows(min(len(codec), self._num_text_rows))
         self._next = len(text)
         text = text + [builder.pad_row] * (len(codec) - len(text))
         return torch.cat([prefix.rows, torch.stack(text) + codec])
@@ -218,7 +134,9 @@ class Prompt:
 
         Taken by `advance`, so that a caller may ask again.
         """
-        if self._next < len(self._text_rows):
+        if self._next < self._num_text_rows:
+            if self._next >= len(self._text_rows):
+                self._make_rows(self._next + 1)
             return self._text_rows[self._next]
         return self._builder.pad_row if self._ended else None
 
@@ -229,14 +147,17 @@ class Prompt:
     @property
     def text_exhausted(self) -> bool:
         """Whether all text rows, EOS included, were fed."""
-        return self._ended and self._next >= len(self._text_rows)
+        return self._ended and self._next >= self._num_text_rows
 
 
 class PromptBuilder:
     """Makes prompts; holds what all of them share, computed once."""
 
-    def __init__(self, talker: Talker, config: ModelConfig, tokenizer: Tokenizer) -> None:
-        self._talker, self._config = talker, config
+    def __init__(
+        self, talker: Talker, config: ModelConfig, tokenizer: Tokenizer, *, clean_text: bool = True
+    ) -> None:
+        """`clean_text`: whether feeds leave out what cannot be spoken (see docs/text.md)."""
+        self._talker, self._config, self._clean_text = talker, config, clean_text
         self.tokenizer = TextTokenizer(tokenizer)
         weight = talker.codec_head.weight
         self._device, self._dtype = weight.device, weight.dtype
@@ -249,6 +170,10 @@ class PromptBuilder:
         self._role_rows = self.text_rows([config.im_start_id, *self.tokenizer.encode("assistant\n")])
         self._keys = itertools.count()
         self._prefixes: OrderedDict[tuple[int, str], _Prefix] = OrderedDict()
+
+    def open_feed(self) -> TextFeed:
+        """What turns one turn's text into the tokens of its `Prompt`; touches no tensors."""
+        return TextFeed(self.tokenizer, TextCleaner() if self._clean_text else None)
 
     @torch.inference_mode()
     def text_rows(self, token_ids: list[int]) -> Tensor:
@@ -292,6 +217,25 @@ class PromptBuilder:
                 "unsupported", "instruct needs a VoiceDesign or a 1.7B CustomVoice checkpoint"
             )
 
+    def count_fixed_rows(
+        self, voice: Voice, language: str, *, instruct: str | None, streaming: bool
+    ) -> int:
+        """Prompt rows that do not come from the turn's own text; touches no tensors, as `check`."""
+        tags = self._language_tags(voice, language.lower())
+        count = len(self._role_rows) + len(tags) + (voice.mode != "designed") + 1
+        count += 1 if voice.ref_codes is None else 1 + len(voice.ref_codes)
+        if instruct and instruct.strip():
+            count += len(self._instruct_ids(instruct.strip()))
+        if not streaming:
+            count += 1
+            if voice.mode == "icl":
+                count += len(self.tokenizer.encode(voice.ref_text.strip()))
+        return count
+
+    def streams(self, streaming: bool | None) -> bool:
+        """The text layout that is meant: the checkpoint's own where None is asked for."""
+        return self._config.mode == "base" if streaming is None else streaming
+
     @torch.inference_mode()
     def open(
         self,
@@ -316,9 +260,7 @@ class PromptBuilder:
         prefix = self._prefix(voice, language.lower())
         if instruct and instruct.strip():
             prefix = self._with_instruct(prefix, instruct.strip())
-        if streaming is None:
-            streaming = self._config.mode == "base"
-        return Prompt(self, prefix, streaming=streaming)
+        return Prompt(self, prefix, streaming=self.streams(streaming))
 
     def _prefix(self, voice: Voice, language: str) -> _Prefix:
         key = (id(voice), language)
@@ -397,7 +339,9 @@ class PromptBuilder:
             raise RequestError(
                 "unsupported", "instruct needs a VoiceDesign or 1.7B CustomVoice checkpoint"
             )
-        ids = self.tokenizer.encode(f"user\n{instruct}")
-        rows = self.text_rows([config.im_start_id, *ids, config.im_end_id, *self._newline])
-        rows = torch.cat([rows, prefix.rows])
+        rows = torch.cat([self.text_rows(self._instruct_ids(instruct)), prefix.rows])
         return _Prefix(prefix.voice, next(self._keys), rows, prefix.codec_rows, prefix.ref_text_rows)
+
+    def _instruct_ids(self, instruct: str) -> list[int]:
+        config, ids = self._config, self.tokenizer.encode(f"user\n{instruct}")
+        return [config.im_start_id, *ids, config.im_end_id, *self._newline]

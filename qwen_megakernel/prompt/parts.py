@@ -12,8 +12,11 @@ import re
 from collections import deque
 
 from qwen_megakernel.config import MAX_UTTERANCE_FRAMES, Guards
-from qwen_megakernel.prompt.builder import Prompt, TextFeed, TextTokenizer
+from qwen_megakernel.prompt.builder import Prompt
+from qwen_megakernel.prompt.text_feed import TextFeed, TextTokenizer
 
+PART_BORDER = -1
+"""Stands between the tokens of two parts."""
 MIN_PART_TOKENS = 32
 """However little room there is, a part is not made smaller."""
 _TAIL_TOKENS = 8
@@ -41,49 +44,37 @@ def max_part_tokens(guards: Guards, room: int, *, streaming: bool) -> int:
     return max(MIN_PART_TOKENS, min(by_frames, by_room))
 
 
-class PromptParts:
-    """The prompts of one turn, in the order in which they are spoken."""
+class PartFeed:
+    """A turn's text as tokens, with `PART_BORDER` between the parts."""
 
-    def __init__(self, tokenizer: TextTokenizer, first: Prompt, max_tokens: int) -> None:
-        """`first` is empty; the others are made like it."""
-        self._tokenizer, self._feed = tokenizer, TextFeed(tokenizer)
-        self._prompts = deque([first])
+    def __init__(self, feed: TextFeed, tokenizer: TextTokenizer, max_tokens: int) -> None:
+        """Cut what `feed` gives, as it is tokenised by `tokenizer`, so that a part has `max_tokens`."""
+        self._feed, self._tokenizer = feed, tokenizer
         self._max_tokens, self._free_tokens = max_tokens, max_tokens // 2
+        self._given: list[int] = []
+        """Tokens to return."""
         self._count = 0
-        """Tokens that the last prompt has."""
+        """Tokens that the last part has."""
         self._tail: list[int] = []
         """The last of them."""
         self._held: list[tuple[str, list[int]]] = []
         """Words of a sentence that may belong to the next part, and their tokens."""
         self._num_held = 0
 
-    @property
-    def current(self) -> Prompt:
-        """The prompt to speak now."""
-        return self._prompts[0]
-
-    @property
-    def has_next(self) -> bool:
-        """Whether there is text beyond the current prompt; if so, that one is complete."""
-        return len(self._prompts) > 1
-
-    def advance(self) -> None:
-        """Go on to the next prompt."""
-        self._prompts.popleft()
-
-    def append(self, text: str) -> None:
-        """More text."""
+    def append(self, text: str) -> list[int]:
+        """Take more text; the tokens of which it is clear to what part they belong."""
         self._take(self._feed.append(text))
+        return self._take_given()
 
-    def flush(self) -> None:
-        """Give the prompts all text that is held."""
+    def flush(self) -> list[int]:
+        """The tokens of all text that was held back."""
         self._take(self._feed.flush())
         self._give_held()
+        return self._take_given()
 
-    def end(self) -> None:
-        """No more text."""
-        self.flush()
-        self._prompts[-1].end()
+    def _take_given(self) -> list[int]:
+        given, self._given = self._given, []
+        return given
 
     def _take(self, token_ids: list[int]) -> None:
         if not self._held and self._count + len(token_ids) <= self._free_tokens:
@@ -136,8 +127,7 @@ class PromptParts:
             self._give(token_ids)
         if inside:
             self._give(self._tokenizer.encode(words[number][:inside]))
-        self._prompts[-1].end()
-        self._prompts.append(self._prompts[-1].sibling())
+        self._given.append(PART_BORDER)
         self._count, self._tail, self._held, self._num_held = 0, [], [], 0
         self._add_words(text[at:].lstrip())
 
@@ -147,9 +137,50 @@ class PromptParts:
         self._held, self._num_held = [], 0
 
     def _give(self, token_ids: list[int]) -> None:
-        self._prompts[-1].extend(token_ids)
+        self._given += token_ids
         self._count += len(token_ids)
         self._tail = [*self._tail, *token_ids][-_TAIL_TOKENS:]
+
+
+class PromptParts:
+    """The prompts of one turn, in the order in which they are spoken."""
+
+    def __init__(self, first: Prompt) -> None:
+        """`first` is empty; the others are made like it."""
+        self._prompts = deque([first])
+
+    @property
+    def current(self) -> Prompt:
+        """The prompt to speak now."""
+        return self._prompts[0]
+
+    @property
+    def has_next(self) -> bool:
+        """Whether there is a prompt behind the current one; if so, that one is complete."""
+        return len(self._prompts) > 1
+
+    def advance(self) -> None:
+        """Go on to the next prompt."""
+        self._prompts.popleft()
+
+    def extend(self, token_ids: list[int]) -> None:
+        """More tokens, as `PartFeed` gives them."""
+        while PART_BORDER in token_ids:
+            border = token_ids.index(PART_BORDER)
+            self._prompts[-1].extend(token_ids[:border])
+            if self._prompts[-1].num_text_tokens:
+                self.cut()
+            token_ids = token_ids[border + 1 :]
+        self._prompts[-1].extend(token_ids)
+
+    def cut(self) -> None:
+        """End the last prompt here: later tokens are of another."""
+        self._prompts[-1].end()
+        self._prompts.append(self._prompts[-1].sibling())
+
+    def end(self) -> None:
+        """No more tokens."""
+        self._prompts[-1].end()
 
 
 def _border(before: str, after: str) -> int:

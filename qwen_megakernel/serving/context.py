@@ -21,22 +21,26 @@ class WaitingSegment:
 
     def __init__(self, options: TurnOptions) -> None:
         self.options = options
-        self.text = ""
         self.flushed = False
         """No more text will come."""
+        self.blank = True
+        """Whether there is nothing to say as yet."""
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """All of it so far."""
+        return "".join(self._pieces)
 
     def append(self, text: str) -> None:
         """Add text."""
-        self.text += text
+        if text:
+            self._pieces.append(text)
+            self.blank = self.blank and not text.strip()
 
     def flush(self) -> None:
         """Say that the text is complete."""
         self.flushed = True
-
-    @property
-    def blank(self) -> bool:
-        """Whether there is nothing to say as yet."""
-        return not self.text.strip()
 
 
 class SpokenSegment:

@@ -169,6 +169,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampling", choices=SAMPLINGS, default="original", help="as of server.py (default: original)"
     )
     parser.add_argument(
+        "--text-cleaning",
+        choices=("on", "off"),
+        default="on",
+        help="leave out of the text what cannot be spoken (default: on)",
+    )
+    parser.add_argument(
         "--folder",
         type=Path,
         default=Path("build"),
@@ -188,8 +194,9 @@ def run(args: argparse.Namespace) -> int:
             raise DemoError(f"{CHECKPOINT}: the demonstration voice is missing")
         folder.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
-        voices = ("--voices", CHECKPOINT / "voices", "--sampling", args.sampling)
-        with running_server("--model", CHECKPOINT, *voices) as port:
+        options = ("--sampling", args.sampling, "--text-cleaning", args.text_cleaning)
+        server = ("--model", CHECKPOINT, "--voices", CHECKPOINT / "voices", *options)
+        with running_server(*server) as port:
             url = f"ws://127.0.0.1:{port}"
             options = ("--url", url, "--voice", VOICE, "--seed", str(SEED), "--text", str(args.text))
             run_step(*PROGRAM, "say", *options, "--out", out, limit_s=CLIENT_S)
