@@ -422,7 +422,7 @@ class SamplingParams:
 
 
 SAMPLINGS = ("original", "checkpoint")
-"""Where default sampling comes from: `GenerationParams()`, or `GenerationParams.from_folder`."""
+"""Where default sampling comes from: `GenerationParams()`, or `read_generation_config`."""
 
 MAX_UTTERANCE_FRAMES = 2048
 """Frames that the model speaks in one go, 163.84 s; a longer text is spoken in parts."""
@@ -467,48 +467,8 @@ class GenerationParams:
     """Where the caller cuts the turn off; None speaks the whole text."""
     guards: Guards = field(default_factory=Guards)
 
-    @classmethod
-    def from_folder(cls, folder: Path) -> GenerationParams:
-        """The sampling in a checkpoint's `generation_config.json`, as the official package takes it.
-
-        A key or a file that is missing is the official package's own default. Limits are not read.
-
-        Raises:
-            ConfigError: a value out of range or of another type, or a file that is no JSON object.
-        """
-        path = folder / "generation_config.json"
-        values = read_json(path) if path.is_file() else {}
-        try:
-            talker, predictor = (_read_sampling(values, *names) for names in _SAMPLING_KEYS)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{path}: {error}") from None
-        return cls(talker=talker, predictor=predictor)
-
     def __post_init__(self) -> None:
         _check_range("seed", self.seed, 0, 2**64 - 1)
         _check_range("min_frames", self.min_frames, 0, 2**31)
         if self.max_frames is not None:
             _check_range("max_frames", self.max_frames, 1, 2**31)
-
-
-_SAMPLING_KEYS = (("do_sample", "", 1.05), ("subtalker_dosample", "subtalker_", 1.0))
-"""Of talker and predictor in a `generation_config.json`: the switch, the prefix, and the repetition
-penalty where the file has none. Of the predictor it never has one."""
-
-
-def _read_sampling(
-    values: dict[str, Any], switch: str, prefix: str, repetition_penalty: float
-) -> SamplingParams:
-    kinds = {"temperature": (int, float), "top_k": (int,), "top_p": (int, float)}
-    if not prefix:
-        kinds["repetition_penalty"] = (int, float)
-    found: dict[str, Any] = {"repetition_penalty": repetition_penalty}
-    for name, kind in kinds.items():
-        value = values.get(prefix + name)
-        if value is not None:
-            if type(value) not in kind:
-                raise TypeError(f"{prefix}{name} is {value!r:.40}, expected a number")
-            found[name] = value
-    if values.get(switch) is False:
-        found["temperature"] = 0.0
-    return SamplingParams(**found)

@@ -287,7 +287,6 @@ def test_live_text_that_never_comes_ends_as_an_error(tiny_base):
     ("code", "options"),
     [
         ("bad_request", {"text": "  "}),
-        ("bad_request", {"text": "a\ud800b"}),
         ("bad_request", {"text": "a", "chunk_frames": 0}),
         ("unknown_voice", {"text": "a", "voice": "../../etc/passwd"}),
         ("unknown_language", {"text": "a", "language": "klingon"}),
@@ -481,7 +480,8 @@ def test_text_is_tokenised_by_its_caller_and_embedded_as_it_is_needed(tts, monke
     assert made == [64], "rows of 40 frames out of some thousand"
 
 
-def test_a_text_longer_than_the_engine_takes_at_a_time_is_taken_whole(tts):
+def test_a_text_longer_than_the_engine_takes_at_a_time_is_taken_whole(tts, monkeypatch):
+    monkeypatch.setattr("qwen_megakernel.engine.engine.max_part_tokens", lambda *_, **__: 10_000)
     num_tokens = len(tts._prompts.tokenizer.encode(TEXT * 60))
     assert num_tokens > 2 * MAX_BLOCK
     for streaming in (True, False):

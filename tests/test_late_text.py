@@ -12,6 +12,7 @@ from listener import Listener, wait_idle
 from qwen_megakernel import GenerationParams, TTSDecoder
 from qwen_megakernel.engine import engine
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
+from qwen_megakernel.prompt.builder import Prompt
 from qwen_megakernel.turn import Audio, Started, Turn
 
 PARAMS = GenerationParams(seed=1, min_frames=8)
@@ -30,26 +31,19 @@ def tts(brief_base, recording):
 @pytest.fixture
 def texts(tts, monkeypatch):
     """The text of every prompt that the engine opens, in order."""
-    texts, make = [], tts._engine._prompts.open
+    texts, numbers, make, extend = [], {}, Prompt.__init__, Prompt.extend
 
-    def opened(*args, **options):
-        prompt, number = make(*args, **options), len(texts)
+    def made(prompt, *args, **options):
+        numbers[id(prompt)] = len(texts)
         texts.append("")
-        append, end_before_held = prompt.append, prompt.end_before_held
+        make(prompt, *args, **options)
 
-        def appended(text):
-            texts[number] += text
-            append(text)
+    def extended(prompt, token_ids):
+        texts[numbers[id(prompt)]] += tts._prompts.tokenizer.decode(token_ids)
+        extend(prompt, token_ids)
 
-        def ended_before_held():
-            held = end_before_held()
-            texts[number] = texts[number].removesuffix(held)
-            return held
-
-        prompt.append, prompt.end_before_held = appended, ended_before_held
-        return prompt
-
-    monkeypatch.setattr(tts._engine._prompts, "open", opened)
+    monkeypatch.setattr(Prompt, "__init__", made)
+    monkeypatch.setattr(Prompt, "extend", extended)
     return texts
 
 
@@ -142,8 +136,8 @@ def test_the_more_turns_wait_the_sooner_a_slot_is_given_back(free, queued, limit
 def test_words_that_drip_do_not_keep_a_slot():
     """Each word came in time, and together they kept the slot for an hour."""
     prompt = SimpleNamespace(row=None, next_text_row=lambda: prompt.row)
-    active = ActiveTurn(Turn(lambda: None), TurnRequest(voice=None), prompt, lambda event: None)
-    active.slot, active.num_fed, active.num_frames = 0, 1, 1
+    active = ActiveTurn(Turn(lambda: None, None), TurnRequest(voice=None), prompt, lambda event: None)
+    active.slot, active.prefilled, active.num_fed, active.num_frames = 0, True, 1, 1
     for second in range(10):
         prompt.row = None
         active.mark_late(second + 0.1)
@@ -151,6 +145,5 @@ def test_words_that_drip_do_not_keep_a_slot():
         active.mark_late(second + 0.5)
         active.mark_late(second + 0.9)  # speaking is not counted
     assert active.late_for_s(10.0) == pytest.approx(10 * 0.4)
-    active.following = prompt
-    active.begin_following()
+    active.wait_again()
     assert active.late_for_s(20.0) == 0

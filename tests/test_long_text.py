@@ -21,8 +21,8 @@ from test_reference import Both
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
 from qwen_megakernel.config import MAX_UTTERANCE_FRAMES, Guards
 from qwen_megakernel.engine.active_turn import PART_SEED_STEP
-from qwen_megakernel.prompt.builder import TextTokenizer
-from qwen_megakernel.prompt.parts import MIN_PART_TOKENS, PromptParts, max_part_tokens
+from qwen_megakernel.prompt.parts import MIN_PART_TOKENS, PartFeed, PromptParts, max_part_tokens
+from qwen_megakernel.prompt.text_feed import TextFeed, TextTokenizer
 from qwen_megakernel.prompt.tokenizer import load_tokenizer
 from qwen_megakernel.serving.native_messages import End
 from qwen_megakernel.tts_model import SynthesisError
@@ -44,8 +44,12 @@ class FakePrompt:
         made.append(self)
 
     def extend(self, token_ids: list[int]) -> None:
-        assert not self.ended
+        assert not (self.ended and token_ids)
         self.token_ids += token_ids
+
+    @property
+    def num_text_tokens(self) -> int:
+        return len(self.token_ids)
 
     def end(self) -> None:
         assert not self.ended
@@ -74,9 +78,10 @@ def small_parts(monkeypatch):
 
 def split(tokenizer, pieces: list[str], max_tokens: int = 167) -> list[list[int]]:
     prompts: list[FakePrompt] = []
-    parts = PromptParts(tokenizer, FakePrompt(prompts), max_tokens)
+    feed, parts = PartFeed(TextFeed(tokenizer), tokenizer, max_tokens), PromptParts(FakePrompt(prompts))
     for piece in pieces:
-        parts.append(piece)
+        parts.extend(feed.append(piece))
+    parts.extend(feed.flush())
     parts.end()
     assert all(prompt.ended for prompt in prompts)
     return [prompt.token_ids for prompt in prompts]
@@ -243,8 +248,9 @@ def test_a_caller_s_own_limit_is_no_error_and_counts_over_all_parts(brief, small
 def test_each_part_is_the_official_prompt_of_its_text(tiny_base, streaming):
     both = Both.load(tiny_base)
     first = both.prompts.open(both.voice(), "english", streaming=streaming)
-    parts = PromptParts(both.prompts.tokenizer, first, 40)
-    parts.append(SHORT_STORY)
+    feed = PartFeed(both.prompts.open_feed(), both.prompts.tokenizer, 40)
+    parts = PromptParts(first)
+    parts.extend(feed.append(SHORT_STORY) + feed.flush())
     parts.end()
     texts = part_texts(both.prompts.tokenizer, SHORT_STORY, 40)
     for text in texts:

@@ -15,6 +15,7 @@ from session_stage import FakeDecoder
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
 from qwen_megakernel.checkpoint import CheckpointError
 from qwen_megakernel.config import ConfigError
+from qwen_megakernel.generation_config import read_generation_config
 from qwen_megakernel.serving.options import SpeechOptions, TurnOptions
 from qwen_megakernel.serving.server_state import ServerState
 from server import parse_options
@@ -38,7 +39,7 @@ def test_a_checkpoint_s_sampling_is_what_the_official_package_takes(tiny_base, t
     folder = with_config(tiny_base, tmp_path / "checkpoint", values)
     theirs = official.inference.Qwen3TTSModel.from_pretrained(str(folder), dtype=torch.float32)
     expected = theirs._merge_generate_kwargs()
-    found = GenerationParams.from_folder(folder)
+    found = read_generation_config(folder)
     for ours, prefix in ((found.talker, ""), (found.predictor, "subtalker_")):
         for name in ("temperature", "top_k", "top_p"):
             assert getattr(ours, name) == expected[prefix + name], prefix + name
@@ -49,14 +50,14 @@ def test_a_checkpoint_s_sampling_is_what_the_official_package_takes(tiny_base, t
 def test_a_checkpoint_without_the_file_has_the_official_defaults(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/generation_config.json").write_text("{}")
-    found = GenerationParams.from_folder(tmp_path)
-    assert found == GenerationParams.from_folder(tmp_path / "empty")
+    found = read_generation_config(tmp_path)
+    assert found == read_generation_config(tmp_path / "empty")
     assert (found.talker.temperature, found.talker.top_k) == (0.9, 50)
 
 
 def test_a_checkpoint_that_does_not_sample_is_greedy(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "subtalker_dosample": false}')
-    found = GenerationParams.from_folder(tmp_path)
+    found = read_generation_config(tmp_path)
     assert (found.talker.temperature, found.predictor.temperature) == (0.0, 0.0)
 
 
@@ -68,7 +69,7 @@ def test_a_checkpoint_that_does_not_sample_is_greedy(tmp_path):
 def test_a_wrong_value_is_named_with_its_file(tmp_path, values):
     (tmp_path / "generation_config.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"generation_config\.json: "):
-        GenerationParams.from_folder(tmp_path)
+        read_generation_config(tmp_path)
 
 
 def test_turns_that_choose_nothing_draw_with_what_was_loaded(tiny_base, tmp_path):
@@ -76,7 +77,7 @@ def test_turns_that_choose_nothing_draw_with_what_was_loaded(tiny_base, tmp_path
     with TTSDecoder.load(folder, num_slots=1) as tts:
         assert tts.default_params == ORIGINAL == GenerationParams()
     with TTSDecoder.load(folder, num_slots=1, sampling="checkpoint") as tts:
-        assert tts.default_params == GenerationParams.from_folder(folder)
+        assert tts.default_params == read_generation_config(folder)
         params = []
         prefill = tts._engine._backend.prefill
         tts._engine._backend.prefill = lambda *a: (params.append(a[2]), prefill(*a))

@@ -113,7 +113,8 @@ class PartFeed:
         places, start = [], 0  # number of a word, characters of it, characters of the text
         for number, one in enumerate(words):
             places.append((number, 0, start))
-            if len(one) > 1 and one[0] in _WIDE:
+            # With an apostrophe that began the next part, letters would make other tokens.
+            if len(one) > 1 and one[0] in _WIDE and one[1:] != "'":
                 places.append((number, 1, start + 1))
             start += len(one)
         number, inside, at = max(
