@@ -31,14 +31,21 @@ class JournalTTSService(WebsocketTTSService):
     """The connection of a service; what comes in is the subclass's."""
 
     def __init__(
-        self, *, url: str, token: str | None, max_reconnect_attempts: int, **kwargs: Any
+        self,
+        *,
+        url: str,
+        token: str | None,
+        sample_rate: int,
+        max_reconnect_attempts: int,
+        **kwargs: Any,
     ) -> None:
         """The arguments are those of `MegakernelTTSService`."""
         kwargs.setdefault("reconnect_backoff_min_wait", 0.5)
         kwargs.setdefault("reconnect_backoff_max_wait", 5.0)
-        super().__init__(**kwargs)
+        super().__init__(sample_rate=sample_rate, **kwargs)
         self._url = url
         self._token = token
+        self._requested_sample_rate = sample_rate
         self._max_reconnect_attempts = max_reconnect_attempts
         # Connections in a row that broke within seconds and brought nothing new.
         self._quick_failure_tracker = QuickFailureTracker(
@@ -49,7 +56,8 @@ class JournalTTSService(WebsocketTTSService):
         self._receive_task: asyncio.Task[None] | None = None
         self._retry_task: asyncio.Task[None] | None = None
 
-    async def setup(self, setup: FrameProcessorSetup) -> None:
+    # Pipecat's processors take another argument than its BaseObject.
+    async def setup(self, setup: FrameProcessorSetup) -> None:  # type: ignore[override]
         """Set up and connect."""
         await super().setup(setup)
         await self._connect()
@@ -91,7 +99,7 @@ class JournalTTSService(WebsocketTTSService):
         if self._is_connected():
             return
         websocket, ready = await open_connection(
-            self._websocket_connect, self._url, self._token, self._init_sample_rate
+            self._websocket_connect, self._url, self._token, self._requested_sample_rate
         )
         self._journal.restart(ready.limits)
         self._websocket = websocket
@@ -161,8 +169,10 @@ class JournalTTSService(WebsocketTTSService):
         """Send what the journal has; what a broken connection swallows is sent over the next."""
         async with self._sending:
             try:
-                while self._is_connected() and (message := self._journal.take()) is not None:
-                    await self._websocket.send(encode(message))
+                while (websocket := self._websocket) is not None and self._is_connected():
+                    if (message := self._journal.take()) is None:
+                        break
+                    await websocket.send(encode(message))
             except ConnectionClosed:
                 logger.debug(f"{self}: connection lost while sending")
         await self._finish_spoken()

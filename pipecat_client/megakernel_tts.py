@@ -35,7 +35,7 @@ from pipecat.frames.frames import (
     TTSTextFrame,
 )
 from pipecat.processors.frame_processor import FrameDirection
-from pipecat.services.settings import TTSSettings
+from pipecat.services.settings import NotGiven, TTSSettings
 from pipecat.services.tts_service import TextAggregationMode
 from pipecat.transcriptions.language import Language
 from pipecat.utils.errors import ErrorCategory
@@ -131,7 +131,7 @@ class MegakernelTTSService(JournalTTSService):
         )
         self._times_words = word_timestamps == "estimated"
         self._playbacks: dict[str, Playback] = {}
-        self._paces: defaultdict[str | None, Pace] = defaultdict(Pace)
+        self._paces: defaultdict[str | NotGiven | None, Pace] = defaultdict(Pace)
         self._surrogates = SurrogateJoiner()
         """Of what the LLM streams."""
         self._ready: Ready | None = None
@@ -240,7 +240,7 @@ class MegakernelTTSService(JournalTTSService):
         """Close the context of a turn that was never asked for, or has failed: no `done` would."""
         context_id = self._turn_context_id
         await super().on_turn_context_completed()
-        playback = self._playbacks.get(context_id)
+        playback = self._playbacks.get(context_id or "")
         spoken = playback is not None and playback.state == "spoken"
         if context_id and context_id not in self._journal and not spoken:
             await self._close(context_id)
@@ -273,7 +273,7 @@ class MegakernelTTSService(JournalTTSService):
     def _problem_with(self, delta: TTSSettings) -> str | None:
         """Why the settings cannot be changed so, if they cannot."""
         given = self.Settings()
-        given.apply_update(delta)
+        TTSSettings.apply_update(given, delta)  # `delta` need not be of our own class
         if isinstance(given.language, str):
             given.language = self._service_language(given.language)
         try:

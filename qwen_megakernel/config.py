@@ -73,7 +73,7 @@ def get_positive(section: dict[str, Any], key: str, where: str) -> float:
 
 
 def _get_between(section: dict[str, Any], key: str, where: str, low: int, high: int) -> int:
-    value = _get(section, key, where, int)
+    value: int = _get(section, key, where, int)
     if not low <= value <= high:
         raise ConfigError(f"{where}: {key} is {str(value)[:40]}, expected {low} to {high}")
     return value
@@ -236,12 +236,11 @@ class SpeakerEncoderConfig:
         }  # fmt: skip
         known = {**defaults, **section}
         where = "speaker_encoder_config"
-        config = cls(
-            **{
-                name: (get_counts if isinstance(value, (list, tuple)) else get_count)(known, name, where)
-                for name, value in defaults.items()
-            }
-        )
+        values: dict[str, Any] = {
+            name: (get_counts if isinstance(value, (list, tuple)) else get_count)(known, name, where)
+            for name, value in defaults.items()
+        }
+        config = cls(**values)
         if config.sample_rate != SAMPLE_RATE:
             raise ConfigError(
                 f"speaker_encoder_config: sample_rate is {config.sample_rate}, expected {SAMPLE_RATE}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -151,7 +152,8 @@ def search(
     for name, values in knobs.items():
         trials = []
         for value in values:
-            setting = replace(best, **{name: value})
+            turned: dict[str, Any] = {name: value}
+            setting = replace(best, **turned)
             same = draws_same_codes(setting)
             trial = (
                 compare(best, setting, streams, instances) if same else Trial(best, setting, {}, False)

@@ -73,7 +73,7 @@ class MimiShape:
         given = dict(rope) if isinstance(rope, dict) else {}
         given |= {name: value for name, value in section.items() if value is not None}
         read = {int: get_count, tuple: get_counts, float: get_positive}
-        known = {
+        known: dict[str, Any] = {
             f.name: read[type(f.default)](given, f.name, "encoder_config")
             for f in fields(cls)
             if f.name in given

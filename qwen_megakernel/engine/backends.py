@@ -150,8 +150,10 @@ class Backends:
 
         def kernel(library: Path) -> DecoderBackend:
             self._progress("packing the weights for the frame kernel")
-            chosen = {"grid": self._setting.grid, "l2_share": self._setting.l2_share}
-            made: DecoderBackend = MegakernelBackend(*shape, library=library, **sizes, **chosen)
+            setting = self._setting
+            made: DecoderBackend = MegakernelBackend(
+                *shape, library=library, grid=setting.grid, l2_share=setting.l2_share, **sizes
+            )
             if self._tuning is not None:
                 self._runs["tuning"] = str(self._tuning)
             _forget_layers(talker)

@@ -404,10 +404,11 @@ class Engine:
         elif (ending := active.end_part(reason)) is not None:
             self._finish(active, ending)
         else:
-            self._backend.release(active.slot)
+            slot = cast("int", active.slot)
+            self._backend.release(slot)
             if active.gives_back:
                 self._waiting.append(active)  # before it leaves `_speaking`: it must always be counted
-                self._leave_slot(active)
+                self._leave_slot(active, slot)
                 active.wait_again()
 
     def _finish(self, active: ActiveTurn, reason: FinishReason, error: str | None = None) -> None:
@@ -416,12 +417,12 @@ class Engine:
         else:
             if active.prefilled:
                 self._backend.release(active.slot)
-            self._leave_slot(active)
+            self._leave_slot(active, active.slot)
         active.finish(reason, error)
 
-    def _leave_slot(self, active: ActiveTurn) -> None:
+    def _leave_slot(self, active: ActiveTurn, slot: int) -> None:
         self._speaking.remove(active)
-        self._free_slots.append(active.slot)
+        self._free_slots.append(slot)
         self._slot_clock.add(time.monotonic() - active.slot_since)
 
     def _idle_timeout(self) -> float | None:

@@ -228,7 +228,7 @@ class PromptBuilder:
             count += len(self._instruct_ids(instruct.strip()))
         if not streaming:
             count += 1
-            if voice.mode == "icl":
+            if voice.ref_text is not None:  # icl
                 count += len(self.tokenizer.encode(voice.ref_text.strip()))
         return count
 

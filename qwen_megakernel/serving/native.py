@@ -99,8 +99,8 @@ class NativeDialect:
             context_id = getattr(message, "context_id", None)
             self._follow(message)
         except RequestError as error:
-            message = error_line(str(error))
-            self._reply(Error(context_id, error.code, message, error.retry_after_s))
+            line = error_line(str(error))
+            self._reply(Error(context_id, error.code, line, error.retry_after_s))
         except ProtocolError as error:
             self._reply(Error(error.context_id or context_id, error.code, error_line(str(error))))
             if error.code == "unsupported_protocol":

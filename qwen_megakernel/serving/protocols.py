@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -123,9 +123,14 @@ class HttpProtocol(H11Protocol):
 
     def _make_room(self) -> None:
         """Close the socket that has waited longest, be it this one."""
-        waiting = [p for p in self.connections if p.waiting.since and not p.transport.is_closing()]
+        protocols = cast("set[HttpProtocol | SocketProtocol]", self.connections)
+        waiting = [
+            (since, protocol.transport)
+            for protocol in protocols
+            if (since := protocol.waiting.since) and not protocol.transport.is_closing()
+        ]
         edge_log.info("%d sockets are open, the one that waited longest is cut", len(self.connections))
-        min(waiting, key=lambda protocol: protocol.waiting.since).transport.abort()
+        min(waiting, key=lambda pair: pair[0])[1].abort()
 
 
 class SocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):

@@ -198,8 +198,8 @@ def run(args: argparse.Namespace) -> int:
         server = ("--model", CHECKPOINT, "--voices", CHECKPOINT / "voices", *options)
         with running_server(*server) as port:
             url = f"ws://127.0.0.1:{port}"
-            options = ("--url", url, "--voice", VOICE, "--seed", str(SEED), "--text", str(args.text))
-            run_step(*PROGRAM, "say", *options, "--out", out, limit_s=CLIENT_S)
+            says = ("--url", url, "--voice", VOICE, "--seed", str(SEED), "--text", str(args.text))
+            run_step(*PROGRAM, "say", *says, "--out", out, limit_s=CLIENT_S)
     except (DemoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
