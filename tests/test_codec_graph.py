@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import time
+from statistics import median
 
 import pytest
 import torch
-from codec_weights import ODD, TINY, random_codes, shared_decoder
+from codec_weights import ODD, TINY, TRUE, lively_decoder, random_codes, shared_decoder
 
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.codec.graph_stream import GraphCodecStream
@@ -68,3 +70,31 @@ def test_nothing_in_a_frame_depends_on_a_value():
     for run in graphs._runs.values():
         with torch.no_grad():
             run()
+
+
+@pytest.mark.gpu
+def test_graphs_make_the_eager_samples(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    codes, decoder = random_codes(10, slots=8).cuda(), lively_decoder(TINY, "cuda")
+    eager, graphs = CodecStream(decoder, 8), GraphCodecStream(decoder, 8)
+    for frame in range(10):
+        slots = range(8)[frame % 3 :][: 1 + frame % 8]
+        made = graphs.launch(slots, codes[list(slots), frame]).samples()
+        expected = eager.launch(slots, codes[list(slots), frame]).samples()
+        torch.testing.assert_close(torch.tensor(made), torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_time_of_a_frame_at_the_true_shape():
+    """More than a tenth of a frame's sound is what eager PyTorch takes; `-s` shows the figures."""
+    decoder, figures = lively_decoder(TRUE, "cuda").bfloat16(), {}
+    graphs = GraphCodecStream(decoder, 8, progress=print)
+    for streams in (1, 2, 4, 8):
+        codes, times = random_codes(1, slots=streams)[:, 0].cuda(), []
+        for _ in range(20):
+            begin = time.perf_counter()
+            graphs.launch(range(streams), codes).samples()
+            times.append(1000 * (time.perf_counter() - begin))
+        figures[streams] = median(times)
+    print(f"\nms of the codec by streams: {figures}")
+    assert figures[1] < 8

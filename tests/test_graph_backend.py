@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
+from statistics import median
 
 import pytest
 import torch
@@ -195,3 +198,85 @@ def test_nothing_in_a_frame_depends_on_a_value():
     for run in (backend._draw_noise, *backend._talker_runs.values(), *backend._code_runs.values()):
         with torch.inference_mode():
             run()
+
+
+# ---------------------------------------------------------------------------- on a GPU
+
+LENGTHS = {1: [2042], 3: [250, 508, 1020], 8: [250, 508, 1020, 2042, 5, 100, 600, 1500]}
+"""Prompt rows by number of streams: eight frames later the longest are beyond the next reach."""
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> Pair:
+    return Pair("tiny", max_positions=2112, device="cuda")
+
+
+def assert_graphs_draw_the_eager_codes(pair: Pair, params: GenerationParams, streams: int) -> None:
+    slots = [7, 0, 9, 2, 5, 1, 8, 3][:streams]
+    for i, (slot, length) in enumerate(zip(slots, LENGTHS[streams], strict=True)):
+        pair.prefill(slot, length, replace(params, seed=100 + i))
+    pair.decode(slots, 8)
+    pair.release(slots)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streams", LENGTHS)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_graphs_draw_the_eager_codes(on_gpu, sampling, streams):
+    assert_graphs_draw_the_eager_codes(on_gpu, SAMPLINGS[sampling], streams)
+
+
+@pytest.mark.gpu
+def test_graphs_draw_the_eager_codes_at_the_true_shape():
+    assert_graphs_draw_the_eager_codes(Pair("0.6b", max_positions=2112, device="cuda"), USUAL, 8)
+
+
+@pytest.mark.gpu
+def test_captured_values_are_those_of_the_same_functions_without_graphs(on_gpu):
+    """Bit for bit, also by the graphs of rare sampling."""
+    graphs, found = on_gpu.graphs, []
+    captured = graphs._draw_noise, graphs._talker_runs, graphs._code_runs
+    prompts = [on_gpu.rows(length) for length in (9, 300)]
+    for eagerly in (False, True):
+        if eagerly:
+            graphs._draw_noise = graphs._compute_noise
+            graphs._talker_runs = {r: partial(graphs._run_talker, r) for r in graphs._talker_runs}
+            graphs._code_runs = {u: partial(graphs._draw_codes, u) for u in graphs._code_runs}
+        for slot, sampling in enumerate(("usual", "every")):
+            graphs.prefill(slot, prompts[slot], replace(SAMPLINGS[sampling], seed=slot))
+        text = torch.zeros(2, on_gpu.config.talker.hidden_size)
+        found.append([graphs.decode_frame(s, text[: len(s)]) for s in ([0], [0], [0, 1], [1, 0])])
+        on_gpu.graphs.release(0)
+        on_gpu.graphs.release(1)
+    graphs._draw_noise, graphs._talker_runs, graphs._code_runs = captured
+    for replayed, run in zip(*found, strict=True):
+        for name in ("codes", "hidden", "talker_logits", "predictor_logits"):
+            assert torch.equal(getattr(replayed, name), getattr(run, name)), name
+
+
+@pytest.mark.gpu
+def test_a_frame_takes_at_most_18_ms_and_the_capture_less_than_20_s():
+    """At the 0.6B shape in bf16, on an H200; `-s` shows the figures."""
+    config = shape_config("0.6b")
+    talker = random_talker(config, "cuda")
+    started = time.monotonic()
+    graphs = GraphBackend(talker, config.talker, config.predictor, progress=print)
+    captured_s = time.monotonic() - started
+    rows = torch.randn(2000, config.talker.hidden_size, device="cuda").bfloat16()
+    figures = {}
+    for position in (200, 2000):
+        for streams in (1, 2, 4, 8):
+            slots, text = range(streams), torch.zeros(streams, config.talker.hidden_size).cuda()
+            for slot in slots:
+                graphs.prefill(slot, rows[: position - 10], GenerationParams(seed=slot))
+            times = []
+            for _ in range(20):
+                begin = time.perf_counter()
+                graphs.decode(slots, text)
+                times.append(1000 * (time.perf_counter() - begin))
+            figures[position, streams] = median(times)
+            for slot in slots:
+                graphs.release(slot)
+    print(f"\ncapture {captured_s:.1f} s; ms a frame by (position, streams): {figures}")
+    assert captured_s < 20
+    assert max(ms for (position, _), ms in figures.items() if position == 200) <= 18

@@ -110,8 +110,8 @@ class GraphBackend(TorchBackend):
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        self._state = zeros(n, 6, dtype=torch.int64)
-        """Of each row: slot, position, frame, frames without EOS, low and high word of the seed."""
+        self._state = zeros(6, n, dtype=torch.int64)
+        """Slots, positions, frames, frames without EOS, low and high words of seeds, of each row."""
         self._text = zeros(n, hidden, dtype=self._dtype)
         self._next_rows = zeros(self.num_slots, hidden, dtype=self._dtype)
         """By slot: what its next frame runs, before the text row is added."""
@@ -156,13 +156,13 @@ class GraphBackend(TorchBackend):
     # --- the frame, by tensors alone ------------------------------------------------------------
 
     def _compute_noise(self) -> None:
-        seeds, frames = self._state[:, 4:], self._state[:, 2]
+        seeds, frames = self._state[4:].T, self._state[2]
         parts = self._codebooks.split((1, NUM_CODEBOOKS - 1))
         for noise, part in zip(self._noises, parts, strict=True):
             noise.copy_(gumbel_noise(seeds, frames, part, noise.shape[-1]).view_as(noise))
 
     def _run_talker(self, reach: int) -> None:
-        slots, positions = self._state[:, 0], self._state[:, 1]
+        slots, positions = self._state[0], self._state[1]
         cached = self.kv_cache.batch(slots, positions, reach)
         mask = torch.zeros(self.max_batch, reach, dtype=self._dtype, device=self._device)
         mask.masked_fill_(self._axes[:reach] > positions[:, None], -torch.inf)
@@ -179,7 +179,7 @@ class GraphBackend(TorchBackend):
     def _draw_codes(self, usual: bool, forced_codes: Tensor | None = None) -> None:
         """forced_codes: int64 [max_batch, 16], see `decode_frame`."""
         batches = self._sampling if usual else tuple(map(_every_sampling, self._sampling, self._noises))
-        slots, frames, min_frames = (self._state[:, column] for column in (0, 2, 3))
+        slots, frames, min_frames = self._state[0], self._state[2], self._state[3]
         suppress = self._suppress | (self._is_eos & (frames < min_frames)[:, None])
         seen = self._seen.index_select(0, slots)
         scores = process_logits(self._logits, batches[0], seen, suppress)
@@ -258,7 +258,8 @@ class GraphBackend(TorchBackend):
             (slot, s.position, s.frame, s.params.min_frames, *split_seed(s.params.seed))
             for slot, s in zip(slots, streams, strict=True)
         ]
-        self._fill(self._state, torch.tensor(state))
+        state += state[:1] * (self.max_batch - len(state))
+        self._state.copy_(self._to_device(torch.tensor(state).T.contiguous()))
         self._fill(self._text, text_rows)
         params = tuple(s.params for s in streams)
         self._load_sampling(params)
@@ -280,12 +281,15 @@ class GraphBackend(TorchBackend):
 
     def _fill(self, buffer: Tensor, rows: Tensor) -> Tensor:
         """Copy rows to the front of a buffer of `max_batch`, and the first one to the rest of it."""
-        if self._on_gpu and rows.device.type == "cpu":
-            rows = rows.pin_memory()
-        rows = rows.to(self._device, non_blocking=True)
+        rows = self._to_device(rows)
         buffer[: len(rows)].copy_(rows)
         buffer[len(rows) :].copy_(rows[:1].expand(len(buffer) - len(rows), *rows.shape[1:]))
         return buffer
+
+    def _to_device(self, rows: Tensor) -> Tensor:
+        if self._on_gpu and rows.device.type == "cpu":
+            rows = rows.pin_memory()  # a copy from other memory would wait for the frame that runs
+        return rows.to(self._device, non_blocking=True)
 
     def _load_sampling(self, params: tuple[GenerationParams, ...]) -> None:
         """The sampling parameters of a frame's streams, if they are not there already."""
