@@ -7,12 +7,18 @@ from collections.abc import Callable
 import torch
 
 
-def capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+def capture(
+    run: Callable[[], object],
+    device: torch.device,
+    pool: tuple[int, int] | None = None,
+) -> torch.cuda.CUDAGraph:
     """A graph of one `run`, which is done once on the way and not when it is captured.
 
     Args:
         run: queues the work; its tensors stay where they are, and must outlive the graph.
         device: a CUDA GPU.
+        pool: memory from `torch.cuda.graph_pool_handle` that graphs share for what each makes on its
+            way. They must run one after the other, and leave their results in other memory.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -21,6 +27,7 @@ def capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAG
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     # Other threads may use CUDA meanwhile.
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    capturing = torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+    with torch.cuda.device(device), capturing:
         run()
     return graph

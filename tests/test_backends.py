@@ -14,7 +14,9 @@ from qwen_megakernel.__main__ import main
 from qwen_megakernel.build_tts import BuildError, build, frame_library
 from qwen_megakernel.checkpoint import CheckpointError
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
+from qwen_megakernel.codec.graph_stream import GraphCodecStream
 from qwen_megakernel.config import ModelConfig
+from qwen_megakernel.decoding.graph_backend import GraphBackend
 from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.engine import backends as backends_module
 from qwen_megakernel.engine.backends import Backends, memory_refusal
@@ -85,7 +87,9 @@ def assert_falls_back(config, talker, reason, dtype=BF16, device=GPU):
     decoder, codec, description, lines = make_both("auto", config, talker, dtype, device)
     assert isinstance(decoder, TorchBackend)
     assert isinstance(codec, CodecStream)
-    assert (description["backend"], description["codec"]) == ("torch", "torch")
+    runs = "torch" if device == CPU else "torch, CUDA graphs"
+    assert (description["backend"], description["codec"]) == (runs, runs)
+    assert isinstance(decoder, GraphBackend) is isinstance(codec, GraphCodecStream) is (device == GPU)
     assert reason in description["note"]
     assert any(reason in line for line in lines)
     assert "\n" not in description["note"]
@@ -179,10 +183,45 @@ def test_a_tuning_of_other_kernels_is_not_used(config, talker, nvcc):
 
 
 def test_torch_is_asked_for_and_needs_no_excuse(config, talker, hopper):
-    decoder, _, description, lines = make_both("torch", config, talker)
-    assert isinstance(decoder, TorchBackend)
+    decoder, codec, description, lines = make_both("torch", config, talker)
+    assert isinstance(decoder, GraphBackend)
+    assert isinstance(codec, GraphCodecStream)
+    assert description == {"backend": "torch, CUDA graphs", "codec": "torch, CUDA graphs"}
+    assert [line.split(" in ")[0] for line in lines] == [
+        "capturing the decoder's CUDA graphs",
+        "captured 4 CUDA graphs of the decoder",
+        "capturing the codec's CUDA graphs",
+        "captured 2 CUDA graphs of the codec",
+    ]
+
+
+def test_torch_on_a_cpu_captures_nothing(config, talker):
+    decoder, codec, description, lines = make_both("torch", config, talker, device=CPU)
+    assert (type(decoder), type(codec)) == (TorchBackend, CodecStream)
     assert description == {"backend": "torch", "codec": "torch"}
     assert lines == []
+
+
+def test_a_failed_capture_leaves_eager_pytorch_and_a_note(config, talker, hopper, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(backends_module, "GraphBackend", fail)
+    decoder, codec, description, lines = make_both("torch", config, talker)
+    assert type(decoder) is TorchBackend
+    assert isinstance(codec, GraphCodecStream)
+    note = "eager PyTorch instead of CUDA graphs: operation not permitted when stream is capturing"
+    assert description == {"backend": "torch", "codec": "torch, CUDA graphs", "note": note}
+    assert note in lines
+
+
+def test_too_little_memory_for_the_graphs_is_not_an_excuse(config, talker, hopper, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(backends_module, "GraphBackend", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_both("torch", config, talker)
 
 
 def test_no_such_backend(config):

@@ -12,7 +12,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cached_rows import load_rows
 from live_server import ROOT
 
 from qwen_megakernel import bench_tts
@@ -25,14 +24,9 @@ from qwen_megakernel.bench.frame_kernel import (
     part_of,
     parts_of,
 )
-from qwen_megakernel.bench.torch_graph import TorchFrame
 from qwen_megakernel.bench.turns import CHARS, SENTENCE, Player, Spread, mixed_texts
-from qwen_megakernel.config import GenerationParams, SamplingParams
 from qwen_megakernel.decoding.frame_schedule import parse_exchanges
-from qwen_megakernel.decoding.torch_backend import TorchBackend
-from qwen_megakernel.model.sampling import SamplingBatch
 from qwen_megakernel.model.talker import Talker
-from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config
 
 # ---------------------------------------------------------------------------- arithmetic
@@ -119,30 +113,6 @@ def test_ratios():
         eager_us=60_000.0, graph_us=15_000.0,
     )  # fmt: skip
     assert figures.ratios() == {"over_floor": 1.5, "eager_over_this": 40.0, "graph_over_this": 10.0}
-
-
-# ---------------------------------------------------------------------------- the PyTorch frame
-
-
-@pytest.mark.parametrize("shape", ["tiny", "tiny-1.7b"])
-@torch.inference_mode()
-def test_the_pytorch_rival_decodes_a_true_frame(shape):
-    """Greedy, from the same keys and values: the torch backend's codes and its next row."""
-    config, rows = shape_config(shape), 12
-    talker = random_talker(config, "cpu").float()
-    greedy = SamplingParams(0.0, 0, 1.0)
-    backend = TorchBackend(talker, config.talker, config.predictor, num_slots=1, max_positions=32)
-    prompt = torch.randn(rows, config.talker.hidden_size, generator=torch.Generator().manual_seed(2))
-    backend.prefill(0, prompt, GenerationParams(talker=greedy, predictor=greedy))
-    frame = TorchFrame(talker, config, 1, position=rows - 1)
-    frame._sampling = SamplingBatch.gather([greedy], config.talker.vocab_size, torch.device("cpu"))
-    frame.rows[0] = prompt[-1]
-    cached = load_rows(backend.kv_cache, config.talker, slot=0, count=rows - 1)
-    for ours, theirs in zip(frame._caches, cached, strict=True):
-        ours[:, 0, :, :-1] = theirs
-    frame()
-    assert torch.equal(frame.codes, backend.decode([0], torch.zeros(1, config.talker.hidden_size)))
-    torch.testing.assert_close(frame.rows[0], talker.code_rows(frame.codes)[0])
 
 
 # ---------------------------------------------------------------------------- the whole

@@ -67,6 +67,25 @@ def test_rows_written_by_attention_are_the_stored_ones(cache):
     assert_unwritten(cache, 0, 1)
 
 
+def test_a_batch_writes_and_reads_the_rows_of_several_slots():
+    cache = KvCache(CONFIG, SLOTS, POSITIONS, dtype=torch.bfloat16, device=CPU)
+    fill_with_nan(cache)
+    stored = {2: random_rows(13), 0: random_rows(5)}
+    for slot, rows in stored.items():
+        cache.store(slot, 0, *(x[:, :, :-1] for x in rows))
+    batch = cache.batch(torch.tensor([2, 0, 2]), torch.tensor([12, 4, 12]), reach=16)
+    for layer in range(CONFIG.num_layers):
+        new = [torch.stack([stored[s][i][layer, :, -1:] for s in (2, 0, 2)]) for i in range(2)]
+        copies = batch.extend(layer, *(x.transpose(1, 2) for x in new))
+        for i, copy in enumerate(copies):
+            assert copy.shape == (3, CONFIG.num_kv_heads, 16, CONFIG.head_dim)
+            for found, slot in zip(copy, (2, 0, 2), strict=True):
+                assert torch.equal(found[:, : stored[slot][i].shape[2]], stored[slot][i][layer])
+    for slot, rows in stored.items():
+        assert_holds(cache, slot, *rows)
+    assert_unwritten(cache, 1)
+
+
 def test_kept_rows_are_restored_into_any_slot(cache):
     keys, values = random_rows(17)
     cache.store(0, 0, keys, values)

@@ -1,7 +1,7 @@
 """The bench's kernel part: a frame's time by streams and positions, beside what bounds it.
 
 One process on one GPU measures the frame kernel, a plain streaming read of the same bytes, PyTorch
-eager and PyTorch as one CUDA graph.
+eager and PyTorch as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen_megakernel.bench.torch_graph import TorchFrame
 from qwen_megakernel.bench.worker import WARM_UP, device_times, host_times
 from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoding.frame_schedule import Exchange
+from qwen_megakernel.decoding.graph_backend import GraphBackend
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
 from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.decoding.torch_backend import TorchBackend
@@ -63,9 +63,9 @@ class FrameFigures:
     floor_us: float
     """A plain streaming read of as many bytes."""
     eager_us: float
-    """PyTorch bf16, host's clock: what the torch backend does."""
+    """PyTorch bf16, host's clock."""
     graph_us: float
-    """PyTorch bf16, the whole frame as one CUDA graph for just this position."""
+    """PyTorch bf16 as CUDA graphs, on the device: what the torch backend does on a GPU."""
 
     def ratios(self) -> dict[str, float]:
         """This frame over the floor; PyTorch over this frame."""
@@ -164,7 +164,7 @@ class KernelBench:
         Raises:
             BuildError: there is no compiler, or the GPU is too old.
         """
-        self._config, self._talker, self._repeats = config, talker, repeats
+        self._config, self._repeats = config, repeats
         self._device = talker.codec_head.weight.device
         self._gpu = torch.cuda.get_device_properties(self._device)
         self.arch = detect_arch(self._device)
@@ -174,7 +174,9 @@ class KernelBench:
         shape = (talker, config.talker, config.predictor)
         self._kernel = MegakernelBackend(*shape, library=self.library, max_positions=most)
         self._widest = self._kernel.max_batch
-        self._torch = TorchBackend(*shape, max_positions=most, max_batch=self._widest)
+        sizes = {"max_positions": most, "max_batch": self._widest}
+        self._torch = TorchBackend(*shape, **sizes)
+        self._graphs = GraphBackend(*shape, **sizes, progress=report)
         self._prompts = Prompts(config, self._device, most)
         self._buffer = torch.zeros(
             frame_bytes(config, self._widest, max(positions)), dtype=torch.uint8, device=self._device
@@ -190,8 +192,9 @@ class KernelBench:
             host = host_times(lambda: self._kernel.decode(slots, text), self._repeats)
         with self._running(self._torch, streams, position, EAGER_REPEATS):
             eager = host_times(lambda: self._torch.decode(slots, text), EAGER_REPEATS)
-        rival = TorchFrame(self._talker, self._config, streams, position)
-        graph = rival.capture()
+        repeats = max(self._repeats // 10, 3)
+        with self._running(self._graphs, streams, position, repeats):
+            graphs = device_times(lambda: self._graphs.launch(slots, text), repeats)
         num_bytes, median = frame_bytes(self._config, streams, position), float(np.median(device))
         return FrameFigures(
             streams=streams,
@@ -204,7 +207,7 @@ class KernelBench:
             gb_s=num_bytes / median / 1000,
             floor_us=self._floor_us(num_bytes),
             eager_us=float(np.median(eager)),
-            graph_us=float(np.median(device_times(graph.replay, max(self._repeats // 10, 3)))),
+            graph_us=float(np.median(graphs)),
         )
 
     def _running(self, backend: _Backend, streams: int, position: int, repeats: int) -> LiveSlots:

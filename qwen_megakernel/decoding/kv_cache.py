@@ -64,6 +64,45 @@ class CachedRows:
         )
 
 
+class BatchRows:
+    """Rows of several slots, found by tensors: a CUDA graph of it serves any slots and positions."""
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        reach: int,
+    ) -> None:
+        """See `KvCache.batch`. keys, values: [layers, slots, kv_heads, positions, head_dim]."""
+        self._stored = keys.flatten(1, 2), values.flatten(1, 2)
+        self._kv_heads, self._reach = keys.shape[2], reach
+        heads = torch.arange(self._kv_heads, device=keys.device)
+        # The heads of all slots stand in one dimension: a copy of a head is then a copy of one long row.
+        self._heads = (slots[:, None] * self._kv_heads + heads).flatten()
+        self._positions = positions[:, None].expand(-1, self._kv_heads).flatten()
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the slots' next rows; their keys and values at the first `reach` positions.
+
+        Args:
+            layer: of the model.
+            keys, values: [n, 1, kv_heads, head_dim].
+
+        Returns:
+            Copies [n, kv_heads, reach, head_dim]. Rows after a slot's own position are arbitrary.
+        """
+        copies = []
+        for stored, rows in zip(self._stored, (keys, values), strict=True):
+            of_layer = stored[layer]
+            of_layer.index_put_((self._heads, self._positions), rows.flatten(0, 2))
+            head_rows = of_layer.narrow(1, 0, self._reach).flatten(1)
+            copy = head_rows.index_select(0, self._heads)
+            copies.append(copy.view(-1, self._kv_heads, self._reach, rows.shape[-1]))
+        return copies[0], copies[1]
+
+
 class KvCache:
     """Keys and values of `num_slots` streams, up to `max_positions` rows each."""
 
@@ -111,6 +150,16 @@ class KvCache:
         """A slot's rows for attention; n is 1. It stays valid as long as the cache."""
         keys, values = (stored[:, slot : slot + 1].unbind(0) for stored in (self._keys, self._values))
         return CachedRows(list(zip(keys, values, strict=True)), self._layout)
+
+    def batch(self, slots: Tensor, positions: Tensor, reach: int) -> BatchRows:
+        """Rows of some slots for a frame's attention, in the layout `plain`.
+
+        Args:
+            slots: int64 [n], on the cache's device. A slot that repeats must get the same rows again.
+            positions: int64 [n], of each slot's next row, below `reach`.
+            reach: positions that attention reads, at most `max_positions`.
+        """
+        return BatchRows(self._keys, self._values, slots, positions, reach)
 
     def load(self, slot: int, keys: Tensor, values: Tensor) -> None:
         """Copy a slot's first rows out.

@@ -7,7 +7,7 @@ look back over: a slot's rows are copied in before it runs, and the new rows out
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -31,16 +31,23 @@ class TalkerPrefill:
     """Computes the keys and values of prompt rows, into a backend's `KvCache`."""
 
     @torch.inference_mode()
-    def __init__(self, talker: Talker, config: TalkerConfig, kv_cache: KvCache) -> None:
+    def __init__(
+        self,
+        talker: Talker,
+        config: TalkerConfig,
+        kv_cache: KvCache,
+        layers: Sequence[JoinedLayer] | None = None,
+    ) -> None:
         """Join the weights; on a GPU, capture the graphs.
 
         Args:
             talker: its layers are read, and their weights kept.
             config: the talker's.
             kv_cache: of the weights' dtype and device.
+            layers: the talker's layers where they are joined already.
         """
         self._config, self._kv_cache = config, kv_cache
-        self._layers = [JoinedLayer(layer, config) for layer in talker.model.layers]
+        self._layers = layers or [JoinedLayer(layer, config) for layer in talker.model.layers]
         device, dtype = kv_cache.device, kv_cache.dtype
         self.num_keys = min(REACHES[-1], max(kv_cache.max_positions, ROWS))
         """Positions that a run can reach; it needs ROWS of them from its first on."""

@@ -25,7 +25,7 @@ from qwen_megakernel.decoding.interface import (
 from qwen_megakernel.decoding.kv_cache import CachedRows, KvCache
 from qwen_megakernel.decoding.prefix_cache import PrefixCache
 from qwen_megakernel.model.fused_layers import JoinedLayers, joined_rope
-from qwen_megakernel.model.sampling import Draws, draw, gather_sampling, process_logits
+from qwen_megakernel.model.sampling import Draws, SamplingBatch, draw, gather_sampling, process_logits
 from qwen_megakernel.model.talker import Attend, Talker, causal_attention, mrope_tables, rope_tables
 from qwen_megakernel.prompt.shared_rows import SharedRows
 
@@ -213,7 +213,10 @@ class TorchBackend:
         forced = None if forced_codes is None else forced_codes.to(self._device)
         if forced is not None:
             code0 = forced[:, 0]
-        codes, next_rows, predictor_logits = self._predict(hidden, code0, streams, noises[1], forced)
+        batch = gather_sampling(
+            tuple(s.params.predictor for s in streams), self._predictor_config.vocab_size, self._device
+        )
+        codes, next_rows, predictor_logits = self._predict(hidden, code0, batch, noises[1], forced)
         self._seen[ids, codes[:, 0]] = True
         for i, stream in enumerate(streams):
             stream.next_row = next_rows[i]
@@ -254,7 +257,7 @@ class TorchBackend:
         self,
         hidden: Tensor,
         code0: Tensor,
-        streams: list[_Stream],
+        batch: SamplingBatch,
         noise: Tensor,
         forced_codes: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,7 +266,7 @@ class TorchBackend:
         Args:
             hidden: [n or max_batch, hidden].
             code0: int64 [n].
-            streams: n of them.
+            batch: the n streams' sampling parameters.
             noise: fp32 [n, 15, vocabulary or more].
             forced_codes: see `decode_frame`.
 
@@ -271,9 +274,8 @@ class TorchBackend:
             Codes int64 [n, 16]; the sum of their embeddings [n, hidden]; logits fp32
             [n, 15, vocabulary].
         """
-        n, predictor = len(streams), self._talker.code_predictor
+        n, predictor = len(code0), self._talker.code_predictor
         vocab = self._predictor_config.vocab_size
-        batch = gather_sampling(tuple(s.params.predictor for s in streams), vocab, self._device)
         cached = CachedRows(
             [
                 (

@@ -1,4 +1,4 @@
-"""Which decoder and which codec run: the CUDA kernels where they can, PyTorch elsewhere, and why."""
+"""Which decoder and which codec run, and why: CUDA kernels, PyTorch as CUDA graphs, or eager PyTorch."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from qwen_megakernel.build_tts import (
 from qwen_megakernel.checkpoint import CheckpointError
 from qwen_megakernel.codec.cuda_stream import CudaCodecStream
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
+from qwen_megakernel.codec.graph_stream import GraphCodecStream
 from qwen_megakernel.codec.interface import FrameCodec
 from qwen_megakernel.config import ModelConfig
+from qwen_megakernel.decoding.graph_backend import GraphBackend
 from qwen_megakernel.decoding.interface import DecoderBackend
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
 from qwen_megakernel.decoding.kv_cache import KvCache
@@ -95,7 +97,8 @@ class Backends:
     """Makes the decoder and the codec of one checkpoint.
 
     `auto` takes the frame kernel and the codec's kernels, each if it can run, otherwise PyTorch, and
-    says why. `megakernel` is both kernels or an error, `torch` neither.
+    says why. `megakernel` is both kernels or an error, `torch` neither. PyTorch on a GPU is CUDA graphs,
+    and eager only where they cannot be captured.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Backends:
         if name not in BACKENDS:
             raise CheckpointError(f"backend is {name!r}, allowed: {', '.join(BACKENDS)}")
         self._name, self._config, self._progress = name, config, progress
+        self._on_gpu = device.type == "cuda"
         self._builds: dict[str, Future[Path]] = {}
         self._runs: dict[str, str] = {}
         self._notes: list[str] = []
@@ -159,7 +163,14 @@ class Backends:
             _forget_layers(talker)
             return made
 
-        return self._make("backend", "megakernel", kernel, lambda: TorchBackend(*shape, **sizes))
+        def in_pytorch() -> TorchBackend:
+            return self._make_in_pytorch(
+                "backend",
+                lambda: GraphBackend(*shape, **sizes, progress=self._progress),
+                lambda: TorchBackend(*shape, **sizes),
+            )
+
+        return self._make("backend", "megakernel", kernel, in_pytorch)
 
     def make_codec(self, decoder: CodecDecoder, num_slots: int, max_streams: int) -> FrameCodec:
         """The codec, for launches of at most `max_streams` of the slots.
@@ -173,16 +184,20 @@ class Backends:
             stream: FrameCodec = CudaCodecStream(decoder, num_slots, library, max_streams=max_streams)
             return stream
 
-        def plain() -> FrameCodec:
-            stream: FrameCodec = CodecStream(decoder, num_slots)
-            return stream
+        def in_pytorch() -> FrameCodec:
+            options: dict[str, Any] = {"max_streams": max_streams, "progress": self._progress}
+            return self._make_in_pytorch(
+                "codec",
+                lambda: GraphCodecStream(decoder, num_slots, **options),
+                lambda: CodecStream(decoder, num_slots),
+            )
 
-        return self._make("codec", "kernels", kernels, plain)
+        return self._make("codec", "kernels", kernels, in_pytorch)
 
     @property
     def description(self) -> dict[str, str]:
-        """What runs: `backend`, `codec`; `tuning` where the frame kernel has one; `note` where `auto`
-        could not take the kernels."""
+        """What runs: `backend`, `codec`; `tuning` where the frame kernel has one; `note` where not the
+        fastest that was asked for."""
         return self._runs | ({"note": "; ".join(self._notes)} if self._notes else {})
 
     @property
@@ -190,7 +205,7 @@ class Backends:
         return self._tuning.setting if self._tuning is not None else Setting()
 
     def _make(
-        self, part: str, label: str, kernel: Callable[[Path], _Made], plain: Callable[[], _Made]
+        self, part: str, label: str, kernel: Callable[[Path], _Made], in_pytorch: Callable[[], _Made]
     ) -> _Made:
         if part in self._builds:
             try:
@@ -202,8 +217,24 @@ class Backends:
             else:
                 self._runs[part] = label
                 return made
+        return in_pytorch()
+
+    def _make_in_pytorch(
+        self, part: str, graphs: Callable[[], _Made], eager: Callable[[], _Made]
+    ) -> _Made:
+        if self._on_gpu:
+            try:
+                made = graphs()
+            except torch.OutOfMemoryError:
+                raise  # eager PyTorch needs as much
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+            else:
+                self._runs[part] = "torch, CUDA graphs"
+                return made
+            self._note(f"eager PyTorch instead of CUDA graphs: {reason}")
         self._runs[part] = "torch"
-        return plain()
+        return eager()
 
     def _built(self, part: str) -> Path:
         """Wait for a build. Raises what it raised."""
@@ -218,8 +249,11 @@ class Backends:
             raise CheckpointError(
                 f"backend megakernel cannot run: {reason} (--backend auto runs without it)"
             )
-        self._notes.append(f"PyTorch instead of {what}: {reason}")
-        self._progress(self._notes[-1])
+        self._note(f"PyTorch instead of {what}: {reason}")
+
+    def _note(self, line: str) -> None:
+        self._notes.append(line)
+        self._progress(line)
 
 
 def _forget_layers(talker: Talker) -> None:

@@ -81,12 +81,12 @@ class JoinedLayers:
 
     def __init__(self, layers: Iterable[DecoderLayer], norm: Tensor, config: TransformerConfig) -> None:
         """norm: the final norm's weight, [hidden]."""
-        self._layers = [JoinedLayer(layer, config) for layer in layers]
+        self.layers = [JoinedLayer(layer, config) for layer in layers]
         self._norm, self._eps = norm.detach(), config.rms_norm_eps
 
     def __call__(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         """Input rows [n, t, hidden] -> normed hidden states; rope as `JoinedLayer` takes it."""
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.layers):
             x = layer(x, rope, index, attend)
         return rms_norm(x, self._norm, self._eps)
 

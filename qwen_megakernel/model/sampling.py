@@ -205,7 +205,7 @@ def _beyond_top_p(scores: Tensor, tail_mass: Tensor) -> Tensor:
     """Codes of the least likely `tail_mass`, as HF's TopPLogitsWarper removes them."""
     ascending, order = torch.sort(scores, dim=-1, stable=True)
     removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= tail_mass
-    removed[:, -1] = False  # the most likely code always stays
+    removed[:, -1].fill_(False)  # the most likely code always stays
     removed &= tail_mass > 0
     return torch.zeros_like(removed).scatter(-1, order, removed)
 
