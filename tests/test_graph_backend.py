@@ -164,6 +164,21 @@ def test_a_frame_s_values_are_those_of_the_eager_backend(pair):
     pair.release(slots)
 
 
+def test_eos_waits_for_the_minimum_length(pair):
+    eos, keeps_all = pair.config.talker.codec_eos_id, SamplingParams(1.0, 0, 1.0)
+    noise = torch.zeros(2, 16, pair.config.talker.vocab_size)
+    noise[:, 0, eos] = 1e4
+    for slot, min_frames in enumerate((0, 2)):
+        pair.prefill(slot, 5, GenerationParams(talker=keeps_all, min_frames=min_frames))
+    text, drawn = pair.rows(2) * 0, []
+    for _ in range(3):
+        expected, codes = (backend.decode([0, 1], text, noise) for backend in pair.both)
+        assert torch.equal(codes, expected)
+        drawn.append((codes[:, 0] == eos).tolist())
+    pair.release([0, 1])
+    assert drawn == [[True, False], [True, False], [True, True]]
+
+
 def test_wrong_arguments_change_nothing(pair):
     pair.prefill(0, 598, USUAL)
     zeros = pair.rows(1) * 0
