@@ -8,15 +8,20 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 from cached_rows import fill_with_nan
+from listener import TEXT, Listener
 from torch import Tensor
 
+from qwen_megakernel import TTSDecoder
+from qwen_megakernel.codec.graph_stream import GraphCodecStream
 from qwen_megakernel.config import GenerationParams, SamplingParams
 from qwen_megakernel.decoding import graph_backend
 from qwen_megakernel.decoding.graph_backend import GraphBackend
 from qwen_megakernel.decoding.torch_backend import TorchBackend
+from qwen_megakernel.engine import backends
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.synth.checkpoint import random_talker
@@ -164,6 +169,21 @@ def test_a_frame_s_values_are_those_of_the_eager_backend(pair):
     pair.release(slots)
 
 
+def test_eos_waits_for_the_minimum_length(pair):
+    eos, keeps_all = pair.config.talker.codec_eos_id, SamplingParams(1.0, 0, 1.0)
+    noise = torch.zeros(2, 16, pair.config.talker.vocab_size)
+    noise[:, 0, eos] = 1e4
+    for slot, min_frames in enumerate((0, 2)):
+        pair.prefill(slot, 5, GenerationParams(talker=keeps_all, min_frames=min_frames))
+    text, drawn = pair.rows(2) * 0, []
+    for _ in range(3):
+        expected, codes = (backend.decode([0, 1], text, noise) for backend in pair.both)
+        assert torch.equal(codes, expected)
+        drawn.append((codes[:, 0] == eos).tolist())
+    pair.release([0, 1])
+    assert drawn == [[True, False], [True, False], [True, True]]
+
+
 def test_wrong_arguments_change_nothing(pair):
     pair.prefill(0, 598, USUAL)
     zeros = pair.rows(1) * 0
@@ -198,6 +218,24 @@ def test_nothing_in_a_frame_depends_on_a_value():
     for run in (backend._draw_noise, *backend._talker_runs.values(), *backend._code_runs.values()):
         with torch.inference_mode():
             run()
+
+
+def test_whole_turns_sound_as_with_the_eager_backend(brief_base, monkeypatch):
+    """Three at once, in an engine of two slots."""
+    spoken = []
+    for fixed_shapes in (False, True):
+        if fixed_shapes:
+            monkeypatch.setattr(backends, "TorchBackend", GraphBackend)
+            monkeypatch.setattr(backends, "CodecStream", GraphCodecStream)
+        listeners = [Listener() for _ in range(3)]
+        with TTSDecoder.load(brief_base, device="cpu", num_slots=2, max_positions=200) as tts:
+            for seed, listener in enumerate(listeners):
+                params = GenerationParams(seed=seed, min_frames=6, max_frames=12)
+                tts.open_turn(TEXT, sink=listener, ended=True, params=params)
+            assert all(listener.wait().reason != "error" for listener in listeners)
+        spoken.append([listener.samples for listener in listeners])
+    for eager, ours in zip(*spoken, strict=True):
+        np.testing.assert_allclose(ours, eager, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------- on a GPU

@@ -1,6 +1,7 @@
 """The codec seam: what the engine asks of a codec, frame by frame.
 
-`CodecStream` (PyTorch) and `CudaCodecStream` (kernels) stand behind it.
+`CodecStream` (PyTorch), `GraphCodecStream` (PyTorch as CUDA graphs) and `CudaCodecStream` (kernels)
+stand behind it.
 """
 
 from __future__ import annotations
