@@ -163,10 +163,10 @@ def test_sound_comes_frame_by_frame(kernels):
 
 HANG = """
 import sys, time
-from qwen_megakernel import TTSDecoder
+from qwen_megakernel import GenerationParams, TTSDecoder
 from qwen_megakernel.turn import Finished, RequestError
 tts = TTSDecoder.load(sys.argv[1], num_slots=2, max_positions=256)
-tts.synthesize("Hello there.")
+tts.synthesize("Hello there.", params=GenerationParams(max_frames=20))  # noise would be cut off
 tts._engine._backend._kernel.withhold(1)
 said = []
 tts.open_turn("Hello there.", sink=said.append, ended=True)
