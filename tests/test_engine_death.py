@@ -15,7 +15,9 @@ from native_client import LONG_TEXT, WILD, NativeClient
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
+from qwen_megakernel.engine.engine import Engine
 from qwen_megakernel.serving.native_messages import AudioChunk
+from qwen_megakernel.turn import Turn
 
 MORTAL = """
 import os, pathlib, sys, server
@@ -141,3 +143,18 @@ def test_a_supervisor_that_restarts_on_failure_has_a_server_again(brief_base, re
         assert "ended with 0" in server.err[-1]
     finally:
         server.kill()
+
+
+def test_a_sink_that_raises_keeps_no_other_turn_from_being_told():
+    told = []
+
+    def broken(event):
+        raise RuntimeError("nobody listens")
+
+    turns = [Turn(lambda: None, None) for _ in range(2)]
+    dead = object.__new__(Engine)  # no thread
+    dead._opened = [(turns[0], None, broken), (turns[1], None, told.append)]
+    dead._waiting, dead._speaking = [], []
+    dead._fail_all()
+    assert [event.reason for event in told] == ["error"]
+    assert all(turn.finished for turn in turns)

@@ -120,6 +120,47 @@ def test_turns_with_late_text_take_turns(tts):
         assert any(isinstance(event, Audio) for event in listener.events)
 
 
+def between_parts(tts, monkeypatch, text, **options):
+    """A turn that holds the slot, has spoken a part, and has too little text for the next."""
+    monkeypatch.setattr(engine, "max_part_tokens", lambda *_, **__: 40)
+    listener = Listener()
+    turn = tts.open_turn(text, sink=listener, params=PARAMS, **options)
+    deadline = time.monotonic() + 60
+    while not any(a.part and not a.prefilled and a.text_late for a in tts._engine._speaking):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return turn, listener
+
+
+def test_a_turn_between_two_parts_gives_its_slot_back_and_goes_on(tts, texts, monkeypatch):
+    """All of its words are held back: they may belong to this part or to the next."""
+    word = "ab"
+    while len(tts._prompts.tokenizer.encode(word)) <= 20:  # more than half a part
+        word += "ab"
+    turn, late = between_parts(tts, monkeypatch, f"We go on. {word} {word} ")
+    assert complete(tts).wait().reason == "stop"
+    assert not turn.finished
+    turn.append("is the end.")
+    turn.end()
+    assert late.wait().reason == "stop"
+    spoken = [text for text in texts if text != "Good morning."]
+    assert "".join("".join(spoken).split()) == f"Wegoon.{word}{word}istheend."
+    assert all(spoken), "a prompt with nothing to say"
+    wait_idle(tts)
+
+
+def test_a_part_that_is_not_begun_is_not_cut_when_its_slot_is_needed(tts, texts, monkeypatch):
+    """The layout of whole texts: nothing can be spoken before the part is complete."""
+    sentence = "This is a sentence of the story that goes on."
+    turn, late = between_parts(tts, monkeypatch, f"{sentence} " * 3 + "And", streaming=False)
+    number = len(texts) - 1
+    assert complete(tts).wait().reason == "stop"
+    turn.append(" so it ends.")
+    turn.end()
+    assert late.wait().reason == "stop"
+    assert texts[number].endswith("And so it ends.")
+
+
 @pytest.mark.parametrize(
     ("free", "queued", "limit_s"), [(1, 5, math.inf), (0, 0, math.inf), (0, 1, 1), (0, 4, 0.25)]
 )
@@ -131,6 +172,24 @@ def test_the_more_turns_wait_the_sooner_a_slot_is_given_back(free, queued, limit
     idle = object.__new__(engine.Engine)  # no thread
     idle._free_slots, idle._waiting = [0] * free, [Ready()] * queued
     assert idle._late_limit_s() == limit_s * engine.LATE_TEXT_S
+
+
+@pytest.mark.parametrize("has_text", [True, False])
+def test_a_turn_whose_text_is_there_and_not_taken_is_not_late(has_text):
+    cuts = []
+    late = SimpleNamespace(
+        text_late=True,
+        turn=SimpleNamespace(has_text=has_text),
+        late_for_s=lambda now: 60.0,
+        prefilled=True,
+        gives_back=False,
+        end_utterance=lambda: cuts.append("cut"),
+    )
+    busy = object.__new__(engine.Engine)  # no thread
+    busy._free_slots, busy._speaking = [], [late]
+    busy._waiting = [SimpleNamespace(prompt=SimpleNamespace(ready=True))]
+    busy._end_late_utterances()
+    assert cuts == ([] if has_text else ["cut"])
 
 
 def test_words_that_drip_do_not_keep_a_slot():

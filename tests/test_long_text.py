@@ -20,12 +20,19 @@ from test_reference import Both
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
 from qwen_megakernel.config import MAX_UTTERANCE_FRAMES, Guards
-from qwen_megakernel.engine.active_turn import PART_SEED_STEP
-from qwen_megakernel.prompt.parts import MIN_PART_TOKENS, PartFeed, PromptParts, max_part_tokens
+from qwen_megakernel.engine.active_turn import PART_SEED_STEP, ActiveTurn, TurnRequest
+from qwen_megakernel.prompt.parts import (
+    MIN_PART_TOKENS,
+    PART_BORDER,
+    PartFeed,
+    PromptParts,
+    max_part_tokens,
+)
 from qwen_megakernel.prompt.text_feed import TextFeed, TextTokenizer
 from qwen_megakernel.prompt.tokenizer import load_tokenizer
 from qwen_megakernel.serving.native_messages import End
 from qwen_megakernel.tts_model import SynthesisError
+from qwen_megakernel.turn import Turn
 
 SENTENCES = [f"This is sentence number {n} of the story, and it goes on a little." for n in range(58)]
 STORY = " ".join(SENTENCES)[:3990] + " The end."
@@ -242,6 +249,15 @@ def test_a_caller_s_own_limit_is_no_error_and_counts_over_all_parts(brief, small
     total = speak(brief, SHORT_STORY, params=replace(params, max_frames=None)).events[-1].num_frames
     finished = speak(brief, SHORT_STORY, params=replace(params, max_frames=total - 1)).events[-1]
     assert (finished.reason, finished.num_frames, finished.error) == ("length", total - 1, None)
+
+
+@pytest.mark.parametrize(("max_frames", "ending"), [(3, "silence"), (4, None)])
+def test_a_caller_s_limit_holds_where_a_part_ends_for_another_reason_just_there(max_frames, ending):
+    request = TurnRequest(voice=None, params=GenerationParams(max_frames=max_frames))
+    active = ActiveTurn(Turn(lambda: None, None), request, FakePrompt([]), print)
+    active.parts.extend([1, PART_BORDER, 2])
+    active.num_fed = active.num_frames = 3
+    assert active.end_part("silence") == ending
 
 
 @pytest.mark.parametrize("streaming", [True, False])

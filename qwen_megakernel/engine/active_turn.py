@@ -148,12 +148,12 @@ class ActiveTurn:
 
         The reason of a turn is the first that is not `stop`.
         """
-        cut_by_caller = reason == "length" and self.num_fed == self.request.params.max_frames
+        at_callers_limit = self.num_frames == self.request.params.max_frames
         if self.reason == "stop":
             self.reason = reason
-            if reason == "length" and not cut_by_caller:
+            if reason == "length" and not at_callers_limit:
                 self._cut_off = self._describe_cut()
-        if cut_by_caller or not self.parts.has_next:
+        if at_callers_limit or not self.parts.has_next:
             return self.reason
         self.parts.advance()
         self.part, self.prefilled = self.part + 1, False
@@ -292,9 +292,14 @@ class ActiveTurn:
         return max(0.0, now - self.started_at - idle_s)
 
     def emit(self, event: TurnEvent) -> None:
-        """Call the sink; if it raises, its turn is cancelled and the engine goes on."""
-        try:
-            self._sink(event)
-        except Exception:
-            log.exception("a turn's sink failed; the turn is cancelled")
-            self.turn.cancel()
+        """Call the sink."""
+        emit(self.turn, self._sink, event)
+
+
+def emit(turn: Turn, sink: Sink, event: TurnEvent) -> None:
+    """Call the sink of a turn; if it raises, the turn is cancelled and the engine goes on."""
+    try:
+        sink(event)
+    except Exception:
+        log.exception("a turn's sink failed; the turn is cancelled")
+        turn.cancel()

@@ -36,7 +36,7 @@ import torch
 from qwen_megakernel.codec.interface import FrameCodec, LaunchedAudio
 from qwen_megakernel.config import HOP
 from qwen_megakernel.decoding.interface import DecoderBackend, LaunchedFrame
-from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
+from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest, emit
 from qwen_megakernel.engine.capacity import Capacity, SlotClock
 from qwen_megakernel.engine.reference_states import ReferenceStates
 from qwen_megakernel.prompt.builder import PromptBuilder
@@ -241,8 +241,7 @@ class Engine:
             turn, request, sink = self._opened[0]  # it counts as waiting while its prompt is made
             if turn.cancelled:
                 self._opened.popleft()
-                turn.mark_finished()
-                sink(Finished("cancelled", 0, 0, 0.0))
+                _finish_unopened(turn, sink, "cancelled")
                 continue
             try:
                 prompt = self._prompts.open(
@@ -254,8 +253,7 @@ class Engine:
             except Exception:
                 log.exception("a turn's prompt could not be made")
                 self._opened.popleft()
-                turn.mark_finished()
-                sink(Finished("error", 0, 0, 0.0, "the prompt could not be made"))
+                _finish_unopened(turn, sink, "error", "the prompt could not be made")
                 continue
             with self._open_lock:
                 self._opened.popleft()
@@ -288,10 +286,17 @@ class Engine:
             return
         num_needed = sum(a.prompt.ready for a in self._waiting)
         num_needed -= sum(a.gives_back for a in self._speaking)
-        late = [a for a in self._speaking if a.text_late and a.late_for_s(now) >= limit_s]
+        late = [
+            a
+            for a in self._speaking
+            if a.text_late and not a.turn.has_text and a.late_for_s(now) >= limit_s
+        ]
         late.sort(key=lambda a: a.late_for_s(now), reverse=True)
         for active in late[: max(0, num_needed)]:
-            active.end_utterance()
+            if active.prefilled:
+                active.end_utterance()
+            else:  # the next part has not begun: it can wait for its text without a slot
+                self._wait_again(active)
 
     def _prefill_waiting(self) -> bool:
         """Prefill waiting turns into slots; whether one could be served.
@@ -404,12 +409,15 @@ class Engine:
         elif (ending := active.end_part(reason)) is not None:
             self._finish(active, ending)
         else:
-            slot = cast("int", active.slot)
-            self._backend.release(slot)
+            self._backend.release(cast("int", active.slot))
             if active.gives_back:
-                self._waiting.append(active)  # before it leaves `_speaking`: it must always be counted
-                self._leave_slot(active, slot)
-                active.wait_again()
+                self._wait_again(active)
+
+    def _wait_again(self, active: ActiveTurn) -> None:
+        """Move a turn between two parts from its slot to the end of the queue."""
+        self._waiting.append(active)  # before it leaves `_speaking`: it must always be counted
+        self._leave_slot(active, cast("int", active.slot))
+        active.wait_again()
 
     def _finish(self, active: ActiveTurn, reason: FinishReason, error: str | None = None) -> None:
         if active.slot is None:
@@ -436,10 +444,16 @@ class Engine:
     def _fail_all(self) -> None:
         """Tell every turn that the device is lost."""
         self._pending_audio = None
-        for _, _, sink in self._opened:
-            sink(Finished("error", 0, 0, 0.0, _DECODER_FAILED))
+        for turn, _, sink in self._opened:
+            _finish_unopened(turn, sink, "error", _DECODER_FAILED)
         for active in [*self._waiting, *self._speaking]:
             active.finish("error", _DECODER_FAILED)
         self._opened.clear()
         self._waiting.clear()
         self._speaking.clear()
+
+
+def _finish_unopened(turn: Turn, sink: Sink, reason: FinishReason, error: str | None = None) -> None:
+    """Give the last event to the sink of a turn that has no prompt."""
+    turn.mark_finished()
+    emit(turn, sink, Finished(reason, 0, 0, 0.0, error))
