@@ -1,8 +1,8 @@
 """Geometry and parameters, read from `config.json`; standard library only.
 
-The defaults of the official configuration classes are not those of the released
-checkpoints, so nothing here has a default that a checkpoint could contradict:
-a key that the geometry needs and that the file lacks is an error naming the key.
+The official configuration classes have other defaults than the released checkpoints. So nothing here
+has a default that a checkpoint could contradict. A missing key of the geometry is an error that names
+the key.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work that is always the same, as a CUDA graph."""
+"""Capture work that never changes as a CUDA graph."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The bench's PyTorch rival: a whole frame, sampling included, as one CUDA graph.
 
-Not a backend: keys and values are as long as the position it is captured for, so a server would
-need a graph for every length. That favours it, as does its noise, which is not counted by stream.
+It is no backend: its keys and values are as long as the position it is captured for, so a server would
+need a graph for every length. That makes it faster than a backend could be, and so does its noise, which
+is not counted for each stream.
 """
 
 from __future__ import annotations

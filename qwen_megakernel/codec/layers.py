@@ -1,4 +1,4 @@
-"""Layers of the codec that remember: convolutions that go on where they stopped, and their states."""
+"""Streaming layers of the codec: convolutions that continue where they stopped, and their states."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The codec state behind each voice's reference, from which the speech of a clone in context goes on.
+"""The codec state at the end of each voice's reference, where the speech of a clone in context begins.
 
-Such a voice's speech continues its recording. Its sound does so too when the codec has decoded the
-recording before: that is done once a voice, and a turn copies what was left in the codec.
+The speech of such a voice continues its recording. For its sound to do so too, the codec must have
+decoded the recording. That is done once for each voice, and each turn copies the resulting state.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Products of little: linear layers and convolutions as they are fastest a frame at a time on a CPU.
+"""Linear layers and convolutions for one frame at a time on a CPU: fast, and the same in any batch.
 
-BLAS and oneDNN are made for large batches. Given a frame's few columns they take slow paths (a
-transposed convolution of four steps takes ten times as long as its product), or round by how many
-streams share a call. Here every such layer is a plain product of windows and weights.
+BLAS and oneDNN are made for large batches. With the few columns of a frame they take slow paths: a
+transposed convolution of four steps takes ten times as long as its product. Their rounding also
+depends on how many streams share a call. Here every such layer is a plain product of windows and
+weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One WebSocket that carries a session: a task that reads, a task that writes, a dialect between them.
 
-The reader does not wait for the writer, because a cancel must be heard while audio flows; only a
-client that sends nonsense faster than it reads the answers makes it wait. Only the writer sends.
+The reader does not wait for the writer, because a cancel must be heard while audio flows. It waits
+only for a client that sends invalid messages faster than it reads the answers. Only the writer
+sends.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """uvicorn's protocols of HTTP and WebSocket, with limits on what a peer may hold and what it may send.
 
 A socket waits from its first byte until its request is complete, and again once the answer is given.
-A handshake waits until it is accepted. What waits has a deadline, and makes room for newcomers when
-too many sockets are open: the one that has waited longest is closed. So a peer without a token can
-hold no socket for long, and can keep nobody out.
+A handshake waits until it is accepted. Such a wait has a deadline. When too many sockets are open,
+the one that has waited longest is closed. So a peer without a token can hold no socket for long, and
+can keep nobody out.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     client <- carrier <- dialect <-- events of `take` ------------- Session <-- their events
 
 A session's contexts are spoken in the order in which they were opened. A context's segments become
-turns, one after the other. The next turn is opened when the one before has finished: generation
-runs ahead of playback, so nothing is heard of the seam.
+turns, one after the other. The next turn is opened when the one before has finished. Generation
+runs ahead of playback, so the seam is not heard.
 
 There is no wire here. A carrier takes events when its client has room for them, and the engine
 waits while too much audio is not taken. Everything runs on the event loop, and nothing needs a
