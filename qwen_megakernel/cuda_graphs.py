@@ -8,7 +8,7 @@ import torch
 
 
 def capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
-    """A graph of one `run`, which is done once on the way and not when it is captured.
+    """A graph of one `run`. It runs once before the capture, and the capture itself does not run it.
 
     Args:
         run: queues the work; its tensors stay where they are, and must outlive the graph.

@@ -46,8 +46,8 @@ from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Sta
 log = logging.getLogger(__name__)
 
 LATE_TEXT_S = 1.0
-"""Seconds for which an utterance may hold a slot without text for it, in all, while one turn waits for a
-slot; half of it while two wait, and so on."""
+"""Seconds in all for which an utterance may hold a slot without text, while one turn waits for a
+slot. While two wait it is half of this, and so on."""
 _PREFILL_LEAD_S = 0.05
 """Seconds that every speaking turn must be ahead of its playback for several turns to be prefilled at
 once."""

@@ -14,9 +14,10 @@ from qwen_megakernel.codec.interface import CodecState, FrameCodec
 from qwen_megakernel.prompt.voice import Voice
 
 MAX_STATES = 64
-"""Kept at a time, 2.6 MB each at the released shape in bf16; the longest unused is dropped."""
+"""States that are kept, 2.6 MB each at the released shape in bf16. The least recently used is
+dropped."""
 _CHUNK_FRAMES, _CONTEXT_FRAMES = 300, 25
-"""The official package decodes so many frames at a time, with so many before them as context."""
+"""Frames that the official package decodes at a time, and frames of context before them."""
 
 
 def official_context(ref_codes: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _FEW = 16
-"""Steps up to which windows are the rows of a product; more of them are its columns."""
+"""Up to this many steps, windows are the rows of a product. If there are more, they are its columns."""
 
 
 def linear_by_stream(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,7 +84,8 @@ def upsampling_matrix(weight: Tensor, factor: int) -> Tensor:
 
 
 def upsample(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    """`F.conv_transpose1d` with a stride of `factor`, less the steps that see not all their input.
+    """`F.conv_transpose1d` with a stride of `factor`, without the steps that do not see all of their
+    input.
 
     Args:
         x: [n, in, taps - 1 + steps].
