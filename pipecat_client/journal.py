@@ -1,4 +1,4 @@
-"""What was asked of the server and is not spoken yet: what to send, and to send again.
+"""Text that the server has not spoken yet: what to send, and what to send again.
 
 The service writes every text in here first and sends what `take` gives. A connection that breaks
 loses nothing: `restart` takes back what has not been spoken, and the sentence that was cut goes

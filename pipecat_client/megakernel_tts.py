@@ -61,10 +61,10 @@ from qwen_megakernel.surrogates import SurrogateJoiner, repair
 
 MAX_REFUSALS = 30
 SENTENCE_PAUSE_S = 0.3
-"""An LLM that writes nothing for so long after the end of a sentence has ended it."""
+"""Seconds without text after the end of a sentence, after which the sentence counts as complete."""
 MAX_PAUSE_S = 30.0
-"""After so long a pause within a sentence, what was written of it is spoken as a sentence of its own.
-The server would give the sentence up after a minute."""
+"""Seconds without text within a sentence, after which the words so far are spoken as a sentence of
+their own. The server would give the sentence up after a minute."""
 _CATEGORIES = {"overloaded": ErrorCategory.RATE_LIMIT, "internal": ErrorCategory.SERVER}
 """Of an error inside a context; never one that would mute the bot for the session."""
 _ENDED_BY_DONE = ("unknown_voice", "unknown_language", "unsupported", "internal")

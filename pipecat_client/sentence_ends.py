@@ -1,4 +1,4 @@
-"""Where the sentences of a reply end that is still being written."""
+"""Find where sentences end in a reply that is still being written."""
 
 from __future__ import annotations
 

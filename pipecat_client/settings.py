@@ -1,4 +1,4 @@
-"""What can be chosen of the speech while it runs, and what the server tells about it."""
+"""Settings of the speech that may change while it runs, and figures that the server reports of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When each word is heard, estimated: the model says what it speaks, never where in the audio.
+"""Estimate when each word is heard: the model does not say where in the audio a word is.
 
 A segment's words are spread over its audio by how long their letters take to say. Until its
 duration is known, the pace of what this voice said before stands in for it. An interruption then

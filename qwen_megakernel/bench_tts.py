@@ -40,8 +40,9 @@ WHAT = ("kernel", "parts", "server")
 SLOW_TURNS = 5
 """Of each kind for the torch backend on a GPU, whose frames take ten times as long as the kernel's."""
 ORIGINAL = {"ttfc": "50", "rtf": "0.15-0.25", "step": "55"}
-"""What the original says of itself on an RTX 5090, with its own definitions: request received to
-first chunk sent; time of generation over audio; one frame through talker and code predictor."""
+"""Figures that the adaptation with which this project began gave for an RTX 5090, with its own
+definitions: request received to first chunk sent; time of generation over audio; one frame through
+talker and code predictor."""
 
 
 def tell(line: str) -> None:

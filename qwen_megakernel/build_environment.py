@@ -1,4 +1,4 @@
-"""What this machine has for us: the CUDA compiler, and folders that keep built kernels and downloads.
+"""The CUDA compiler of this machine, and the folders that keep built kernels and downloads.
 
 Standard library only, so that `doctor` asks the same question as the build, before torch is installed.
 """

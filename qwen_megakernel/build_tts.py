@@ -1,9 +1,9 @@
 """Compile the CUDA kernels for one checkpoint shape and one GPU, and load them.
 
-The kernel's shapes are compile-time constants from `config.json`, so a build belongs to a
-geometry, an architecture, the sources, the compiler and torch: a hash of them and the compiler's
-version name it in the cache, and a change of any is another build. A build is made aside and
-renamed in, under a lock that the operating system takes back when a process dies.
+The kernel's shapes are compile-time constants from `config.json`. So a build belongs to a geometry,
+an architecture, the sources, the compiler and torch. A hash of them names it in the cache, and a
+change of any makes another build. A build is made in a temporary folder and renamed, under a lock
+that the operating system releases when the process dies.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Geometry and parameters, read from `config.json`; standard library only.
 
-The defaults of the official configuration classes are not those of the released
-checkpoints, so nothing here has a default that a checkpoint could contradict:
-a key that the geometry needs and that the file lacks is an error naming the key.
+The official configuration classes have other defaults than the released checkpoints. So nothing here
+has a default that a checkpoint could contradict. A missing key of the geometry is an error that names
+the key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HOP = 1920
 FRAME_S = HOP / SAMPLE_RATE
 """Seconds per frame."""
 MAX_PARTS = 1024
-"""Layers, heads, quantizers ... of a part; more would only be made and refused later."""
+"""The most layers, heads, quantizers ... of a part. More are refused before anything is made of them."""
 MAX_SIZE = 1 << 20
 """Widths, positions and vocabularies."""
 NUM_CONTROL_CODES = 1024
@@ -424,14 +424,13 @@ SAMPLINGS = ("original", "checkpoint")
 """Where default sampling comes from: `GenerationParams()`, or `read_generation_config`."""
 
 MAX_UTTERANCE_FRAMES = 2048
-"""Frames that the model speaks in one go, 163.84 s; a longer text is spoken in parts."""
+"""The most frames of one utterance, 163.84 s. A longer text is spoken in parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Guards:
-    """Ends for utterances that the model itself would not end (0.3-0.5 % of them run away).
-
-    0 switches one off.
+    """Limits that end utterances which the model would not end (0.3-0.5 % of them run away). 0
+    switches one off.
     """
 
     repeat_frames: int = 40

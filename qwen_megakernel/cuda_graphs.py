@@ -1,4 +1,4 @@
-"""Work that is always the same, as a CUDA graph."""
+"""Capture work that never changes as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def capture(
     device: torch.device,
     pool: tuple[int, int] | None = None,
 ) -> torch.cuda.CUDAGraph:
-    """A graph of one `run`, which is done once on the way and not when it is captured.
+    """A graph of one `run`. It runs once before the capture, and the capture itself does not run it.
 
     Args:
         run: queues the work; its tensors stay where they are, and must outlive the graph.

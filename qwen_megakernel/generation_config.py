@@ -8,8 +8,8 @@ from typing import Any
 from qwen_megakernel.config import ConfigError, GenerationParams, SamplingParams, read_json
 
 _SAMPLING_KEYS = (("do_sample", "", 1.05), ("subtalker_dosample", "subtalker_", 1.0))
-"""Of talker and predictor in a `generation_config.json`: the switch, the prefix, and the repetition
-penalty where the file has none. Of the predictor it never has one."""
+"""For talker and predictor in a `generation_config.json`: the switch, the prefix of the keys, and
+the repetition penalty if the file has none. It never has one for the predictor."""
 
 
 def read_generation_config(folder: Path) -> GenerationParams:

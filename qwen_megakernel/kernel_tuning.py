@@ -19,7 +19,7 @@ from qwen_megakernel.build_environment import cache_folder
 
 SCHEMA = 1
 DEFAULT_L2_SHARE = 0.5
-"""Of L2, for the weights that every pass of the predictor reads again (docs/experiments.md)."""
+"""Part of L2 for the weights that every pass of the predictor reads again (docs/experiments.md)."""
 _PREFIX = "tuning-"
 
 Report = Callable[[str], None]
@@ -27,7 +27,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What can be set of a frame kernel without another code coming out. None is the default."""
+    """Settings of a frame kernel that do not change its codes. None is the default."""
 
     ring_slots: int | None = None
     """Slots of 4 KB of the weight ring; the default is the sources'."""

@@ -1,4 +1,4 @@
-"""Halves of surrogate pairs in text, as broken streams of tokens have them. Such text is not Unicode."""
+"""Join halves of surrogate pairs, which broken token streams contain. Such text is not valid Unicode."""
 
 from __future__ import annotations
 

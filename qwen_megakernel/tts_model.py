@@ -5,8 +5,8 @@
     for chunk in tts.stream("Hello there.", voice="anna"):   # float32 [n], 24 kHz
         play(chunk)
 
-Whole text, live text and many turns at once are the same thing, a `Turn`; `stream` and
-`synthesize` are it with a queue around.
+Whole text, live text and many turns at once all go through a `Turn`. `stream` and `synthesize` put a
+queue around it.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Finished:
     generation_s: float
     """First text accepted -> end, less the time in which the turn waited for text or was ahead."""
     error: str | None = None
-    """Why it failed, in one line; or, of the reason `length`, that the speech was cut off although the
+    """Why it failed, in one line. With the reason `length`: that the speech was cut off although the
     caller had set no `max_frames`."""
 
     @property
@@ -159,7 +159,7 @@ class Turn:
         self._wake()
 
     def hold(self, on: bool) -> None:
-        """Make the engine wait with this turn, or go on: for a client that cannot take more as yet."""
+        """Hold this turn, or let it go on: for a client that cannot take more yet."""
         self._held = on
         self._wake()
 
@@ -199,7 +199,7 @@ class Turn:
         return (self._feed.append(half) if half else []) + self._feed.flush()
 
     def _give(self, tokens: list[int], *, complete: bool = False) -> None:
-        """Hand tokens over to the engine, which need not look where there is nothing new."""
+        """Hand tokens to the engine, and wake it only if there is something new."""
         if not tokens and not complete:
             return
         with self._lock:

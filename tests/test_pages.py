@@ -1,4 +1,4 @@
-"""Whether pages tell the truth: links, commands, options and files that they name.
+"""Whether pages tell the truth (links, commands, options and files that they name) and are short.
 
 Each rule is a function from a source tree to a list of complaints, so that each can be shown to
 complain (`test_rules_can_fail`).
@@ -16,6 +16,8 @@ from test_layout import PACKAGE, SOURCES, write_tree
 from qwen_megakernel.__main__ import COMMANDS, SCRIPT
 from qwen_megakernel.tools.serve import banner
 
+README_WORDS = 1000
+SENTENCE_WORDS = 40
 DECLARED_IN = {"server.py": f"{PACKAGE}/tools/serve.py"}
 """Scripts whose options another file declares."""
 
@@ -91,6 +93,30 @@ def options_exist(root: Path) -> Iterator[str]:
                         yield f"{page.name}: {script} {option}"
 
 
+def readme_is_short(root: Path) -> Iterator[str]:
+    words = len((root / "README.md").read_text(encoding="utf-8").split())
+    if words > README_WORDS:
+        yield f"README.md has {words} words, allowed: {README_WORDS}"
+
+
+def sentences_are_short(root: Path) -> Iterator[str]:
+    """Outside tables and code."""
+    for page in pages(root):
+        for sentence in sentences_of(page.read_text(encoding="utf-8")):
+            if (words := len(sentence.split())) > SENTENCE_WORDS:
+                yield f"{page.relative_to(root)}: {words} words: {sentence[:60]}"
+
+
+def sentences_of(text: str) -> Iterator[str]:
+    """Sentences of paragraphs and list items. A link counts by its text, `code` as one word."""
+    text = re.sub(r"^ *```.*?^ *```", "\n", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^(?: {4}|\||#|<).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"`[^`]+`", "code", text)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    for block in re.split(r"\n\s*\n|^ *(?:[-*]|\d+\.) ", text, flags=re.MULTILINE):
+        yield from re.split(r"(?<=[.!?])[\"')*\]]*\s+", block)
+
+
 def code_of(text: str) -> list[str]:
     """Fenced blocks, then indented lines and inline code of what is left."""
     fenced = re.compile(r"^ *```.*?$(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -102,7 +128,7 @@ def code_of(text: str) -> list[str]:
     ]
 
 
-RULES = [links_lead_somewhere, commands_exist, options_exist]
+RULES = [links_lead_somewhere, commands_exist, options_exist, readme_is_short, sentences_are_short]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -129,6 +155,9 @@ FAULTS = [
     (commands_exist, "README.md", "see `qwen_megakernel/kernel.py`"),
     (options_exist, "training/README.md", "```\npython -m training.tokens build --loud\n```"),
     (options_exist, "README.md", "```bash\npython server.py \\\n  --loud\n```"),
+    (readme_is_short, "README.md", "So be it.\n" * 334),
+    (sentences_are_short, "SETUP.md", "One. " + "two " * 41 + "three. Four."),
+    (sentences_are_short, "docs/there.md", "# Here\n\n- " + "two\n  " * 41 + "\n- three"),
 ]
 
 

@@ -3,10 +3,10 @@
     python -m training.evaluate demo_voice --report build/training/report.json
 
 Every sentence is spoken with default sampling and a fixed seed, in each voice of the checkpoint's
-`voices/`, and in the demo's voice once more in the non-streaming layout; `training.listening`
-writes down what it hears. Then each voice is cloned from three seconds of the teacher, and live text is
-compared with whole text. The teacher is heard too, where flite is installed; with `--codec`, the folder
-of a trained codec, also what that makes of the teacher's speech.
+`voices/`. The demo's voice speaks once more in the non-streaming layout. `training.listening` writes
+down what it hears. Then each voice is cloned from three seconds of the teacher, and live text is
+compared with whole text. If flite is installed, the teacher is heard too. `--codec`, the folder of a
+trained codec, adds that codec's reconstruction of the teacher's speech.
 """
 
 from __future__ import annotations

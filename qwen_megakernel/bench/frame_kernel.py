@@ -28,7 +28,7 @@ from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.tools.machine_code import resources
 
 STREAMS = (1, 2, 4, 8)
-"""Measured where no others are asked for; the last is the most that can be asked for."""
+"""Measured by default; the last is the largest number that is allowed."""
 POSITIONS = (100, 500, 1000, 2000)
 REPEATS = 200
 EAGER_REPEATS = 10
@@ -58,10 +58,10 @@ class FrameFigures:
     """`PARTS` by the kernel's own clock, medians; what is left is the launch, the first product and
     the last sum."""
     bytes: int
-    """That a frame must read: weights of talker and 15 passes, keys and values."""
+    """Bytes that a frame must read: weights of talker and 15 passes, keys and values."""
     gb_s: float
     floor_us: float
-    """A plain streaming read of as many bytes."""
+    """A plain streaming read of the same number of bytes."""
     eager_us: float
     """PyTorch bf16, host's clock."""
     graph_us: float

@@ -1,4 +1,4 @@
-"""The bench's middle: what decoding a frame and turning it to sound take, each waited for alone."""
+"""The bench's second part: the time of a frame's decode and of its codec, each measured alone."""
 
 from __future__ import annotations
 

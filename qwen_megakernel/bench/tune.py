@@ -43,7 +43,8 @@ from qwen_megakernel.tools.build import DEFAULT_MODEL, find_config
 from qwen_megakernel.tts_model import choose_device
 
 INSTANCES = 3
-"""Of the packed weights, whose addresses move a figure; with fewer the bound is too narrow."""
+"""Copies of the packed weights. Their addresses move a figure, and with fewer copies the bound is
+too narrow."""
 REPEATS = 50
 """Frames of a measurement."""
 POSITION = 200

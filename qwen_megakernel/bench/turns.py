@@ -1,7 +1,7 @@
 """The bench's end-to-end part: a real server process, a real socket, turn after turn.
 
-Random weights almost never say EOS, so the client listens to as much as a voice would take for the
-text and then cancels; a trained voice mostly ends before that.
+Random weights almost never draw EOS. So the client listens for as long as a voice would take for the
+text, and then cancels. A trained voice mostly ends before that.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 The plan holds the packed weights, the state of all slots and the buffers between launches. It
 computes what `CodecDecoder` does, rearranged where that is the same function:
 
-- the two projections around the transformer are merged with the convolutions beside them;
-- an RMSNorm's weight is applied by whoever writes the row, its 1/rms by whoever multiplies it;
-- a layer's history is a ring in the slot's state, long enough to hold the history and the new
-  frame; the layer before writes straight into it.
+- The two projections around the transformer are merged with the convolutions beside them.
+- The launch that writes a row applies the weight of its RMSNorm. The launch that multiplies the row
+  applies 1/rms.
+- A layer's history is a ring in the slot's state. It holds the history and the new frame, and the layer
+  before writes straight into it.
 
-Values between launches are bf16; the transformer's residual, norms, softmax, RoPE, activations
-and all sums are float32.
+Values between launches are bf16. The transformer's residual, norms, softmax, RoPE, activations and all
+sums are float32.
 """
 
 from __future__ import annotations

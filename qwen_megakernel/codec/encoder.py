@@ -1,15 +1,14 @@
-"""The codec's other half: samples to the codes of a reference recording, 16 a frame.
+"""The codec's encoder: samples of a reference recording to codes, 16 a frame.
 
 The analysis half of Mimi (https://arxiv.org/abs/2410.00037): SEANet convolutions to 25 Hz, a
-causal transformer, one more convolution to 12.5 Hz, residual vector quantization. Runs once a
+causal transformer, one more convolution to 12.5 Hz, residual vector quantization. It runs once for each
 voice, in float32.
 """
 
-# Written out, although transformers' MimiModel reads the released file up to 5.17 (5.18 renames its
-# tensors): its RoPE buffers are not in the file, so one made on the meta device stays unfinished;
-# since 5.0 it applies the `sliding_window` of `encoder_config`, which the official code's
-# transformers, 4.57, ignored; and the official package, once imported, changes the table that its
-# RoPE is initialised from.
+# Why this is not transformers' MimiModel, which reads the released file up to 5.17 (5.18 renames its
+# tensors). Its RoPE buffers are not in the file, so a model made on the meta device stays unfinished.
+# Since 5.0 it applies the `sliding_window` of `encoder_config`, which the official code's transformers,
+# 4.57, ignores. And the official package, once imported, changes the table from which it makes its RoPE.
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers of the codec that remember: convolutions that go on where they stopped, and their states."""
+"""Streaming layers of the codec: convolutions that continue where they stopped, and their states."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class SlotStates:
 
 
 def takes_products(x: Tensor) -> bool:
-    """Whether convolutions are products (`small_products`): on a CPU, but to learn, which keeps all
-    that it makes."""
+    """Whether convolutions are products (`batch_invariant`): on a CPU, except in training, which
+    keeps all intermediate values."""
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 

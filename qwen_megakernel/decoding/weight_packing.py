@@ -1,10 +1,10 @@
 """Weights in the order and shape in which the frame kernel reads them.
 
-A product W x is cut into items: strips of 16 rows, times parts of k where rows are few. An item's
-bytes are [warp][chunk][lane][8 bf16]: each of the kernel's 16 warps takes a sixteenth of k in
-chunks of 16, and of a chunk each lane's 16 bytes are its mma.m16n8k16 A fragment, so that the
-kernel moves weights without looking at them. csrc/products.cuh says the same in C++. A norm's
-weight goes into the product that follows it.
+A product W x is cut into items: strips of 16 rows, and parts of k where there are few rows. An item's
+bytes are [warp][chunk][lane][8 bf16]. Each of the kernel's 16 warps takes a sixteenth of k in chunks of
+16. The 16 bytes of a lane are its mma.m16n8k16 A fragment of the chunk, so the kernel loads weights
+without rearranging them. csrc/products.cuh says the same in C++. The weight of a norm is folded into the
+product that follows it.
 """
 
 from __future__ import annotations

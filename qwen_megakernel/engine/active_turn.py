@@ -23,8 +23,8 @@ CHUNK_RAMP = (1, 1, 2, 4)
 once; later ones are larger because a message costs the same whatever its length."""
 
 PART_SEED_STEP = 2**32
-"""Part k of a turn draws with the turn's seed plus k times this: no seed that counts on from segment to
-segment meets it."""
+"""Part k of a turn draws with the turn's seed plus k times this. Seeds that count up from segment to
+segment do not reach it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class ActiveTurn:
         self._part_start = 0
         """Frames of earlier parts."""
         self.num_fed = 0
-        """Frames launched, less those that nobody hears because their part was over."""
+        """Frames launched, without those that are discarded because their part was over."""
         self.num_frames = 0
         """Frames whose audio has been delivered."""
         self.last_fed = False
@@ -120,7 +120,7 @@ class ActiveTurn:
         return self.turn.first_text_at or self.opened_at
 
     def take_text(self) -> None:
-        """Move tokens that the caller's text has become into the prompts, a bounded number."""
+        """Move a bounded number of the tokens of the caller's text into the prompts."""
         tokens, complete = self.turn.take_text()
         self.parts.extend(tokens)
         if complete:
@@ -218,7 +218,7 @@ class ActiveTurn:
         return now - self._idle_since if self._idle_since is not None else 0.0
 
     def mark_late(self, now: float) -> None:
-        """Notice from when to when the slot is held without text for it."""
+        """Track the time in which the slot is held without text."""
         late_s = self.late_for_s(now)
         if self.text_late and not self.in_flight:
             self._late_since = now if self._late_since is None else self._late_since

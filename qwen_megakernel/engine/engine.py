@@ -1,22 +1,22 @@
 """The engine: one thread owns the device and decides what runs next.
 
-Each tick takes what callers said (new turns, text, cancels), prefills turns that wait for a slot,
-launches one frame, delivers the audio of the previous frame, and waits for the new frame's codes.
-A frame takes the turns whose playback runs out first, as many as the backend's `max_batch`. It leaves
-out a turn whose next text row has not come, and one that is further ahead of its playback than its
-lead. Nothing else decides order.
+Each tick takes new turns, text and cancels from callers, and prefills turns that wait for a slot.
+Then it launches one frame, delivers the audio of the previous frame, and waits for the new frame's
+codes. A frame takes the turns whose playback runs out first, as many as the backend's `max_batch`.
+It leaves out a turn whose next text row has not come, and one that is further ahead of its playback
+than its lead. Nothing else decides order.
 
-A turn whose text is late keeps its slot while no other turn needs it. If turns wait for a slot, it
-keeps it for `LATE_TEXT_S` shared by those that wait: then it speaks the words that it has to their
-end, gives the slot back, and joins the end of the queue when more text comes.
+A turn whose text is late keeps its slot while no other turn needs it. If *n* turns wait for a slot, it
+keeps it for `LATE_TEXT_S` / *n*. Then it speaks the words that it has to their end and gives the slot
+back. It joins the end of the queue when more text comes.
 
     device    frame n   codec n   frame n+1   codec n+1
     host           codes n^  launch n+1   audio n^    codes n+1^
 
-The codec runs behind its frame. So the host works, launches included, while the codec runs, and EOS
-is known before the next frame is launched: only a turn that is cancelled or stopped for silence
-discards one frame. Where the codec is done at once (on a CPU) its audio is delivered before the next
-frame is launched.
+The codec runs behind its frame, and the host works and launches while the codec runs. EOS is known
+before the next frame is launched, so only a turn that is cancelled or stopped for silence discards
+one frame. If the codec is done at once, as on a CPU, its audio is delivered before the next frame is
+launched.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Sta
 log = logging.getLogger(__name__)
 
 LATE_TEXT_S = 1.0
-"""Seconds for which an utterance may hold a slot without text for it, in all, while one turn waits for a
-slot; half of it while two wait, and so on."""
+"""Seconds in all for which an utterance may hold a slot without text, while one turn waits for a
+slot. While two wait it is half of this, and so on."""
 _PREFILL_LEAD_S = 0.05
 """Seconds that every speaking turn must be ahead of its playback for several turns to be prefilled at
 once."""

@@ -1,7 +1,7 @@
-"""The codec state behind each voice's reference, from which the speech of a clone in context goes on.
+"""The codec state at the end of each voice's reference, where the speech of a clone in context begins.
 
-Such a voice's speech continues its recording. Its sound does so too when the codec has decoded the
-recording before: that is done once a voice, and a turn copies what was left in the codec.
+The speech of such a voice continues its recording. For its sound to do so too, the codec must have
+decoded the recording. That is done once for each voice, and each turn copies the resulting state.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from qwen_megakernel.codec.interface import CodecState, FrameCodec
 from qwen_megakernel.prompt.voice import Voice
 
 MAX_STATES = 64
-"""Kept at a time, 2.6 MB each at the released shape in bf16; the longest unused is dropped."""
+"""States that are kept, 2.6 MB each at the released shape in bf16. The least recently used is
+dropped."""
 _CHUNK_FRAMES, _CONTEXT_FRAMES = 300, 25
-"""The official package decodes so many frames at a time, with so many before them as context."""
+"""Frames that the official package decodes at a time, and frames of context before them."""
 
 
 def official_context(ref_codes: Tensor) -> Tensor:

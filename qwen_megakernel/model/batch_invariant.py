@@ -1,8 +1,9 @@
-"""Products of little: linear layers and convolutions as they are fastest a frame at a time on a CPU.
+"""Linear layers and convolutions for one frame at a time on a CPU: fast, and the same in any batch.
 
-BLAS and oneDNN are made for large batches. Given a frame's few columns they take slow paths (a
-transposed convolution of four steps takes ten times as long as its product), or round by how many
-streams share a call. Here every such layer is a plain product of windows and weights.
+BLAS and oneDNN are made for large batches. With the few columns of a frame they take slow paths: a
+transposed convolution of four steps takes ten times as long as its product. Their rounding also
+depends on how many streams share a call. Here every such layer is a plain product of windows and
+weights.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _FEW = 16
-"""Steps up to which windows are the rows of a product; more of them are its columns."""
+"""Up to this many steps, windows are the rows of a product. If there are more, they are its columns."""
 
 
 def linear_by_stream(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,7 +84,8 @@ def upsampling_matrix(weight: Tensor, factor: int) -> Tensor:
 
 
 def upsample(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    """`F.conv_transpose1d` with a stride of `factor`, less the steps that see not all their input.
+    """`F.conv_transpose1d` with a stride of `factor`, without the steps that do not see all of their
+    input.
 
     Args:
         x: [n, in, taps - 1 + steps].

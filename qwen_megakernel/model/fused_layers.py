@@ -1,8 +1,8 @@
 """Decoder layers as they run: `talker.DecoderLayer` in less than half of its operations.
 
-A frame of a small model is a thousand operations, each of which takes no longer than its call, on a
-CPU as on a GPU. So products of the same input are joined, and so are the norms and RoPE of queries
-and keys. The modules' weights become views of the joined ones: nothing is in memory twice.
+A frame of a small model is a thousand operations, and each takes no longer than its call, on a CPU
+and on a GPU. So products of the same input are joined, and so are the norms and RoPE of queries and
+keys. The modules' weights become views of the joined ones, so nothing is in memory twice.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 The order is that of Hugging Face `generate`: repetition penalty, suppression (and EOS before
 the minimum length), temperature, top-k (ties kept), top-p. The draw adds Gumbel noise and takes
-the maximum, which samples the same distribution as softmax + multinomial. The noise of code
-`index` of `codebook` in `frame` is a pure function of (seed, frame, codebook, index) through
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11), so a turn's
-codes do not depend on slot, batch or backend.
+the maximum, which samples the same distribution as softmax + multinomial. The noise of
+code `index` of `codebook` in `frame` is a pure function of (seed, frame, codebook, index), so a turn's
+codes do not depend on slot, batch or backend. The function is Philox4x32-10 (Salmon et al., "Parallel
+random numbers: as easy as 1, 2, 3", SC11).
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Embedding(nn.Embedding):
-    """As torch's, but quick to lay out without memory: to draw there imports a compiler, for 2 s."""
+    """Like torch's, but quick to make on the meta device, where drawing values imports a compiler
+    for 2 s."""
 
     def reset_parameters(self) -> None:
         """Draw the weights, unless they are on the meta device."""

@@ -1,9 +1,9 @@
 """A turn's text as prompts: one where a single utterance holds it, else one for each part.
 
-A part holds so many tokens that its speech fits into an utterance (`max_part_tokens`). Tokens of
-its first half are given to its prompt at once. Then only whole sentences are given: a sentence that
-does not fit begins the next part. Where one sentence fills the half, the part ends at a clause, else
-at a word, else where it must. The cuts depend on the text alone, not on how it arrives.
+A part has at most as many tokens as fit into an utterance (`max_part_tokens`). Tokens of its first
+half go to its prompt at once. Then only whole sentences go: one that does not fit begins the next
+part. If one sentence fills the half, the part ends at a clause, else at a word, else where it must.
+The cuts depend on the text alone, not on how it arrives.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Reference recordings: WAV or FLAC bytes of a stranger to samples.
+"""Reference recordings: untrusted WAV or FLAC bytes to samples.
 
-Bytes are measured before they are decoded: size, container, format and length are checked in
-this order, each before the code that it protects. Nothing here turns a client's string into a path.
+Size, container, format and length are checked in this order, each before the code that it protects.
+Nothing here turns a client's string into a path.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The beginning that prompts have in common: what a prompt says of it, and a decoder may keep it by."""
+"""The first rows that prompts share, and the key by which a decoder may keep them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Who is speaking: log-mel spectrogram and ECAPA-TDNN speaker encoder (https://arxiv.org/abs/2005.07143).
+"""The speaker encoder: log-mel spectrogram and ECAPA-TDNN (https://arxiv.org/abs/2005.07143).
 
-One reference recording in, one vector out, which takes a row of the prompt. Runs once
-a voice, in float32, on the device that the weights are on.
+It makes one vector of a reference recording, which becomes a row of the prompt. It runs once for each
+voice, in float32, on the device of its weights.
 """
 
 from __future__ import annotations

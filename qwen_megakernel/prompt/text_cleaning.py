@@ -1,6 +1,7 @@
-"""What of a text is spoken: leaves out what says nothing and what breaks words. See docs/text.md.
+"""Text cleaning: leave out what cannot be spoken and what breaks words. See docs/text.md.
 
-The result is the same however the text is split: each character is decided on by what came before it.
+The decision about a character depends only on the characters before it, so the result is the same
+however the text is split.
 """
 
 from __future__ import annotations

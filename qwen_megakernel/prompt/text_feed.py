@@ -61,7 +61,7 @@ class TextFeed:
         self._last_class = _SPACE
         """Of the last character."""
         self._next_look = 0
-        """Held characters from which it is worth looking again, where looking was in vain."""
+        """After a look in vain: the number of held characters that makes another look worthwhile."""
         self._begun = False
 
     def append(self, text: str) -> list[int]:
@@ -128,7 +128,8 @@ def _ends_a_token(before: str, text: str) -> bool:
 
 @lru_cache(4096)
 def _class_of(char: str) -> str:
-    """What the tokenizer's split distinguishes: runs of a class are never split, but for numbers."""
+    """Classes that the tokenizer's split distinguishes: runs of a class are never split, except
+    numbers."""
     if char.isspace():
         return _SPACE
     kind = unicodedata.category(char)[0]
@@ -149,8 +150,8 @@ def _settled_length(text: str) -> int:
 def _joins_backward(char: str) -> bool:
     """Whether NFC may reorder a character before others or compose it with the one before.
 
-    Marks, vowel and final jamo, and the letters of Kirat Rai do; of a character that Python does not
-    know it is assumed.
+    Marks, vowel and final jamo, and the letters of Kirat Rai do; for a character that Python does
+    not know, this is assumed.
     """
     if unicodedata.category(char)[0] == "M" or unicodedata.category(char) == "Cn":
         return True

@@ -60,7 +60,7 @@ class Voice:
 
     @classmethod
     def preset(cls, name: str) -> Self:
-        """A speaker of a CustomVoice checkpoint; whether the checkpoint has it, the prompt checks."""
+        """A speaker of a CustomVoice checkpoint. The prompt checks whether the checkpoint has it."""
         return cls(speaker=name.lower())
 
     @classmethod
@@ -243,7 +243,8 @@ class VoiceCloner:
 
 
 def voice_name_ok(name: str) -> bool:
-    """Whether `name` can name a voice: 1 to 64 letters, digits, `-` and `_`, beginning with no sign."""
+    """Whether `name` can name a voice: 1 to 64 letters, digits, `-` and `_`, with a letter or digit
+    first."""
     return _NAME.fullmatch(name) is not None
 
 

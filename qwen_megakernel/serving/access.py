@@ -1,8 +1,9 @@
 """Who may talk to the server: Host, Origin and token, as pure functions of a request's headers.
 
-A port on 127.0.0.1 is not private. Any web page the user opens may connect a WebSocket to it (the
-same-origin policy does not cover WebSockets), and a page whose name is re-pointed to 127.0.0.1
-(DNS rebinding) counts as its own origin. Hence both checks, token or not.
+A port on 127.0.0.1 is not private. Any web page that the user opens may connect a WebSocket to it,
+because the same-origin policy does not cover WebSockets. A page whose name is re-pointed to
+127.0.0.1 (DNS rebinding) even counts as its own origin. So Host and Origin are checked, with a token
+or without.
 """
 
 from __future__ import annotations

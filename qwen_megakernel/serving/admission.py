@@ -1,10 +1,10 @@
 """Who is let in: the one place that decides about connections, and about turns that want a slot.
 
-Connections are limited in number, in all and by address. Of turns, the engine says what it can take.
-A turn that would get a slot within `max_queue_s` is let in, and is spoken then. Any other is refused
-at once, with the time after which it would be let in. A session has one turn at a time, and the engine
-gives slots in the order of arrival: so each connection has at most one turn before another's, whatever
-it sends. A turn that is cancelled counts no longer.
+Connections are limited in number, in all and by address. For turns, the engine reports what it can
+take. A turn that would get a slot within `max_queue_s` is let in, and is not refused later. Any
+other is refused at once, with the time after which it would be let in. A session has one turn at a
+time, and the engine gives slots in the order of arrival, so no connection gets two turns before
+another's. A cancelled turn no longer counts.
 """
 
 from __future__ import annotations

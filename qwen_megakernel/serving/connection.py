@@ -1,7 +1,8 @@
 """One WebSocket that carries a session: a task that reads, a task that writes, a dialect between them.
 
-The reader does not wait for the writer, because a cancel must be heard while audio flows; only a
-client that sends nonsense faster than it reads the answers makes it wait. Only the writer sends.
+The reader does not wait for the writer, because a cancel must be heard while audio flows. It waits
+only for a client that sends invalid messages faster than it reads the answers. Only the writer
+sends.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Connection:
             self._dialect.receive(message["bytes"] if data is None else data)
             await self._session.keep_pace()
             if self._transport.is_closing():
-                return  # what a client that has left still had to say would be read at its pace
+                return  # a client that has left: what it still had to say is not read
             # A packet may hold thousands of messages; other connections want their turn.
             await asyncio.sleep(0)
 
@@ -109,6 +110,7 @@ class Connection:
 
 
 def _failure(task: asyncio.Task[None]) -> BaseException | None:
-    """What is our fault in the end of a task; a client that left or does not read is not."""
+    """The error in a task's end that is our fault. A client that left or does not read is not our
+    fault."""
     error = task.exception()
     return None if isinstance(error, (WebSocketDisconnect, TimeoutError, OSError)) else error

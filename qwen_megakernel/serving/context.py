@@ -189,7 +189,7 @@ class Context:
             self.spoken.turn.cancel()
 
     def start_clock(self) -> None:
-        """There is a turn, or is about to be: its clock starts once there is text, too."""
+        """A turn is open or about to be. Its clock starts once there is text, too."""
         if self.account.num_chars:
             self.account.start_clock()
 

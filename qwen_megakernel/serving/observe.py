@@ -23,7 +23,8 @@ from qwen_megakernel.turn import FinishReason
 
 log = logging.getLogger("qwen_megakernel.server")
 edge_log = logging.getLogger("qwen_megakernel.server.edge")
-"""What peers do that are no clients yet, or break rules: anybody can cause such a line at any rate."""
+"""For what peers do that are not clients yet or break rules. Anybody can cause such a line at any
+rate."""
 
 _TTFC_BUCKETS_S = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 _RTF_BUCKETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 5.0)

@@ -1,7 +1,7 @@
 """The server process: its socket, its signals, the loading of the model, its exit code.
 
-The port answers before the model is loaded, so that a used one is known at once and a supervisor
-can watch the phases.
+The port answers before the model is loaded, so a port in use is noticed at once, and a supervisor can
+watch the phases.
 """
 
 from __future__ import annotations

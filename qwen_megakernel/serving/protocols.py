@@ -1,9 +1,9 @@
 """uvicorn's protocols of HTTP and WebSocket, with limits on what a peer may hold and what it may send.
 
 A socket waits from its first byte until its request is complete, and again once the answer is given.
-A handshake waits until it is accepted. What waits has a deadline, and makes room for newcomers when
-too many sockets are open: the one that has waited longest is closed. So a peer without a token can
-hold no socket for long, and can keep nobody out.
+A handshake waits until it is accepted. Such a wait has a deadline. When too many sockets are open,
+the one that has waited longest is closed. So a peer without a token can hold no socket for long, and
+can keep nobody out.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from qwen_megakernel.serving.observe import edge_log
 
 SEND_TIMEOUT_S = 10.0
-"""A peer that takes nothing of what is to be sent for so long is cut."""
+"""Seconds after which a peer is cut that takes nothing of what is sent to it."""
 FLUSH_S = 10.0
-"""A socket that is closed in good order but cannot be flushed for so long is cut."""
+"""Seconds after which a socket is cut that is being closed and cannot be flushed."""
 PING_INTERVAL_S = 3.0
 PONG_TIMEOUT_S = 11.0
-"""A peer that reads as slowly as it plays answers a ping after the audio before it: 10 s at most in
-the native protocol. One that has stopped reading is cut after at most 14 s, the interval included."""
+"""A peer that reads as slowly as it plays answers a ping after the audio before it, which is 10 s at
+most in the native protocol. One that has stopped reading is cut after at most 14 s, with the
+interval."""
 MESSAGE_TIMEOUT_S = 10.0
 """From the first byte of a message to its last."""
 MAX_FRAGMENTS = 128

@@ -4,8 +4,8 @@
     client <- carrier <- dialect <-- events of `take` ------------- Session <-- their events
 
 A session's contexts are spoken in the order in which they were opened. A context's segments become
-turns, one after the other. The next turn is opened when the one before has finished: generation
-runs ahead of playback, so nothing is heard of the seam.
+turns, one after the other. The next turn is opened when the one before has finished. Generation
+runs ahead of playback, so the seam is not heard.
 
 There is no wire here. A carrier takes events when its client has room for them, and the engine
 waits while too much audio is not taken. Everything runs on the event loop, and nothing needs a
@@ -42,9 +42,9 @@ from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.turn import Audio, Finished, RequestError, Started, TurnEvent
 
 MAX_UNSENT_BYTES = 65_536
-"""Audio that may wait for the carrier before the engine waits; it goes on at half."""
+"""Bytes of audio that may wait for the carrier before the engine waits. It goes on at half of this."""
 QUIET_S = 1.0
-"""A context of which nothing was given for so long is told as quiet."""
+"""Seconds without an event after which a context is reported as quiet."""
 _REMEMBERED_IDS = 1000
 _NO_CHOICES = SpeechOptions()
 
@@ -60,8 +60,8 @@ class SessionRules:
     max_lead_s: float = 10.0
     """Seconds of audio that a context may be ahead of its playback."""
     one_turn: bool = False
-    """A context is one turn. It is opened before it has text, and ends where its turn ends: when the
-    model says so, although more text could come; when the engine has honoured a cancel; after the
+    """A context is one turn. It is opened before it has text. It ends where its turn ends: when the
+    model says so, although more text could come; when the engine has honoured a cancel; or after the
     audio before a failure. The next context is opened when this end was taken. A context that never
     became a turn has no record.
 
@@ -97,7 +97,8 @@ class Session:
         self._retry: asyncio.TimerHandle | None = None
         self._quiet: asyncio.TimerHandle | None = None
         self._active_at = time.monotonic()
-        """When the client, or the server beside its reports of silence, last said something."""
+        """When the client last said something, or the server something other than a report of
+        silence."""
         self._rate = MessageRate(server.max_messages_per_s, self._active_at)
         self._idle: asyncio.TimerHandle | None = None
         self._check_idle()

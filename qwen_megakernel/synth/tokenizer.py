@@ -1,7 +1,7 @@
 """The text tokenizer of a random checkpoint: Qwen2's files, with merges learned from the text below.
 
-It splits as the released one does, has its special tokens and takes any text; only its
-vocabulary is small, so the same text is more tokens.
+It splits as the released one does, has its special tokens and takes any text. Its vocabulary is
+small, so the same text has more tokens.
 """
 
 from __future__ import annotations

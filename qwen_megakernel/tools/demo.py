@@ -26,7 +26,7 @@ CHECKPOINT = bundled_folder("demo_voice")
 """The tiny checkpoint that comes with the package; see its README.md."""
 VOICE = "rms"
 SEED = 3
-"""The demo sounds the same each time, so that who hears something else knows that it is."""
+"""Fixed: the demo sounds the same each time, so that a change can be heard."""
 
 TEXT = "Hello, and thank you for trying this. How can I help you today?"
 READY_S = 180.0
@@ -141,7 +141,7 @@ def _is_ready(port: int) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, less what would configure the server behind the demo's back, and proxies."""
+    """Our environment, without proxies and without what would configure the demo's server."""
     kept = {
         k: v
         for k, v in os.environ.items()

@@ -1,7 +1,7 @@
-"""`python -m qwen_megakernel doctor`: whether this machine can serve, and how to mend what it lacks.
+"""`python -m qwen_megakernel doctor`: whether this machine can serve, and how to fix what is wrong.
 
-Each check is a function: it takes what `machine` found out and returns a `Check`. Only the standard
-library is imported with this module, so that it runs before anything is installed.
+Each check is a function: it takes the facts of `machine` and returns a `Check`. This module imports only
+the standard library, so that it runs before anything is installed.
 """
 
 from __future__ import annotations

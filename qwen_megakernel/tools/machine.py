@@ -1,8 +1,7 @@
-"""What the machine says of itself, for `doctor` to judge.
+"""Facts about this machine, which `doctor` judges.
 
-Other programs are asked with a time limit, torch in a process of its own: a broken driver hangs
-or kills whoever talks to it. Run as a file, this module is that process and prints what torch
-says as JSON.
+Other programs run with a time limit, and torch in a process of its own: a broken driver hangs or kills
+whoever talks to it. Run as a file, this module is that process, and prints torch's answers as JSON.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the compiler made of the kernels: the figures of a build, and the table that keeps them.
+"""Figures of the kernels' machine code, and the table that keeps them.
 
 `csrc/machine_code.md` has a row for each kernel, shape and architecture. A test compares it with a
 fresh build, so that no change of the machine code goes unseen.
