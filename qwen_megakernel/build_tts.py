@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from qwen_megakernel.build_environment import cache_folder, find_nvcc
-from qwen_megakernel.bundled import bundled_folder
 from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig, TransformerConfig
+from qwen_megakernel.installation.build_environment import cache_folder, find_nvcc
+from qwen_megakernel.installation.bundled import bundled_folder
 
 try:
     import fcntl

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qwen_megakernel.build_environment import user_cache_folder
 from qwen_megakernel.config import ModelConfig
+from qwen_megakernel.installation.build_environment import user_cache_folder
 
 log = logging.getLogger(__name__)
 

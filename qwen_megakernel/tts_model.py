@@ -30,7 +30,7 @@ from qwen_megakernel.engine.active_turn import TurnRequest
 from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
 from qwen_megakernel.engine.capacity import Capacity
 from qwen_megakernel.engine.engine import Engine
-from qwen_megakernel.generation_config import read_generation_config
+from qwen_megakernel.model.generation_config import read_generation_config
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.builder import PromptBuilder
 from qwen_megakernel.prompt.speaker_encoder import SpeakerEncoder

@@ -28,7 +28,7 @@ from qwen_megakernel.build_tts import build, codec_library, detect_arch  # noqa:
 from qwen_megakernel.codec.cuda_ops import GemmOp  # noqa: E402
 from qwen_megakernel.codec.cuda_stream import CudaCodecStream, batch_sizes  # noqa: E402
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream  # noqa: E402
-from qwen_megakernel.cuda_graphs import capture  # noqa: E402
+from qwen_megakernel.model.cuda_graphs import capture  # noqa: E402
 
 GPU = torch.device("cuda", 0)
 

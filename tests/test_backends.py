@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qwen_megakernel import build_environment, build_tts
+from qwen_megakernel import build_tts
 from qwen_megakernel.__main__ import main
 from qwen_megakernel.build_tts import BuildError, build, frame_library
 from qwen_megakernel.checkpoint import CheckpointError
@@ -20,7 +20,8 @@ from qwen_megakernel.decoding.graph_backend import GraphBackend
 from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.engine import backends as backends_module
 from qwen_megakernel.engine.backends import Backends, memory_refusal
-from qwen_megakernel.kernel_tuning import Setting, Tuning
+from qwen_megakernel.installation import build_environment
+from qwen_megakernel.installation.kernel_tuning import Setting, Tuning
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config

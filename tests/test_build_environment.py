@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from live_server import ROOT
 
-from qwen_megakernel import build_environment, build_tts
-from qwen_megakernel.build_environment import cache_folder, find_nvcc, user_cache_folder
+from qwen_megakernel import build_tts
 from qwen_megakernel.build_tts import BuildError, Library, build
 from qwen_megakernel.checkpoint import CheckpointError, hub_cache_folder, resolve
+from qwen_megakernel.installation import build_environment
+from qwen_megakernel.installation.build_environment import cache_folder, find_nvcc, user_cache_folder
 from qwen_megakernel.tools.doctor import check_kernel_disk, check_nvcc
 from qwen_megakernel.tools.machine import Gpu, Gpus, Torch
 

@@ -16,7 +16,6 @@ from codec_interpreter import Interpreter
 from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
 from torch import Tensor
 
-from qwen_megakernel.build_environment import find_nvcc
 from qwen_megakernel.build_tts import KNOWN_ARCHES, build, codec_library, detect_arch
 from qwen_megakernel.codec import cuda_stream as codec_cuda
 from qwen_megakernel.codec.cuda_ops import Rows
@@ -24,6 +23,7 @@ from qwen_megakernel.codec.cuda_plan import CodecPlan
 from qwen_megakernel.codec.cuda_stream import CudaCodecStream, batch_sizes
 from qwen_megakernel.codec.decoder import CodecStream
 from qwen_megakernel.config import HOP, CodecConfig
+from qwen_megakernel.installation.build_environment import find_nvcc
 from qwen_megakernel.tools.machine_code import resources, system_calls
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ from importlib import metadata
 import pytest
 from live_server import ROOT
 
-from qwen_megakernel import build_environment
 from qwen_megakernel.__main__ import main
+from qwen_megakernel.installation import build_environment
 from qwen_megakernel.tools import machine
 from qwen_megakernel.tools.doctor import (
     DEFAULT_MODEL,

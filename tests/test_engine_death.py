@@ -21,7 +21,8 @@ from qwen_megakernel.turn import Turn
 
 MORTAL = """
 import os, pathlib, sys, server
-load, fault = server.load_decoder, pathlib.Path(os.environ["FAULT"])
+from qwen_megakernel.tools import serve
+load, fault = serve.load_decoder, pathlib.Path(os.environ["FAULT"])
 def load_mortal(*arguments):
     decoder = load(*arguments)
     engine = decoder._engine
@@ -32,7 +33,7 @@ def load_mortal(*arguments):
         return launch(batch)
     engine._launch = failing
     return decoder
-server.load_decoder = load_mortal
+serve.load_decoder = load_mortal
 sys.exit(server.main())
 """
 """The server, with a device that is lost as soon as a file exists."""

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from qwen_megakernel.build_environment import find_nvcc
 from qwen_megakernel.build_tts import build, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, ModelConfig
 from qwen_megakernel.decoding.frame_schedule import Exchange, parse_exchanges
+from qwen_megakernel.installation.build_environment import find_nvcc
 from qwen_megakernel.synth.config import shape_config
 
 if find_nvcc() is None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from qwen_megakernel import build_tts
-from qwen_megakernel.build_environment import find_nvcc
 from qwen_megakernel.build_tts import (
     KNOWN_ARCHES,
     READ_LIBRARY,
@@ -23,6 +22,7 @@ from qwen_megakernel.build_tts import (
     build,
     frame_library,
 )
+from qwen_megakernel.installation.build_environment import find_nvcc
 from qwen_megakernel.synth.config import shape_config
 from qwen_megakernel.tools.machine_code import resources, system_calls
 

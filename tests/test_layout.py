@@ -20,8 +20,7 @@ import qwen_megakernel
 PACKAGE = "qwen_megakernel"
 
 ORDER = (
-    "config", "generation_config", "surrogates", "turn", "bundled", "cuda_graphs", "build_environment",
-    "kernel_tuning", "checkpoint", "build_tts",
+    "config", "surrogates", "turn", "installation", "checkpoint", "build_tts",
     "model", "codec", "prompt", "decoding", "engine", "tts_model",
     "serving", "synth", "tools", "bench", "bench_tts", "__main__",
 )  # fmt: skip

@@ -10,8 +10,8 @@ import pytest
 
 from qwen_megakernel import build_tts
 from qwen_megakernel.__main__ import main
-from qwen_megakernel.build_environment import find_nvcc
 from qwen_megakernel.build_tts import Library, build, compiler_release
+from qwen_megakernel.installation.build_environment import find_nvcc
 from qwen_megakernel.tools import build as build_kernels
 from qwen_megakernel.tools import machine_code
 from qwen_megakernel.tools.build import KernelBuild, table_builds

@@ -90,7 +90,9 @@ class LoopbackSocket:
     application_state = None
 
     def __init__(self):
-        transport = SimpleNamespace(get_write_buffer_size=lambda: 0, abort=lambda: None)
+        transport = SimpleNamespace(
+            get_write_buffer_size=lambda: 0, is_closing=lambda: False, abort=lambda: None
+        )
         self.scope = {"extensions": {"transport": {"is": transport}}}
         self.said, self.heard = asyncio.Queue(), []
 

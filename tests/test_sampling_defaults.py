@@ -1,6 +1,6 @@
 """Where sampling comes from when a client chooses nothing: the project's values or the checkpoint's."""
 
-from __future__ import annotations
+from __future__ import argparse
 
 import json
 import shutil
@@ -15,10 +15,10 @@ from session_stage import FakeDecoder
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
 from qwen_megakernel.checkpoint import CheckpointError
 from qwen_megakernel.config import ConfigError
-from qwen_megakernel.generation_config import read_generation_config
+from qwen_megakernel.model.generation_config import read_generation_config
 from qwen_megakernel.serving.options import SpeechOptions, TurnOptions
 from qwen_megakernel.serving.server_state import ServerState
-from server import parse_options
+from qwen_megakernel.tools.serve import add_arguments, resolve
 
 ODD = {
     "do_sample": True, "temperature": 0.7, "top_k": 33, "top_p": 0.9, "repetition_penalty": 1.1,
@@ -105,6 +105,12 @@ def test_what_a_client_names_wins_and_the_rest_is_the_server_s():
     assert (chosen.temperature, chosen.top_k) == (0.4, 7)
     chosen = state.choose(first, SpeechOptions(temperature=0.0)).params.talker
     assert (chosen.temperature, chosen.top_k) == (0.0, 12)
+
+
+def parse_options(arguments, environ):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return resolve(parser.parse_args(arguments), environ)
 
 
 def test_the_server_takes_the_option_from_command_line_and_environment(capsys):

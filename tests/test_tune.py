@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from qwen_megakernel import kernel_tuning
 from qwen_megakernel.__main__ import main
 from qwen_megakernel.bench import tune
 from qwen_megakernel.bench.setting_search import (
@@ -24,9 +23,10 @@ from qwen_megakernel.bench.setting_search import (
     ring_candidates,
     search,
 )
-from qwen_megakernel.build_environment import find_nvcc
 from qwen_megakernel.build_tts import build, frame_digest, frame_library
-from qwen_megakernel.kernel_tuning import Setting, Target, Tuning
+from qwen_megakernel.installation import kernel_tuning
+from qwen_megakernel.installation.build_environment import find_nvcc
+from qwen_megakernel.installation.kernel_tuning import Setting, Target, Tuning
 from qwen_megakernel.synth.config import shape_config
 from qwen_megakernel.tools.doctor import check_tuning
 from qwen_megakernel.tools.machine import Gpu, Gpus

@@ -132,7 +132,9 @@ def test_speaks_from_another_folder(full, tmp_path):
 
 
 def test_kernel_sources_are_found(bare, tmp_path):
-    program = "from qwen_megakernel.bundled import bundled_folder; print(bundled_folder('csrc'))"
+    program = (
+        "from qwen_megakernel.installation.bundled import bundled_folder; print(bundled_folder('csrc'))"
+    )
     sources = Path(run(bare / "python", "-c", program, cwd=tmp_path).stdout.strip())
     assert sources.is_relative_to(bare.parent)
     assert (sources / "kernel_tts.cu").read_bytes() == (ROOT / "csrc" / "kernel_tts.cu").read_bytes()

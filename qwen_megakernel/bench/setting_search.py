@@ -14,7 +14,7 @@ import numpy as np
 from qwen_megakernel.bench.against import ratio_bound
 from qwen_megakernel.config import ModelConfig, TransformerConfig
 from qwen_megakernel.decoding.weight_packing import STRIP_ROWS, split_of
-from qwen_megakernel.kernel_tuning import Setting
+from qwen_megakernel.installation.kernel_tuning import Setting
 
 L2_SHARES = (0.0, 0.25, 0.75)
 """Beside `kernel_tuning.DEFAULT_L2_SHARE`."""

@@ -35,7 +35,7 @@ from qwen_megakernel.checkpoint import CheckpointError
 from qwen_megakernel.config import ConfigError, ModelConfig
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
 from qwen_megakernel.engine.backends import tuning_target
-from qwen_megakernel.kernel_tuning import Setting, Target, Tuning
+from qwen_megakernel.installation.kernel_tuning import Setting, Target, Tuning
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import SHAPES

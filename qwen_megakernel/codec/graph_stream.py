@@ -14,7 +14,7 @@ from qwen_megakernel.codec.cuda_stream import batch_sizes
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream, check_slots, rope_table
 from qwen_megakernel.codec.interface import LaunchedAudio
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS
-from qwen_megakernel.cuda_graphs import capture
+from qwen_megakernel.model.cuda_graphs import capture
 
 
 class GraphCodecStream(CodecStream):

@@ -31,10 +31,10 @@ from qwen_megakernel.config import (
     SamplingParams,
     TalkerConfig,
 )
-from qwen_megakernel.cuda_graphs import capture
 from qwen_megakernel.decoding.interface import LaunchedFrame, check_decode
 from qwen_megakernel.decoding.prefill_graph import ROWS, TalkerPrefill
 from qwen_megakernel.decoding.torch_backend import Frame, TorchBackend
+from qwen_megakernel.model.cuda_graphs import capture
 from qwen_megakernel.model.sampling import (
     SamplingBatch,
     draw,

@@ -36,7 +36,7 @@ from qwen_megakernel.decoding.weight_packing import (
     pack_rope,
     with_norm,
 )
-from qwen_megakernel.kernel_tuning import DEFAULT_L2_SHARE, Setting
+from qwen_megakernel.installation.kernel_tuning import DEFAULT_L2_SHARE, Setting
 from qwen_megakernel.model.sampling import split_seed
 from qwen_megakernel.model.talker import Talker, mrope_tables, rope_tables
 from qwen_megakernel.prompt.shared_rows import SharedRows

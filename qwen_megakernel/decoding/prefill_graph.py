@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_megakernel.config import TalkerConfig
-from qwen_megakernel.cuda_graphs import capture
 from qwen_megakernel.decoding.kv_cache import KvCache
+from qwen_megakernel.model.cuda_graphs import capture
 from qwen_megakernel.model.fused_layers import JoinedLayer, joined_rope
 from qwen_megakernel.model.talker import Talker, mrope_tables
 

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from qwen_megakernel import kernel_tuning
 from qwen_megakernel.build_tts import (
     BuildError,
     build,
@@ -33,7 +32,8 @@ from qwen_megakernel.decoding.interface import DecoderBackend
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
 from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.decoding.torch_backend import TorchBackend
-from qwen_megakernel.kernel_tuning import Setting, Target, Tuning
+from qwen_megakernel.installation import kernel_tuning
+from qwen_megakernel.installation.kernel_tuning import Setting, Target, Tuning
 from qwen_megakernel.model.talker import Talker
 
 BACKENDS = ("auto", "torch", "megakernel")

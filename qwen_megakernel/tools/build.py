@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from qwen_megakernel.build_environment import cache_folder
 from qwen_megakernel.build_tts import (
     FORMS,
     KNOWN_ARCHES,
@@ -33,6 +32,7 @@ from qwen_megakernel.build_tts import (
 )
 from qwen_megakernel.checkpoint import CheckpointError, resolve
 from qwen_megakernel.config import ConfigError, ModelConfig
+from qwen_megakernel.installation.build_environment import cache_folder
 from qwen_megakernel.synth.config import SHAPES, shape_config
 from qwen_megakernel.tools import machine_code
 from qwen_megakernel.tools.cubin import CubinError

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from qwen_megakernel.bundled import bundled_folder
 from qwen_megakernel.config import SAMPLINGS
+from qwen_megakernel.installation.bundled import bundled_folder
 
 PROGRAM = ("-m", "qwen_megakernel")
 CHECKPOINT = bundled_folder("demo_voice")

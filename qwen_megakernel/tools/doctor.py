@@ -20,8 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from qwen_megakernel import kernel_tuning
-from qwen_megakernel.build_environment import cache_folder, find_nvcc
+from qwen_megakernel.installation import kernel_tuning
+from qwen_megakernel.installation.build_environment import cache_folder, find_nvcc
 from qwen_megakernel.tools.machine import (
     Gpus,
     Model,

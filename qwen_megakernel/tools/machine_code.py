@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from qwen_megakernel.bundled import bundled_folder
+from qwen_megakernel.installation.bundled import bundled_folder
 from qwen_megakernel.tools.cubin import CubinError, read_cubin
 
 TABLE = bundled_folder("csrc") / "machine_code.md"

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_megakernel.build_environment import cache_folder
+from qwen_megakernel.installation.build_environment import cache_folder
 
 SCHEMA = 1
 DEFAULT_L2_SHARE = 0.5
