@@ -9,6 +9,7 @@ it tells a damaged build, which is made anew.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -382,7 +383,10 @@ def _run_all(jobs: Sequence[tuple[str, Sequence[str | Path]]], folder: Path) -> 
         with log:
             if process.wait():
                 log.seek(0)
-                failed.append(f"{name}: {_first_error(log.read())}")
+                said = log.read()
+                if not said and shutil.disk_usage(folder).free == 0:  # for the log neither
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+                failed.append(f"{name}: {_first_error(said)}")
     if failed:
         raise BuildError("the kernel does not compile: " + "; ".join(failed))
 
