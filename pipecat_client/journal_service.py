@@ -24,7 +24,11 @@ from pipecat_client.journal import Journal
 from qwen_megakernel.serving.native_messages import Ready, encode
 
 RETRY_S = 1.0
-"""Until text is sent again that a busy server has refused."""
+"""Until text is sent again that a server has refused without saying when to come back."""
+MAX_RETRY_S = 60.0
+"""The longest wait that a server can ask for."""
+KEEP_ALIVE_S = 1.0
+"""How often Pipecat is told that a reply that waits is not over; it would give up after 10 s."""
 
 
 class JournalTTSService(WebsocketTTSService):
@@ -55,6 +59,8 @@ class JournalTTSService(WebsocketTTSService):
         self._sending = asyncio.Lock()
         self._receive_task: asyncio.Task[None] | None = None
         self._retry_task: asyncio.Task[None] | None = None
+        self._retry_at = 0.0
+        """When text is sent again, by the event loop's clock."""
 
     # Pipecat's processors take another argument than its BaseObject.
     async def setup(self, setup: FrameProcessorSetup) -> None:  # type: ignore[override]
@@ -181,13 +187,18 @@ class JournalTTSService(WebsocketTTSService):
         for context_id in self._journal.take_finished():
             await self._finish(context_id)
 
-    def _retry_soon(self) -> None:
+    def _retry_in(self, delay_s: float) -> None:
+        """Send again what was refused; of several refusals the latest time counts."""
+        delay_s = min(delay_s, MAX_RETRY_S)
+        self._retry_at = max(self._retry_at, asyncio.get_running_loop().time() + delay_s)
         if self._retry_task is None or self._retry_task.done():
             self._retry_task = self.create_task(self._retry(), name="retry")
 
     async def _retry(self) -> None:
-        await asyncio.sleep(RETRY_S)
-        self._keep_alive()
+        loop = asyncio.get_running_loop()
+        while (left_s := self._retry_at - loop.time()) > 0:
+            await asyncio.sleep(min(left_s, KEEP_ALIVE_S))
+            self._keep_alive()
         self._journal.on_hold = False
         await self._send_due()
 

@@ -400,7 +400,7 @@ class MegakernelTTSService(JournalTTSService):
         if error.context_id is not None and reply is None:
             logger.debug(f"{self}: about a context that is over: {error.message} ({error.code})")
         elif error.code == "overloaded" and reply is not None:
-            await self._postpone(reply, error.message)
+            await self._postpone(reply, error.message, error.retry_after_s)
         else:
             category = _CATEGORIES.get(error.code, ErrorCategory.APPLICATION)
             await self.push_error(f"{error.message} ({error.code})", category=category)
@@ -410,9 +410,10 @@ class MegakernelTTSService(JournalTTSService):
                 await self._send_due()
                 await self._fail(reply.context_id)
 
-    async def _postpone(self, reply: Reply, reason: str) -> None:
-        """Ask again in a while, unless that has been done too often."""
-        logger.warning(f"{self}: {reason}; asking again in {RETRY_S:g} s")
+    async def _postpone(self, reply: Reply, reason: str, retry_after_s: float | None = None) -> None:
+        """Ask again when the server says, or in a while, unless that has been done too often."""
+        delay_s = RETRY_S if retry_after_s is None else retry_after_s
+        logger.warning(f"{self}: {reason}; asking again in {delay_s:g} s")
         self._journal.postpone(reply)
         if reply.num_refusals > MAX_REFUSALS:
             self._journal.drop(reply.context_id)
@@ -420,7 +421,7 @@ class MegakernelTTSService(JournalTTSService):
             await self.push_error(message, category=ErrorCategory.RATE_LIMIT)
             await self._fail(reply.context_id)
         self._refresh_audio_context(reply.context_id)
-        self._retry_soon()
+        self._retry_in(delay_s)
 
     # --- handing on
 

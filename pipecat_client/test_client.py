@@ -47,7 +47,6 @@ figures:
   underruns  how often, and for how long in all, that player would have run dry
 """
 
-
 PROBE_BYTES = 65_536
 """A second of audio and more: what must fit on the disk for a turn to begin."""
 
@@ -292,7 +291,8 @@ async def receive(
         if isinstance(reply, np.ndarray):
             yield reply
         elif "error" in reply:
-            raise ClientError(f"server: {reply['error']} ({reply.get('code', 'no code')})")
+            later = f"; try again in {reply['retry_after_s']} s" if "retry_after_s" in reply else ""
+            raise ClientError(f"server: {reply['error']} ({reply.get('code', 'no code')}){later}")
         elif reply.get("done"):
             yield reply
             return

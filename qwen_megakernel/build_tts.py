@@ -3,11 +3,13 @@
 The kernel's shapes are compile-time constants from `config.json`. So a build belongs to a geometry,
 an architecture, the sources, the compiler and torch. A hash of them names it in the cache, and a
 change of any makes another build. A build is made in a temporary folder and renamed, under a lock
-that the operating system releases when the process dies.
+that the operating system releases when the process dies. A checksum beside
+it tells a damaged build, which is made anew.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -204,6 +206,7 @@ def build(library: Library, arch: str, progress: Progress | None = None) -> Path
 
     Raises:
         BuildError: another system than Linux, no compiler, or what the compiler said.
+        OSError: the cache cannot be written.
     """
     if fcntl is None:
         raise BuildError(
@@ -213,28 +216,52 @@ def build(library: Library, arch: str, progress: Progress | None = None) -> Path
     stem = f"{library.name}-sm_{arch}-{build_digest(library, arch)}"
     try:
         nvcc = require_nvcc()
-    except BuildError:
-        if kept := sorted(cache_folder().glob(f"{stem}-nvcc*/{library.name}.so")):
-            return kept[-1]  # a compiler is needed only to make one
+    except BuildError as error:
+        kept = sorted(cache_folder().glob(f"{stem}-nvcc*/{library.name}.so"))
+        if whole := [product for product in kept if _is_whole(product)]:
+            return whole[-1]  # a compiler is needed only to make one
+        if kept:
+            raise BuildError(f"{kept[-1]} is damaged, and {error}") from None
         raise
     folder = cache_folder() / f"{stem}-nvcc{compiler_release(nvcc)}"
     product = folder / f"{library.name}.so"
-    if product.exists():
+    if _is_whole(product):
         return product
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.parent / f"{folder.name}.lock", report):
-        if product.exists():  # another process was faster
+        if _is_whole(product):  # another process was faster
             return product
+        if product.exists():
+            report(f"{product} is damaged")
         report(f"compiling the {library.name} kernel for sm_{arch} (once, about a minute)")
         prefix = f"building-{folder.name}-"
         for left in folder.parent.glob(f"{prefix}*"):  # by a build that was killed: we have its lock
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as aside:
             _compile(library, arch, nvcc, Path(aside), folder.name)
+            made = Path(aside) / product.name
+            _checksum_file(made).write_text(_checksum(made))
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(aside, folder)
             Path(aside).mkdir()  # for TemporaryDirectory to remove
     return product
+
+
+def _checksum_file(product: Path) -> Path:
+    return product.with_suffix(".sha256")
+
+
+def _checksum(product: Path) -> str:
+    return hashlib.sha256(product.read_bytes()).hexdigest()
+
+
+def _is_whole(product: Path) -> bool:
+    """Whether a built library is what was built: a power cut or a full disk may leave part of it, and
+    the loader would crash on that."""
+    try:
+        return _checksum_file(product).read_bytes() == _checksum(product).encode()
+    except OSError:
+        return False
 
 
 def library_name(product: Path) -> str:
@@ -356,7 +383,10 @@ def _run_all(jobs: Sequence[tuple[str, Sequence[str | Path]]], folder: Path) -> 
         with log:
             if process.wait():
                 log.seek(0)
-                failed.append(f"{name}: {_first_error(log.read())}")
+                said = log.read()
+                if not said and shutil.disk_usage(folder).free == 0:  # for the log neither
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+                failed.append(f"{name}: {_first_error(said)}")
     if failed:
         raise BuildError("the kernel does not compile: " + "; ".join(failed))
 

@@ -1,24 +1,29 @@
-"""Attacks on the edge of a server beside three honest streams, and what the streams notice.
+"""Attacks on a server beside three honest streams, and what the streams notice.
 
-    python tests/attack_edge.py [--seconds 30] [--only ATTACK] [--model DIR --voices DIR]
+    python tests/attack_edge.py [--seconds 30] [--only ATTACK ...] [--model DIR --voices DIR]
 
-A row for the server without an attack, then one for each attack. Underruns and first audio are those of
-honest turns, each on a new connection; memory, descriptors and log lines are the server's. The attacker
-is a process of low priority: it would have a machine of its own.
+The first attacks are on the sockets, the others on the engine and its queue. A row for the server
+without an attack comes first, then one for each attack. Underruns and first audio are those of honest
+turns, each on a new connection; memory, descriptors and log lines are the server's; `load` is the
+machine's over the last minute. The attacker is a process of low priority: it would have a machine of
+its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
+import selectors
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import median, quantiles
@@ -43,6 +48,8 @@ NO_HANDSHAKE = (
 )
 FRAGMENTS = b"\x01\x81\0\0\0\0{" + b"\0\x80\0\0\0\0" * 20_000
 PINGS = (b"\x89\xfd\0\0\0\0" + b"p" * 125) * 2000
+SILENT_CONNECTIONS = 48
+"""Three for each slot; honest clients find room beside them."""
 START_BUFFER_S = 0.1
 """What an honest player waits after its first chunk."""
 SOCKETS_PER_S = 500
@@ -105,12 +112,17 @@ def hold_sockets(port: int, request: bytes) -> Iterator[None]:
             peer.close()
 
 
+def connect(port: int, receive_buffer: int | None = None) -> RawClient:
+    """After its handshake."""
+    server: Any = SimpleNamespace(port=port)
+    return RawClient(server, receive_buffer)
+
+
 def flood(port: int, data: bytes) -> Iterator[None]:
     """Frames without end on one socket that reads nothing; when it is cut, on another."""
     while True:
         with contextlib.suppress(OSError, AssertionError):
-            server: Any = SimpleNamespace(port=port)
-            attacker = RawClient(server, receive_buffer=4096)
+            attacker = connect(port, receive_buffer=4096)
             with attacker.socket:
                 while True:
                     attacker.socket.sendall(data)
@@ -118,19 +130,82 @@ def flood(port: int, data: bytes) -> Iterator[None]:
         yield
 
 
-ATTACKS: dict[str, tuple[Callable[[int, bytes], Iterator[None]], bytes]] = {
-    "half a second request": (hold_sockets, HELD),
-    "handshakes without answer": (hold_sockets, NO_HANDSHAKE),
-    "empty fragments": (flood, FRAGMENTS),
-    "pings": (flood, PINGS),
+def message(**fields: Any) -> bytes:
+    """A frame of JSON, masked with zeros."""
+    data = json.dumps(fields).encode()
+    return b"\x81\xfe" + len(data).to_bytes(2, "big") + bytes(4) + data
+
+
+def speak(text: str, context_id: str = "x") -> bytes:
+    """A frame that appends text to a context."""
+    return message(type="speak", context_id=context_id, text=text)
+
+
+HELLO = message(type="hello", protocol=1)
+CANCEL = message(type="cancel")
+HELD_TEXT = HELLO + speak("a" * 4095)
+"""Letters without a space: a word that may go on."""
+
+
+def talk(port: int, first: bytes, data: bytes) -> Iterator[None]:
+    """Messages without end on one socket whose answers are read; when it is cut, on another."""
+    while True:
+        with contextlib.suppress(OSError, AssertionError):
+            attacker = connect(port).socket
+            threading.Thread(target=read_all, args=(attacker,), daemon=True).start()
+            with attacker:
+                attacker.sendall(first)
+                while True:
+                    attacker.sendall(data)
+                    yield
+        yield
+
+
+def read_all(peer: socket.socket) -> None:
+    """Until the socket is closed, by whomever."""
+    with contextlib.suppress(OSError):
+        while peer.recv(1 << 18):
+            pass
+
+
+def hold_slots(port: int) -> Iterator[None]:
+    """Turns of two words whose texts never end; when one is over, its connection opens the next."""
+    with selectors.DefaultSelector() as selector:
+        while True:
+            while len(selector.get_map()) < SILENT_CONNECTIONS:
+                with contextlib.suppress(OSError, AssertionError):
+                    peer = connect(port).socket
+                    peer.sendall(HELLO + speak("Hello there "))
+                    selector.register(peer, selectors.EVENT_READ)
+            for key, _ in selector.select(timeout=0.1):
+                peer: Any = key.fileobj
+                with contextlib.suppress(OSError):
+                    if data := peer.recv(1 << 18):
+                        if b'"done"' in data:
+                            peer.sendall(speak("Hello there "))
+                        continue
+                selector.unregister(peer)
+                peer.close()
+            yield
+
+
+ATTACKS: dict[str, Callable[[int], Iterator[None]]] = {
+    "half a second request": partial(hold_sockets, request=HELD),
+    "handshakes without answer": partial(hold_sockets, request=NO_HANDSHAKE),
+    "empty fragments": partial(flood, data=FRAGMENTS),
+    "pings": partial(flood, data=PINGS),
+    "empty texts": partial(talk, first=HELD_TEXT, data=speak("") * 2000),
+    "one-character texts": partial(talk, first=HELLO, data=speak("\u4e2d") * 4095 + CANCEL),
+    "silent turns": hold_slots,
+    "cancelled turns": partial(talk, first=HELLO, data=(speak("Hello there.") + CANCEL) * 300),
+    "junk": partial(talk, first=HELLO, data=message(nonsense=1) * 300),
 }
 
 
 def attack_until(stop: Event, begun: Event, port: int, name: str) -> None:
     """A process of its own."""
     os.nice(10)
-    attack, data = ATTACKS[name]
-    for _ in attack(port, data):
+    for _ in ATTACKS[name](port):
         begun.set()
         if stop.is_set():
             return
@@ -187,7 +262,7 @@ def measure(server: LiveServer, attack: str | None, seconds: float) -> str:
     return (
         f"{len(first):>5} {honest.failed:>6} {honest.underruns:>9} {median(first or [0]) * 1000:>7.0f} "
         f"{p95 * 1000:>7.0f} {most_mb - before_mb:>+8.0f} {memory_mb(server) - before_mb:>+8.0f} "
-        f"{most_fds:>5} {len(lines):>5}"
+        f"{most_fds:>5} {len(lines):>5} {os.getloadavg()[0]:>5.1f}"
     )
 
 
@@ -197,16 +272,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each attack")
     parser.add_argument("--model", default=str(ROOT / "demo_voice"), metavar="DIR")
     parser.add_argument("--voices", default=str(ROOT / "demo_voice" / "voices"), metavar="DIR")
-    parser.add_argument("--only", choices=ATTACKS, help="instead of all attacks")
+    parser.add_argument("--only", choices=ATTACKS, nargs="+", help="instead of all attacks")
     options = parser.parse_args()
     server = LiveServer("--model", options.model, "--voices", options.voices)
     try:
         server.wait_until_ready()
         print(
             f"{'attack':<26} {'turns':>5} {'failed':>6} {'underruns':>9} {'p50 ms':>7} {'p95 ms':>7} "
-            f"{'peak MB':>8} {'after MB':>8} {'fds':>5} {'lines':>5}"
+            f"{'peak MB':>8} {'after MB':>8} {'fds':>5} {'lines':>5} {'load':>5}"
         )
-        for name in (None, *([options.only] if options.only else ATTACKS)):
+        for name in (None, *(options.only or ATTACKS)):
             print(f"{name or 'none':<26} {measure(server, name, options.seconds)}", flush=True)
     finally:
         server.kill()

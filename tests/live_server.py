@@ -157,13 +157,20 @@ def send(client: ClientConnection, **fields) -> None:
 class RawClient:
     """A WebSocket client without a thread that reads: it can stall, vanish and break the rules."""
 
-    def __init__(self, server: LiveServer, receive_buffer: int | None = None) -> None:
+    def __init__(
+        self,
+        server: LiveServer,
+        receive_buffer: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """`headers`: more of them, for the handshake."""
         self.socket = socket.socket()
         self.socket.settimeout(10)
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.connect(("127.0.0.1", server.port))
         headers = {
+            **(headers or {}),
             "Host": "localhost",
             "Connection": "Upgrade",
             "Upgrade": "websocket",
@@ -172,10 +179,11 @@ class RawClient:
         }
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         self.socket.sendall(f"GET / HTTP/1.1\r\n{''.join(lines)}\r\n".encode())
-        answer = b""
-        while b"\r\n\r\n" not in answer:
-            answer += self.socket.recv(1)
-        assert b" 101 " in answer, answer
+        self.handshake = b""
+        """The server's answer to it."""
+        while b"\r\n\r\n" not in self.handshake:
+            self.handshake += self.socket.recv(1)
+        assert b" 101 " in self.handshake, self.handshake
 
     def send(self, **fields) -> None:
         """A text message, masked with zeros."""

@@ -1,6 +1,7 @@
 """The command-line client, run as its user runs it, against a real server."""
 
 import ast
+import asyncio
 import importlib.util
 import io
 import json
@@ -363,3 +364,17 @@ def test_play_without_portaudio_names_portaudio(live_server, tmp_path):
     line = failure("--url", live_server.url, "--text", "Hi.", "--play", environ=environ)
     assert "apt install libportaudio2" in line
     assert "pip install" not in line
+
+
+@pytest.mark.parametrize(("later", "said"), [({"retry_after_s": 6.5}, "; try again in 6.5 s"), ({}, "")])
+def test_a_busy_server_s_time_to_come_back_is_told(client_module, later, said):
+    class Socket:
+        async def recv(self):
+            return json.dumps({"error": "no room", "code": "overloaded", **later})
+
+    async def hear():
+        return [message async for message in client_module.receive(Socket(), 10)]
+
+    with pytest.raises(client_module.ClientError) as refused:
+        asyncio.run(hear())
+    assert str(refused.value) == f"server: no room (overloaded){said}"

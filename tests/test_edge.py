@@ -168,8 +168,9 @@ def test_refused_handshakes_have_a_few_lines_with_the_reason(edge_server):
 
 @pytest.mark.parametrize(
     "frames",
-    [b"\x83\x80\0\0\0\0", b"\x01\x80\0\0\0\0" + b"\0\x80\0\0\0\0" * 600, b"\x89\x80\0\0\0\0" * 600],
-    ids=["unknown", "fragments", "pings"],
+    [b"\x83\x80\0\0\0\0", b"\x01\x80\0\0\0\0" + b"\0\x80\0\0\0\0" * 600, b"\x89\x80\0\0\0\0" * 600,
+     b"\x81\x81\0\0\0\0\xff" * 3],
+    ids=["unknown", "fragments", "pings", "no text"],
 )  # fmt: skip
 def test_frames_right_behind_a_handshake_harm_nobody(edge_server, frames):
     for _ in range(20):

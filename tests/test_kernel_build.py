@@ -162,3 +162,48 @@ def test_what_was_built_needs_no_compiler(library, cache, monkeypatch):
     assert build(library, "90a") == product
     with pytest.raises(BuildError, match="nvcc is not found"):
         build(library, "120a")
+
+
+def damage(product: Path, how: str) -> None:
+    content = bytearray(product.read_bytes())
+    if how == "half of it":
+        product.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        product.write_bytes(b"")
+    elif how == "a bit":
+        content[len(content) // 2] ^= 1
+        product.write_bytes(content)
+    elif how == "a folder":
+        product.unlink()
+        product.mkdir()
+    elif how == "no checksum":
+        product.with_suffix(".sha256").unlink()
+    else:
+        product.with_suffix(".sha256").write_bytes(b"\xff\0")
+
+
+DAMAGES = ("half of it", "empty", "a bit", "a folder", "no checksum", "another checksum")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_build_is_made_anew(library, cache, how):
+    product, lines = build(library, "90a"), []
+    content = product.read_bytes()
+    damage(product, how)
+    assert build(library, "90a", lines.append) == product
+    assert lines[0] == f"{product} is damaged"
+    assert lines[1].startswith("compiling")
+    assert product.stat().st_size == len(content)
+    assert build(library, "90a", lines.append) == product
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_build_is_refused_where_there_is_no_compiler(library, cache, monkeypatch, how):
+    product = build(library, "90a")
+    damage(product, how)
+    monkeypatch.setattr(build_tts, "find_nvcc", lambda: None)
+    with pytest.raises(BuildError) as refused:
+        build(library, "90a")
+    assert str(refused.value).startswith(f"{product} is damaged, and nvcc is not found")
+    assert "\n" not in str(refused.value)

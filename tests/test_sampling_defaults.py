@@ -1,7 +1,8 @@
 """Where sampling comes from when a client chooses nothing: the project's values or the checkpoint's."""
 
-from __future__ import argparse
+from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path

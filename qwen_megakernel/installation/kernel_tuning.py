@@ -91,9 +91,13 @@ class Tuning:
         path = self.target.path
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"schema": SCHEMA, **asdict(self)}, file, indent=2)
-        os.replace(aside, path)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"schema": SCHEMA, **asdict(self)}, file, indent=2)
+            os.replace(aside, path)
+        except OSError:
+            os.unlink(aside)
+            raise
         return path
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
 
 from qwen_megakernel.serving.observe import edge_log
 
@@ -179,7 +180,12 @@ class SocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     def send_receive_event_to_app(self) -> None:
         """A message is complete."""
         self._stop_message_timer()
-        super().send_receive_event_to_app()
+        try:
+            super().send_receive_event_to_app()
+        except (
+            InvalidState
+        ):  # not UTF-8, before the handshake is answered or with a close frame behind it
+            self.handle_parser_exception()
 
     def handle_cont(self, event: Any) -> None:
         """A fragment."""

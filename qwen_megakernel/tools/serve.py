@@ -347,6 +347,16 @@ def banner(decoder: TTSDecoder, host: str, port: int, has_token: bool) -> str:
     )
 
 
+def show(text: str) -> None:
+    """Print to standard output. Where that cannot be written, the server goes on without it."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        log.warning("cannot print what is ready: %s", error.strerror)
+        # Python writes what is left when it exits: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the server; the exit code."""
     options = resolve(args, os.environ)
@@ -381,6 +391,6 @@ def run(args: argparse.Namespace) -> int:
 
     def announce(decoder: TTSDecoder) -> None:
         if options.log_format == "text":
-            print(banner(decoder, options.host, port, options.token is not None), flush=True)
+            show(banner(decoder, options.host, port, options.token is not None))
 
     return serve(settings, listener, lambda report: load_decoder(options, report), announce)

@@ -22,8 +22,9 @@ from pipecat.services.tts_service import TextAggregationMode
 from pipecat.transcriptions.language import Language
 from wire_tap import WireTap, num_chunks
 
+from pipecat_client import journal_service, megakernel_tts
 from pipecat_client.megakernel_tts import MegakernelTTSService
-from qwen_megakernel.serving.native_messages import Error, Speak
+from qwen_megakernel.serving.native_messages import Done, Error, Speak
 
 Settings = MegakernelTTSService.Settings
 WRONG = [
@@ -168,3 +169,63 @@ def test_texts_that_say_nothing_leave_the_service_usable(live_server):
     assert errors == []
     assert pcm(down) != b""
     assert spoken(down).endswith("This is heard.")
+
+
+def speaks_after_refusals(server, refusals, num_texts=1):
+    """Seconds from each refusal to the next `speak`, as the proxy saw them; and the recording."""
+
+    def script(tap, service):
+        tap.busy = list(refusals)
+        yield from (TTSSpeakFrame("This is said.") for _ in range(num_texts))
+        yield from until(lambda: tap.lines and len(tap.lines[0].received(Done)) == num_texts)
+
+    down, errors, tap = converse(server, script)
+    assert errors == []
+    assert len(only(down, TTSStartedFrame)) == len(only(down, TTSStoppedFrame)) == num_texts
+    refused_at = [
+        at
+        for at, message in tap.line.heard
+        if isinstance(message, Error)
+        if message.code == "overloaded"
+    ]
+    asked_at = [at for at, message in tap.line.said if isinstance(message, Speak)]
+    assert len(refused_at) == len(refusals)
+    return [min(later for later in asked_at if later > at) - at for at in refused_at]
+
+
+def test_text_is_sent_again_when_the_server_says(live_server):
+    """The times are those of each refusal, and longer than what is waited without one."""
+    first_s, second_s = speaks_after_refusals(live_server, [2.5, 1.5])
+    assert first_s >= 2.4
+    assert second_s >= 1.4
+
+
+def test_a_server_may_ask_for_less_than_the_usual_wait(live_server, monkeypatch):
+    monkeypatch.setattr(megakernel_tts, "RETRY_S", 300.0)
+    speaks_after_refusals(live_server, [0.2])
+
+
+def test_a_server_cannot_ask_for_more_than_a_minute(live_server, monkeypatch):
+    monkeypatch.setattr(journal_service, "MAX_RETRY_S", 0.5)
+    (after_s,) = speaks_after_refusals(live_server, [1e6])
+    assert after_s >= 0.4
+
+
+def test_of_two_refusals_the_later_time_counts(live_server):
+    """Both replies were sent before the first was refused; neither is asked for before the time."""
+    waits_s = speaks_after_refusals(live_server, [2.5, 0.2], num_texts=2)
+    assert max(waits_s) >= 2.4
+
+
+def test_a_reply_that_waits_is_not_given_up(live_server):
+    """Pipecat ends a reply of which it hears nothing for a while, shorter than the server asks for."""
+
+    def script(tap, service):
+        tap.busy = [6.0]
+        yield TTSSpeakFrame("This is said.")
+        yield from until(lambda: tap.lines and tap.lines[0].received(Done))
+
+    down, errors, _ = converse(live_server, script, stop_frame_timeout_s=4.0)
+    assert errors == []
+    assert held(down) == "This is said."
+    assert pcm(down) != b""

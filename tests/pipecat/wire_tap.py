@@ -18,11 +18,13 @@ from qwen_megakernel.serving.native_messages import (
     ClientMessage,
     Done,
     End,
+    Error,
     Flush,
     Segment,
     ServerMessage,
     Speak,
     Started,
+    encode,
     parse_client_message,
     parse_server_message,
 )
@@ -89,6 +91,8 @@ class WireTap:
         self.mute = False
         """Whether audio is kept from the client."""
         self.num_refused = 0
+        self.busy: list[float | None] = []
+        """`retry_after_s` of the next `speak` messages, which are refused and kept from the server."""
         self._server: Server | None = None
         self._upstream: dict[Request, ClientConnection] = {}
 
@@ -147,7 +151,13 @@ class WireTap:
 
     async def _up(self, client: ServerConnection, line: Line) -> None:
         async for data in client:
-            line.said.append((time.time(), parse_client_message(data)))
+            message = parse_client_message(data)
+            line.said.append((time.time(), message))
+            if self.busy and isinstance(message, Speak):
+                refusal = Error(message.context_id, "overloaded", "no room", self.busy.pop(0))
+                line.heard.append((time.time(), refusal))
+                await client.send(encode(refusal))
+                continue
             await client.upstream.send(data)
 
     async def _down(self, client: ServerConnection, line: Line) -> None:
