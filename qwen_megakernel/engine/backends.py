@@ -186,13 +186,15 @@ class Backends:
 
         def in_pytorch() -> FrameCodec:
             options: dict[str, Any] = {"max_streams": max_streams, "progress": self._progress}
-            return self._make_in_pytorch(
+            codec: FrameCodec = self._make_in_pytorch(
                 "codec",
                 lambda: GraphCodecStream(decoder, num_slots, **options),
                 lambda: CodecStream(decoder, num_slots),
             )
+            return codec
 
-        return self._make("codec", "kernels", kernels, in_pytorch)
+        codec: FrameCodec = self._make("codec", "kernels", kernels, in_pytorch)
+        return codec
 
     @property
     def description(self) -> dict[str, str]:
