@@ -395,6 +395,20 @@ def test_speech_is_heard_before_its_end_and_a_hang_up_stops_it(endless, name, st
     until_idle(endless)
 
 
+def test_hang_ups_leave_nothing_behind(endless):
+    with Listening(endless, "203.0.113.1", response_format="mp3"):
+        pass
+    until_idle(endless)
+    before = endless.num_fds()
+    for number in range(30):
+        name = RESPONSE_FORMATS[number % len(RESPONSE_FORMATS)]
+        with Listening(endless, f"203.0.113.{number}", response_format=name):
+            pass
+    until_idle(endless)
+    assert endless.num_fds() <= before + 1
+    assert not [line for line in endless.err if "Traceback" in line]
+
+
 def test_a_client_that_hangs_up_while_it_waits_is_forgotten(endless):
     with Listening(endless, "203.0.113.1"):
         with Listening(endless, "203.0.113.2", hears=False):
