@@ -10,7 +10,10 @@ from websockets.exceptions import InvalidStatus
 
 from pipecat_client.handshake import ServerError, open_connection
 
-ADVICE = "this path is not served; a WebSocket connects to /, and HTTP has /health, /ready, /metrics"
+ADVICE = (
+    "this path is not served; a WebSocket connects to /, and HTTP has /health, /ready, /metrics, "
+    "/v1/audio/speech, /v1/audio/voices, /v1/models"
+)
 
 
 @pytest.mark.parametrize("path", ["/tts", "/ws/", "//", "/health", "/v1/audio/speech?voice=default"])

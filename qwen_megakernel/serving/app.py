@@ -11,16 +11,17 @@ their clients are refused with HTTP 503, a WebSocket's at the handshake.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qwen_megakernel.serving import switch
+from qwen_megakernel.serving import openai_messages, openai_speech, switch
 from qwen_megakernel.serving.access import AccessRules, check_access
 from qwen_megakernel.serving.admission import Admission, AdmissionLimits, NotAdmitted
 from qwen_megakernel.serving.observe import Metrics, edge_log, log
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 Phase = Literal["starting", "loading", "warming_up", "ready", "draining", "failed"]
 DialectRoutes = Callable[[OpenSessions], Sequence[BaseRoute]]
 """A dialect's routes. They admit their clients to the open sessions, and let `NotAdmitted` pass."""
-DIALECTS: tuple[DialectRoutes, ...] = (switch.routes,)
+DIALECTS: tuple[DialectRoutes, ...] = (switch.routes, openai_speech.routes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class ServerSettings:
     idle_s: float = 600.0
     max_text_chars: int = 4096
     drain_s: float = 10.0
+    openai_voices: Mapping[str, str] = field(default_factory=dict)
+    """OpenAI's names for voices of this server; the other names are its default voice."""
 
     @property
     def admission(self) -> AdmissionLimits:
@@ -100,7 +103,9 @@ class App:
         ]
         for dialect_routes in dialects:
             routes += dialect_routes(self._sessions)
-        starlette = Starlette(routes=routes, exception_handlers={NotAdmitted: _refuse})
+        starlette = Starlette(
+            routes=routes, exception_handlers={NotAdmitted: _refuse, HTTPException: _refuse_http}
+        )
         # Starlette's own default refuses a handshake with a 403 that says nothing.
         starlette.router.default = _unserved(_name_paths(routes))
         rules = AccessRules(settings.host, settings.token, settings.allow_origins)
@@ -122,6 +127,7 @@ class App:
             self._admission,
             self.settings.max_messages_per_s,
             self.settings.idle_s,
+            self.settings.openai_voices,
         )
         self.report("ready")
 
@@ -190,6 +196,12 @@ async def _refuse(request: Request, refusal: Exception) -> Response:
     return _refusal(request.scope, str(refusal), status, {"Retry-After": str(refusal.retry_after_s)})
 
 
+async def _refuse_http(request: Request, refusal: Exception) -> Response:
+    """The answer to a method that a path does not have."""
+    assert isinstance(refusal, HTTPException)
+    return _refusal(request.scope, refusal.detail, refusal.status_code, refusal.headers)
+
+
 def _unserved(message: str) -> ASGIApp:
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         await _refusal(scope, message, 404)(scope, receive, send)
@@ -203,7 +215,9 @@ def _refusal(
     """An answer that says no. A refused handshake is told to the operator too."""
     if scope["type"] == "websocket":
         edge_log.info(f"handshake refused with {status}: {message}")
-    return JSONResponse({"error": message}, status, headers)
+    is_openai = scope["type"] == "http" and scope["path"] in openai_messages.PATHS
+    body = openai_messages.error_body(status, message) if is_openai else {"error": message}
+    return JSONResponse(body, status, headers)
 
 
 class _Gate:

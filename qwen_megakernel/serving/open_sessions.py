@@ -23,7 +23,7 @@ class OpenSessions:
             admission: decides who is let in.
             get_ready: what sessions share; raises `NotAdmitted` while the server takes no clients.
         """
-        self._admission, self._get_ready = admission, get_ready
+        self._admission, self.get_ready = admission, get_ready
         self._sessions: set[Session] = set()
         self._numbers = count(1)
 
@@ -46,7 +46,7 @@ class OpenSessions:
         Raises:
             NotAdmitted: the server is not ready, or full, or the address has enough.
         """
-        server = self._get_ready()
+        server = self.get_ready()
         session = Session(server, str(next(self._numbers)), rules, address)
         self._admission.enter(session)
         self._sessions.add(session)

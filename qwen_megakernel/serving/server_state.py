@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ class ServerState:
     """Of a session; twice as many may come at once."""
     idle_s: float = 600.0
     """A session in which nothing is said for so long is over; 0 is no limit."""
+    voice_aliases: Mapping[str, str] = field(default_factory=dict)
+    """Voices of this server by names that clients of other services send."""
     draining: bool = False
     """The server is going down: turns go on, none may begin."""
 

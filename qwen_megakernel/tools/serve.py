@@ -18,6 +18,7 @@ from qwen_megakernel.config import SAMPLINGS
 from qwen_megakernel.serving.access import is_loopback
 from qwen_megakernel.serving.app import Phase, ServerSettings
 from qwen_megakernel.serving.observe import configure_logging, log
+from qwen_megakernel.serving.openai_messages import VOICE_NAMES
 from qwen_megakernel.serving.process import Report, bind
 from qwen_megakernel.serving.process import run as serve
 
@@ -34,7 +35,8 @@ DTYPES = ("auto", "bf16", "fp32")
 
 EXAMPLE = f"""\
 Every option has a variable of the same name, as shown in [brackets]; the command line wins.
---allow-origin and --trusted-proxy take several, separated by commas in their variables.
+--allow-origin, --trusted-proxy and --openai-voice take several, separated by commas in their
+variables.
 
 example:
   {PREFIX}TOKEN=$(openssl rand -hex 16) %(prog)s --speaker-ref me.wav --port 9000
@@ -92,6 +94,13 @@ def _origin(text: str) -> str:
     if not re.fullmatch(r"https?://[^/\s?#@*]+", text):
         raise ValueError("expected one origin, such as https://app.example.org or http://localhost:3000")
     return text.lower()
+
+
+def _openai_voice(text: str) -> tuple[str, str]:
+    name, _, voice = text.partition("=")
+    if name not in VOICE_NAMES or not voice:
+        raise ValueError(f"expected NAME=VOICE with a NAME of {', '.join(VOICE_NAMES)}")
+    return name, voice
 
 
 def _network(text: str) -> str:
@@ -184,6 +193,15 @@ VOICE_OPTIONS = (
     Option("--speaker-ref", None, _file, "recording to clone as the voice 'default'", "PATH"),
     Option("--speaker-ref-text", None, _text, "what is said in it (closer clone, in-context)", "TEXT"),
     Option("--voices", None, _folder, "folder of saved voices", "DIR"),
+    Option(
+        "--openai-voice",
+        (),
+        _openai_voice,
+        "voice that speaks for a voice of OpenAI, such as alloy=anna; the default voice speaks for "
+        "the others",
+        "NAME=VOICE",
+        repeatable=True,
+    ),
 )
 SERVER_OPTIONS = (
     Option("--host", "127.0.0.1", _text, "address to listen on; a public one needs --token", "ADDRESS"),
@@ -311,6 +329,10 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
         voice = decoder.clone_voice(options.speaker_ref.read_bytes(), options.speaker_ref_text)
         decoder.add_voice("default", voice)
         decoder.default_voice = "default"
+    for name, voice in options.openai_voice:
+        if voice not in decoder.voices:
+            known = ", ".join(sorted(decoder.voices)) or "none"
+            raise ValueError(f"--openai-voice {name}={voice}: the voice is unknown; known: {known}")
     decoder.warm_up(lambda text: tell("warming_up", text))
     log.info("%s", time_spent(steps, time.monotonic()))
     # What is loaded stays: the garbage collector, which stops all turns, need not look at it again.
@@ -387,6 +409,7 @@ def run(args: argparse.Namespace) -> int:
         idle_s=options.idle_s,
         max_text_chars=options.max_text_chars,
         drain_s=options.drain_s,
+        openai_voices=dict(options.openai_voice),
     )
 
     def announce(decoder: TTSDecoder) -> None:

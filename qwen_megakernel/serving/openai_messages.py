@@ -1,0 +1,198 @@
+"""OpenAI's speech API as data: requests, events of a stream, error bodies. Standard library only.
+
+POST /v1/audio/speech   -> bytes of an audio file, or Server-Sent Events
+GET  /v1/audio/voices   -> {"voices": [{"id", "name"}]}
+GET  /v1/models         -> {"object": "list", "data": [...]}
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from qwen_megakernel.serving.wire import (
+    ProtocolError,
+    error_line,
+    get_number,
+    get_string,
+    kind,
+    language_name,
+    parse_object,
+)
+
+T = TypeVar("T")
+ResponseFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
+RESPONSE_FORMATS: tuple[ResponseFormat, ...] = ("mp3", "opus", "aac", "flac", "wav", "pcm")
+STREAM_FORMATS = ("audio", "sse")
+SPEECH_PATH, VOICES_PATH, MODELS_PATH = "/v1/audio/speech", "/v1/audio/voices", "/v1/models"
+PATHS = frozenset({SPEECH_PATH, VOICES_PATH, MODELS_PATH})
+VOICE_NAMES = (
+    "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage",
+    "shimmer", "verse",
+)  # fmt: skip
+"""Of OpenAI. Some clients send no other name."""
+MODEL_NAMES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
+"""Of OpenAI. Some clients offer only those that are listed."""
+MAX_INSTRUCTIONS_CHARS = 1000
+_MAX_SEED = 2**64 - 1
+
+
+class SpeechError(Exception):
+    """A request that is answered with an error; `str()` of it is one line, fit for the client."""
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+        """`status` is HTTP's; `param` is the field that is wrong, where it is one."""
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechRequest:
+    """What a client asks to be spoken."""
+
+    text: str
+    voice: str | None
+    """None is the default voice."""
+    instructions: str | None
+    language: str | None
+    """Lower-case name. Not of OpenAI."""
+    seed: int | None
+    """Not of OpenAI."""
+    response_format: ResponseFormat
+    as_events: bool
+    """Whether the answer is Server-Sent Events, not an audio file."""
+
+
+def parse_speech(body: bytes) -> SpeechRequest:
+    """The body of `POST /v1/audio/speech`. Fields that nobody knows are ignored.
+
+    Raises:
+        SpeechError: 400, whatever the bytes.
+    """
+    try:
+        fields = parse_object(body.decode())
+    except UnicodeDecodeError:
+        raise SpeechError(400, "the body is not UTF-8", "bad_request") from None
+    except ProtocolError as error:
+        raise SpeechError(400, error_line(str(error)), error.code) from None
+    _field("model", lambda: _string(fields, "model"))
+    _field("speed", lambda: _check_speed(fields))
+    stream_format = _field("stream_format", lambda: _choice(fields, "stream_format", STREAM_FORMATS))
+    language = _field("language", lambda: _string(fields, "language"))
+    return SpeechRequest(
+        text=_field("input", lambda: _text(fields)),
+        voice=_field("voice", lambda: _voice(fields)),
+        instructions=_field("instructions", lambda: _instructions(fields)),
+        language=None if language is None else language_name(language),
+        seed=_field("seed", lambda: get_number(fields, "seed", (int,), 0, _MAX_SEED)),
+        response_format=_field(
+            "response_format", lambda: _choice(fields, "response_format", RESPONSE_FORMATS)
+        ),
+        as_events=stream_format == "sse",
+    )
+
+
+def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> Any:
+    """The body of an answer that says no, as OpenAI's clients read it."""
+    if status == 429:
+        error_type = "rate_limit_error"
+    else:
+        error_type = "server_error" if status >= 500 else "invalid_request_error"
+    code = code or {401: "invalid_api_key", 429: "rate_limit_exceeded"}.get(status)
+    return {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+
+
+def delta_event(audio: bytes) -> bytes:
+    """Bytes of the audio file, as an event."""
+    return _event({"type": "speech.audio.delta", "audio": base64.b64encode(audio).decode()})
+
+
+def done_event() -> bytes:
+    """The last event. Tokens are not counted here, and OpenAI's clients want the figures."""
+    usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    return _event({"type": "speech.audio.done", "usage": usage})
+
+
+def error_event(message: str, code: str) -> bytes:
+    """The last event of speech that breaks off."""
+    return _event({"type": "speech.audio.error", **error_body(500, message, code)})
+
+
+def model_list(names: Iterable[str]) -> Any:
+    """The answer to `GET /v1/models`."""
+    models = [{"id": n, "object": "model", "created": 0, "owned_by": "qwen-megakernel"} for n in names]
+    return {"object": "list", "data": models}
+
+
+def voice_list(names: Iterable[str]) -> Any:
+    """The answer to `GET /v1/audio/voices`."""
+    return {"voices": [{"id": name, "name": name} for name in names]}
+
+
+def find_voice(given: str | None, aliases: Mapping[str, str], known: Iterable[str]) -> str | None:
+    """The server's name for a voice; None is the default voice. What nobody knows stays as it is.
+
+    An alias goes before a voice of that name, and a voice before OpenAI's names.
+    """
+    if given is None or given in aliases:
+        return None if given is None else aliases[given]
+    return None if given in VOICE_NAMES and given not in known else given
+
+
+def _field(name: str, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except ProtocolError as error:
+        raise SpeechError(400, error_line(str(error)), error.code, name) from None
+
+
+def _string(fields: dict[str, Any], key: str) -> str | None:
+    return None if fields.get(key) is None else get_string(fields, key)
+
+
+def _text(fields: dict[str, Any]) -> str:
+    text = get_string(fields, "input")
+    if not text.strip():
+        raise ProtocolError("bad_request", "input is empty")
+    return text
+
+
+def _voice(fields: dict[str, Any]) -> str | None:
+    voice = fields.get("voice")
+    if isinstance(voice, dict):
+        if not isinstance(voice.get("id"), str):
+            raise ProtocolError("bad_request", "voice is an object without an id that is a string")
+        return get_string(voice, "id") or None
+    if voice is not None and not isinstance(voice, str):
+        raise ProtocolError("bad_request", f"voice is {kind(voice)}, expected a string or an object")
+    return _string(fields, "voice") or None
+
+
+def _instructions(fields: dict[str, Any]) -> str | None:
+    instructions = _string(fields, "instructions")
+    if instructions is not None and len(instructions) > MAX_INSTRUCTIONS_CHARS:
+        raise ProtocolError(
+            "bad_request", f"instructions is longer than {MAX_INSTRUCTIONS_CHARS} characters"
+        )
+    return instructions if instructions and instructions.strip() else None
+
+
+def _check_speed(fields: dict[str, Any]) -> None:
+    speed = get_number(fields, "speed", (int, float), 0.25, 4.0)
+    if speed not in (None, 1.0):
+        raise ProtocolError("unsupported", "speed other than 1 is not supported; leave it out")
+
+
+def _choice(fields: dict[str, Any], key: str, known: tuple[Any, ...]) -> Any:
+    """One of the known strings; the first when absent or null."""
+    value = _string(fields, key)
+    if value is not None and value not in known:
+        raise ProtocolError("bad_request", f"{key} is unknown; known: {', '.join(known)}")
+    return known[0] if value is None else value
+
+
+def _event(fields: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(fields)}\n\n".encode()
