@@ -82,7 +82,7 @@ def test_sentence_is_spoken_to_its_end_without_the_next(live_server):
         yield SleepFrame(sleep=0.1)
         yield InterruptionFrame()
 
-    tap, down = converse(live_server, script, text_aggregation_mode=TOKEN)
+    tap, down = converse(live_server, script, text_aggregation_mode=TOKEN, **LONG_SETTINGS)
     assert spoken(down) == "One is the first."
     assert pcm(down) == tap.line.pcm() != b""
 
@@ -98,13 +98,14 @@ def test_each_sentence_is_a_segment_with_or_without_pauses(live_server):
         yield from tokens(" " + second)
         yield LLMFullResponseEndFrame()
 
-    tap, down = converse(live_server, script, text_aggregation_mode=TOKEN)
+    # With other settings the tiny checkpoint may end a sentence before the pause shows where it ends.
+    tap, down = converse(live_server, script, text_aggregation_mode=TOKEN, **LONG_SETTINGS)
     assert num_segments(tap.line) == 2
     at_once, down_at_once = converse(
-        live_server, lambda tap: turn(first + second), text_aggregation_mode=TOKEN
+        live_server, lambda tap: turn(first + second), text_aggregation_mode=TOKEN, **LONG_SETTINGS
     )
     assert num_segments(at_once.line) == 2
-    sentences, down_sentences = converse(live_server, lambda tap: turn(first, second))
+    sentences, down_sentences = converse(live_server, lambda tap: turn(first, second), **LONG_SETTINGS)
     assert num_segments(sentences.line) == 2
     assert pcm(down) == pcm(down_at_once) == pcm(down_sentences) != b""
 
