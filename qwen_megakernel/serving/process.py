@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 SEND_BUFFER_BYTES = 65_536
 """Of each socket. With the kernel's default a client that stopped reading is noticed 80 s late."""
-BACKLOG = 128
+BACKLOG = 64
 """Connections that the kernel accepts ahead of us. asyncio takes as many at a time."""
 FAILURE_POLL_S = 0.1
 """How often the engine is asked whether it lives: its thread knows no event loop to tell."""
@@ -161,8 +161,8 @@ def _uvicorn_config(app: App) -> uvicorn.Config:
 def _max_sockets(settings: ServerSettings) -> int:
     """Sockets that may be open at a time: what is asked for, as far as there are descriptors."""
     wanted = settings.max_connections + settings.spare_sockets
-    # Sockets are closed a turn of the event loop later, and it may have accepted more twice by then.
-    room = _max_descriptors() - OTHER_FILES - 2 * BACKLOG
+    # Sockets are closed some turns of the event loop later, each of which may accept that many more.
+    room = _max_descriptors() - OTHER_FILES - 4 * BACKLOG
     if room < wanted:
         log.warning(
             "the process may have %d files open, so only %d sockets are taken instead of %d; "
