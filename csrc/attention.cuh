@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention_tile.cuh"
+#include "head_exchange.cuh"
 
 namespace qwen_tts {
 
@@ -16,21 +17,19 @@ static_assert(kWarps == 16, "a lane's share of a merge is four warps of sixteen"
 
 // The query rows and this launch's keys and values of the item's stream, normed, rotated and
 // rounded as the cache rounds, into shared memory.
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, const AttentionItem& item) {
   using S = HeadShape<D>;
   const FrameParams& p = c.p;
   const int warp = warp_index();
   const Stream& own = p.streams[item.column()];
   const __nv_bfloat16* qk_norm = p.talker_qk_norms + c.layer() * 2 * S::kDim;
-  const uint64_t* vector = p.packets + PacketLayout::kQkv;
   // By the last warps, whose tiles are the last to fill.
   const int g = kWarps - 2 - warp;
   if (g >= 0 && g < S::kGroupSize) {
     HeadRow<S::kDim> q[1];
     const NormRope<S::kDim> by(qk_norm, p.talker_rope + int64_t(own.position) * S::kDim);
-    const uint64_t* from = row_packets<S::kDim>(vector, (item.kv_head() * S::kGroupSize + g) * S::kDim, item.column());
-    wait_rows(q, 1, [&](int) { return from; }, c.tag - 1, c.dog);
+    wait_rows(c, q, (item.kv_head() * S::kGroupSize + g) * S::kDim, 0, item.column());
     q[0].norm_rope(by, D::kEps);
     q[0].store(sh.q[g]);
   }
@@ -39,8 +38,7 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
     HeadRow<S::kDim> kv[2];
     const int position = p.streams[column].position;
     const NormRope<S::kDim> by(qk_norm + S::kDim, p.talker_rope + int64_t(position) * S::kDim);
-    const uint64_t* from = row_packets<S::kDim>(vector, S::kQRows + item.kv_head() * S::kDim, column);
-    wait_rows(kv, 2, [&](int i) { return from + 4 * i * S::kKRows; }, c.tag - 1, c.dog);
+    wait_rows(c, kv, S::kQRows + item.kv_head() * S::kDim, S::kKRows, column);
     kv[0].norm_rope(by, D::kEps);
     kv[0].store(sh.k[column - own.first]);
     kv[1].store(sh.v[column - own.first]);
@@ -48,7 +46,7 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
 }
 
 // The item's own row, now whole in shared memory, into the cache, by the CTA that has its split.
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ void keep_new_row(const Context& c, const NewRowsShared<D>& sh, const AttentionItem& item) {
   constexpr int kWords = D::kHeadDim / 8;
   const FrameParams& p = c.p;
@@ -65,7 +63,7 @@ __device__ __forceinline__ void keep_new_row(const Context& c, const NewRowsShar
 
 // Merge the warps, always in their order, and publish the heads' output; with several splits this
 // split's part of it.
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>& sh, const AttentionItem& item) {
   using S = HeadShape<D>;
   const FrameParams& p = c.p;
@@ -95,12 +93,10 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
   }
   out.x = sum_of_four(out.x);
   out.y = sum_of_four(out.y);
-  if (first != 0) return;
   if (whole) {
     const int row = (item.kv_head() * S::kGroupSize + g) * S::kDim + dim;
-    publish_pair(c, p.packets + PacketLayout::kHeadsOut, row, item.column(), divide(out.x, total),
-                 divide(out.y, total));
-  } else {
+    publish_heads(c, row, item.column(), divide(out.x, total), divide(out.y, total));
+  } else if (first == 0) {
     uint64_t* to = part + g * (S::kDim + 2);
     store_packet(to + dim, __float_as_uint(out.x), c.tag);
     store_packet(to + dim + 1, __float_as_uint(out.y), c.tag);
@@ -112,20 +108,20 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
 }
 
 // In the tile that O uses next: it is free before attention, and again when its last item's warps have met.
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ NewRowsShared<D>& new_rows(const Context& c) {
   return *reinterpret_cast<NewRowsShared<D>*>(c.scratch.partial[LastTile::kFirst]);
 }
 
 // The keys of the item at a place in the list; of none, no rows.
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ void read_item_keys(Context& c, Tile<D>& tile, int place) {
   const ItemRows rows = c.scratch.items[place];
   tile.read_keys(c.ring, cached_rows(rows, AttentionItem{rows.bits}.begin()));
 }
 
 // One item, whose keys are in registers and whose new rows are there.
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, AttentionItem item) {
   using S = HeadShape<D>;
   const NewRowsShared<D>& fresh = new_rows<D>(c);
@@ -150,7 +146,7 @@ __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, Attention
 
 // Merge the splits of one column's head group and publish: four neighbouring lanes take every fourth split of
 // two dims, each in order.
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_head) {
   using S = HeadShape<D>;
   const FrameParams& p = c.p;
@@ -193,14 +189,14 @@ __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_he
     low = sum_of_four(low * weight);
     high = sum_of_four(high * weight);
     const int row = (kv_head * S::kGroupSize + g) * S::kDim + dim;
-    if (part == 0)
-      publish_pair(c, p.packets + PacketLayout::kHeadsOut, row, column, divide(low, total), divide(high, total));
+    publish_heads(c, row, column, divide(low, total), divide(high, total));
   }
 }
 
 // One layer's attention, this CTA's part; reads c.tag - 1, publishes c.tag.
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ void attend_talker(Context& c) {
+  free_tiles(c);
   Tile<D> tile;
   read_item_keys<D>(c, tile, 0);
 #pragma unroll 1
@@ -219,6 +215,7 @@ __device__ __forceinline__ void attend_talker(Context& c) {
   for (int i = gridDim.x - 1 - block_index(); i < c.p.num_columns * D::kKvHeads; i += gridDim.x)
     if (c.p.streams[i / D::kKvHeads].position >= kSplitPositions)
       combine_splits<D>(c, i / D::kKvHeads, i % D::kKvHeads);
+  free_tiles(c);
 }
 
 }  // namespace qwen_tts

@@ -25,6 +25,7 @@ struct AttentionItem {
   __device__ __forceinline__ int first_position() const {
     return split() * kSplitPositions + warp_index() * kTilePositions;
   }
+  template <class Context>
   __device__ __forceinline__ const ItemRows& rows(const Context& c) const { return c.scratch.items[place()]; }
 
   // Whether it has the same queries, and the same keys and values of this launch.
@@ -33,7 +34,8 @@ struct AttentionItem {
   }
 
   // Whether this CTA has a split of the same head from here on, in its list.
-  __device__ __forceinline__ bool leads_to(const ItemRows* items, int other_split) const {
+  template <int kMaxItems>
+  __device__ __forceinline__ bool leads_to(const ItemRows (&items)[kMaxItems], int other_split) const {
     if (other_split < split()) return false;
     const AttentionItem other{items[min(place() + other_split - split(), kMaxItems - 1)].bits};
     return other.exists() && same_rows(other);
@@ -58,12 +60,12 @@ struct AttentionItem {
     return p.streams[column].position / kSplitPositions + 1;
   }
 };
-static_assert(kMaxSplits <= 256 && kMaxColumns <= 256 && kMaxItems <= 257, "an item's numbers have eight bits");
+static_assert(kMaxSplits <= 256 && kMaxColumns <= 256 && max_items(kMaxColumns) <= 257, "an item's numbers have eight bits");
 
 // The items of this CTA, which are the same in all layers of a frame. By the first kThreads threads, once.
-template <class D>
+template <class D, class Scratch>
 __device__ __forceinline__ void list_items(const FrameParams& p, Scratch& scratch) {
-  for (int place = thread_index(); place < kMaxItems; place += kThreads) {
+  for (int place = thread_index(); place < Scratch::kMaxItems; place += kThreads) {
     const AttentionItem item{AttentionItem::find(p, D::kKvHeads, place)};
     ItemRows rows{item.bits, 0, 0, 0};  // of none, no rows
     if (item.exists()) {

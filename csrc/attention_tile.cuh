@@ -19,7 +19,7 @@ struct HeadShape {
   static constexpr int kQRows = D::kHeads * D::kHeadDim, kKRows = D::kKvHeads * D::kHeadDim;
   static constexpr int kBlocks = kDim / 32;      // of a key row: four lanes read 16 bytes each
   static constexpr int kValueTiles = kDim / 16;  // of a value row: sixteen dims are the m of one mma
-  static_assert(kGroupSize <= kMaxColumns, "the heads of a group are the n of one mma");
+  static_assert(kGroupSize <= kTileColumns, "the heads of a group are the n of one mma");
 };
 
 template <class D>
@@ -36,10 +36,10 @@ template <class D>
 struct NewRowsShared {
   using S = HeadShape<D>;
   __nv_bfloat16 q[S::kGroupSize][S::kDim];
-  __nv_bfloat16 k[kMaxColumns][S::kDim], v[kMaxColumns][S::kDim];
+  __nv_bfloat16 k[kTileColumns][S::kDim], v[kTileColumns][S::kDim];
 };
-static_assert(sizeof(AttentionShared<T>) <= sizeof(Scratch::partial[0]) * WideTiles::kCount &&
-                  sizeof(NewRowsShared<T>) <= sizeof(Scratch::partial[0]) * LastTile::kCount,
+static_assert(sizeof(AttentionShared<T>) <= sizeof(NarrowForm::Scratch::partial[0]) * WideTiles::kCount &&
+                  sizeof(NewRowsShared<T>) <= sizeof(NarrowForm::Scratch::partial[0]) * LastTile::kCount,
               "attention borrows the tiles of partial sums");
 static_assert(sizeof(AttentionShared<T>) % 16 == 0, "rows are read 16 bytes at once");
 
@@ -54,7 +54,8 @@ struct Tile {
 
   // This warp's rows, from the ring; `cached` rows of the whole item come through it. Of rows that are not there, keys may
   // be anything: their scores are not used.
-  __device__ __forceinline__ void read_keys(RingReader<FrameRing>& ring, int cached) {
+  template <class Ring>
+  __device__ __forceinline__ void read_keys(RingReader<Ring>& ring, int cached) {
     const int warp = warp_index(), lane = lane_index(), tiles = warps_with_rows(cached);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
@@ -147,7 +148,7 @@ __device__ __forceinline__ void complete_values(uint32_t tile, int cached, int u
 
 // A warp's values, weighed by p, which lane (g, t) holds for head g and rows 2t, 2t + 1; 2t + 8, 2t + 9: as
 // out^T = V^T p, with V^T as it comes from the ring by transposing loads.
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ void attend_values(Context& c, const ItemRows& rows, int item_begin,
                                               const NewRowsShared<D>& fresh, uint32_t p_low, uint32_t p_high,
                                               float (*to)[D::kHeadDim]) {

@@ -9,6 +9,7 @@ namespace qwen_tts {
 __device__ __forceinline__ uint32_t columns_of(const FrameParams& p) { return (1u << p.num_columns) - 1; }
 
 // A warp's place in the frame and a few flags, in one register over all waits.
+template <int kColumnBits>
 class PackedState {
  public:
   __device__ __forceinline__ PackedState(uint32_t columns, bool writes_stamps, bool dumps)
@@ -27,8 +28,8 @@ class PackedState {
 
  private:
   // From bit 0 on: a bit for each column in use, the flags, the layer, the predictor's pass.
-  static constexpr uint32_t kColumns = (1u << kMaxColumns) - 1;
-  static constexpr uint32_t kStamps = 1u << kMaxColumns, kDumps = 2 * kStamps;
+  static constexpr uint32_t kColumns = (1u << kColumnBits) - 1;
+  static constexpr uint32_t kStamps = 1u << kColumnBits, kDumps = 2 * kStamps;
   static constexpr int kLayerFrom = 16, kPassFrom = 24;
   static_assert(kDumps < 1u << kLayerFrom && max_of(T::kLayers, P::kLayers) < 256, "fields do not overlap");
 
@@ -42,20 +43,25 @@ class PackedState {
   uint32_t bits_;
 };
 
-struct Context {
+template <class Form_>
+struct ContextOf {
+  using Form = Form_;
   const FrameParams& p;
-  Scratch& scratch;
-  RingReader<FrameRing> ring;
+  typename Form::Scratch& scratch;
+  RingReader<typename Form::Ring> ring;
   Watchdog dog;
   uint32_t tag;  // of the next exchange
-  PackedState state;
+  PackedState<kTileColumns> state;
+  int set = 0;  // of a wide frame: the first of the tiles of partial sums that the next tile of columns uses
 
   __device__ __forceinline__ int layer() const { return state.layer(); }
   __device__ __forceinline__ int pass() const { return state.pass(); }
   __device__ __forceinline__ bool dumps() const { return state.dumps(); }
 
-  static __device__ __forceinline__ int column() { return lane_index() >> 2; }  // this lane's
-  __device__ __forceinline__ bool uses(int column) const { return state.uses(column); }
+  static __device__ __forceinline__ int column() { return lane_index() >> 2; }  // this lane's, of a tile
+  __device__ __forceinline__ bool uses(int column) const {
+    return Form::kWide ? column < p.num_columns : state.uses(column);
+  }
   // The lane whose values this one takes from the exchanges: its own, or one of column 0 where its column is
   // not in use. Products keep columns apart, so what an unused one holds does not matter.
   __device__ __forceinline__ int polled_lane() const { return uses(column()) ? lane_index() : lane_index() & 3; }
@@ -67,5 +73,7 @@ struct Context {
     opaque(tag);
   }
 };
+
+using Context = ContextOf<NarrowForm>;
 
 }  // namespace qwen_tts

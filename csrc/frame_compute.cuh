@@ -7,6 +7,7 @@
 namespace qwen_tts {
 
 // The rows that a pass adds.
+template <class Context>
 __device__ __forceinline__ NewRows new_rows(const Context& c) {
   const bool both = c.pass() == 1, paired = c.p.num_columns <= kPairedStreams;
   return {c.pass(), both && paired ? kPairedStreams : 0, both && !paired && c.layer() == P::kLayers - 1};
@@ -82,9 +83,9 @@ struct FrameCompute {
   __device__ __forceinline__ void projection() { project_hidden(c, hidden, row); }
 
   __device__ __forceinline__ int code() {
-    sample(c, *reinterpret_cast<SamplerShared*>(c.scratch.partial[LastTile::kFirst]));
+    sample_own(c);
     // This lane's stream, or where its column has none, one that is there.
-    const int own = min(c.column() % (new_rows(c).first > 0 ? kPairedStreams : kMaxColumns), c.p.num_columns - 1);
+    const int own = min(c.column() % (new_rows(c).first > 0 ? kPairedStreams : kTileColumns), c.p.num_columns - 1);
     return sampled_code(c, pass() - 1, own);
   }
   __device__ __forceinline__ void feed(int own_code) {
@@ -95,16 +96,16 @@ struct FrameCompute {
 };
 
 // A frame, or a prefill.
-__device__ __forceinline__ void compute_frame(const FrameParams& p, Scratch& scratch, FrameRing& ring) {
+__device__ __forceinline__ void compute_frame(const FrameParams& p, NarrowForm::Scratch& scratch, NarrowForm::Ring& ring) {
   const bool writes_stamps = p.stamps != nullptr && block_index() == 0 && thread_index() == 0;
-  const PackedState state(columns_of(p), writes_stamps, p.dump_exchanges != nullptr);
+  const PackedState<kTileColumns> state(columns_of(p), writes_stamps, p.dump_exchanges != nullptr);
   FrameCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}};
   if (!p.prefill) store_noise(compute.c);  // of code 0, while the first weights are on their way
   feed_talker(compute.c, compute.hidden);
   walk_frame(compute, p.num_columns, p.prefill);
   if (p.prefill) return;
   sync_compute();
-  sum_embeddings(p);
+  for_own_streams<false>(p, [&](int stream) { sum_embeddings(p, stream); });
 }
 
 }  // namespace qwen_tts

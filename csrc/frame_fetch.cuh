@@ -6,34 +6,58 @@
 
 namespace qwen_tts {
 
+template <class Form>
 struct FrameFetch : FramePlace {
-  RingWriter<FrameRing> ring;
+  RingWriter<typename Form::Ring> ring;
   const FrameParams& p;
   const ItemRows* attended;     // this CTA's items
   uint64_t once, kept, normal;  // L2 policies
 
-  // The items of one product, which begins at `from`; its first kept_bytes shall stay in L2. A lane fetches for the warps
-  // that share a piece.
+  // An item of a product, which begins at `from`; the product's first kept_bytes shall stay in L2. A lane fetches for the
+  // warps that share a piece.
+  template <class Prod>
+  __device__ __forceinline__ void one_item(const char* from, int item, int64_t kept_bytes) {
+    from += lane_index() * (Prod::kOwners * Prod::kPieces * Prod::kWarpPieceBytes);
+#pragma unroll 1
+    for (int piece = 0; piece < Prod::kPieces; ++piece)
+      ring.push(kWarps / Prod::kOwners, from + item * Prod::kItemBytes + piece * Prod::kWarpPieceBytes,
+                Prod::kPieceBytes, item * Prod::kItemBytes < kept_bytes ? kept : once);
+  }
+  // Those of this CTA.
   template <class Prod>
   __device__ __forceinline__ void items(const char* from, int64_t kept_bytes = 0) {
-    from += lane_index() * (Prod::kOwners * Prod::kPieces * Prod::kWarpPieceBytes);
-    for (int item = block_index(); item < Prod::kItems; item += gridDim.x)
+    for (int item = block_index(); item < Prod::kItems; item += gridDim.x) one_item<Prod>(from, item, kept_bytes);
+  }
+  // Strips with all their parts of k.
+  template <class Prod>
+  __device__ __forceinline__ void strips(int first, const char* from, int64_t kept_bytes) {
+    for (int strip = first; strip < Prod::kStrips; strip += gridDim.x)
 #pragma unroll 1
-      for (int piece = 0; piece < Prod::kPieces; ++piece)
-        ring.push(kWarps / Prod::kOwners, from + item * Prod::kItemBytes + piece * Prod::kWarpPieceBytes,
-                  Prod::kPieceBytes, item * Prod::kItemBytes < kept_bytes ? kept : once);
+      for (int part = 0; part < Prod::kSplit; ++part)
+        one_item<Prod>(from, part * Prod::kStrips + strip, kept_bytes);
   }
   // A product of the current layer, which stands at kFrom among the layer's. What stays in L2 of a predictor's layer
   // begins with its QKV, but for the first layer's, which a frame reads once or twice.
+  template <class D, int64_t kFrom>
+  __device__ __forceinline__ const char* product() const {
+    return (std::is_same_v<D, T> ? p.talker_layers : p.predictor_layers) + layer() * Products<D>::kLayerBytes + kFrom;
+  }
+  template <class D, int64_t kFrom>
+  __device__ __forceinline__ int64_t kept_bytes() const {
+    if constexpr (std::is_same_v<D, T>) return 0;
+    return p.predictor_kept_bytes + (layer() > 0 ? 0 : Products<D>::Qkv::kBytes) - kFrom;
+  }
   template <class D, class Prod, int64_t kFrom>
   __device__ __forceinline__ void layer_items() {
-    using Layer = Products<D>;
-    if constexpr (std::is_same_v<D, T>) {
-      items<Prod>(p.talker_layers + layer() * Layer::kLayerBytes + kFrom);
+    items<Prod>(product<D, kFrom>(), kept_bytes<D, kFrom>());
+  }
+  // A product that adds to the residual: a wide frame's strips have owners (wide_layer.cuh).
+  template <class D, class Prod, int64_t kFrom>
+  __device__ __forceinline__ void added_items(int first) {
+    if constexpr (Form::kWide) {
+      strips<Prod>(first, product<D, kFrom>(), kept_bytes<D, kFrom>());
     } else {
-      const int64_t kept_from = layer() > 0 ? 0 : Layer::Qkv::kBytes;
-      items<Prod>(p.predictor_layers + layer() * Layer::kLayerBytes + kFrom,
-                  p.predictor_kept_bytes + kept_from - kFrom);
+      layer_items<D, Prod, kFrom>();
     }
   }
   template <class D>
@@ -42,7 +66,7 @@ struct FrameFetch : FramePlace {
   }
   template <class D>
   __device__ __forceinline__ void out() {
-    layer_items<D, typename Products<D>::Out, Products<D>::kOutFrom>();
+    added_items<D, typename Products<D>::Out, Products<D>::kOutFrom>(out_owner_first());
   }
   template <class D>
   __device__ __forceinline__ void gate_up() {
@@ -50,7 +74,7 @@ struct FrameFetch : FramePlace {
   }
   template <class D>
   __device__ __forceinline__ void down() {
-    layer_items<D, typename Products<D>::Down, Products<D>::kDownFrom>();
+    added_items<D, typename Products<D>::Down, Products<D>::kDownFrom>(down_owner_first<D>());
   }
   // What a talker layer's attention needs of the caches. The predictor's stays in the CTA.
   template <class D>
@@ -82,8 +106,9 @@ struct FrameFetch : FramePlace {
   __device__ __forceinline__ void projection() { items<Projection>(p.talker_head + TalkerProducts::Head::kBytes); }
 };
 
-__device__ __forceinline__ void fetch_frame(const FrameParams& p, FrameRing& ring, const ItemRows* attended) {
-  FrameFetch fetch{{}, {ring}, p, attended, policy_evict_first(), policy_evict_last(), policy_evict_normal()};
+template <class Form>
+__device__ __forceinline__ void fetch_frame(const FrameParams& p, typename Form::Ring& ring, const ItemRows* attended) {
+  FrameFetch<Form> fetch{{}, {ring}, p, attended, policy_evict_first(), policy_evict_last(), policy_evict_normal()};
   walk_frame(fetch, p.num_columns, p.prefill);
 }
 

@@ -31,7 +31,7 @@ constexpr const char* kStepNames[] = {"qkv", "attention", "out", "gate_up", "dow
 enum class Phase : int { kInput, kAttention, kCombine, kOut, kMlp, kLogits, kCode };
 constexpr char kPhaseNames[] = "input\nattention\ncombine\nO\nMLP\nlogits\ncode\n";
 
-constexpr int kPairedStreams = kMaxColumns / 2;  // that fit twice into the columns
+constexpr int kPairedStreams = kTileColumns / 2;  // that fit twice into a tile
 constexpr int kLastPass = kNumCodebooks - 1;
 
 QWEN_TTS_BOTH constexpr int first_pass(int streams) { return streams <= kPairedStreams ? 1 : 0; }

@@ -22,16 +22,16 @@ struct Cell {
   // Whether this lane holds rows of a stream.
   __device__ __forceinline__ bool holds(const Context& c) const { return leads && c.uses(column); }
 };
-static_assert(kMaxColumns == 8 && kStripRows == 16, "a cell's lanes are those of an 8-column tile");
+static_assert(kTileColumns == 8 && kStripRows == 16, "a cell's lanes are those of an 8-column tile");
 
 // All that the epilogue can know before the warps have met: afterwards each step is waited for.
 __device__ __forceinline__ Cell epilogue_cell(const float (*partial)[kWarps][kTileFloats]) {
   const int lane = lane_index(), warp = warp_index();
   Cell cell;
   cell.entry = warp >> 2;
-  cell.column = lane & (kMaxColumns - 1);
+  cell.column = lane & (kTileColumns - 1);
   cell.pair = (warp & 3) + 4 * (lane >> 4);
-  cell.leads = (lane & kMaxColumns) == 0;
+  cell.leads = (lane & kTileColumns) == 0;
   cell.packet = packet_index(0, cell.pair, cell.column);
   // No two of a warp's lanes read the same bank.
   const int row = 2 * cell.pair + (cell.leads ? 0 : 1);
@@ -49,22 +49,25 @@ __device__ __forceinline__ float2 sum_rows(const Cell& cell) {
   for (int w = 0; w < kWarps; ++w) part[w] = load_shared_float(cell.sums + 4 * w * kTileFloats);
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) sum += part[w];
-  return make_float2(sum, __shfl_down_sync(~0u, sum, kMaxColumns));
+  return make_float2(sum, __shfl_down_sync(~0u, sum, kTileColumns));
 }
 
-// A quarter of a column's sum of squares: the four lanes of a column share it out (rms_scale).
-__device__ __forceinline__ float squares_part(const Scratch& scratch, int norm) {
+// A quarter of the sum of squares of a column of the tile that begins at `first`: the four lanes of a column share it out
+// (rms_scale).
+template <class Scratch>
+__device__ __forceinline__ float squares_part(const Scratch& scratch, int norm, int first = 0) {
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < kWarps / 4; ++i)
     sum +=
-        scratch.sum_of_squares[norm][lane_index() / kMaxColumns * (kWarps / 4) + i][lane_index() & (kMaxColumns - 1)];
+        scratch.sum_of_squares[norm][lane_index() / kTileColumns * (kWarps / 4) + i]
+                              [first + (lane_index() & (kTileColumns - 1))];
   return sum;
 }
 
 // The next of this warp's weights from the ring: as many chunks as registers hold at once.
-template <class Prod>
-__device__ __forceinline__ void load_weights(RingReader<FrameRing>& ring, uint4 (&to)[Prod::kHeld]) {
+template <class Prod, class Ring>
+__device__ __forceinline__ void load_weights(RingReader<Ring>& ring, uint4 (&to)[Prod::kHeld]) {
   const int warp = warp_index();
   const auto place = ring.next.after(warp / Prod::kOwners);
   const uint32_t weights = ring.wait(place) + warp % Prod::kOwners * Prod::kWarpPieceBytes + 16 * lane_index();
@@ -84,6 +87,7 @@ __device__ __forceinline__ void multiply(float (&acc)[2][4], const uint4 (&a)[kH
   for (int j = 0; j < kHeld; ++j) mma(acc[j % 2], a[j], f[j]);
 }
 
+template <class Context>
 __device__ __forceinline__ void store_tile(const Context& c, int tile, const float (&acc)[2][4]) {
   reinterpret_cast<float4*>(c.scratch.partial[tile][warp_index()])[lane_index()] =
       make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);

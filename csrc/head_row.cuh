@@ -115,22 +115,22 @@ __device__ __forceinline__ const uint64_t* row_packets(const uint64_t* vector, i
   return vector + kStripPackets / 16 * first + packet_index(at / 16, at % 16 / 2, column);
 }
 
-// Poll the first `count` of kCount rows of a published vector, each from at(i) on.
+// Poll rows of a published vector, each from at(i) on.
 template <int kDim, int kCount, class At>
-__device__ __forceinline__ void wait_rows(HeadRow<kDim> (&rows)[kCount], int count, At&& at, uint32_t tag,
-                                          const Watchdog& dog) {
-  uint64_t v[kCount][2] = {};
+__device__ __forceinline__ void wait_row_packets(HeadRow<kDim> (&rows)[kCount], At&& at, uint32_t tag,
+                                                 const Watchdog& dog) {
+  uint64_t v[kCount][2];
   for (unsigned spin = 0;; ++spin) {
     uint32_t lack = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        if (i < count) v[i][half] = load_word(at(i) + half * (4 * kDim / 2));
+        v[i][half] = load_word(at(i) + half * (4 * kDim / 2));
     dog.after(spin, Phase::kAttention, tag);
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      if (i < count) lack |= (high_half(v[i][0]) ^ tag) | (high_half(v[i][1]) ^ tag);
+      lack |= (high_half(v[i][0]) ^ tag) | (high_half(v[i][1]) ^ tag);
     if (__all_sync(~0u, lack == 0)) break;
   }
   const bool owns = HeadRow<kDim>::owns();

@@ -14,40 +14,65 @@
 #include "frame_compute.cuh"
 #include "frame_fetch.cuh"
 #include "kernel_tts.h"
+#include "wide_compute.cuh"
 
 namespace qwen_tts {
 
+template <class Form>
 struct Shared {
-  FrameRing ring;
+  typename Form::Ring ring;
   // A copy, for registers' sake: what is read from here is not kept over a wait, while addresses
   // computed from the kernel's constants would be, and be spilled.
   FrameParams params;
-  Scratch scratch;
+  typename Form::Scratch scratch;
 };
-static_assert(sizeof(Shared) <= kSharedBytes, "more shared memory than the GPU has");
-static_assert(offsetof(Shared, ring.data) == 0, "tiles are aligned as the memory is");
+static_assert(max_of(sizeof(Shared<NarrowForm>), sizeof(Shared<WideForm>)) <= kSharedBytes,
+              "more shared memory than the GPU has");
+static_assert(offsetof(Shared<NarrowForm>, ring.data) == 0 && offsetof(Shared<WideForm>, ring.data) == 0,
+              "tiles are aligned as the memory is");
 
 // Four warps beside those that compute, though one fetches: registers are given to warps by fours,
 // and four can hand theirs over.
 constexpr int kAllThreads = kThreads + 128;
 
+template <class Form>
 __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_constant__ FrameParams p) {
-  Shared& sh = *reinterpret_cast<Shared*>(shared_memory());
+  Shared<Form>& sh = *reinterpret_cast<Shared<Form>*>(shared_memory());
   if (block_index() == p.withheld_cta) return;
   sh.ring.init();
-  static_assert(sizeof(FrameParams) % 4 == 0 && sizeof(FrameParams) / 4 <= kThreads, "a word a thread");
-  if (threadIdx.x < sizeof(FrameParams) / 4)
-    reinterpret_cast<uint32_t*>(&sh.params)[threadIdx.x] = reinterpret_cast<const uint32_t*>(&p)[threadIdx.x];
+  static_assert(sizeof(FrameParams) % 4 == 0, "words are copied");
+  for (int i = threadIdx.x; i < int(sizeof(FrameParams) / 4); i += kAllThreads)
+    reinterpret_cast<uint32_t*>(&sh.params)[i] = reinterpret_cast<const uint32_t*>(&p)[i];
   __syncthreads();
   if (threadIdx.x < kThreads) list_items<T>(sh.params, sh.scratch);
   __syncthreads();
   if (threadIdx.x < kThreads) {
     take_registers<112>();
-    compute_frame(sh.params, sh.scratch, sh.ring);
+    if constexpr (Form::kWide) {
+      compute_wide_frame(sh.params, sh.scratch, sh.ring);
+    } else {
+      compute_frame(sh.params, sh.scratch, sh.ring);
+    }
   } else {
     give_registers<32>();
-    if (threadIdx.x < kThreads + 32) fetch_frame(p, sh.ring, sh.scratch.items);
+    if (threadIdx.x < kThreads + 32) fetch_frame<Form>(p, sh.ring, sh.scratch.items);
   }
+}
+
+template <class Form>
+cudaError_t co_resident(int* ctas) {
+  const void* kernel = reinterpret_cast<const void*>(frame_kernel<Form>);
+  const int bytes = sizeof(Shared<Form>);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, kernel, kAllThreads, bytes);
+}
+
+template <class Form>
+cudaError_t launch(const FrameParams& params, int grid, cudaStream_t stream) {
+  void* arguments[] = {const_cast<FrameParams*>(&params)};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(frame_kernel<Form>), dim3(grid), dim3(kAllThreads),
+                                     arguments, sizeof(Shared<Form>), stream);
 }
 
 }  // namespace qwen_tts
@@ -61,34 +86,36 @@ extern "C" int frame_max_grid() {
 }
 
 extern "C" int frame_max_positions(int grid) {
-  return kSplitPositions * min_of(kMaxSplits, grid * (kMaxItems - 1) / (kMaxColumns * T::kKvHeads));
+  return kSplitPositions * min_of(kMaxSplits, grid * (NarrowForm::Scratch::kMaxItems - 1) / (kTileColumns * T::kKvHeads));
 }
 
-extern "C" int64_t frame_num_packets() { return PacketLayout::kTotal; }
+extern "C" int64_t frame_num_packets() { return DenseLayout::kTotal; }
 
 extern "C" int frame_noise_floats() { return 4 * Sampler::kNoise; }
 
 extern "C" int frame_dump_rows() { return PacketLayout::kDumpRows; }
 
-extern "C" int frame_shared_bytes() { return sizeof(Shared); }
+extern "C" int frame_shared_bytes() { return sizeof(Shared<NarrowForm>); }
 
-extern "C" int frame_ring_slots() { return kRingSlots; }
+extern "C" int frame_ring_slots() { return NarrowForm::kSlots; }
 
-extern "C" int frame_most_ring_slots() { return kMostRingSlots; }
+extern "C" int frame_most_ring_slots() { return NarrowForm::kMostSlots; }
 
 extern "C" int frame_max_columns() { return kMaxColumns; }
 
 extern "C" int frame_num_tags() { return kMaxExchanges; }
 
 extern "C" cudaError_t frame_co_resident(int* ctas) {
-  const void* kernel = reinterpret_cast<const void*>(frame_kernel);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  if (error != cudaSuccess) return error;
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, kernel, kAllThreads, sizeof(Shared));
+  int narrow = 0, wide = 0;
+  if (const cudaError_t error = co_resident<NarrowForm>(&narrow); error != cudaSuccess) return error;
+  if (const cudaError_t error = co_resident<WideForm>(&wide); error != cudaSuccess) return error;
+  *ctas = min_of(narrow, wide);
+  return cudaSuccess;
 }
 
 extern "C" cudaError_t launch_frame(const FrameParams* params, int grid, cudaStream_t stream) {
-  void* arguments[] = {const_cast<FrameParams*>(params)};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(frame_kernel), dim3(grid), dim3(kAllThreads),
-                                     arguments, sizeof(Shared), stream);
+  if (params->num_columns <= kTileColumns) return launch<NarrowForm>(*params, grid, stream);
+  const cudaError_t error = cudaMemsetAsync(params->packets + PacketLayout::kDense, kClearedByte,
+                                            DenseLayout::kWords * sizeof(uint64_t), stream);
+  return error == cudaSuccess ? launch<WideForm>(*params, grid, stream) : error;
 }

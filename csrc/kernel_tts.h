@@ -6,7 +6,7 @@
 #include "params.h"
 
 extern "C" {
-int frame_max_columns();            // streams of a frame, rows of a prefill launch
+int frame_max_columns();            // streams of a frame
 int frame_max_grid();               // CTAs that the exchanges allow
 int frame_max_positions(int grid);  // of a slot, that so many CTAs can attend to
 int64_t frame_num_packets();        // 64-bit words of FrameParams::packets, zeros before the first launch

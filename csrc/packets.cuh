@@ -49,10 +49,12 @@ __device__ __forceinline__ void store_packet(uint64_t* p, uint32_t payload, uint
   store_word(p, uint64_t(tag) << 32 | payload);
 }
 
+constexpr unsigned kWatchdogHang = 1, kWatchdogNumber = 2;  // FrameParams::watchdog's first word
+
 // Turns a wait that will never end into an error that names where it stood. Waits are counted in polls,
 // about half a microsecond each: a clock would cost registers in every loop.
 __device__ __noinline__ void trap_timeout(const FrameParams& p, Phase phase, uint32_t tag) {
-  store_whole(p.watchdog, make_uint4(1, block_index(), unsigned(phase), tag - p.epoch));
+  store_whole(p.watchdog, make_uint4(kWatchdogHang, block_index(), unsigned(phase), tag - p.epoch));
   __threadfence_system();
   __trap();
 }
@@ -97,7 +99,7 @@ __device__ __forceinline__ uint32_t wait_packet(const uint64_t* p, uint32_t tag,
   }
 }
 
-// Where each exchange lies, in packets. A vector of K values for 8 columns takes
+// Where each exchange lies, in packets. A vector of K values for the 8 columns of a tile takes
 // K / 16 chunks of 64 packets, in mma B-fragment order: lane n * 4 + t holds two packets, values
 // {2t, 2t + 1} and {2t + 8, 2t + 9} of column n.
 constexpr int kStripPackets = 64;  // of sixteen values, for all columns
@@ -125,7 +127,11 @@ struct PacketLayout {
   static constexpr int64_t kProjected = kPartials + int64_t(kMaxColumns) * T::kKvHeads * kMaxSplits * kPartial;
   static constexpr int64_t kFirstPositionQkv =
       kProjected + vector_packets(P::kHidden);  // of pass 0: see frame_schedule.cuh
-  static constexpr int64_t kTotal = kFirstPositionQkv + vector_packets(kQkvRows);
+  // Of wide frames: the residual from the CTA that adds O's result to the one that adds down's, and back, in fp32:
+  // [row][column]. Then the dense words (dense_words.cuh).
+  static constexpr int64_t kAfterOut = kFirstPositionQkv + vector_packets(kQkvRows);
+  static constexpr int64_t kAfterDown = kAfterOut + kHidden * kMaxColumns;
+  static constexpr int64_t kDense = kAfterDown + kHidden * kMaxColumns;
 };
 
 // Packet of rows {2 * pair, 2 * pair + 1} of a 16-row strip for a column, in a vector's buffer.

@@ -25,14 +25,15 @@ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-constexpr int kMaxColumns = 8;  // the n columns of one mma tile
+constexpr int kTileColumns = 8;  // the n columns of one mma tile
+constexpr int kMaxColumns = 32;  // of a frame: four tiles. A frame of one tile has a kernel of its own.
 constexpr int kNumCodebooks = 16;
 constexpr int kWarps = 16;  // that compute; one more fetches weights
 constexpr int kThreads = kWarps * 32;
 constexpr int kSplitPositions = 256;  // positions an attention item covers
 constexpr int kMaxSplits = 32;
 
-// One column: a row of one stream. A frame has one column a stream; a prefill has up to eight
+// One column: a row of one stream. A frame has one column a stream; a prefill has up to kTileColumns
 // consecutive rows of one stream.
 struct Stream {
   int slot;          // of the KV cache and the sampling state

@@ -45,9 +45,7 @@ __device__ __forceinline__ void feed_code(const FrameParams& p, int codebook, in
 
 // The sum of a frame's embeddings, in the order of the codebooks, for the next frame; by one CTA a
 // stream, which has seen all its codes.
-__device__ __forceinline__ void sum_embeddings(const FrameParams& p) {
-  const int stream = own_stream();
-  if (stream >= p.num_columns) return;
+__device__ __forceinline__ void sum_embeddings(const FrameParams& p, int stream) {
   float* next = p.next_rows + int64_t(p.streams[stream].slot) * T::kHidden;
   for (int k = 2 * thread_index(); k < T::kHidden; k += 2 * kThreads) {
     uint32_t bits[kNumCodebooks];

@@ -14,7 +14,7 @@ struct PredictorAttentionShared {
   float q[S::kGroupSize][S::kDim];
   __nv_bfloat16 v[kWarps][S::kDim + 16];  // rows of neighbouring positions begin in different banks
 };
-static_assert(sizeof(PredictorAttentionShared<P>) <= sizeof(Scratch::partial[0]), "attention borrows a tile");
+static_assert(sizeof(PredictorAttentionShared<P>) <= sizeof(NarrowForm::Scratch::partial[0]), "attention borrows a tile");
 static_assert(kWarps >= kNumCodebooks, "a warp takes a position");
 
 // The new rows of a pass: the one at `last`, of stream s in column first + s, and where first is
@@ -33,13 +33,13 @@ struct NewRows {
 };
 
 // The table's row for the code that a stream feeds at this position.
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ const __nv_bfloat16* known_qkv(const Context& c, int stream, int position) {
   const int64_t at = (position - 2) * D::kVocab + c.scratch.codes[warp_index()][stream];
   return c.p.predictor_first_qkv + at * Products<D>::Qkv::kRows;
 }
 
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, int kv_head, const NewRows& rows) {
   using S = HeadShape<D>;
   using Row = HeadRow<S::kDim>;
@@ -65,10 +65,8 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
       kv[0].load(from);
       kv[1].load(from + S::kKRows);
     } else {
-      const uint64_t* vector =
-          p.packets + (rows.first_position && warp == 0 ? PacketLayout::kFirstPositionQkv : PacketLayout::kQkv);
-      const uint64_t* from = row_packets<S::kDim>(vector, S::kQRows + kv_head * S::kDim, rows.column(stream, warp));
-      wait_rows(kv, 2, [&](int i) { return from + 4 * i * S::kKRows; }, c.tag - 1, c.dog);
+      wait_rows(c, kv, S::kQRows + kv_head * S::kDim, S::kKRows, rows.column(stream, warp),
+                rows.first_position && warp == 0);
     }
     kv[0].norm_rope(by, D::kEps);
     kv[0].round();
@@ -89,9 +87,7 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
       if (known) {
         q[0].load(known_qkv<D>(c, stream, rows.last) + first);
       } else {
-        const uint64_t* from =
-            row_packets<S::kDim>(p.packets + PacketLayout::kQkv, first, rows.column(stream, rows.last));
-        wait_rows(q, 1, [&](int) { return from; }, c.tag - 1, c.dog);
+        wait_rows(c, q, first, 0, rows.column(stream, rows.last));
       }
       q[0].norm_rope(by, D::kEps);
       q[0].store(sh.q[g]);
@@ -144,20 +140,21 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
     total = sum_of_four(total);
     low = sum_of_four(low);
     high = sum_of_four(high);
-    if (part != 0) continue;
     const int row = (kv_head * S::kGroupSize + g) * S::kDim + dim;
-    publish_pair(c, p.packets + PacketLayout::kHeadsOut, row, rows.column(stream, position), divide(low, total),
-                 divide(high, total));
+    publish_heads(c, row, rows.column(stream, position), divide(low, total), divide(high, total));
   }
 }
 
 // All items of one layer that fall to this CTA; reads c.tag - 1, publishes c.tag.
-template <class D>
+template <class D, class Context>
 __device__ __forceinline__ void attend_predictor(Context& c, const NewRows& rows) {
+  free_tiles(c);
+#pragma unroll 1
   for (int item = block_index(); item < c.p.num_columns * D::kKvHeads; item += gridDim.x) {
     if (item != block_index()) sync_compute();  // the last item's values have been read
     attend_predictor_item<D>(c, item / D::kKvHeads, item % D::kKvHeads, rows);
   }
+  free_tiles(c);
 }
 
 }  // namespace qwen_tts

@@ -6,7 +6,7 @@
 
 namespace qwen_tts {
 
-// The tile of one mma: kStripRows x kChunk of weights, kChunk x kMaxColumns of the operand.
+// The tile of one mma: kStripRows x kChunk of weights, kChunk x kTileColumns of the operand.
 constexpr int kStripRows = 16, kChunk = 16;
 constexpr int kChunkBytes = 2 * kStripRows * kChunk;
 

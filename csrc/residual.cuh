@@ -67,31 +67,38 @@ struct Residual {
   }
 };
 
+// This warp's part of the sums of squares for a norm, of the tile of columns that begins at `first`. Of the rounded row, as
+// the official model has it.
+template <class Scratch, int kCount>
+__device__ __forceinline__ void store_squares(Scratch& scratch, int norm, int first, const uint2 (&f)[kCount]) {
+  float squares = 0.f;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const float2 low = unpack_bf16(f[j].x), high = unpack_bf16(f[j].y);
+    squares += low.x * low.x + low.y * low.y;
+    squares += high.x * high.x + high.y * high.y;
+  }
+  squares += __shfl_xor_sync(~0u, squares, 1);
+  squares += __shfl_xor_sync(~0u, squares, 2);
+  if ((thread_index() & 3) == 0) scratch.sum_of_squares[norm][warp_index()][first + (lane_index() >> 2)] = squares;
+}
+
 // x as B operand of a norm's product, and the sum of squares for the norm. Norms that follow each other use
 // different `squares`: a slow warp may still read the last one's.
 template <class D>
 __device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& r, int squares_at,
                                                  uint2 (&f)[Residual<D>::kChunks]) {
-  float squares = 0.f;
 #pragma unroll
-  for (int j = 0; j < Residual<D>::kChunks; ++j) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float low = r.x[j][2 * half], high = r.x[j][2 * half + 1];
-      squares += low * low + high * high;
-      (half ? f[j].y : f[j].x) = pack_bf16(low, high);
-    }
-  }
-  squares += __shfl_xor_sync(~0u, squares, 1);
-  squares += __shfl_xor_sync(~0u, squares, 2);
-  if ((thread_index() & 3) == 0) c.scratch.sum_of_squares[squares_at][warp_index()][lane_index() >> 2] = squares;
+  for (int j = 0; j < Residual<D>::kChunks; ++j)
+    f[j] = make_uint2(pack_bf16(r.x[j][0], r.x[j][1]), pack_bf16(r.x[j][2], r.x[j][3]));
+  store_squares(c.scratch, squares_at, 0, f);
 }
 
 // 1 / rms of the column that a lane finishes rows of (Cell), for whole warps; from squares_part.
 template <class D>
 __device__ __forceinline__ float rms_scale(float squares) {
-  squares += __shfl_xor_sync(~0u, squares, kMaxColumns);
-  squares += __shfl_xor_sync(~0u, squares, 2 * kMaxColumns);
+  squares += __shfl_xor_sync(~0u, squares, kTileColumns);
+  squares += __shfl_xor_sync(~0u, squares, 2 * kTileColumns);
   return rsqrtf(squares * (1.f / D::kHidden) + D::kEps);
 }
 

@@ -6,7 +6,7 @@
 
 namespace qwen_tts {
 
-constexpr int kTileFloats = kStripRows * kMaxColumns;  // of one warp's result
+constexpr int kTileFloats = kStripRows * kTileColumns;  // of one warp's result
 
 // Tiles of partial sums that a product uses. It brings as many items to one barrier. Between a barrier and the next, slow
 // warps still read what the product before it left, so products that follow each other use different tiles:
@@ -32,13 +32,15 @@ struct alignas(16) ItemRows {
 
 // Of a CTA, where all streams are as long as can be on 64 CTAs; and an end. Fewer CTAs hold shorter streams
 // (frame_max_positions).
-constexpr int kMaxItems = kMaxColumns * T::kKvHeads * kMaxSplits / 64 + 1;
+constexpr int max_items(int columns) { return columns * T::kKvHeads * kMaxSplits / 64 + 1; }
 
-struct alignas(16) Scratch {  // of float4s
-  float partial[4][kWarps][kTileFloats];
-  float sum_of_squares[2][kWarps][kMaxColumns];
-  uint16_t codes[kWarps][kMaxColumns];  // the last ones of the streams; each warp's own copy
-  ItemRows items[kMaxItems];            // this CTA's of the talker's attention
+template <int kColumns_, int kTiles_>
+struct alignas(16) ScratchOf {  // of float4s
+  static constexpr int kColumns = kColumns_, kTiles = kTiles_, kMaxItems = max_items(kColumns);
+  float partial[kTiles][kWarps][kTileFloats];
+  float sum_of_squares[2][kWarps][kColumns];
+  uint16_t codes[kWarps][kColumns];  // the last ones of the streams; each warp's own copy
+  ItemRows items[kMaxItems];         // this CTA's of the talker's attention
 };
 
 // In the tile that no product of the head or of QKV uses.
@@ -49,14 +51,36 @@ struct SamplerShared {
   float mass[kWarps];
 };
 
-constexpr int kOtherBytes = sizeof(Scratch) + sizeof(FrameParams);
 // A longer ring is slower on an H200: 1159, 1286 us a frame with 22 and 42 slots (docs/experiments.md).
 #ifndef QWEN_TTS_RING_SLOTS  // geometry.h may have another number, which `tune` found better on its GPU
 #define QWEN_TTS_RING_SLOTS 22
 #endif
-constexpr int kMostRingSlots = ring_slots(kSharedBytes - kOtherBytes);
-constexpr int kRingSlots = min_of(QWEN_TTS_RING_SLOTS, kMostRingSlots);
-static_assert(kRingSlots >= kWarps / 2, "the ring must hold an item of most products");
-using FrameRing = RingShared<kRingSlots>;
+constexpr int most_ring_slots(int scratch_bytes) {
+  return ring_slots(kSharedBytes - scratch_bytes - int(sizeof(FrameParams)));
+}
+
+// The two kernels. A frame of up to kTileColumns streams has one tile of columns; its exchanges are packets, and every
+// CTA keeps the residual. A wide frame has up to four tiles; its exchanges are dense words (dense_words.cuh), and a strip of
+// the residual is kept by the CTA that makes it (wide_layer.cuh). Both draw the same codes, bit for bit.
+template <bool kWide_, int kColumns, int kTiles>
+struct Form {
+  static constexpr bool kWide = kWide_;
+  using Scratch = ScratchOf<kColumns, kTiles>;
+  static constexpr int kMostSlots = most_ring_slots(sizeof(Scratch));
+  static constexpr int kSlots = min_of(QWEN_TTS_RING_SLOTS, kMostSlots);
+  using Ring = RingShared<kSlots>;
+  static_assert(kSlots >= kWarps / 2, "the ring must hold an item of most products");
+};
+
+// In a wide frame: this CTA's first strip of O and of down, whose other strips follow a grid apart.
+__device__ __forceinline__ int out_owner_first() { return block_index(); }
+template <class D>
+__device__ __forceinline__ int down_owner_first() {
+  const int grid = gridDim.x;
+  return (block_index() + grid - D::kHidden / kStripRows % grid) % grid;
+}
+
+using NarrowForm = Form<false, kTileColumns, 4>;
+using WideForm = Form<true, kMaxColumns, 6>;
 
 }  // namespace qwen_tts

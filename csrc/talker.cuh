@@ -21,49 +21,68 @@ __device__ __forceinline__ Draw draw_of(const Stream& s, int codebook) {
   return d;
 }
 
-// The stream whose codes this CTA draws, and whose sum it makes; a grid has at least as many CTAs as there
-// are columns. Computed anew wherever it is needed.
-__device__ __forceinline__ int own_stream() { return block_index(); }
+// Calls f for each stream whose codes this CTA draws, and whose sum it makes. A narrow frame has at most one a CTA.
+template <bool kWide, class F>
+__device__ __forceinline__ void for_own_streams(const FrameParams& p, F&& f) {
+  if constexpr (kWide) {
+#pragma unroll 1
+    for (int stream = block_index(); stream < p.num_columns; stream += gridDim.x) f(stream);
+  } else {
+    if (block_index() < p.num_columns) f(block_index());
+  }
+}
 
 // The noise of the draws that this pass leads to, before their logits are waited for.
+template <class Context>
 __device__ __forceinline__ void store_noise(const Context& c) {
   const FrameParams& p = c.p;
   const int codebook = c.pass();
-  if (p.noise != nullptr || own_stream() >= p.num_columns) return;
-  Sampler::store_noise(draw_of(p.streams[own_stream()], codebook), codebook == 0 ? T::kVocab : P::kVocab,
-                       reinterpret_cast<float4*>(p.noise_scratch) + own_stream() * Sampler::kNoise);
+  if (p.noise != nullptr) return;
+  for_own_streams<Context::Form::kWide>(p, [&](int stream) {
+    Sampler::store_noise(draw_of(p.streams[stream], codebook), codebook == 0 ? T::kVocab : P::kVocab,
+                         reinterpret_cast<float4*>(p.noise_scratch) + stream * Sampler::kNoise);
+  });
 }
 
-// Sample the code that this pass begins with, of every stream, one CTA a stream, from the logits.
-__device__ __forceinline__ void sample(Context& c, SamplerShared& sh) {
+// Sample the code that this pass begins with, of a stream, from the logits.
+template <class Context>
+__device__ __forceinline__ void sample(Context& c, SamplerShared& sh, int stream) {
   const FrameParams& p = c.p;
-  if (own_stream() >= p.num_columns) return;
   auto codebook = [&] { return c.pass() - 1; };
-  auto at = [&] { return own_stream() * kNumCodebooks + codebook(); };
+  auto at = [&] { return stream * kNumCodebooks + codebook(); };
   const uint32_t logits_tag = codebook() == 0 ? p.epoch + kTalkerLogits : c.tag - 1;  // a pass may follow the talker's
-  auto seen = [&] { return p.seen + p.streams[own_stream()].slot * (T::kVocab / 32); };
+  auto seen = [&] { return p.seen + p.streams[stream].slot * (T::kVocab / 32); };
   Sampler sampler{sh, codebook() == 0 ? T::kVocab : P::kVocab};
   auto read_noise = [&] {
     sampler.read_noise(reinterpret_cast<const float4*>(
-        p.noise == nullptr ? p.noise_scratch + own_stream() * 4 * Sampler::kNoise : p.noise + at() * T::kVocab));
+        p.noise == nullptr ? p.noise_scratch + stream * 4 * Sampler::kNoise : p.noise + at() * T::kVocab));
   };
   read_noise();
   sampler.read_seen(codebook() == 0 ? seen() : nullptr);
-  sampler.read_logits(p.packets + PacketLayout::kLogits + own_stream() * PacketLayout::kVocab, logits_tag, c.dog,
+  sampler.read_logits(p.packets + PacketLayout::kLogits + stream * PacketLayout::kVocab, logits_tag, c.dog,
                       p.dump_logits == nullptr ? nullptr : p.dump_logits + at() * T::kVocab);
-  const Draw d = draw_of(p.streams[own_stream()], codebook());
+  const Draw d = draw_of(p.streams[stream], codebook());
   sampler.process(d);
   int code = sampler.pick(d, read_noise);
   if (thread_index() == 0) {
     p.codes[at()] = code;
     if (p.forced_codes != nullptr) code = p.forced_codes[at()];
-    store_packet(p.packets + PacketLayout::kCodes + codebook() * kMaxColumns + own_stream(), code, c.tag);
+    store_packet(p.packets + PacketLayout::kCodes + codebook() * kMaxColumns + stream, code, c.tag);
     if (codebook() == 0) seen()[code / 32] |= 1u << (code % 32);
   }
   sync_compute();  // before the sampler's memory is used again
 }
 
+// The codes of this CTA's streams.
+template <class Context>
+__device__ __forceinline__ void sample_own(Context& c) {
+  for_own_streams<Context::Form::kWide>(c.p, [&](int stream) {
+    sample(c, *reinterpret_cast<SamplerShared*>(c.scratch.partial[LastTile::kFirst]), stream);
+  });
+}
+
 // The code that was sampled for a stream.
+template <class Context>
 __device__ __forceinline__ int sampled_code(const Context& c, int codebook, int stream) {
   const uint64_t* codes = c.p.packets + PacketLayout::kCodes + codebook * kMaxColumns;
   return wait_packet(codes + stream, c.tag, c.dog, Phase::kCode);
@@ -109,8 +128,9 @@ __device__ __forceinline__ void norm_hidden(const Context& c, Residual<T>& r) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float2 g = unpack_bf16(Residual<T>::real() ? __ldg(weights + (kChunk * j + 8 * half) / 2) : 0u);
-      r.x[j][2 * half] *= scale * g.x;
-      r.x[j][2 * half + 1] *= scale * g.y;
+      const float2 x = unpack_bf16(pack_bf16(r.x[j][2 * half], r.x[j][2 * half + 1]));  // as the head has it
+      r.x[j][2 * half] = x.x * (scale * g.x);
+      r.x[j][2 * half + 1] = x.y * (scale * g.y);
     }
 }
 

@@ -67,7 +67,7 @@ class FrameKernel : public torch::CustomClassHolder {
     int ctas = 0;
     check(frame_co_resident(&ctas), "the kernel cannot be prepared");
     TORCH_CHECK(ctas >= 1, "an SM cannot hold one CTA of the kernel");
-    TORCH_CHECK(grid >= kMaxColumns && grid <= frame_max_grid(), "grid is ", grid, ", allowed: ", kMaxColumns, " to ",
+    TORCH_CHECK(grid >= kTileColumns && grid <= frame_max_grid(), "grid is ", grid, ", allowed: ", kTileColumns, " to ",
                 frame_max_grid());
     TORCH_CHECK(num_slots >= 1, "num_slots is ", num_slots, ", allowed: at least 1");
     const int most = frame_max_positions(int(grid));
@@ -89,6 +89,7 @@ class FrameKernel : public torch::CustomClassHolder {
               const std::optional<at::Tensor>& stamps, int64_t cuda_stream) {
     take_streams(streams);
     const int64_t n = p_.num_columns;
+    TORCH_CHECK(!prefill || n <= kTileColumns, "a prefill has ", n, " rows, allowed: 1 to ", kTileColumns);
     p_.prefill = prefill;
     p_.epoch = uint32_t(epoch);
     check_tensor("text_rows", text_rows, {at::kFloat, n * T::kHidden});
@@ -182,6 +183,7 @@ TORCH_LIBRARY(QWEN_TTS_LIBRARY, m) {
       .def("keep_in_l2", &FrameKernel::keep_in_l2)
       .def("withhold", &FrameKernel::withhold);
   m.def("max_columns() -> int", [] { return int64_t(frame_max_columns()); });
+  m.def("prefill_rows() -> int", [] { return int64_t(kTileColumns); });
   m.def("max_grid() -> int", [] { return int64_t(frame_max_grid()); });
   m.def("num_packets() -> int", [] { return frame_num_packets(); });
   m.def("num_tags() -> int", [] { return int64_t(frame_num_tags()); });

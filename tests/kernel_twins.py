@@ -96,7 +96,8 @@ class Twins:
 
     def _in_pytorch(self, talker: Talker) -> TorchBackend:
         shapes = self.config.talker, self.config.predictor
-        backend = TorchBackend(talker, *shapes, max_positions=self.max_positions)
+        sizes = {"max_positions": self.max_positions, "max_batch": self.kernel.max_batch}
+        backend = TorchBackend(talker, *shapes, **sizes)
         run_as_read(backend, talker)
         return backend
 

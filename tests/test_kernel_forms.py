@@ -57,11 +57,14 @@ def codes_of(kernel, prompts: list[torch.Tensor], frames: int, takes: int) -> li
     [
         ("tiny", LENGTHS[:1], 256, 2),
         ("tiny", LENGTHS, 256, 2),
+        ("tiny", LENGTHS * 4, 256, 2),
         ("tiny", (2049, 1500, 1025, 513), 16, 2),
         ("0.6b", LENGTHS[:1], 256, 2),
         ("0.6b", LENGTHS, 256, 4),
+        ("0.6b", LENGTHS * 4, 64, 4),
         ("0.6b", (2049, 1500, 1025, 513), 16, 4),
         ("1.7b", LENGTHS, 64, 2),
+        ("1.7b", LENGTHS * 4, 16, 2),
     ],
 )
 def test_codes_are_the_same_in_every_form_and_every_time(shape, lengths, frames, takes):

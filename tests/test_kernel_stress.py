@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 if torch.cuda.is_available():
     from kernel_twins import build_kernel, make_kernel
 
-SLOTS = 16
+SLOTS = 48
 POSITIONS = 400
 CHECKED_STREAMS = 24
 """Streams that are decoded again alone at the end."""
@@ -157,12 +157,12 @@ from qwen_megakernel.synth.config import shape_config
 megakernel.TalkerPrefill = lambda *_, **__: None  # PyTorch's kernels; racecheck fails on them
 config = shape_config("tiny")
 talker = random_talker(config, "cuda")
-options = {"grid": 8, "max_spins": 2**31 - 1, "num_slots": 8, "max_positions": 64}
+options = {"grid": 8, "max_spins": 2**31 - 1, "num_slots": 10, "max_positions": 64}
 kernel = make_kernel("tiny", talker, racecheck=sys.argv[1] == "racecheck", **options)
 rows = torch.zeros(12, config.talker.hidden_size)
-for slot in range(5):
+for slot in range(10):
     kernel.prefill(slot, rows[: 9 + slot % 2], GenerationParams(seed=slot))
-for slots in ([0, 1], [0, 1, 2, 3, 4]):
+for slots in ([0, 1], [0, 1, 2, 3, 4], list(range(10))):
     print("codes", kernel.decode(slots, rows[: len(slots)]).tolist(), flush=True)
 """
 SUMMARIES = {

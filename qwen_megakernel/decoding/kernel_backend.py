@@ -46,6 +46,8 @@ MAX_POSITIONS = 8192
 _LONG_PROMPT = 49
 """Rows from which a prompt goes through PyTorch, which takes 2.9 ms for up to 128 of them; the kernel
 takes 0.46 ms for every eight (H200, 0.6B shape; docs/experiments.md)."""
+_NOT_A_NUMBER = 2
+"""The watchdog's state after a value that an exchange cannot carry (csrc/dense_words.cuh)."""
 _MAX_SPINS = 4_000_000
 """Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
 
@@ -81,7 +83,7 @@ class FrameDumps:
     logits: Tensor | None = None
     """fp32 [n, 16, talker vocabulary]."""
     exchanges: Tensor | None = None
-    """fp32 [exchanges, rows, 8], every published value; see `MegakernelBackend.exchange_dump`."""
+    """fp32 [exchanges, rows, max_batch], every published value; see `MegakernelBackend.exchange_dump`."""
     stamps: Tensor | None = None
     """int64 [`num_exchanges`], when CTA 0 had done its part of each, ns."""
 
@@ -114,7 +116,7 @@ class MegakernelBackend:
             library: from `build_tts.build`.
             num_slots: streams that can be live; None is `max_batch`.
             max_positions: prompt rows plus frames of a stream, at most MAX_POSITIONS.
-            grid: CTAs of a launch, from `max_batch` to one an SM; None is as many as there are SMs.
+            grid: CTAs of a launch, from 8 to one an SM; None is as many as there are SMs.
                 Fewer than 64 hold shorter streams: 8 CTAs hold 1024 positions.
             l2_share: part of L2 that keeps weights of the predictor; None is `DEFAULT_L2_SHARE`.
             max_spins: polls after which a wait inside the kernel is an error.
@@ -125,6 +127,7 @@ class MegakernelBackend:
         torch.ops.load_library(str(library))
         self._ops = getattr(torch.ops, library_name(library))
         self.max_batch = self._ops.max_columns()
+        self._prefill_rows_at_once = self._ops.prefill_rows()
         num_slots = self.max_batch if num_slots is None else num_slots
         check_max_positions(num_slots, max_positions, min(MAX_POSITIONS, talker_config.max_positions))
         self.num_slots, self.max_positions = num_slots, max_positions
@@ -186,8 +189,9 @@ class MegakernelBackend:
         most = self.max_grid
         if grid is None:
             return most
-        if not self.max_batch <= grid <= most:  # each stream has a CTA that draws for it
-            raise ValueError(f"grid is {grid}, allowed: {self.max_batch} to {most}")
+        least = self._prefill_rows_at_once  # each stream of a narrow frame has a CTA that draws for it
+        if not least <= grid <= most:
+            raise ValueError(f"grid is {grid}, allowed: {least} to {most}")
         return grid
 
     @torch.no_grad()
@@ -275,8 +279,9 @@ class MegakernelBackend:
             self._long_prompts.run(slot, rows[:ROWS], begin)
             begin += len(rows[:ROWS])
             rows = rows[ROWS:]
-        for first in range(0, len(rows), self.max_batch):
-            part = rows[first : first + self.max_batch]
+        at_once = self._prefill_rows_at_once
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
             columns = self._stream_params[[slot] * len(part)]
             columns["position"] = begin + first + np.arange(len(part))
             self._launch(columns, part, prefill=True)
@@ -350,7 +355,7 @@ class MegakernelBackend:
         return self._num_tags
 
     def exchange_dump(self) -> Tensor:
-        """A tensor for `FrameDumps.exchanges`, fp32 [exchanges, rows, 8]; not-a-number until written."""
+        """A tensor for `FrameDumps.exchanges`, fp32 [exchanges, rows, max_batch]; not-a-number until written."""
         shape = (self._num_tags, self._ops.dump_rows(), self.max_batch)
         return torch.full(shape, torch.nan, device=self._device)
 
@@ -403,9 +408,15 @@ class MegakernelBackend:
             state, cta, phase, exchange = self._tensors["watchdog"].tolist()
             if not state:
                 raise KernelError(f"the GPU failed in frame {frame}: {error}") from error
+            where = f"in exchange {exchange} ({self._describe(exchange, num_streams)})"
+            if state == _NOT_A_NUMBER:
+                raise KernelError(
+                    f"frame {frame} failed: CTA {cta} computed a value that is not a number or above "
+                    f"2^32 {where}"
+                ) from error
+            waited_for = self._ops.phases().splitlines()[phase]
             raise KernelError(
-                f"frame {frame} hung: CTA {cta} waited for {self._ops.phases().splitlines()[phase]} "
-                f"in exchange {exchange} ({self._describe(exchange, num_streams)})"
+                f"frame {frame} hung: CTA {cta} waited for {waited_for} {where}"
             ) from error
 
     def exchanges(self, num_streams: int) -> list[Exchange]:

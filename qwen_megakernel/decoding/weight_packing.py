@@ -26,27 +26,31 @@ def split_of(rows: int, k: int) -> int:
     return 2 if rows <= 64 * STRIP_ROWS and k >= 1024 else 1
 
 
-def fragments(weight: Tensor) -> Tensor:
+def fragments(weight: Tensor, *, quads: bool = False) -> Tensor:
     """A fragments of every 16 x 16 tile.
 
     Args:
         weight: [rows, k], both multiples of 16.
+        quads: whether a lane's four values of a row are neighbours. They are in down, whose operand comes
+            from strips of eight rows: four neighbours then come from one CTA.
 
     Returns:
         [rows / 16, k / 16, 256]: lane by lane (g = lane / 4, t = lane % 4) the values of rows g and
-        g + 8 at k = 2t, 2t + 1, then the same at k + 8.
+        g + 8 at k = 2t, 2t + 1, then the same at k + 8. With `quads`, at 4t, 4t + 1 and 4t + 2, 4t + 3.
     """
     rows, k = weight.shape
-    tiles = weight.reshape(rows // STRIP_ROWS, 2, 8, k // CHUNK_K, 2, 4, 2)
-    return tiles.permute(0, 3, 2, 5, 4, 1, 6).reshape(rows // STRIP_ROWS, k // CHUNK_K, 256)
+    tiles = weight.reshape(rows // STRIP_ROWS, 2, 8, k // CHUNK_K, *((4, 2, 2) if quads else (2, 4, 2)))
+    lanes = (2, 4, 5) if quads else (2, 5, 4)
+    return tiles.permute(0, 3, *lanes, 1, 6).reshape(rows // STRIP_ROWS, k // CHUNK_K, 256)
 
 
-def pack_product(weight: Tensor, *, splits: bool = False) -> Tensor:
+def pack_product(weight: Tensor, *, splits: bool = False, quads: bool = False) -> Tensor:
     """One product's items, flat.
 
     Args:
         weight: bf16 [rows, k].
         splits: whether k may be cut (`split_of`), as the kernel does for O and down.
+        quads: see `fragments`.
 
     Returns:
         bf16 [items * 16 warps * chunks * 256], item = part of k * strips + strip; chunks beyond k are 0.
@@ -55,7 +59,7 @@ def pack_product(weight: Tensor, *, splits: bool = False) -> Tensor:
     parts = split_of(rows, k) if splits else 1
     real = k // parts // CHUNK_K
     chunks = -(-real // NUM_WARPS)
-    tiles = fragments(weight).reshape(rows // STRIP_ROWS, parts, real, 256)
+    tiles = fragments(weight, quads=quads).reshape(rows // STRIP_ROWS, parts, real, 256)
     tiles = nn.functional.pad(tiles, (0, 0, 0, chunks * NUM_WARPS - real))
     return tiles.transpose(0, 1).reshape(-1)
 
@@ -91,7 +95,7 @@ def pack_layer(layer: DecoderLayer) -> Tensor:
             pack_product(_qkv(layer)),
             pack_product(layer.self_attn.o_proj.weight, splits=True),
             pack_product(with_norm(gate_up, layer.post_attention_layernorm)),
-            pack_product(mlp.down_proj.weight, splits=True),
+            pack_product(mlp.down_proj.weight, splits=True, quads=True),
         ]
     )
 
