@@ -215,7 +215,6 @@ __device__ __forceinline__ void attend_talker(Context& c) {
   for (int i = gridDim.x - 1 - block_index(); i < c.p.num_columns * D::kKvHeads; i += gridDim.x)
     if (c.p.streams[i / D::kKvHeads].position >= kSplitPositions)
       combine_splits<D>(c, i / D::kKvHeads, i % D::kKvHeads);
-  free_tiles(c);
 }
 
 }  // namespace qwen_tts

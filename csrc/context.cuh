@@ -52,7 +52,6 @@ struct ContextOf {
   Watchdog dog;
   uint32_t tag;  // of the next exchange
   PackedState<kTileColumns> state;
-  int set = 0;  // of a wide frame: the first of the tiles of partial sums that the next tile of columns uses
 
   __device__ __forceinline__ int layer() const { return state.layer(); }
   __device__ __forceinline__ int pass() const { return state.pass(); }

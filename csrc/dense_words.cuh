@@ -80,6 +80,19 @@ __device__ __forceinline__ void publish_word(const Context& c, uint64_t* to, flo
   store_word(to, uint64_t(b) << 32 | a);
 }
 
+// Publish half a word: two values with the two lower bits of a tag, whose upper two are the same.
+template <class Context>
+__device__ __forceinline__ void publish_half(const Context& c, uint64_t* to, int half, float low, float high,
+                                             uint32_t tag) {
+  if (!(fabsf(low) + fabsf(high) < kDenseLimit)) refuse_number(c.p, c.tag);
+  store_half_word(reinterpret_cast<uint32_t*>(to) + half,
+                  pack_bf16(low * kDenseScale, high * kDenseScale) | dense_tag(tag).x);
+}
+
+// The tag of gate-up's result, whose words come in halves: each has two bits of it. It never equals kClearedTag's in the
+// first layer, and two writes of a word are no multiple of four exchanges apart (DenseReuse).
+__device__ __forceinline__ uint32_t inner_tag(uint32_t number) { return (number + 1 & 3) * 5; }
+
 // The tag of an exchange of this launch.
 template <class Context>
 __device__ __forceinline__ uint32_t dense_number(const Context& c, uint32_t tag) {
@@ -106,8 +119,9 @@ struct DenseReuse : FramePlace {
     const int buffer = int(step);
     const bool once = step == Step::kQkv && at_pass == 0 && at_layer == P::kLayers - 1;
     if (buffer < 5 && !once) {
-      if (last[buffer] >= 0 && (total - last[buffer]) % kDenseTags == 0) distinct = false;
-      if (last[buffer] < 0 && total % kDenseTags == kClearedTag) distinct = false;
+      const int tags = step == Step::kGateUp ? 4 : kDenseTags, first = step == Step::kGateUp ? total + 1 : total;
+      if (last[buffer] >= 0 && (total - last[buffer]) % tags == 0) distinct = false;
+      if (last[buffer] < 0 && first % tags == tags - 1) distinct = false;
       last[buffer] = total;
     }
     ++total;

@@ -154,7 +154,6 @@ __device__ __forceinline__ void attend_predictor(Context& c, const NewRows& rows
     if (item != block_index()) sync_compute();  // the last item's values have been read
     attend_predictor_item<D>(c, item / D::kKvHeads, item % D::kKvHeads, rows);
   }
-  free_tiles(c);
 }
 
 }  // namespace qwen_tts

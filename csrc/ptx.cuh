@@ -127,6 +127,10 @@ __device__ __forceinline__ void store_word(uint64_t* p, uint64_t x) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
 
+__device__ __forceinline__ void store_half_word(uint32_t* p, uint32_t x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
 // Sixteen bytes at once, to where the host sees them.
 __device__ __forceinline__ void store_whole(void* p, const uint4& x) {
   asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)

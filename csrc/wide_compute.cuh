@@ -66,7 +66,7 @@ __device__ __forceinline__ void compute_wide_frame(const FrameParams& p, WideFor
                                                    WideForm::Ring& ring) {
   const bool writes_stamps = p.stamps != nullptr && block_index() == 0 && thread_index() == 0;
   const PackedState<kTileColumns> state(0, writes_stamps, p.dump_exchanges != nullptr);
-  WideCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state, 0}};
+  WideCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}};
   store_noise(compute.c);  // of code 0, while the first weights are on their way
   walk_frame(compute, p.num_columns, false);
   sync_compute();

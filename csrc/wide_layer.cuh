@@ -12,8 +12,6 @@
 
 namespace qwen_tts {
 
-static_assert(kMaxColumnTiles <= kWarps / 4, "four warps finish a tile of columns");
-
 // The tag of the talker's last down: its rows are the hidden row of the frame, before the final norm.
 __device__ __forceinline__ uint32_t hidden_tag(const FrameParams& p) { return p.epoch + kTalkerLogits - 1; }
 
@@ -33,10 +31,12 @@ template <class Prod>
 struct HiddenOperand {
   DenseOperand<Prod> dense;
 
-  __device__ __forceinline__ void ask(int tile, int part, int first) { dense.ask(tile, part, first); }
-  __device__ __forceinline__ void get(int tile, int part, int first, uint2 (&f)[Prod::kHeld]) {
+  __device__ __forceinline__ void ask(int place, int tile, int part, int first) {
+    dense.ask(place, tile, part, first);
+  }
+  __device__ __forceinline__ void get(int place, int tile, int part, int first, uint2 (&f)[Prod::kHeld]) {
     const WideContext& c = dense.c;
-    dense.get(tile, part, first, f);
+    dense.get(place, tile, part, first, f);
     const float scale = __shfl_sync(~0u, hidden_scale(c, tile * kTileColumns), c.column());
     const int row = dense.chunk(part, first) * kChunk + 2 * (lane_index() & 3);
     if (!Prod::real(warp_index())) return;
@@ -65,20 +65,20 @@ struct QkvOperand {
   DenseOperand<Prod> dense;
 
   __device__ __forceinline__ bool direct() const { return dense.c.layer() == 0 && (kTalker || dense.c.pass() > 0); }
-  __device__ __forceinline__ void ask(int tile, int part, int first) {
-    if (!direct()) dense.ask(tile, part, first);
+  __device__ __forceinline__ void ask(int place, int tile, int part, int first) {
+    if (!direct()) dense.ask(place, tile, part, first);
   }
-  __device__ __forceinline__ void get(int tile, int part, int first, uint2 (&f)[Prod::kHeld]) {
+  __device__ __forceinline__ void get(int place, int tile, int part, int first, uint2 (&f)[Prod::kHeld]) {
     const WideContext& c = dense.c;
     if (!direct()) {
       if constexpr (!kTalker && !kProjects) {
         if (c.layer() == 0) {
           HiddenOperand<Prod> hidden{dense};
-          hidden.get(tile, part, first, f);
+          hidden.get(place, tile, part, first, f);
           return;
         }
       }
-      dense.get(tile, part, first, f);
+      dense.get(place, tile, part, first, f);
       return;
     }
     const int column = tile * kTileColumns + c.column(), from = Residual<D>::first_k();
@@ -106,15 +106,17 @@ struct QkvOperand {
 
 namespace wide_step {
 
-// Publish two chunks' worth of lanes: rows {2 pair, 2 pair + 1} and, from the lane sixteen further, those eight further.
+// Publish a lane's row with those of the three lanes that make a word of it: the odd row of the pair is eight lanes further,
+// the pair eight rows further sixteen lanes.
 __device__ __forceinline__ void publish_rows(const WideContext& c, int vector, int strip, int tile, const WideCell& cell,
-                                             float2 rows, uint32_t tag) {
-  const float2 high = make_float2(__shfl_down_sync(~0u, rows.x, 16), __shfl_down_sync(~0u, rows.y, 16));
+                                             float row, uint32_t tag) {
+  const float2 low = make_float2(row, __shfl_down_sync(~0u, row, kTileColumns));
+  const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 16), __shfl_down_sync(~0u, low.y, 16));
   const int column = tile * kTileColumns + cell.column;
-  if (!c.uses(column)) return;
-  dump_pair(c, strip * kStripRows + 2 * cell.pair, column, rows.x, rows.y);
-  if (lane_index() >= 16) return;
-  publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), rows, high, tag);
+  if (!cell.leads || !c.uses(column)) return;
+  dump_pair(c, strip * kStripRows + 2 * cell.pair, column, low.x, low.y);
+  if (cell.pair >= 4) return;
+  publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low, high, tag);
 }
 
 template <class D>
@@ -128,9 +130,9 @@ __device__ __forceinline__ void qkv(WideContext& c) {
   const uint32_t tag = !fed ? dense_number(c, c.tag - 1) : kProjects ? kOnceTag : dense_number(c, hidden_tag(c.p));
   QkvOperand<D> x{{c, vector, tag, Phase::kInput}};
   const bool first_position = kPredictor && ends_with_qkv(c.pass(), c.layer());
-  wide_gemv<D, Qkv, 0>(c, x, [&](int strip, int tile, const WideCell& cell, float2 rows, float scale) {
-    publish_rows(c, first_position ? L::kFirstPositionQkv : L::kQkv, strip, tile, cell,
-                 make_float2(rows.x * scale, rows.y * scale), first_position ? kOnceTag : dense_number(c, c.tag));
+  wide_gemv<D, Qkv, 0>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
+    publish_rows(c, first_position ? L::kFirstPositionQkv : L::kQkv, strip, tile, cell, row * scale,
+                 first_position ? kOnceTag : dense_number(c, c.tag));
   });
 }
 
@@ -138,20 +140,17 @@ template <class D>
 __device__ __forceinline__ void gate_up(WideContext& c) {
   using GateUp = typename Products<D>::GateUp;
   DenseOperand<GateUp> x{c, DenseLayout::kAfterOut, dense_number(c, c.tag - 1), Phase::kInput};
-  wide_gemv<D, GateUp, 1>(c, x, [&](int strip, int tile, const WideCell& cell, float2 rows, float scale) {
+  wide_gemv<D, GateUp, 1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
     // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight.
-    const float up_low = __shfl_down_sync(~0u, rows.x, 16), up_high = __shfl_down_sync(~0u, rows.y, 16);
-    const float low = rows.x * scale, high = rows.y * scale;
-    const float2 inner = make_float2(silu(low) * (up_low * scale), silu(high) * (up_high * scale));
-    const float2 next = make_float2(__shfl_down_sync(~0u, inner.x, 8), __shfl_down_sync(~0u, inner.y, 8));
+    const float up = __shfl_down_sync(~0u, row, 16);
+    const float inner = silu(row * scale) * (up * scale), next = __shfl_down_sync(~0u, inner, kTileColumns);
     const int column = tile * kTileColumns + cell.column;
-    if (lane_index() >= 16 || !c.uses(column)) return;
-    dump_pair(c, strip * (kStripRows / 2) + 2 * cell.pair, column, inner.x, inner.y);
-    if (lane_index() >= 8) return;
-    // Four neighbouring rows are a word (weight_packing.py).
+    if (!cell.leads || cell.pair >= 4 || !c.uses(column)) return;
+    dump_pair(c, strip * (kStripRows / 2) + 2 * cell.pair, column, inner, next);
+    // Four neighbouring rows are a word (weight_packing.py); two warps make a half each.
     const int lane = cell.column * 4 + 2 * (strip & 1) + cell.pair / 2;
-    publish_word(c, dense_vector(c.p, tile, DenseLayout::kMlpInner) + dense_at(strip / 2, lane), inner, next,
-                 dense_number(c, c.tag));
+    publish_half(c, dense_vector(c.p, tile, DenseLayout::kMlpInner) + dense_at(strip / 2, lane), cell.pair & 1, inner,
+                 next, inner_tag(c.tag - c.p.epoch));
   });
 }
 
@@ -193,13 +192,14 @@ __device__ __forceinline__ uint64_t fed_residual(const WideContext& c, int row, 
 // Add a product to the residual: from the packets of `from`, which have `tag`, to those of `to`, and to the vector that the
 // next product reads.
 template <class D, class Prod, class Before>
-__device__ __forceinline__ void add(WideContext& c, int first_strip, int input, Phase phase, const Before& before,
-                                    int64_t from, uint32_t tag, int64_t to, int vector) {
-  DenseOperand<Prod> x{c, input, dense_number(c, c.tag - 1), phase};
+__device__ __forceinline__ void add(WideContext& c, int first_strip, int input, uint32_t input_tag, Phase phase,
+                                    const Before& before, int64_t from, uint32_t tag, int64_t to, int vector) {
+  DenseOperand<Prod> x{c, input, input_tag, phase};
   wide_add<Prod>(c, first_strip, x, before,
-                 [&](int strip, int tile, int row, int column, bool leads, const auto& parts, uint64_t packet) {
-                   const int at = (strip * kStripRows + row) * kMaxColumns + tile * kTileColumns + column;
-                   const bool uses = c.uses(tile * kTileColumns + column);
+                 [&](int strip, int tile, const WideCell& cell, const auto& parts, uint64_t packet) {
+                   const int column = tile * kTileColumns + cell.column, row = strip * kStripRows + cell.row();
+                   const int at = row * kMaxColumns + column;
+                   const bool uses = c.uses(column);
                    for (unsigned spin = 0; !__all_sync(~0u, !uses || high_half(packet) == tag); ++spin) {
                      c.dog.after(spin, Phase::kInput, tag);
                      packet = load_word(c.p.packets + from + at);
@@ -209,18 +209,15 @@ __device__ __forceinline__ void add(WideContext& c, int first_strip, int input, 
                    for (int part = 0; part < Prod::kSplit; ++part) {
                      const float delta = unpack_bf16(pack_bf16(parts[part], 0.f)).x;
                      const float odd = __shfl_down_sync(~0u, delta, kTileColumns);
-                     if (leads && uses)
-                       dump_pair(c, part * D::kHidden + strip * kStripRows + row, tile * kTileColumns + column, delta,
-                                 odd);
+                     if (cell.leads && uses) dump_pair(c, part * D::kHidden + row, column, delta, odd);
                      sum += delta;
                    }
                    const float2 low = make_float2(sum, __shfl_down_sync(~0u, sum, kTileColumns));
-                   const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 2 * kTileColumns),
-                                                   __shfl_down_sync(~0u, low.y, 2 * kTileColumns));
+                   const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 16), __shfl_down_sync(~0u, low.y, 16));
                    if (!uses) return;
-                   if (leads && lane_index() < 16)
-                     publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, column * 4 + row / 2), low, high,
-                                  dense_number(c, c.tag));
+                   if (cell.leads && cell.pair < 4)
+                     publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low,
+                                  high, dense_number(c, c.tag));
                    store_packet(c.p.packets + to + at, __float_as_uint(sum), c.tag);
                  });
 }
@@ -234,8 +231,8 @@ __device__ __forceinline__ void out(WideContext& c) {
     return c.layer() == 0 ? fed_residual<D>(c, at, of, tag)
                           : load_word(c.p.packets + L::kAfterDown + at * kMaxColumns + of);
   };
-  add<D, typename Products<D>::Out>(c, out_owner_first(), DenseLayout::kHeadsOut, Phase::kOut, before, L::kAfterDown,
-                                    tag, L::kAfterOut, DenseLayout::kAfterOut);
+  add<D, typename Products<D>::Out>(c, out_owner_first(), DenseLayout::kHeadsOut, dense_number(c, c.tag - 1), Phase::kOut,
+                                    before, L::kAfterDown, tag, L::kAfterOut, DenseLayout::kAfterOut);
 }
 
 template <class D>
@@ -245,8 +242,8 @@ __device__ __forceinline__ void down(WideContext& c) {
     return load_word(c.p.packets + L::kAfterOut + (strip * kStripRows + row) * kMaxColumns + tile * kTileColumns +
                      column);
   };
-  add<D, typename Products<D>::Down>(c, down_owner_first<D>(), DenseLayout::kMlpInner, Phase::kMlp, before, L::kAfterOut,
-                                     c.tag - 2, L::kAfterDown, DenseLayout::kAfterDown);
+  add<D, typename Products<D>::Down>(c, down_owner_first<D>(), DenseLayout::kMlpInner, inner_tag(c.tag - 1 - c.p.epoch),
+                                     Phase::kMlp, before, L::kAfterOut, c.tag - 2, L::kAfterDown, DenseLayout::kAfterDown);
 }
 
 // Final norm and a head; logits go out under c.tag.
@@ -254,22 +251,20 @@ template <class D>
 __device__ __forceinline__ void head(WideContext& c) {
   using Head = typename Products<D>::Head;
   DenseOperand<Head> x{c, DenseLayout::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
-  wide_gemv<D, Head, 1>(c, x, [&](int strip, int tile, const WideCell& cell, float2 rows, float scale) {
+  wide_gemv<D, Head, 1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
     const int stream = tile * kTileColumns + cell.column;
     if (!c.uses(stream)) return;
-    uint64_t* to = c.p.packets + PacketLayout::kLogits + stream * PacketLayout::kVocab + strip * kStripRows + 2 * cell.pair;
-    store_packet(to, __float_as_uint(rows.x * scale), c.tag);
-    store_packet(to + 1, __float_as_uint(rows.y * scale), c.tag);
+    store_packet(c.p.packets + PacketLayout::kLogits + stream * PacketLayout::kVocab + strip * kStripRows + cell.row(),
+                 __float_as_uint(row * scale), c.tag);
   });
 }
 
 // The predictor's input, where its width is another.
 __device__ __forceinline__ void projection(WideContext& c) {
   HiddenOperand<Projection> x{{c, DenseLayout::kAfterDown, dense_number(c, hidden_tag(c.p)), Phase::kInput}};
-  wide_gemv<P, Projection, -1>(c, x, [&](int strip, int tile, const WideCell& cell, float2 rows, float /*scale*/) {
-    const float2 b =
-        unpack_bf16(reinterpret_cast<const uint32_t*>(c.p.projection_bias)[strip * (kStripRows / 2) + cell.pair]);
-    publish_rows(c, DenseLayout::kProjected, strip, tile, cell, make_float2(rows.x + b.x, rows.y + b.y), kOnceTag);
+  wide_gemv<P, Projection, -1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float /*scale*/) {
+    const float bias = __bfloat162float(c.p.projection_bias[strip * kStripRows + cell.row()]);
+    publish_rows(c, DenseLayout::kProjected, strip, tile, cell, row + bias, kOnceTag);
   });
 }
 
