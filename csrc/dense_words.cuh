@@ -2,7 +2,7 @@
 // packets. From nine streams on, what CTAs poll is more than the weights they read.
 //
 // Values are scaled by 2^-32, which is exact, so that bit 14 of each is 0. The four bits carry the tag: the number of the
-// exchange in its launch, mod 16. A word is written again 4 to 15 exchanges later (DenseReuse), so an old one does not
+// exchange in its launch, from 1 on, mod 16. A word is written again 4 to 15 exchanges later (DenseReuse), so an old one does not
 // pass for a new one. Before a launch all words are set to a tag that no first write has (launch_frame).
 // A value that is not a number, or too large, is an error (refuse_number): its bits would be a wait without end.
 #pragma once
@@ -19,6 +19,7 @@ constexpr int kDenseTags = 16;
 constexpr int kClearedTag = kDenseTags - 1;  // of words of ones: kClearedByte
 constexpr int kClearedByte = 0xff;
 constexpr uint32_t kOnceTag = 5;  // of words that a launch writes once
+constexpr int kFirstNumber = 1;   // of a launch's first exchange; what the first layer is fed has 0
 
 // Where vectors lie, in words, of one tile of columns. Of a vector, two chunks of 16 values stand together, in mma
 // B-fragment order: lane n * 4 + t has two words. The first has values {2t, 2t + 1, 2t + 8, 2t + 9} of the first chunk and
@@ -29,10 +30,12 @@ struct DenseLayout {
   using L = PacketLayout;
   static constexpr int kQkv = 0;
   static constexpr int kHeadsOut = kQkv + dense_words(L::kQkvRows);
-  static constexpr int kAfterOut = kHeadsOut + dense_words(L::kHeadRows);  // the residual, as products read it
+  static constexpr int kFed = kHeadsOut + dense_words(L::kHeadRows);  // the residual, as products read it
+  static constexpr int kAfterOut = kFed + dense_words(L::kHidden);
   static constexpr int kAfterDown = kAfterOut + dense_words(L::kHidden);
   static constexpr int kMlpInner = kAfterDown + dense_words(L::kHidden);
-  static constexpr int kProjected = kMlpInner + dense_words(L::kInner);
+  static constexpr int kNormed = kMlpInner + dense_words(L::kInner);  // the projection's input
+  static constexpr int kProjected = kNormed + (kProjects ? dense_words(T::kHidden) : 0);
   static constexpr int kFirstPositionQkv = kProjected + dense_words(P::kHidden);
   static constexpr int kTileWords = kFirstPositionQkv + dense_words(L::kQkvRows);
   static constexpr int64_t kWords = int64_t(kTileWords) * kMaxColumns / kTileColumns;
@@ -50,8 +53,9 @@ __device__ __forceinline__ uint64_t* dense_vector(const FrameParams& p, int tile
 __device__ __forceinline__ uint2 dense_tag(uint32_t tag) {
   return make_uint2((tag & 1) << 14 | (tag & 2) << 29, (tag & 4) << 12 | (tag & 8) << 27);
 }
-__device__ __forceinline__ uint32_t dense_lacks(uint64_t word, uint2 tag) {
-  return ((uint32_t(word) ^ tag.x) | (high_half(word) ^ tag.y)) & kTagMask;
+// What is 0 in kTagMask's bits if a word carries `tag`.
+__device__ __forceinline__ uint32_t dense_differs(uint64_t word, uint2 tag) {
+  return (uint32_t(word) ^ tag.x) | (high_half(word) ^ tag.y);
 }
 
 // Half a word's two values, as a pair of bf16.
@@ -91,12 +95,12 @@ __device__ __forceinline__ void publish_half(const Context& c, uint64_t* to, int
 
 // The tag of gate-up's result, whose words come in halves: each has two bits of it. It never equals kClearedTag's in the
 // first layer, and two writes of a word are no multiple of four exchanges apart (DenseReuse).
-__device__ __forceinline__ uint32_t inner_tag(uint32_t number) { return (number + 1 & 3) * 5; }
+__device__ __forceinline__ uint32_t inner_tag(uint32_t number) { return (number & 3) * 5; }
 
 // The tag of an exchange of this launch.
 template <class Context>
 __device__ __forceinline__ uint32_t dense_number(const Context& c, uint32_t tag) {
-  return tag - c.p.epoch;
+  return tag - c.p.epoch + kFirstNumber;
 }
 
 // For the test: two neighbouring rows of a column, rounded.
@@ -113,15 +117,24 @@ __device__ __forceinline__ void dump_pair(const Context& c, int row, int column,
 struct DenseReuse : FramePlace {
   int total = 0;
   int last[5] = {-1, -1, -1, -1, -1};  // of Step::kQkv to Step::kDown
+  int last_fed = 0;
   bool distinct = true;
 
+  constexpr void begin_pass(int pass) {
+    FramePlace::begin_pass(pass);
+    if (pass == 0) feed(0);
+  }
+  constexpr void feed(int) {
+    if ((total - last_fed) % kDenseTags == 0) distinct = false;
+    last_fed = total;
+  }
   constexpr void advance(Step step) {
     const int buffer = int(step);
     const bool once = step == Step::kQkv && at_pass == 0 && at_layer == P::kLayers - 1;
     if (buffer < 5 && !once) {
-      const int tags = step == Step::kGateUp ? 4 : kDenseTags, first = step == Step::kGateUp ? total + 1 : total;
+      const int tags = step == Step::kGateUp ? 4 : kDenseTags;
       if (last[buffer] >= 0 && (total - last[buffer]) % tags == 0) distinct = false;
-      if (last[buffer] < 0 && first % tags == tags - 1) distinct = false;
+      if (last[buffer] < 0 && (total + kFirstNumber) % tags == tags - 1) distinct = false;
       last[buffer] = total;
     }
     ++total;

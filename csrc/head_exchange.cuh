@@ -37,8 +37,8 @@ __device__ __forceinline__ void wait_rows(const Context& c, HeadRow<kDim> (&rows
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) lack |= dense_lacks(v[i][half], tag);
-      if (__all_sync(~0u, lack == 0)) break;
+        for (int half = 0; half < 2; ++half) lack |= dense_differs(v[i][half], tag);
+      if (__all_sync(~0u, (lack & kTagMask) == 0)) break;
     }
     auto pair_of = [&](uint64_t word) {
       return Row::owns() ? dense_decode(pair & 4 ? high_half(word) : uint32_t(word)) : 0u;

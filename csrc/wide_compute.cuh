@@ -13,7 +13,16 @@ struct WideCompute {
   __device__ __forceinline__ int layer() const { return c.layer(); }
   __device__ __forceinline__ int pass() const { return c.pass(); }
   __device__ __forceinline__ void next_layer() { c.state.next_layer(); }
-  __device__ __forceinline__ void begin_pass(int pass) { c.state.begin_pass(pass); }
+  // Pass 0 feeds what the talker leaves.
+  __device__ __forceinline__ void begin_pass(int pass) {
+    c.state.begin_pass(pass);
+    if (pass > 0) return;
+    if constexpr (kProjects) {
+      wide_step::feed_projected(c);
+    } else {
+      wide_step::feed_hidden(c);
+    }
+  }
   __device__ __forceinline__ void advance(Step) { c.advance(); }
 
   template <class D>
@@ -47,7 +56,9 @@ struct WideCompute {
     wide_step::head<D>(c);
   }
   __device__ __forceinline__ void projection() {
-    if constexpr (kProjects) wide_step::projection(c);
+    if constexpr (!kProjects) return;
+    wide_step::feed_hidden(c);
+    wide_step::projection(c);
   }
   // All streams' codes, a lane each; every warp keeps them.
   __device__ __forceinline__ int code() {
@@ -58,6 +69,7 @@ struct WideCompute {
   __device__ __forceinline__ void feed(int code) {
     c.scratch.codes[warp_index()][lane_index()] = code;
     __syncwarp();
+    wide_step::feed_codes(c);
   }
 };
 static_assert(kMaxColumns == 32, "a lane has a stream's code");
@@ -68,6 +80,7 @@ __device__ __forceinline__ void compute_wide_frame(const FrameParams& p, WideFor
   const PackedState<kTileColumns> state(0, writes_stamps, p.dump_exchanges != nullptr);
   WideCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}};
   store_noise(compute.c);  // of code 0, while the first weights are on their way
+  wide_step::feed_talker(compute.c);
   walk_frame(compute, p.num_columns, false);
   sync_compute();
   for_own_streams<true>(p, [&](int stream) { sum_embeddings(p, stream); });

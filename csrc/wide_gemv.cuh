@@ -64,8 +64,8 @@ struct DenseOperand {
     for (unsigned spin = 0;; ++spin) {
       uint32_t lack = 0;
 #pragma unroll
-      for (int j = 0; j < Prod::kHeld; ++j) lack |= dense_lacks(words[place][j], bits);
-      if (__all_sync(~0u, lack == 0)) break;
+      for (int j = 0; j < Prod::kHeld; ++j) lack |= dense_differs(words[place][j], bits);
+      if (__all_sync(~0u, (lack & kTagMask) == 0)) break;
       c.dog.after(spin, phase, c.tag - 1);
       ask(place, tile, part, first);
     }
@@ -109,17 +109,21 @@ __device__ __forceinline__ void ask_first(Operand& x, int tiles, int part, int f
     if (tile < tiles) x.ask(tile, tile, part, first);
 }
 
-// Calls f(tile, fragments) for each tile of a part of k, whose first tiles have been asked for.
-template <class Prod, class Operand, class F>
+// Calls f(tile, fragments) for each tile of a part of k, whose first tiles have been asked for. kUnroll: how many times
+// the loop stands in the code, a multiple of kAsked; all where f must know the tile.
+template <class Prod, int kUnroll, class Operand, class F>
 __device__ __forceinline__ void for_tiles(Operand& x, int tiles, int part, int first, F&& f) {
+#pragma unroll 1
+  for (int from = 0; from < tiles; from += kUnroll)
 #pragma unroll
-  for (int tile = 0; tile < kMaxColumnTiles; ++tile) {
-    if (tile >= tiles) break;
-    uint2 fragments[Prod::kHeld];
-    x.get(tile % kAsked, tile, part, first, fragments);
-    if (tile + kAsked < kMaxColumnTiles && tile + kAsked < tiles) x.ask(tile % kAsked, tile + kAsked, part, first);
-    f(tile, fragments);
-  }
+    for (int i = 0; i < kUnroll; ++i) {
+      const int tile = kUnroll == kMaxColumnTiles ? i : from + i;
+      if (tile >= tiles) break;
+      uint2 fragments[Prod::kHeld];
+      x.get(i % kAsked, tile, part, first, fragments);
+      if (tile + kAsked < tiles) x.ask(i % kAsked, tile + kAsked, part, first);
+      f(tile, fragments);
+    }
 }
 
 template <class Prod>
@@ -129,6 +133,14 @@ __device__ __forceinline__ void multiply_tile(WideContext& c, int set, int tile,
   multiply(acc, a, f);
   store_tile(c, set * kMaxColumnTiles + tile, acc);
 }
+
+// A row of the residual that one owner of a strip hands to the other, as a packet.
+struct Handed {
+  uint64_t packet;
+
+  __device__ __forceinline__ float value() const { return __uint_as_float(uint32_t(packet)); }
+  __device__ __forceinline__ void set(float x) { packet = packet & ~uint64_t(0xffffffffu) | __float_as_uint(x); }
+};
 
 // What a warp finishes: a quarter of a strip, of one tile of columns.
 __device__ __forceinline__ int finished_tile() { return warp_index() >> 2; }
@@ -157,7 +169,7 @@ __device__ __forceinline__ void wide_gemv(WideContext& c, Operand&& x, Finish&& 
   };
   ask_first(x, tiles, 0);
   if constexpr (kHoldsOperand)
-    for_tiles<Prod>(x, tiles, 0, 0, [&](int tile, const uint2(&f)[Prod::kHeld]) {
+    for_tiles<Prod, kMaxColumnTiles>(x, tiles, 0, 0, [&](int tile, const uint2(&f)[Prod::kHeld]) {
       take(tile, f);
 #pragma unroll
       for (int j = 0; j < Prod::kHeld; ++j) held[tile][j] = f[j];
@@ -170,7 +182,7 @@ __device__ __forceinline__ void wide_gemv(WideContext& c, Operand&& x, Finish&& 
       for (int tile = 0; tile < kMaxColumnTiles; ++tile)
         if (tile < tiles) multiply_tile<Prod>(c, set, tile, a, held[tile]);
     } else {
-      for_tiles<Prod>(x, tiles, 0, 0, [&](int tile, const uint2(&f)[Prod::kHeld]) {
+      for_tiles<Prod, kAsked>(x, tiles, 0, 0, [&](int tile, const uint2(&f)[Prod::kHeld]) {
         take(tile, f);
         multiply_tile<Prod>(c, set, tile, a, f);
       });
@@ -193,10 +205,12 @@ __device__ __forceinline__ void wide_gemv(WideContext& c, Operand&& x, Finish&& 
 
 // Strips of a product that adds to the residual: this CTA's are `first_strip` and every grid-th from there on, with all
 // parts of k.
-//   before(strip, tile, row, column): asks for the residual to which a lane's row is added, as a packet
-//   finish(strip, tile, cell, parts, packet): takes a row's parts of k, and that packet; whole warps together
-template <class Prod, class Operand, class Before, class Finish>
-__device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operand&& x, Before&& before,
+//   before(strip, tile, cell): asks for the residual to which a lane's row is added
+//   add(strip, tile, cell, part, row, residual): takes a part of k of a lane's row, and what `before` and earlier parts
+//     gave; whole warps together
+//   finish(strip, tile, cell, residual)
+template <class Prod, class Operand, class Before, class Add, class Finish>
+__device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operand&& x, Before&& before, Add&& add,
                                          Finish&& finish) {
   constexpr int kParts = Prod::kSplit;
   constexpr bool kHoldsAll = Prod::kHeld == Prod::kChunks;
@@ -205,18 +219,17 @@ __device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operan
 #pragma unroll 1
   for (int strip = first_strip; strip < Prod::kStrips; strip += gridDim.x) {
     uint4 a[Prod::kHeld];
-    float parts[kParts];
     load_weights<Prod>(c.ring, a);
     ask_first(x, tiles, 0);
-    uint64_t packet = 0;
-    if (finished_tile() < tiles)
-      packet = before(strip, finished_tile(), finished_cell().row(), finished_cell().column);
+    const bool finishes = finished_tile() < tiles;
+    Handed residual{};
+    if (finishes) residual = before(strip, finished_tile(), finished_cell());
     sync_compute();  // the tiles of partial sums are free
     if constexpr (kHoldsAll) {
-#pragma unroll
+#pragma unroll 1
       for (int part = 0; part < kParts; ++part) {
-        const int set = part % kSets;
-        for_tiles<Prod>(x, tiles, part, 0, [&](int tile, const uint2(&f)[Prod::kHeld]) {
+        const int set = part & (kSets - 1);
+        for_tiles<Prod, kAsked>(x, tiles, part, 0, [&](int tile, const uint2(&f)[Prod::kHeld]) {
           multiply_tile<Prod>(c, set, tile, a, f);
         });
         if (part + 1 < kParts) {
@@ -224,15 +237,16 @@ __device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operan
           load_weights<Prod>(c.ring, a);
         }
         sync_compute();
-        if (finished_tile() < tiles) parts[part] = finished_row(c, set);
+        if (finishes) add(strip, finished_tile(), finished_cell(), part, finished_row(c, set), residual);
         if (kSets == 1 && part + 1 < kParts) sync_compute();  // the sums have been read
       }
     } else {
       float acc[kMaxColumnTiles][2][4] = {};
 #pragma unroll 1
       for (int first = 0;;) {
-        for_tiles<Prod>(x, tiles, 0, first,
-                        [&](int tile, const uint2(&f)[Prod::kHeld]) { multiply(acc[tile], a, f); });
+        for_tiles<Prod, kMaxColumnTiles>(x, tiles, 0, first, [&](int tile, const uint2(&f)[Prod::kHeld]) {
+          multiply(acc[tile], a, f);
+        });
         first += Prod::kHeld;
         if (first >= Prod::kChunks) break;
         ask_first(x, tiles, 0, first);
@@ -242,9 +256,9 @@ __device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operan
       for (int tile = 0; tile < kMaxColumnTiles; ++tile)
         if (tile < tiles) store_tile(c, tile, acc[tile]);
       sync_compute();
-      if (finished_tile() < tiles) parts[0] = finished_row(c, 0);
+      if (finishes) add(strip, finished_tile(), finished_cell(), 0, finished_row(c, 0), residual);
     }
-    if (finished_tile() < tiles) finish(strip, finished_tile(), finished_cell(), parts, packet);
+    if (finishes) finish(strip, finished_tile(), finished_cell(), residual);
   }
 }
 

@@ -15,95 +15,6 @@ namespace qwen_tts {
 // The tag of the talker's last down: its rows are the hidden row of the frame, before the final norm.
 __device__ __forceinline__ uint32_t hidden_tag(const FrameParams& p) { return p.epoch + kTalkerLogits - 1; }
 
-// The talker's hidden row as the predictor gets it: its final norm, from the sum of squares that the head has left. Whole
-// warps; a lane's column is `first` + lane % 8 for the scale.
-__device__ __forceinline__ float hidden_scale(const WideContext& c, int first) {
-  return rms_scale<T>(squares_part(c.scratch, 1, first));
-}
-__device__ __forceinline__ float2 normed_pair(const FrameParams& p, uint32_t bits, float scale, int row) {
-  const float2 x = unpack_bf16(bits);
-  const float2 g = unpack_bf16(__ldg(reinterpret_cast<const uint32_t*>(p.talker_norm + row)));
-  return make_float2(x.x * (scale * g.x), x.y * (scale * g.y));
-}
-
-// The normed hidden row as an operand.
-template <class Prod>
-struct HiddenOperand {
-  DenseOperand<Prod> dense;
-
-  __device__ __forceinline__ void ask(int place, int tile, int part, int first) {
-    dense.ask(place, tile, part, first);
-  }
-  __device__ __forceinline__ void get(int place, int tile, int part, int first, uint2 (&f)[Prod::kHeld]) {
-    const WideContext& c = dense.c;
-    dense.get(place, tile, part, first, f);
-    const float scale = __shfl_sync(~0u, hidden_scale(c, tile * kTileColumns), c.column());
-    const int row = dense.chunk(part, first) * kChunk + 2 * (lane_index() & 3);
-    if (!Prod::real(warp_index())) return;
-#pragma unroll
-    for (int j = 0; j < Prod::kHeld; ++j) {
-      const float2 low = normed_pair(c.p, f[j].x, scale, row + kChunk * j);
-      const float2 high = normed_pair(c.p, f[j].y, scale, row + kChunk * j + 8);
-      f[j] = make_uint2(pack_bf16(low.x, low.y), pack_bf16(high.x, high.y));
-    }
-  }
-};
-
-// Codes that a pass after the first feeds, as each warp keeps them.
-__device__ __forceinline__ const __nv_bfloat16* fed_row(const WideContext& c, int column) {
-  const int codebook = c.pass() - 1, code = c.scratch.codes[warp_index()][min(column, c.p.num_columns - 1)];
-  // An EOS is beyond the projected table; what follows it in the frame is not used.
-  return kProjects ? c.p.projected_embeddings + (int64_t(codebook) * P::kVocab + min(code, P::kVocab - 1)) * P::kHidden
-                   : embedding_row(c.p, codebook, code);
-}
-
-// The operand of QKV: the residual, or in the first layer what the model is fed.
-template <class D>
-struct QkvOperand {
-  using Prod = typename Products<D>::Qkv;
-  static constexpr bool kTalker = std::is_same_v<D, T>;
-  DenseOperand<Prod> dense;
-
-  __device__ __forceinline__ bool direct() const { return dense.c.layer() == 0 && (kTalker || dense.c.pass() > 0); }
-  __device__ __forceinline__ void ask(int place, int tile, int part, int first) {
-    if (!direct()) dense.ask(place, tile, part, first);
-  }
-  __device__ __forceinline__ void get(int place, int tile, int part, int first, uint2 (&f)[Prod::kHeld]) {
-    const WideContext& c = dense.c;
-    if (!direct()) {
-      if constexpr (!kTalker && !kProjects) {
-        if (c.layer() == 0) {
-          HiddenOperand<Prod> hidden{dense};
-          hidden.get(place, tile, part, first, f);
-          return;
-        }
-      }
-      dense.get(place, tile, part, first, f);
-      return;
-    }
-    const int column = tile * kTileColumns + c.column(), from = Residual<D>::first_k();
-#pragma unroll
-    for (int j = 0; j < Prod::kHeld; ++j) f[j] = make_uint2(0, 0);
-    if (!c.uses(column) || !Prod::real(warp_index())) return;
-    if constexpr (kTalker) {
-      const float* next = c.p.next_rows + int64_t(c.p.streams[column].slot) * T::kHidden + from;
-      const float* text = c.p.text_rows + int64_t(column) * T::kHidden + from;
-      auto pair = [&](int at) {
-        const float2 a = __ldcg(reinterpret_cast<const float2*>(next + at));
-        const float2 b = __ldcg(reinterpret_cast<const float2*>(text + at));
-        return pack_bf16(a.x + b.x, a.y + b.y);
-      };
-#pragma unroll
-      for (int j = 0; j < Prod::kHeld; ++j) f[j] = make_uint2(pair(kChunk * j), pair(kChunk * j + 8));
-    } else {
-      const uint32_t* row = reinterpret_cast<const uint32_t*>(fed_row(c, column) + from);
-#pragma unroll
-      for (int j = 0; j < Prod::kHeld; ++j)
-        f[j] = make_uint2(__ldg(row + kChunk / 2 * j), __ldg(row + kChunk / 2 * j + 4));
-    }
-  }
-};
-
 namespace wide_step {
 
 // Publish a lane's row with those of the three lanes that make a word of it: the odd row of the pair is eight lanes further,
@@ -123,13 +34,8 @@ template <class D>
 __device__ __forceinline__ void qkv(WideContext& c) {
   using Qkv = typename Products<D>::Qkv;
   using L = DenseLayout;
-  constexpr bool kPredictor = std::is_same_v<D, P>;
-  // In the predictor's first pass the first layer reads what the talker left.
-  const bool fed = kPredictor && c.layer() == 0 && c.pass() == 0;
-  const int vector = fed && kProjects ? L::kProjected : L::kAfterDown;
-  const uint32_t tag = !fed ? dense_number(c, c.tag - 1) : kProjects ? kOnceTag : dense_number(c, hidden_tag(c.p));
-  QkvOperand<D> x{{c, vector, tag, Phase::kInput}};
-  const bool first_position = kPredictor && ends_with_qkv(c.pass(), c.layer());
+  const bool first_position = std::is_same_v<D, P> && ends_with_qkv(c.pass(), c.layer());
+  DenseOperand<Qkv> x{c, c.layer() == 0 ? L::kFed : L::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
   wide_gemv<D, Qkv, 0>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
     publish_rows(c, first_position ? L::kFirstPositionQkv : L::kQkv, strip, tile, cell, row * scale,
                  first_position ? kOnceTag : dense_number(c, c.tag));
@@ -150,100 +56,74 @@ __device__ __forceinline__ void gate_up(WideContext& c) {
     // Four neighbouring rows are a word (weight_packing.py); two warps make a half each.
     const int lane = cell.column * 4 + 2 * (strip & 1) + cell.pair / 2;
     publish_half(c, dense_vector(c.p, tile, DenseLayout::kMlpInner) + dense_at(strip / 2, lane), cell.pair & 1, inner,
-                 next, inner_tag(c.tag - c.p.epoch));
+                 next, inner_tag(dense_number(c, c.tag)));
   });
 }
 
-// The residual of the layer's input, of the row and column of a lane in a finishing warp, as a packet.
+// Publish a lane's row of the residual: for the product that reads it next, and in fp32 for its strip's other owner.
 template <class D>
-__device__ __forceinline__ uint64_t fed_residual(const WideContext& c, int row, int column, uint32_t tag) {
-  const FrameParams& p = c.p;
-  float x = 0.f;
-  if constexpr (std::is_same_v<D, T>) {
-    if (c.uses(column))
-      x = __ldcg(p.next_rows + int64_t(p.streams[column].slot) * T::kHidden + row) +
-          __ldcg(p.text_rows + int64_t(column) * T::kHidden + row);
-  } else if (c.pass() > 0) {
-    x = __bfloat162float(fed_row(c, column)[row]);
-  } else if constexpr (kProjects) {
-    const uint64_t* from = dense_vector(p, column / kTileColumns, DenseLayout::kProjected) +
-                           dense_at(row / kChunk, column % kTileColumns * 4 + row % 8 / 2);
-    uint64_t word = load_word(from);
-    for (unsigned spin = 0; c.uses(column) && dense_lacks(word, dense_tag(kOnceTag)) != 0; ++spin) {
-      c.dog.after(spin, Phase::kInput, c.tag - 1);
-      word = load_word(from);
-    }
-    const float2 pair = unpack_bf16(dense_decode(row & 8 ? high_half(word) : uint32_t(word)));
-    x = row & 1 ? pair.y : pair.x;
-  } else {
-    const float scale = hidden_scale(c, column / kTileColumns * kTileColumns);
-    const uint64_t* from = p.packets + PacketLayout::kAfterDown + row * kMaxColumns + column;
-    uint64_t packet = load_word(from);
-    for (unsigned spin = 0; c.uses(column) && high_half(packet) != hidden_tag(p); ++spin) {
-      c.dog.after(spin, Phase::kInput, hidden_tag(p));
-      packet = load_word(from);
-    }
-    const float rounded = unpack_bf16(pack_bf16(__uint_as_float(uint32_t(packet)), 0.f)).x;
-    x = rounded * (scale * __bfloat162float(p.talker_norm[row]));
+__device__ __forceinline__ void publish_residual(const WideContext& c, int strip, int tile, const WideCell& cell, float x,
+                                                 uint32_t tag, int vector, int64_t handed) {
+  const float2 low = make_float2(x, __shfl_down_sync(~0u, x, kTileColumns));
+  const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 16), __shfl_down_sync(~0u, low.y, 16));
+  const int column = tile * kTileColumns + cell.column;
+  if (!c.uses(column)) return;
+  if (cell.leads && cell.pair < 4)
+    publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low, high,
+                 dense_number(c, tag));
+  store_packet(c.p.packets + handed + (strip * kStripRows + cell.row()) * kMaxColumns + column, __float_as_uint(x), tag);
+}
+
+// Wait for a row that has been asked for.
+__device__ __forceinline__ void wait_handed(const WideContext& c, Handed& x, const uint64_t* from, bool uses,
+                                            uint32_t tag) {
+  for (unsigned spin = 0; !__all_sync(~0u, !uses || high_half(x.packet) == tag); ++spin) {
+    c.dog.after(spin, Phase::kInput, tag);
+    x.packet = load_word(from);
   }
-  return uint64_t(tag) << 32 | __float_as_uint(x);
 }
 
 // Add a product to the residual: from the packets of `from`, which have `tag`, to those of `to`, and to the vector that the
 // next product reads.
-template <class D, class Prod, class Before>
+template <class D, class Prod>
 __device__ __forceinline__ void add(WideContext& c, int first_strip, int input, uint32_t input_tag, Phase phase,
-                                    const Before& before, int64_t from, uint32_t tag, int64_t to, int vector) {
+                                    int64_t from, uint32_t tag, int64_t to, int vector) {
   DenseOperand<Prod> x{c, input, input_tag, phase};
-  wide_add<Prod>(c, first_strip, x, before,
-                 [&](int strip, int tile, const WideCell& cell, const auto& parts, uint64_t packet) {
-                   const int column = tile * kTileColumns + cell.column, row = strip * kStripRows + cell.row();
-                   const int at = row * kMaxColumns + column;
-                   const bool uses = c.uses(column);
-                   for (unsigned spin = 0; !__all_sync(~0u, !uses || high_half(packet) == tag); ++spin) {
-                     c.dog.after(spin, Phase::kInput, tag);
-                     packet = load_word(c.p.packets + from + at);
-                   }
-                   float sum = __uint_as_float(uint32_t(packet));
-#pragma unroll
-                   for (int part = 0; part < Prod::kSplit; ++part) {
-                     const float delta = unpack_bf16(pack_bf16(parts[part], 0.f)).x;
-                     const float odd = __shfl_down_sync(~0u, delta, kTileColumns);
-                     if (cell.leads && uses) dump_pair(c, part * D::kHidden + row, column, delta, odd);
-                     sum += delta;
-                   }
-                   const float2 low = make_float2(sum, __shfl_down_sync(~0u, sum, kTileColumns));
-                   const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 16), __shfl_down_sync(~0u, low.y, 16));
-                   if (!uses) return;
-                   if (cell.leads && cell.pair < 4)
-                     publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low,
-                                  high, dense_number(c, c.tag));
-                   store_packet(c.p.packets + to + at, __float_as_uint(sum), c.tag);
-                 });
+  auto at = [&](int strip, int tile, const WideCell& cell) {
+    return c.p.packets + from + (strip * kStripRows + cell.row()) * kMaxColumns + tile * kTileColumns + cell.column;
+  };
+  wide_add<Prod>(
+      c, first_strip, x,
+      [&](int strip, int tile, const WideCell& cell) { return Handed{load_word(at(strip, tile, cell))}; },
+      [&](int strip, int tile, const WideCell& cell, int part, float row, Handed& residual) {
+        const int column = tile * kTileColumns + cell.column;
+        if (part == 0) wait_handed(c, residual, at(strip, tile, cell), c.uses(column), tag);
+        const float delta = unpack_bf16(pack_bf16(row, 0.f)).x;
+        const float odd = __shfl_down_sync(~0u, delta, kTileColumns);
+        if (cell.leads && c.uses(column))
+          dump_pair(c, part * D::kHidden + strip * kStripRows + cell.row(), column, delta, odd);
+        residual.set(residual.value() + delta);
+      },
+      [&](int strip, int tile, const WideCell& cell, const Handed& residual) {
+        publish_residual<D>(c, strip, tile, cell, residual.value(), c.tag, vector, to);
+      });
 }
 
 template <class D>
 __device__ __forceinline__ void out(WideContext& c) {
   using L = PacketLayout;
-  const uint32_t tag = c.tag - 3;  // of the down before
-  auto before = [&](int strip, int tile, int row, int column) {
-    const int at = strip * kStripRows + row, of = tile * kTileColumns + column;
-    return c.layer() == 0 ? fed_residual<D>(c, at, of, tag)
-                          : load_word(c.p.packets + L::kAfterDown + at * kMaxColumns + of);
-  };
-  add<D, typename Products<D>::Out>(c, out_owner_first(), DenseLayout::kHeadsOut, dense_number(c, c.tag - 1), Phase::kOut,
-                                    before, L::kAfterDown, tag, L::kAfterOut, DenseLayout::kAfterOut);
+  // What is fed has the tag of the exchange before the layer; where QKV comes from a table, a layer has one exchange less.
+  const uint32_t before = c.tag - (std::is_same_v<D, P> && qkv_from_table(c.pass(), c.layer()) ? 2 : 3);
+  add<D, typename Products<D>::Out>(c, out_owner_first(), DenseLayout::kHeadsOut, dense_number(c, c.tag - 1),
+                                    Phase::kOut, L::kAfterDown, before, L::kAfterOut, DenseLayout::kAfterOut);
 }
 
 template <class D>
 __device__ __forceinline__ void down(WideContext& c) {
   using L = PacketLayout;
-  auto before = [&](int strip, int tile, int row, int column) {
-    return load_word(c.p.packets + L::kAfterOut + (strip * kStripRows + row) * kMaxColumns + tile * kTileColumns +
-                     column);
-  };
-  add<D, typename Products<D>::Down>(c, down_owner_first<D>(), DenseLayout::kMlpInner, inner_tag(c.tag - 1 - c.p.epoch),
-                                     Phase::kMlp, before, L::kAfterOut, c.tag - 2, L::kAfterDown, DenseLayout::kAfterDown);
+  add<D, typename Products<D>::Down>(c, down_owner_first<D>(), DenseLayout::kMlpInner,
+                                     inner_tag(dense_number(c, c.tag - 1)), Phase::kMlp, L::kAfterOut, c.tag - 2,
+                                     L::kAfterDown, DenseLayout::kAfterDown);
 }
 
 // Final norm and a head; logits go out under c.tag.
@@ -259,12 +139,86 @@ __device__ __forceinline__ void head(WideContext& c) {
   });
 }
 
-// The predictor's input, where its width is another.
+// The predictor's input, where its width is another, from the normed hidden row.
 __device__ __forceinline__ void projection(WideContext& c) {
-  HiddenOperand<Projection> x{{c, DenseLayout::kAfterDown, dense_number(c, hidden_tag(c.p)), Phase::kInput}};
+  DenseOperand<Projection> x{c, DenseLayout::kNormed, kOnceTag, Phase::kInput};
   wide_gemv<P, Projection, -1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float /*scale*/) {
     const float bias = __bfloat162float(c.p.projection_bias[strip * kStripRows + cell.row()]);
     publish_rows(c, DenseLayout::kProjected, strip, tile, cell, row + bias, kOnceTag);
+  });
+}
+
+// Feed a model, before its first layer, as if a layer before it had ended: down's owners publish x(strip, tile, cell).
+template <class D, class X>
+__device__ __forceinline__ void feed(WideContext& c, X&& x) {
+  if (finished_tile() >= column_tiles(c.p)) return;
+#pragma unroll 1
+  for (int strip = down_owner_first<D>(); strip < D::kHidden / kStripRows; strip += gridDim.x)
+    publish_residual<D>(c, strip, finished_tile(), finished_cell(), x(strip, finished_tile(), finished_cell()), c.tag - 1,
+                        DenseLayout::kFed, PacketLayout::kAfterDown);
+}
+
+// What the last frame left, and the text.
+__device__ __forceinline__ void feed_talker(WideContext& c) {
+  feed<T>(c, [&](int strip, int tile, const WideCell& cell) {
+    const int row = strip * kStripRows + cell.row(), column = tile * kTileColumns + cell.column;
+    if (!c.uses(column)) return 0.f;
+    return __ldcg(c.p.next_rows + int64_t(c.p.streams[column].slot) * T::kHidden + row) +
+           __ldcg(c.p.text_rows + int64_t(column) * T::kHidden + row);
+  });
+}
+
+// The talker's hidden row, normed with the sum of squares that the head has left.
+__device__ __forceinline__ float hidden_value(const WideContext& c, int strip, int tile, const WideCell& cell) {
+  const int row = strip * kStripRows + cell.row(), column = tile * kTileColumns + cell.column;
+  const float scale = rms_scale<T>(squares_part(c.scratch, 1, tile * kTileColumns));
+  const uint64_t* from = c.p.packets + PacketLayout::kAfterDown + row * kMaxColumns + column;
+  Handed x{load_word(from)};
+  wait_handed(c, x, from, c.uses(column), hidden_tag(c.p));
+  const float rounded = unpack_bf16(pack_bf16(x.value(), 0.f)).x;  // as the head has it
+  return rounded * (scale * __bfloat162float(c.p.talker_norm[row]));
+}
+
+// The hidden row: the predictor's first input, or the projection's.
+__device__ __forceinline__ void feed_hidden(WideContext& c) {
+  if constexpr (!kProjects) {
+    feed<P>(c, [&](int strip, int tile, const WideCell& cell) { return hidden_value(c, strip, tile, cell); });
+  } else {
+    if (finished_tile() >= column_tiles(c.p)) return;
+#pragma unroll 1
+    for (int strip = down_owner_first<T>(); strip < T::kHidden / kStripRows; strip += gridDim.x)
+      publish_rows(c, DenseLayout::kNormed, strip, finished_tile(), finished_cell(),
+                   hidden_value(c, strip, finished_tile(), finished_cell()), kOnceTag);
+  }
+}
+
+// What the projection has made of it.
+__device__ __forceinline__ void feed_projected(WideContext& c) {
+  feed<P>(c, [&](int strip, int tile, const WideCell& cell) {
+    const uint64_t* from =
+        dense_vector(c.p, tile, DenseLayout::kProjected) + dense_at(strip, cell.column * 4 + (cell.pair & 3));
+    const bool uses = c.uses(tile * kTileColumns + cell.column);
+    uint64_t word = load_word(from);
+    for (unsigned spin = 0;
+         !__all_sync(~0u, !uses || (dense_differs(word, dense_tag(kOnceTag)) & kTagMask) == 0); ++spin) {
+      c.dog.after(spin, Phase::kInput, c.tag - 1);
+      word = load_word(from);
+    }
+    const float2 pair = unpack_bf16(dense_decode(cell.pair >= 4 ? high_half(word) : uint32_t(word)));
+    return cell.leads ? pair.x : pair.y;
+  });
+}
+
+// The embeddings of the codes that each warp keeps.
+__device__ __forceinline__ void feed_codes(WideContext& c) {
+  feed<P>(c, [&](int strip, int tile, const WideCell& cell) {
+    const int column = min(tile * kTileColumns + cell.column, c.p.num_columns - 1);
+    const int codebook = c.pass() - 1, code = c.scratch.codes[warp_index()][column];
+    // An EOS is beyond the projected table; what follows it in the frame is not used.
+    const __nv_bfloat16* from =
+        kProjects ? c.p.projected_embeddings + (int64_t(codebook) * P::kVocab + min(code, P::kVocab - 1)) * P::kHidden
+                  : embedding_row(c.p, codebook, code);
+    return __bfloat162float(from[strip * kStripRows + cell.row()]);
   });
 }
 

@@ -48,6 +48,8 @@ _LONG_PROMPT = 49
 takes 0.46 ms for every eight (H200, 0.6B shape; docs/experiments.md)."""
 _NOT_A_NUMBER = 2
 """The watchdog's state after a value that an exchange cannot carry (csrc/dense_words.cuh)."""
+_FIRST_EPOCH = 2
+"""Cleared packets have the tag 0, and a wide frame's first rows the tag before its epoch."""
 _MAX_SPINS = 4_000_000
 """Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
 
@@ -154,7 +156,7 @@ class MegakernelBackend:
         self._prefixes = PrefixCache(self.kv_cache)
         self._long_prompts = TalkerPrefill(talker, talker_config, self.kv_cache)
         self._max_spins = max_spins
-        self._epoch, self._num_tags = 1, self._ops.num_tags()
+        self._epoch, self._num_tags = _FIRST_EPOCH, self._ops.num_tags()
         self._codes_host = torch.zeros(self.max_batch, NUM_CODEBOOKS, dtype=torch.int32, pin_memory=True)
         self._copied = torch.cuda.Event()
         self.load_kernel(library, Setting(grid=grid, l2_share=l2_share))
@@ -383,7 +385,7 @@ class MegakernelBackend:
     ) -> None:
         if self._epoch + self._num_tags >= 2**32:  # tags start again: no old one may be left
             self._tensors["packets"].zero_()
-            self._epoch = 1
+            self._epoch = _FIRST_EPOCH
         self._kernel.launch(
             torch.from_numpy(columns.view(np.uint8)),
             prefill,
