@@ -28,13 +28,14 @@ struct FrameFetch : FramePlace {
   __device__ __forceinline__ void items(const char* from, int64_t kept_bytes = 0) {
     for (int item = block_index(); item < Prod::kItems; item += gridDim.x) one_item<Prod>(from, item, kept_bytes);
   }
-  // Strips with all their parts of k.
+  // A wide frame's jobs (shared_memory.cuh): strips with all their parts of k.
   template <class Prod>
-  __device__ __forceinline__ void strips(int first, const char* from, int64_t kept_bytes) {
-    for (int strip = first; strip < Prod::kStrips; strip += gridDim.x)
+  __device__ __forceinline__ void jobs(const char* from, int64_t kept_bytes) {
+    const WideJobs<Prod> jobs(p);
+    for (int job = block_index(); job < jobs.count; job += gridDim.x)
 #pragma unroll 1
       for (int part = 0; part < Prod::kSplit; ++part)
-        one_item<Prod>(from, part * Prod::kStrips + strip, kept_bytes);
+        one_item<Prod>(from, part * Prod::kStrips + jobs.strip(job), kept_bytes);
   }
   // A product of the current layer, which stands at kFrom among the layer's. What stays in L2 of a predictor's layer
   // begins with its QKV, but for the first layer's, which a frame reads once or twice.
@@ -51,11 +52,11 @@ struct FrameFetch : FramePlace {
   __device__ __forceinline__ void layer_items() {
     items<Prod>(product<D, kFrom>(), kept_bytes<D, kFrom>());
   }
-  // A product that adds to the residual: a wide frame's strips have owners (wide_layer.cuh).
+  // A product that adds to the residual: a wide frame's jobs of it have owners.
   template <class D, class Prod, int64_t kFrom>
-  __device__ __forceinline__ void added_items(int first) {
+  __device__ __forceinline__ void added_items() {
     if constexpr (Form::kWide) {
-      strips<Prod>(first, product<D, kFrom>(), kept_bytes<D, kFrom>());
+      jobs<Prod>(product<D, kFrom>(), kept_bytes<D, kFrom>());
     } else {
       layer_items<D, Prod, kFrom>();
     }
@@ -66,7 +67,7 @@ struct FrameFetch : FramePlace {
   }
   template <class D>
   __device__ __forceinline__ void out() {
-    added_items<D, typename Products<D>::Out, Products<D>::kOutFrom>(out_owner_first());
+    added_items<D, typename Products<D>::Out, Products<D>::kOutFrom>();
   }
   template <class D>
   __device__ __forceinline__ void gate_up() {
@@ -74,7 +75,7 @@ struct FrameFetch : FramePlace {
   }
   template <class D>
   __device__ __forceinline__ void down() {
-    added_items<D, typename Products<D>::Down, Products<D>::kDownFrom>(down_owner_first<D>());
+    added_items<D, typename Products<D>::Down, Products<D>::kDownFrom>();
   }
   // What a talker layer's attention needs of the caches. The predictor's stays in the CTA.
   template <class D>

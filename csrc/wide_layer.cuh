@@ -1,19 +1,15 @@
 // A decoder layer of a wide frame: the five exchanges of layer.cuh, with another owner of the residual.
 //
 // In a narrow frame every CTA adds the deltas of O and down to its own copy of the residual. 32 columns of it would fill the
-// registers and the shared memory of an SM. So here one CTA makes all of a strip of O, with both parts of k. It adds them
-// to its strip of the residual, in fp32, and publishes the sum as the next product reads it, rounded. Down's strips belong
-// to other CTAs where there are enough. The two owners of a strip hand it over in packets of fp32, which are there
-// long before they are needed.
+// registers and the shared memory of an SM. So here one CTA makes all of a strip of O, with both parts of k, and of the same
+// strip of down. It keeps this strip of the residual, in fp32, in device memory: each row and column is one thread's own.
+// It adds to it, and publishes the sum as the next product reads it, rounded.
 #pragma once
 
 #include "predictor.cuh"
 #include "wide_gemv.cuh"
 
 namespace qwen_tts {
-
-// The tag of the talker's last down: its rows are the hidden row of the frame, before the final norm.
-__device__ __forceinline__ uint32_t hidden_tag(const FrameParams& p) { return p.epoch + kTalkerLogits - 1; }
 
 namespace wide_step {
 
@@ -35,7 +31,7 @@ __device__ __forceinline__ void qkv(WideContext& c) {
   using Qkv = typename Products<D>::Qkv;
   using L = DenseLayout;
   const bool first_position = std::is_same_v<D, P> && ends_with_qkv(c.pass(), c.layer());
-  DenseOperand<Qkv> x{c, c.layer() == 0 ? L::kFed : L::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
+  DenseOperand<Qkv, kAsked> x{c, c.layer() == 0 ? L::kFed : L::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
   wide_gemv<D, Qkv, 0>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
     publish_rows(c, first_position ? L::kFirstPositionQkv : L::kQkv, strip, tile, cell, row * scale,
                  first_position ? kOnceTag : dense_number(c, c.tag));
@@ -45,7 +41,7 @@ __device__ __forceinline__ void qkv(WideContext& c) {
 template <class D>
 __device__ __forceinline__ void gate_up(WideContext& c) {
   using GateUp = typename Products<D>::GateUp;
-  DenseOperand<GateUp> x{c, DenseLayout::kAfterOut, dense_number(c, c.tag - 1), Phase::kInput};
+  DenseOperand<GateUp, kAsked> x{c, DenseLayout::kAfterOut, dense_number(c, c.tag - 1), Phase::kInput};
   wide_gemv<D, GateUp, 1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
     // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight.
     const float up = __shfl_down_sync(~0u, row, 16);
@@ -60,77 +56,60 @@ __device__ __forceinline__ void gate_up(WideContext& c) {
   });
 }
 
-// Publish a lane's row of the residual: for the product that reads it next, and in fp32 for its strip's other owner.
-template <class D>
+// A lane's row of the residual: its own.
+__device__ __forceinline__ float* residual_at(const WideContext& c, int strip, int tile, const WideCell& cell) {
+  return reinterpret_cast<float*>(c.p.packets + PacketLayout::kResidual) +
+         (strip * kStripRows + cell.row()) * kMaxColumns + tile * kTileColumns + cell.column;
+}
+
+// Keep a lane's row of the residual, and publish it for the product that reads it next.
 __device__ __forceinline__ void publish_residual(const WideContext& c, int strip, int tile, const WideCell& cell, float x,
-                                                 uint32_t tag, int vector, int64_t handed) {
+                                                 uint32_t number, int vector) {
   const float2 low = make_float2(x, __shfl_down_sync(~0u, x, kTileColumns));
   const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 16), __shfl_down_sync(~0u, low.y, 16));
-  const int column = tile * kTileColumns + cell.column;
-  if (!c.uses(column)) return;
-  if (cell.leads && cell.pair < 4)
-    publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low, high,
-                 dense_number(c, tag));
-  store_packet(c.p.packets + handed + (strip * kStripRows + cell.row()) * kMaxColumns + column, __float_as_uint(x), tag);
+  *residual_at(c, strip, tile, cell) = x;
+  if (cell.leads && cell.pair < 4 && c.uses(tile * kTileColumns + cell.column))
+    publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low, high, number);
 }
 
-// Wait for a row that has been asked for.
-__device__ __forceinline__ void wait_handed(const WideContext& c, Handed& x, const uint64_t* from, bool uses,
-                                            uint32_t tag) {
-  for (unsigned spin = 0; !__all_sync(~0u, !uses || high_half(x.packet) == tag); ++spin) {
-    c.dog.after(spin, Phase::kInput, tag);
-    x.packet = load_word(from);
-  }
-}
-
-// Add a product to the residual: from the packets of `from`, which have `tag`, to those of `to`, and to the vector that the
-// next product reads.
+// Add a product of the exchange before to the residual, and publish it to `output`.
 template <class D, class Prod>
-__device__ __forceinline__ void add(WideContext& c, int first_strip, int input, uint32_t input_tag, Phase phase,
-                                    int64_t from, uint32_t tag, int64_t to, int vector) {
-  DenseOperand<Prod> x{c, input, input_tag, phase};
-  auto at = [&](int strip, int tile, const WideCell& cell) {
-    return c.p.packets + from + (strip * kStripRows + cell.row()) * kMaxColumns + tile * kTileColumns + cell.column;
-  };
+__device__ __forceinline__ void add(WideContext& c, int input, uint32_t tag, Phase phase, int output) {
   wide_add<Prod>(
-      c, first_strip, x,
-      [&](int strip, int tile, const WideCell& cell) { return Handed{load_word(at(strip, tile, cell))}; },
-      [&](int strip, int tile, const WideCell& cell, int part, float row, Handed& residual) {
-        const int column = tile * kTileColumns + cell.column;
-        if (part == 0) wait_handed(c, residual, at(strip, tile, cell), c.uses(column), tag);
-        const float delta = unpack_bf16(pack_bf16(row, 0.f)).x;
-        const float odd = __shfl_down_sync(~0u, delta, kTileColumns);
-        if (cell.leads && c.uses(column))
-          dump_pair(c, part * D::kHidden + strip * kStripRows + cell.row(), column, delta, odd);
-        residual.set(residual.value() + delta);
-      },
-      [&](int strip, int tile, const WideCell& cell, const Handed& residual) {
-        publish_residual<D>(c, strip, tile, cell, residual.value(), c.tag, vector, to);
+      c, input, tag, phase,
+      [&](int strip, int tile, const WideCell& cell) { return *residual_at(c, strip, tile, cell); },
+      [&](int strip, int tile, const WideCell& cell, const auto& parts, float residual) {
+#pragma unroll
+        for (int part = 0; part < Prod::kSplit; ++part) {
+          const float delta = unpack_bf16(pack_bf16(parts[part], 0.f)).x;
+          const float odd = __shfl_down_sync(~0u, delta, kTileColumns);
+          const int column = tile * kTileColumns + cell.column;
+          if (cell.leads && c.uses(column))
+            dump_pair(c, part * D::kHidden + strip * kStripRows + cell.row(), column, delta, odd);
+          residual += delta;
+        }
+        publish_residual(c, strip, tile, cell, residual, dense_number(c, c.tag), output);
       });
 }
 
 template <class D>
 __device__ __forceinline__ void out(WideContext& c) {
-  using L = PacketLayout;
-  // What is fed has the tag of the exchange before the layer; where QKV comes from a table, a layer has one exchange less.
-  const uint32_t before = c.tag - (std::is_same_v<D, P> && qkv_from_table(c.pass(), c.layer()) ? 2 : 3);
-  add<D, typename Products<D>::Out>(c, out_owner_first(), DenseLayout::kHeadsOut, dense_number(c, c.tag - 1),
-                                    Phase::kOut, L::kAfterDown, before, L::kAfterOut, DenseLayout::kAfterOut);
+  add<D, typename Products<D>::Out>(c, DenseLayout::kHeadsOut, dense_number(c, c.tag - 1), Phase::kOut,
+                                    DenseLayout::kAfterOut);
 }
 
 template <class D>
 __device__ __forceinline__ void down(WideContext& c) {
-  using L = PacketLayout;
-  add<D, typename Products<D>::Down>(c, down_owner_first<D>(), DenseLayout::kMlpInner,
-                                     inner_tag(dense_number(c, c.tag - 1)), Phase::kMlp, L::kAfterOut, c.tag - 2,
-                                     L::kAfterDown, DenseLayout::kAfterDown);
+  static_assert(Products<D>::Out::kSplit == Products<D>::Down::kSplit, "O and down have the same owners");
+  add<D, typename Products<D>::Down>(c, DenseLayout::kMlpInner, inner_tag(dense_number(c, c.tag - 1)), Phase::kMlp,
+                                     DenseLayout::kAfterDown);
 }
 
 // Final norm and a head; logits go out under c.tag.
 template <class D>
 __device__ __forceinline__ void head(WideContext& c) {
   using Head = typename Products<D>::Head;
-  DenseOperand<Head> x{c, DenseLayout::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
+  DenseOperand<Head, kAsked> x{c, DenseLayout::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
   wide_gemv<D, Head, 1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
     const int stream = tile * kTileColumns + cell.column;
     if (!c.uses(stream)) return;
@@ -141,21 +120,30 @@ __device__ __forceinline__ void head(WideContext& c) {
 
 // The predictor's input, where its width is another, from the normed hidden row.
 __device__ __forceinline__ void projection(WideContext& c) {
-  DenseOperand<Projection> x{c, DenseLayout::kNormed, kOnceTag, Phase::kInput};
+  DenseOperand<Projection, kAsked> x{c, DenseLayout::kNormed, kOnceTag, Phase::kInput};
   wide_gemv<P, Projection, -1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float /*scale*/) {
     const float bias = __bfloat162float(c.p.projection_bias[strip * kStripRows + cell.row()]);
     publish_rows(c, DenseLayout::kProjected, strip, tile, cell, row + bias, kOnceTag);
   });
 }
 
-// Feed a model, before its first layer, as if a layer before it had ended: down's owners publish x(strip, tile, cell).
+// Calls f(strip, tile, cell) for the rows of the residual that a lane owns.
+template <class D, class F>
+__device__ __forceinline__ void for_own_rows(const WideContext& c, F&& f) {
+  const WideJobs<typename Products<D>::Out> jobs(c.p);
+#pragma unroll 1
+  for (int job = block_index(); job < jobs.count; job += gridDim.x) {
+    const int from = jobs.first_tile(job), own = warp_index() >> 2;
+    if (own < jobs.tiles_of(from)) f(jobs.strip(job), from + own, wide_cell(warp_index() & 3));
+  }
+}
+
+// Feed a model, before its first layer, as if a layer before it had ended: x(strip, tile, cell).
 template <class D, class X>
 __device__ __forceinline__ void feed(WideContext& c, X&& x) {
-  if (finished_tile() >= column_tiles(c.p)) return;
-#pragma unroll 1
-  for (int strip = down_owner_first<D>(); strip < D::kHidden / kStripRows; strip += gridDim.x)
-    publish_residual<D>(c, strip, finished_tile(), finished_cell(), x(strip, finished_tile(), finished_cell()), c.tag - 1,
-                        DenseLayout::kFed, PacketLayout::kAfterDown);
+  for_own_rows<D>(c, [&](int strip, int tile, const WideCell& cell) {
+    publish_residual(c, strip, tile, cell, x(strip, tile, cell), dense_number(c, c.tag - 1), DenseLayout::kFed);
+  });
 }
 
 // What the last frame left, and the text.
@@ -170,12 +158,9 @@ __device__ __forceinline__ void feed_talker(WideContext& c) {
 
 // The talker's hidden row, normed with the sum of squares that the head has left.
 __device__ __forceinline__ float hidden_value(const WideContext& c, int strip, int tile, const WideCell& cell) {
-  const int row = strip * kStripRows + cell.row(), column = tile * kTileColumns + cell.column;
+  const int row = strip * kStripRows + cell.row();
   const float scale = rms_scale<T>(squares_part(c.scratch, 1, tile * kTileColumns));
-  const uint64_t* from = c.p.packets + PacketLayout::kAfterDown + row * kMaxColumns + column;
-  Handed x{load_word(from)};
-  wait_handed(c, x, from, c.uses(column), hidden_tag(c.p));
-  const float rounded = unpack_bf16(pack_bf16(x.value(), 0.f)).x;  // as the head has it
+  const float rounded = unpack_bf16(pack_bf16(*residual_at(c, strip, tile, cell), 0.f)).x;  // as the head has it
   return rounded * (scale * __bfloat162float(c.p.talker_norm[row]));
 }
 
@@ -184,11 +169,9 @@ __device__ __forceinline__ void feed_hidden(WideContext& c) {
   if constexpr (!kProjects) {
     feed<P>(c, [&](int strip, int tile, const WideCell& cell) { return hidden_value(c, strip, tile, cell); });
   } else {
-    if (finished_tile() >= column_tiles(c.p)) return;
-#pragma unroll 1
-    for (int strip = down_owner_first<T>(); strip < T::kHidden / kStripRows; strip += gridDim.x)
-      publish_rows(c, DenseLayout::kNormed, strip, finished_tile(), finished_cell(),
-                   hidden_value(c, strip, finished_tile(), finished_cell()), kOnceTag);
+    for_own_rows<T>(c, [&](int strip, int tile, const WideCell& cell) {
+      publish_rows(c, DenseLayout::kNormed, strip, tile, cell, hidden_value(c, strip, tile, cell), kOnceTag);
+    });
   }
 }
 
