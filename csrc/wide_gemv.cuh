@@ -11,11 +11,13 @@
 
 namespace qwen_tts {
 
+#ifndef QWEN_TTS_ASKED
+#define QWEN_TTS_ASKED kMaxColumnTiles
+#endif
 using WideContext = ContextOf<WideForm>;
 
 constexpr int kMaxColumnTiles = kMaxColumns / kTileColumns;
 constexpr int kItemsAtOnce = WideForm::Scratch::kTiles / kMaxColumnTiles;  // whose sums meet at one barrier
-constexpr int kAsked = 2;  // tiles of an operand that are under way
 
 __device__ __forceinline__ int column_tiles(const FrameParams& p) {
   return (p.num_columns + kTileColumns - 1) / kTileColumns;
@@ -108,21 +110,37 @@ __device__ __forceinline__ void multiply_tile(WideContext& c, int to, const uint
   store_tile(c, to, acc);
 }
 
-// All strips of a product whose k is not cut: those of this CTA are block_index() and every grid-th from there on.
-//   x: the operand
-//   finish(strip, tile, cell, row, scale): takes a lane's finished row, whole warps together. scale is 1 / rms of the
-//     column, where kNorm names a norm.
-// Where registers hold the operand of all tiles, it is read once; else once an item.
-template <class D, class Prod, int kNorm, class Finish>
-__device__ __forceinline__ void wide_gemv(WideContext& c, DenseOperand<Prod, kAsked>& x, Finish&& finish) {
+// How a product whose k is not cut is run. Where registers hold the operand of all tiles, it is read once; else once an item.
+template <class Prod>
+struct WideRun {
   static_assert(Prod::kSplit == 1 && Prod::kHeld == Prod::kChunks, "an item's weights are held at once");
-  constexpr bool kHoldsOperand = Prod::kHeld <= 4;
+  static constexpr bool kHoldsOperand = Prod::kHeld <= 4;
+  static constexpr int kAsked = kHoldsOperand ? QWEN_TTS_ASKED : 2;  // tiles of the operand that are under way
+  // Items whose sums meet at one barrier: as many as a CTA has on 128 SMs, or as fit.
+  static constexpr int kGroup = min_of(kItemsAtOnce, Prod::kStrips <= 256 ? 2 : 3);
+  using Operand = DenseOperand<Prod, kAsked>;
+};
+
+// All strips of a product whose k is not cut: those of this CTA are block_index() and every grid-th from there on.
+//   prepare(tile, cell): what a lane can know of its rows before they are there
+//   finish(prepared, strip, row, scale): takes a lane's finished row, whole warps together. scale is 1 / rms of the
+//     column, where kNorm names a norm.
+template <class D, class Prod, int kNorm, class Prepare, class Finish>
+__device__ __forceinline__ void wide_gemv(WideContext& c, typename WideRun<Prod>::Operand& x, Prepare&& prepare,
+                                          Finish&& finish) {
+  using Run = WideRun<Prod>;
+  constexpr int kGroup = Run::kGroup, kAsked = Run::kAsked;
   if (block_index() >= Prod::kStrips) return;
   const int tiles = column_tiles(c.p);
-  uint2 held[kHoldsOperand ? kMaxColumnTiles : 1][Prod::kHeld];
-  uint4 a[Prod::kHeld];
+  uint2 held[Run::kHoldsOperand ? kMaxColumnTiles : 1][Prod::kHeld];
+  uint4 a[Run::kHoldsOperand ? 2 : 1][Prod::kHeld];
   int strip = block_index();
-  // Calls f(tile, fragments) for all tiles, the first kAsked of which have been asked for.
+  auto ask_first = [&] {
+#pragma unroll
+    for (int tile = 0; tile < kAsked; ++tile)
+      if (tile < tiles) x.ask(tile, tile, 0, 0);
+  };
+  // Calls f(tile, fragments) for all tiles, the first of which have been asked for.
   auto for_tiles = [&](auto&& f) {
 #pragma unroll
     for (int tile = 0; tile < kMaxColumnTiles; ++tile) {
@@ -135,50 +153,60 @@ __device__ __forceinline__ void wide_gemv(WideContext& c, DenseOperand<Prod, kAs
       f(tile, fragments);
     }
   };
-  auto ask_first = [&] {
-#pragma unroll
-    for (int tile = 0; tile < kAsked; ++tile)
-      if (tile < tiles) x.ask(tile, tile, 0, 0);
-  };
-  load_weights<Prod>(c.ring, a);
   ask_first();
-  if constexpr (kHoldsOperand)
+  load_weights<Prod>(c.ring, a[0]);
+  if constexpr (Run::kHoldsOperand)
     for_tiles([&](int tile, const uint2(&f)[Prod::kHeld]) {
 #pragma unroll
       for (int j = 0; j < Prod::kHeld; ++j) held[tile][j] = f[j];
     });
+  // A warp finishes a quarter of an item's tile: of one tile, of all items or of every second one.
+  const int own = warp_index() >> 2, tile = tiles > 2 ? own : own & 1;
+  const int first_item = tiles > 2 ? 0 : own >> 1, next_item = tiles > 2 ? 1 : 2;
+  const bool finishes = tile < tiles;
+  const WideCell cell = wide_cell(warp_index() & 3);
 #pragma unroll 1
   while (true) {
     const int first = strip;
     int n = 0;
     sync_compute();  // the tiles of partial sums are free
-#pragma unroll 1
-    do {
-      if constexpr (kHoldsOperand) {
 #pragma unroll
-        for (int tile = 0; tile < kMaxColumnTiles; ++tile)
-          if (tile < tiles) multiply_tile<Prod>(c, n * kMaxColumnTiles + tile, a, held[tile]);
-      } else {
-        for_tiles([&](int tile, const uint2(&f)[Prod::kHeld]) {
-          multiply_tile<Prod>(c, n * kMaxColumnTiles + tile, a, f);
-        });
-      }
+    for (int i = 0; i < kGroup; ++i) {
+      if (strip >= Prod::kStrips) break;
+      const uint4(&weights)[Prod::kHeld] = a[Run::kHoldsOperand ? i % 2 : 0];
       strip += gridDim.x;
-      if (strip < Prod::kStrips) {
-        load_weights<Prod>(c.ring, a);
-        if (!kHoldsOperand) ask_first();
+      ++n;
+      if constexpr (Run::kHoldsOperand) {
+        // The last of a group leaves the next group's first, which begins at a[0].
+        if (strip < Prod::kStrips && i + 1 < kGroup) load_weights<Prod>(c.ring, a[(i + 1) % 2]);
+#pragma unroll
+        for (int t = 0; t < kMaxColumnTiles; ++t)
+          if (t < tiles) multiply_tile<Prod>(c, i * kMaxColumnTiles + t, weights, held[t]);
+      } else {
+        for_tiles([&](int t, const uint2(&f)[Prod::kHeld]) {
+          multiply_tile<Prod>(c, i * kMaxColumnTiles + t, weights, f);
+        });
+        if (strip < Prod::kStrips) {
+          ask_first();
+          load_weights<Prod>(c.ring, a[0]);
+        }
       }
-    } while (++n < kItemsAtOnce && strip < Prod::kStrips);
+    }
+    if (Run::kHoldsOperand && strip < Prod::kStrips) load_weights<Prod>(c.ring, a[0]);
+    const auto prepared = prepare(tile, cell);
     sync_compute();
-    // A warp finishes a quarter of an item's tile. The first tile comes first: others wait for it.
-    const int quarter = warp_index() & 3;
-#pragma unroll 1
-    for (int unit = warp_index() >> 2; unit < n * tiles; unit += kWarps / 4) {
-      const int tile = unit / n, item = unit - tile * n;
-      float scale = 1.f;
+    if (finishes) {
+      float scale = 1.f, rows[kGroup];
       if constexpr (kNorm >= 0) scale = rms_scale<D>(squares_part(c.scratch, kNorm, tile * kTileColumns));
-      const WideCell cell = wide_cell(quarter);
-      finish(first + item * int(gridDim.x), tile, cell, sum_row(c, item * kMaxColumnTiles + tile, cell), scale);
+      // Also of items that are not there: sums side by side, and no branch between them.
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j)
+        rows[j] = sum_row(c, min(first_item + j * next_item, kGroup - 1) * kMaxColumnTiles + tile, cell);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        const int item = first_item + j * next_item;
+        if (item < n) finish(prepared, first + item * int(gridDim.x), rows[j], scale);
+      }
     }
     if (strip >= Prod::kStrips) return;
   }
@@ -186,10 +214,10 @@ __device__ __forceinline__ void wide_gemv(WideContext& c, DenseOperand<Prod, kAs
 
 // Strips of a product that adds to the residual, this CTA's jobs of them (WideJobs).
 //   before(strip, tile, cell): asks for the residual to which a lane's row is added
-//   finish(strip, tile, cell, parts, residual): takes the parts of k of a lane's row, whole warps together
-template <class Prod, class Before, class Finish>
+//   prepare(tile, cell), finish(prepared, strip, cell, parts, residual): as those of wide_gemv, for all parts of k
+template <class Prod, class Before, class Prepare, class Finish>
 __device__ __forceinline__ void wide_add(WideContext& c, int input, uint32_t tag, Phase phase, Before&& before,
-                                         Finish&& finish) {
+                                         Prepare&& prepare, Finish&& finish) {
   constexpr int kParts = Prod::kSplit;
   constexpr bool kHoldsAll = Prod::kHeld == Prod::kChunks;
   static_assert(kHoldsAll || kParts == 1, "weights of a part of k are held at once, or k is not cut");
@@ -222,6 +250,7 @@ __device__ __forceinline__ void wide_add(WideContext& c, int input, uint32_t tag
         if (step == 1) load_weights<Prod>(c.ring, a);
       }
     } else {
+      constexpr int kAsked = 2;
       DenseOperand<Prod, kAsked> x{c, input, tag, phase};
       if (own < tiles) residual = before(strip, from + own, cell);
       float acc[kMaxColumnTiles][2][4] = {};
@@ -247,12 +276,13 @@ __device__ __forceinline__ void wide_add(WideContext& c, int input, uint32_t tag
       for (int tile = 0; tile < kMaxColumnTiles; ++tile)
         if (tile < tiles) store_tile(c, tile, acc[tile]);
     }
+    const auto prepared = prepare(from + own, cell);
     sync_compute();
     if (own < tiles) {
       float parts[kParts];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) parts[part] = sum_row(c, 2 * part + own, cell);
-      finish(strip, from + own, cell, parts, residual);
+      finish(prepared, strip, cell, parts, residual);
     }
   }
 }

@@ -13,47 +13,71 @@ namespace qwen_tts {
 
 namespace wide_step {
 
-// Publish a lane's row with those of the three lanes that make a word of it: the odd row of the pair is eight lanes further,
-// the pair eight rows further sixteen lanes.
-__device__ __forceinline__ void publish_rows(const WideContext& c, int vector, int strip, int tile, const WideCell& cell,
-                                             float row, uint32_t tag) {
+// Where a lane publishes words of a vector, worked out before its rows are there. A lane publishes with the three lanes that
+// have the rest of a word: the odd row of its pair is eight lanes further, the pair eight rows further sixteen lanes.
+struct WordPlace {
+  uint64_t* to;     // of the vector's first strip
+  uint2 bits;       // the tag's
+  int column, row;  // row: of a strip
+  bool uses, publishes;
+};
+__device__ __forceinline__ WordPlace word_place(const WideContext& c, int tile, const WideCell& cell, int vector,
+                                                uint32_t number) {
+  const int column = tile * kTileColumns + cell.column;
+  const bool uses = c.uses(column);
+  return {dense_vector(c.p, tile, vector) + dense_at(0, cell.column * 4 + (cell.pair & 3)), dense_tag(number),
+          column, cell.row(), uses, uses && cell.leads && cell.pair < 4};
+}
+
+__device__ __forceinline__ void publish_row(const WideContext& c, const WordPlace& place, int strip, float row) {
   const float2 low = make_float2(row, __shfl_down_sync(~0u, row, kTileColumns));
   const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 16), __shfl_down_sync(~0u, low.y, 16));
-  const int column = tile * kTileColumns + cell.column;
-  if (!cell.leads || !c.uses(column)) return;
-  dump_pair(c, strip * kStripRows + 2 * cell.pair, column, low.x, low.y);
-  if (cell.pair >= 4) return;
-  publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low, high, tag);
+  if (place.publishes) publish_word(c, place.to + dense_at(strip, 0), low, high, place.bits);
+}
+// The same, with a dump for the test.
+__device__ __forceinline__ void publish_dumped(const WideContext& c, const WordPlace& place, int strip, float row) {
+  const float odd = __shfl_down_sync(~0u, row, kTileColumns);
+  if (place.uses && (place.row & 1) == 0) dump_pair(c, strip * kStripRows + place.row, place.column, row, odd);
+  publish_row(c, place, strip, row);
 }
 
 template <class D>
 __device__ __forceinline__ void qkv(WideContext& c) {
   using Qkv = typename Products<D>::Qkv;
   using L = DenseLayout;
-  const bool first_position = std::is_same_v<D, P> && ends_with_qkv(c.pass(), c.layer());
-  DenseOperand<Qkv, kAsked> x{c, c.layer() == 0 ? L::kFed : L::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
-  wide_gemv<D, Qkv, 0>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
-    publish_rows(c, first_position ? L::kFirstPositionQkv : L::kQkv, strip, tile, cell, row * scale,
-                 first_position ? kOnceTag : dense_number(c, c.tag));
-  });
+  typename WideRun<Qkv>::Operand x{c, c.layer() == 0 ? L::kFed : L::kAfterDown, dense_number(c, c.tag - 1),
+                                   Phase::kInput};
+  wide_gemv<D, Qkv, 0>(
+      c, x,
+      [&](int tile, const WideCell& cell) {
+        const bool first_position = std::is_same_v<D, P> && ends_with_qkv(c.pass(), c.layer());
+        return word_place(c, tile, cell, first_position ? L::kFirstPositionQkv : L::kQkv,
+                          first_position ? kOnceTag : dense_number(c, c.tag));
+      },
+      [&](const WordPlace& place, int strip, float row, float scale) { publish_dumped(c, place, strip, row * scale); });
 }
 
 template <class D>
 __device__ __forceinline__ void gate_up(WideContext& c) {
   using GateUp = typename Products<D>::GateUp;
-  DenseOperand<GateUp, kAsked> x{c, DenseLayout::kAfterOut, dense_number(c, c.tag - 1), Phase::kInput};
-  wide_gemv<D, GateUp, 1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
-    // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight.
-    const float up = __shfl_down_sync(~0u, row, 16);
-    const float inner = silu(row * scale) * (up * scale), next = __shfl_down_sync(~0u, inner, kTileColumns);
-    const int column = tile * kTileColumns + cell.column;
-    if (!cell.leads || cell.pair >= 4 || !c.uses(column)) return;
-    dump_pair(c, strip * (kStripRows / 2) + 2 * cell.pair, column, inner, next);
-    // Four neighbouring rows are a word (weight_packing.py); two warps make a half each.
-    const int lane = cell.column * 4 + 2 * (strip & 1) + cell.pair / 2;
-    publish_half(c, dense_vector(c.p, tile, DenseLayout::kMlpInner) + dense_at(strip / 2, lane), cell.pair & 1, inner,
-                 next, inner_tag(dense_number(c, c.tag)));
-  });
+  typename WideRun<GateUp>::Operand x{c, DenseLayout::kAfterOut, dense_number(c, c.tag - 1), Phase::kInput};
+  wide_gemv<D, GateUp, 1>(
+      c, x,
+      [&](int tile, const WideCell& cell) {
+        // Four neighbouring rows are a word (weight_packing.py); two warps make a half each.
+        WordPlace place = word_place(c, tile, cell, DenseLayout::kMlpInner, inner_tag(dense_number(c, c.tag)));
+        place.to = dense_vector(c.p, tile, DenseLayout::kMlpInner) + dense_at(0, cell.column * 4 + (cell.pair & 3) / 2);
+        return place;
+      },
+      [&](const WordPlace& place, int strip, float row, float scale) {
+        // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight.
+        const float up = __shfl_down_sync(~0u, row, 16);
+        const float inner = silu(row * scale) * (up * scale), next = __shfl_down_sync(~0u, inner, kTileColumns);
+        if (!place.publishes) return;
+        dump_pair(c, strip * (kStripRows / 2) + place.row, place.column, inner, next);
+        publish_half(c, place.to + dense_at(strip / 2, 2 * (strip & 1)), place.row >> 1 & 1, inner, next,
+                     place.bits.x);
+      });
 }
 
 // A lane's row of the residual: its own.
@@ -62,33 +86,26 @@ __device__ __forceinline__ float* residual_at(const WideContext& c, int strip, i
          (strip * kStripRows + cell.row()) * kMaxColumns + tile * kTileColumns + cell.column;
 }
 
-// Keep a lane's row of the residual, and publish it for the product that reads it next.
-__device__ __forceinline__ void publish_residual(const WideContext& c, int strip, int tile, const WideCell& cell, float x,
-                                                 uint32_t number, int vector) {
-  const float2 low = make_float2(x, __shfl_down_sync(~0u, x, kTileColumns));
-  const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 16), __shfl_down_sync(~0u, low.y, 16));
-  *residual_at(c, strip, tile, cell) = x;
-  if (cell.leads && cell.pair < 4 && c.uses(tile * kTileColumns + cell.column))
-    publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low, high, number);
-}
-
 // Add a product of the exchange before to the residual, and publish it to `output`.
 template <class D, class Prod>
 __device__ __forceinline__ void add(WideContext& c, int input, uint32_t tag, Phase phase, int output) {
   wide_add<Prod>(
       c, input, tag, phase,
       [&](int strip, int tile, const WideCell& cell) { return *residual_at(c, strip, tile, cell); },
-      [&](int strip, int tile, const WideCell& cell, const auto& parts, float residual) {
+      [&](int tile, const WideCell& cell) { return word_place(c, tile, cell, output, dense_number(c, c.tag)); },
+      [&](const WordPlace& place, int strip, const WideCell& cell, const auto& parts, float residual) {
 #pragma unroll
         for (int part = 0; part < Prod::kSplit; ++part) {
           const float delta = unpack_bf16(pack_bf16(parts[part], 0.f)).x;
-          const float odd = __shfl_down_sync(~0u, delta, kTileColumns);
-          const int column = tile * kTileColumns + cell.column;
-          if (cell.leads && c.uses(column))
-            dump_pair(c, part * D::kHidden + strip * kStripRows + cell.row(), column, delta, odd);
+          if (c.dumps()) {
+            const float odd = __shfl_down_sync(~0u, delta, kTileColumns);
+            if (place.uses && cell.leads)
+              dump_pair(c, part * D::kHidden + strip * kStripRows + place.row, place.column, delta, odd);
+          }
           residual += delta;
         }
-        publish_residual(c, strip, tile, cell, residual, dense_number(c, c.tag), output);
+        publish_row(c, place, strip, residual);
+        *residual_at(c, strip, place.column / kTileColumns, cell) = residual;
       });
 }
 
@@ -109,22 +126,34 @@ __device__ __forceinline__ void down(WideContext& c) {
 template <class D>
 __device__ __forceinline__ void head(WideContext& c) {
   using Head = typename Products<D>::Head;
-  DenseOperand<Head, kAsked> x{c, DenseLayout::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
-  wide_gemv<D, Head, 1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
-    const int stream = tile * kTileColumns + cell.column;
-    if (!c.uses(stream)) return;
-    store_packet(c.p.packets + PacketLayout::kLogits + stream * PacketLayout::kVocab + strip * kStripRows + cell.row(),
-                 __float_as_uint(row * scale), c.tag);
-  });
+  typename WideRun<Head>::Operand x{c, DenseLayout::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
+  struct Place {
+    uint64_t* to;
+    uint32_t tag;
+    bool uses;
+  };
+  wide_gemv<D, Head, 1>(
+      c, x,
+      [&](int tile, const WideCell& cell) {
+        const int stream = tile * kTileColumns + cell.column;
+        return Place{c.p.packets + PacketLayout::kLogits + stream * PacketLayout::kVocab + cell.row(), c.tag,
+                     c.uses(stream)};
+      },
+      [&](const Place& place, int strip, float row, float scale) {
+        if (place.uses) store_packet(place.to + strip * kStripRows, __float_as_uint(row * scale), place.tag);
+      });
 }
 
 // The predictor's input, where its width is another, from the normed hidden row.
 __device__ __forceinline__ void projection(WideContext& c) {
-  DenseOperand<Projection, kAsked> x{c, DenseLayout::kNormed, kOnceTag, Phase::kInput};
-  wide_gemv<P, Projection, -1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float /*scale*/) {
-    const float bias = __bfloat162float(c.p.projection_bias[strip * kStripRows + cell.row()]);
-    publish_rows(c, DenseLayout::kProjected, strip, tile, cell, row + bias, kOnceTag);
-  });
+  typename WideRun<Projection>::Operand x{c, DenseLayout::kNormed, kOnceTag, Phase::kInput};
+  wide_gemv<P, Projection, -1>(
+      c, x,
+      [&](int tile, const WideCell& cell) { return word_place(c, tile, cell, DenseLayout::kProjected, kOnceTag); },
+      [&](const WordPlace& place, int strip, float row, float /*scale*/) {
+        const float bias = __bfloat162float(c.p.projection_bias[strip * kStripRows + place.row]);
+        publish_dumped(c, place, strip, row + bias);
+      });
 }
 
 // Calls f(strip, tile, cell) for the rows of the residual that a lane owns.
@@ -142,7 +171,9 @@ __device__ __forceinline__ void for_own_rows(const WideContext& c, F&& f) {
 template <class D, class X>
 __device__ __forceinline__ void feed(WideContext& c, X&& x) {
   for_own_rows<D>(c, [&](int strip, int tile, const WideCell& cell) {
-    publish_residual(c, strip, tile, cell, x(strip, tile, cell), dense_number(c, c.tag - 1), DenseLayout::kFed);
+    const float row = x(strip, tile, cell);
+    *residual_at(c, strip, tile, cell) = row;
+    publish_row(c, word_place(c, tile, cell, DenseLayout::kFed, dense_number(c, c.tag - 1)), strip, row);
   });
 }
 
@@ -170,7 +201,8 @@ __device__ __forceinline__ void feed_hidden(WideContext& c) {
     feed<P>(c, [&](int strip, int tile, const WideCell& cell) { return hidden_value(c, strip, tile, cell); });
   } else {
     for_own_rows<T>(c, [&](int strip, int tile, const WideCell& cell) {
-      publish_rows(c, DenseLayout::kNormed, strip, tile, cell, hidden_value(c, strip, tile, cell), kOnceTag);
+      publish_row(c, word_place(c, tile, cell, DenseLayout::kNormed, kOnceTag), strip,
+                  hidden_value(c, strip, tile, cell));
     });
   }
 }
