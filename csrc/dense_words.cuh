@@ -73,23 +73,24 @@ __device__ __noinline__ void refuse_number(const FrameParams& p, uint32_t tag) {
   __trap();
 }
 
-// Publish four values with a tag's bits: the rows {0, 1, 8, 9} of a chunk, less twice the word's place in it.
+// Publish four values: the rows {0, 1, 8, 9} of a chunk, less twice the word's place in it.
 template <class Context>
-__device__ __forceinline__ void publish_word(const Context& c, uint64_t* to, float2 low, float2 high, uint2 bits) {
+__device__ __forceinline__ void publish_word(const Context& c, uint64_t* to, float2 low, float2 high, uint32_t tag) {
   // A sum, so that what is not a number stays it.
   if (!(fabsf(low.x) + fabsf(low.y) + fabsf(high.x) + fabsf(high.y) < kDenseLimit)) refuse_number(c.p, c.tag);
+  const uint2 bits = dense_tag(tag);
   const uint32_t a = pack_bf16(low.x * kDenseScale, low.y * kDenseScale) | bits.x;
   const uint32_t b = pack_bf16(high.x * kDenseScale, high.y * kDenseScale) | bits.y;
   store_word(to, uint64_t(b) << 32 | a);
 }
 
-// Publish half a word: two values with a tag's bits in the lower half, which are the same in the upper.
+// Publish half a word: two values with the two lower bits of a tag, whose upper two are the same.
 template <class Context>
 __device__ __forceinline__ void publish_half(const Context& c, uint64_t* to, int half, float low, float high,
-                                             uint32_t bits) {
+                                             uint32_t tag) {
   if (!(fabsf(low) + fabsf(high) < kDenseLimit)) refuse_number(c.p, c.tag);
   store_half_word(reinterpret_cast<uint32_t*>(to) + half,
-                  pack_bf16(low * kDenseScale, high * kDenseScale) | bits);
+                  pack_bf16(low * kDenseScale, high * kDenseScale) | dense_tag(tag).x);
 }
 
 // The tag of gate-up's result, whose words come in halves: each has two bits of it. It never equals kClearedTag's in the

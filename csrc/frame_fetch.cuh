@@ -28,14 +28,13 @@ struct FrameFetch : FramePlace {
   __device__ __forceinline__ void items(const char* from, int64_t kept_bytes = 0) {
     for (int item = block_index(); item < Prod::kItems; item += gridDim.x) one_item<Prod>(from, item, kept_bytes);
   }
-  // A wide frame's jobs (shared_memory.cuh): strips with all their parts of k.
+  // Strips with all their parts of k.
   template <class Prod>
-  __device__ __forceinline__ void jobs(const char* from, int64_t kept_bytes) {
-    const WideJobs<Prod> jobs(p);
-    for (int job = block_index(); job < jobs.count; job += gridDim.x)
+  __device__ __forceinline__ void strips(int first, const char* from, int64_t kept_bytes) {
+    for (int strip = first; strip < Prod::kStrips; strip += gridDim.x)
 #pragma unroll 1
       for (int part = 0; part < Prod::kSplit; ++part)
-        one_item<Prod>(from, part * Prod::kStrips + jobs.strip(job), kept_bytes);
+        one_item<Prod>(from, part * Prod::kStrips + strip, kept_bytes);
   }
   // A product of the current layer, which stands at kFrom among the layer's. What stays in L2 of a predictor's layer
   // begins with its QKV, but for the first layer's, which a frame reads once or twice.
@@ -52,11 +51,11 @@ struct FrameFetch : FramePlace {
   __device__ __forceinline__ void layer_items() {
     items<Prod>(product<D, kFrom>(), kept_bytes<D, kFrom>());
   }
-  // A product that adds to the residual: a wide frame's jobs of it have owners.
+  // A product that adds to the residual: a wide frame's strips have owners (wide_layer.cuh).
   template <class D, class Prod, int64_t kFrom>
-  __device__ __forceinline__ void added_items() {
+  __device__ __forceinline__ void added_items(int first) {
     if constexpr (Form::kWide) {
-      jobs<Prod>(product<D, kFrom>(), kept_bytes<D, kFrom>());
+      strips<Prod>(first, product<D, kFrom>(), kept_bytes<D, kFrom>());
     } else {
       layer_items<D, Prod, kFrom>();
     }
@@ -67,7 +66,7 @@ struct FrameFetch : FramePlace {
   }
   template <class D>
   __device__ __forceinline__ void out() {
-    added_items<D, typename Products<D>::Out, Products<D>::kOutFrom>();
+    added_items<D, typename Products<D>::Out, Products<D>::kOutFrom>(out_owner_first());
   }
   template <class D>
   __device__ __forceinline__ void gate_up() {
@@ -75,7 +74,7 @@ struct FrameFetch : FramePlace {
   }
   template <class D>
   __device__ __forceinline__ void down() {
-    added_items<D, typename Products<D>::Down, Products<D>::kDownFrom>();
+    added_items<D, typename Products<D>::Down, Products<D>::kDownFrom>(down_owner_first<D>());
   }
   // What a talker layer's attention needs of the caches. The predictor's stays in the CTA.
   template <class D>

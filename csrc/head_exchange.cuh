@@ -61,7 +61,7 @@ __device__ __forceinline__ void publish_heads(const Context& c, int row, int col
     if (lane_index() >= 16) return;
     uint64_t* to = dense_vector(c.p, column / kTileColumns, DenseLayout::kHeadsOut) +
                    dense_at(row / kChunk, column % kTileColumns * 4 + lane_index() / 4);
-    publish_word(c, to, make_float2(low, high), other, dense_tag(dense_number(c, c.tag)));
+    publish_word(c, to, make_float2(low, high), other, dense_number(c, c.tag));
   }
 }
 

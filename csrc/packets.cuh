@@ -127,9 +127,11 @@ struct PacketLayout {
   static constexpr int64_t kProjected = kPartials + int64_t(kMaxColumns) * T::kKvHeads * kMaxSplits * kPartial;
   static constexpr int64_t kFirstPositionQkv =
       kProjected + vector_packets(P::kHidden);  // of pass 0: see frame_schedule.cuh
-  // Of wide frames: the residual, fp32 [row][column], no packets. Then the dense words (dense_words.cuh).
-  static constexpr int64_t kResidual = kFirstPositionQkv + vector_packets(kQkvRows);
-  static constexpr int64_t kDense = kResidual + kHidden * kMaxColumns / 2;
+  // Of wide frames: the residual from the CTA that adds O's result to the one that adds down's, and back, in fp32:
+  // [row][column]. Then the dense words (dense_words.cuh).
+  static constexpr int64_t kAfterOut = kFirstPositionQkv + vector_packets(kQkvRows);
+  static constexpr int64_t kAfterDown = kAfterOut + kHidden * kMaxColumns;
+  static constexpr int64_t kDense = kAfterDown + kHidden * kMaxColumns;
 };
 
 // Packet of rows {2 * pair, 2 * pair + 1} of a 16-row strip for a column, in a vector's buffer.

@@ -67,20 +67,16 @@ struct Residual {
   }
 };
 
-// This warp's part of the sums of squares for a norm, of the tile of columns that begins at `first`. Of the rounded row, as
-// the official model has it.
+// This warp's part of the sums of squares for a norm, of the tile of columns that begins at `first`. Of the rounded rows, as
+// the official model has it: the diagonal of what the tensor cores make of the tile and its transpose.
 template <class Scratch, int kCount>
 __device__ __forceinline__ void store_squares(Scratch& scratch, int norm, int first, const uint2 (&f)[kCount]) {
-  float squares = 0.f;
+  float products[4] = {};  // of columns lane / 4 and 2 * (lane % 4), + 1
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    const float2 low = unpack_bf16(f[j].x), high = unpack_bf16(f[j].y);
-    squares += low.x * low.x + low.y * low.y;
-    squares += high.x * high.x + high.y * high.y;
-  }
-  squares += __shfl_xor_sync(~0u, squares, 1);
-  squares += __shfl_xor_sync(~0u, squares, 2);
-  if ((thread_index() & 3) == 0) scratch.sum_of_squares[norm][warp_index()][first + (lane_index() >> 2)] = squares;
+  for (int j = 0; j < kCount; ++j) mma(products, make_uint4(f[j].x, 0, f[j].y, 0), f[j]);
+  const int column = lane_index() >> 2;
+  if (column >> 1 == (lane_index() & 3))
+    scratch.sum_of_squares[norm][warp_index()][first + column] = column & 1 ? products[1] : products[0];
 }
 
 // x as B operand of a norm's product, and the sum of squares for the norm. Norms that follow each other use

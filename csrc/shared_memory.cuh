@@ -59,23 +59,6 @@ constexpr int most_ring_slots(int scratch_bytes) {
   return ring_slots(kSharedBytes - scratch_bytes - int(sizeof(FrameParams)));
 }
 
-// A wide frame's products that add to the residual are cut into jobs: a strip with all its parts of k, of one or two tiles of
-// columns where k is cut, of all tiles where it is not. The CTA that has a job keeps these rows of the residual.
-template <class Prod>
-struct WideJobs {
-  int tiles, at_once, count;
-
-  __device__ __forceinline__ explicit WideJobs(const FrameParams& p)
-      : tiles((p.num_columns + kTileColumns - 1) / kTileColumns),
-        at_once(Prod::kSplit == 1 ? tiles : (tiles + 1) / 2),
-        count(Prod::kStrips * ((tiles + at_once - 1) / at_once)) {
-    static_assert(kMaxColumns / kTileColumns <= 4, "two tiles of columns at most where k is cut");
-  }
-  __device__ __forceinline__ int strip(int job) const { return job % Prod::kStrips; }
-  __device__ __forceinline__ int first_tile(int job) const { return job / Prod::kStrips * at_once; }
-  __device__ __forceinline__ int tiles_of(int first_tile) const { return min(at_once, tiles - first_tile); }
-};
-
 // The two kernels. A frame of up to kTileColumns streams has one tile of columns; its exchanges are packets, and every
 // CTA keeps the residual. A wide frame has up to four tiles; its exchanges are dense words (dense_words.cuh), and a strip of
 // the residual is kept by the CTA that makes it (wide_layer.cuh). Both draw the same codes, bit for bit.
@@ -89,8 +72,16 @@ struct Form {
   static_assert(kSlots >= kWarps / 2, "the ring must hold an item of most products");
 };
 
+// In a wide frame: this CTA's first strip of O and of down, whose other strips follow a grid apart.
+__device__ __forceinline__ int out_owner_first() { return block_index(); }
+template <class D>
+__device__ __forceinline__ int down_owner_first() {
+  const int grid = gridDim.x;
+  return (block_index() + grid - D::kHidden / kStripRows % grid) % grid;
+}
+
 using NarrowForm = Form<false, kTileColumns, 4>;
-// An item's partial sums of all tiles of columns; those of three where there is room.
-using WideForm = Form<true, kMaxColumns, kMaxColumns / kTileColumns * (kSharedBytes >= 160 * 1024 ? 3 : 1)>;
+// An item's partial sums of all tiles of columns; twice where there is room.
+using WideForm = Form<true, kMaxColumns, kMaxColumns / kTileColumns * (kSharedBytes >= 160 * 1024 ? 2 : 1)>;
 
 }  // namespace qwen_tts

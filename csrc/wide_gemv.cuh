@@ -11,27 +11,26 @@
 
 namespace qwen_tts {
 
-#ifndef QWEN_TTS_ASKED
-#define QWEN_TTS_ASKED kMaxColumnTiles
-#endif
 using WideContext = ContextOf<WideForm>;
 
 constexpr int kMaxColumnTiles = kMaxColumns / kTileColumns;
-constexpr int kItemsAtOnce = WideForm::Scratch::kTiles / kMaxColumnTiles;  // whose sums meet at one barrier
+constexpr int kSets = WideForm::Scratch::kTiles / kMaxColumnTiles;  // of tiles of partial sums, used in turns
+constexpr int kAsked = 2;  // tiles of an operand that are under way
+static_assert(kMaxColumnTiles * 4 <= kWarps, "a warp finishes a quarter of a tile");
 
 __device__ __forceinline__ int column_tiles(const FrameParams& p) {
   return (p.num_columns + kTileColumns - 1) / kTileColumns;
 }
 
 // The published vector that is a product's operand, as one warp reads it: tile by tile, part by part of k.
-template <class Prod, int kPlaces>
+template <class Prod>
 struct DenseOperand {
   static constexpr bool kInPairs = Prod::kHeld % 2 == 0 && Prod::kRealChunks % 2 == 0;
   const WideContext& c;
   int vector;
   uint32_t tag;  // of four bits
   Phase phase;
-  uint64_t words[kPlaces][Prod::kHeld];
+  uint64_t words[kAsked][Prod::kHeld];
 
   static __device__ __forceinline__ int chunk(int part, int first) {
     return part * Prod::kRealChunks + warp_index() * Prod::kChunks + first;
@@ -102,188 +101,164 @@ __device__ __forceinline__ float sum_row(const WideContext& c, int tile, const W
   return sum;
 }
 
+// The first tiles of a part of k.
+template <class Operand>
+__device__ __forceinline__ void ask_first(Operand& x, int tiles, int part, int first = 0) {
+#pragma unroll
+  for (int tile = 0; tile < kAsked; ++tile)
+    if (tile < tiles) x.ask(tile, tile, part, first);
+}
+
+// Calls f(tile, fragments) for each tile of a part of k, whose first tiles have been asked for. kUnroll: how many times
+// the loop stands in the code, a multiple of kAsked; all where f must know the tile.
+template <class Prod, int kUnroll, class Operand, class F>
+__device__ __forceinline__ void for_tiles(Operand& x, int tiles, int part, int first, F&& f) {
+#pragma unroll 1
+  for (int from = 0; from < tiles; from += kUnroll)
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      const int tile = kUnroll == kMaxColumnTiles ? i : from + i;
+      if (tile >= tiles) break;
+      uint2 fragments[Prod::kHeld];
+      x.get(i % kAsked, tile, part, first, fragments);
+      if (tile + kAsked < tiles) x.ask(i % kAsked, tile + kAsked, part, first);
+      f(tile, fragments);
+    }
+}
+
 template <class Prod>
-__device__ __forceinline__ void multiply_tile(WideContext& c, int to, const uint4 (&a)[Prod::kHeld],
+__device__ __forceinline__ void multiply_tile(WideContext& c, int set, int tile, const uint4 (&a)[Prod::kHeld],
                                               const uint2 (&f)[Prod::kHeld]) {
   float acc[2][4] = {};
   multiply(acc, a, f);
-  store_tile(c, to, acc);
+  store_tile(c, set * kMaxColumnTiles + tile, acc);
 }
 
-// How a product whose k is not cut is run. Where registers hold the operand of all tiles, it is read once; else once an item.
-template <class Prod>
-struct WideRun {
-  static_assert(Prod::kSplit == 1 && Prod::kHeld == Prod::kChunks, "an item's weights are held at once");
-  static constexpr bool kHoldsOperand = Prod::kHeld <= 4;
-  static constexpr int kAsked = kHoldsOperand ? QWEN_TTS_ASKED : 2;  // tiles of the operand that are under way
-  // Items whose sums meet at one barrier: as many as a CTA has on 128 SMs, or as fit.
-  static constexpr int kGroup = min_of(kItemsAtOnce, Prod::kStrips <= 256 ? 2 : 3);
-  using Operand = DenseOperand<Prod, kAsked>;
+// A row of the residual that one owner of a strip hands to the other, as a packet.
+struct Handed {
+  uint64_t packet;
+
+  __device__ __forceinline__ float value() const { return __uint_as_float(uint32_t(packet)); }
+  __device__ __forceinline__ void set(float x) { packet = packet & ~uint64_t(0xffffffffu) | __float_as_uint(x); }
 };
 
+// What a warp finishes: a quarter of a strip, of one tile of columns.
+__device__ __forceinline__ int finished_tile() { return warp_index() >> 2; }
+__device__ __forceinline__ WideCell finished_cell() { return wide_cell(warp_index() & 3); }
+__device__ __forceinline__ float finished_row(const WideContext& c, int set) {
+  return sum_row(c, set * kMaxColumnTiles + finished_tile(), finished_cell());
+}
+
 // All strips of a product whose k is not cut: those of this CTA are block_index() and every grid-th from there on.
-//   prepare(tile, cell): what a lane can know of its rows before they are there
-//   finish(prepared, strip, row, scale): takes a lane's finished row, whole warps together. scale is 1 / rms of the
+//   x: a DenseOperand, or what has its ask and get
+//   finish(strip, tile, cell, row, scale): takes a lane's finished row, whole warps together. scale is 1 / rms of the
 //     column, where kNorm names a norm.
-template <class D, class Prod, int kNorm, class Prepare, class Finish>
-__device__ __forceinline__ void wide_gemv(WideContext& c, typename WideRun<Prod>::Operand& x, Prepare&& prepare,
-                                          Finish&& finish) {
-  using Run = WideRun<Prod>;
-  constexpr int kGroup = Run::kGroup, kAsked = Run::kAsked;
+// Where registers hold the operand of all tiles, it is read once; else once an item.
+template <class D, class Prod, int kNorm, class Operand, class Finish>
+__device__ __forceinline__ void wide_gemv(WideContext& c, Operand&& x, Finish&& finish) {
+  static_assert(Prod::kSplit == 1 && Prod::kHeld == Prod::kChunks, "an item's weights are held at once");
+  constexpr bool kHoldsOperand = Prod::kHeld <= 4;
   if (block_index() >= Prod::kStrips) return;
   const int tiles = column_tiles(c.p);
-  uint2 held[Run::kHoldsOperand ? kMaxColumnTiles : 1][Prod::kHeld];
-  uint4 a[Run::kHoldsOperand ? 2 : 1][Prod::kHeld];
-  int strip = block_index();
-  auto ask_first = [&] {
-#pragma unroll
-    for (int tile = 0; tile < kAsked; ++tile)
-      if (tile < tiles) x.ask(tile, tile, 0, 0);
+  uint2 held[kHoldsOperand ? kMaxColumnTiles : 1][Prod::kHeld];
+  uint4 a[Prod::kHeld];
+  int strip = block_index(), set = 0;
+  load_weights<Prod>(c.ring, a);
+  auto take = [&](int tile, const uint2(&f)[Prod::kHeld]) {
+    if (kNorm >= 0 && strip == block_index()) store_squares(c.scratch, max(kNorm, 0), tile * kTileColumns, f);
   };
-  // Calls f(tile, fragments) for all tiles, the first of which have been asked for.
-  auto for_tiles = [&](auto&& f) {
-#pragma unroll
-    for (int tile = 0; tile < kMaxColumnTiles; ++tile) {
-      if (tile >= tiles) break;
-      uint2 fragments[Prod::kHeld];
-      x.get(tile % kAsked, tile, 0, 0, fragments);
-      if (tile + kAsked < kMaxColumnTiles && tile + kAsked < tiles) x.ask(tile % kAsked, tile + kAsked, 0, 0);
-      if (kNorm >= 0 && strip == block_index())
-        store_squares(c.scratch, max(kNorm, 0), tile * kTileColumns, fragments);
-      f(tile, fragments);
-    }
-  };
-  ask_first();
-  load_weights<Prod>(c.ring, a[0]);
-  if constexpr (Run::kHoldsOperand)
-    for_tiles([&](int tile, const uint2(&f)[Prod::kHeld]) {
+  ask_first(x, tiles, 0);
+  if constexpr (kHoldsOperand)
+    for_tiles<Prod, kMaxColumnTiles>(x, tiles, 0, 0, [&](int tile, const uint2(&f)[Prod::kHeld]) {
+      take(tile, f);
 #pragma unroll
       for (int j = 0; j < Prod::kHeld; ++j) held[tile][j] = f[j];
     });
-  // A warp finishes a quarter of an item's tile: of one tile, of all items or of every second one.
-  const int own = warp_index() >> 2, tile = tiles > 2 ? own : own & 1;
-  const int first_item = tiles > 2 ? 0 : own >> 1, next_item = tiles > 2 ? 1 : 2;
-  const bool finishes = tile < tiles;
-  const WideCell cell = wide_cell(warp_index() & 3);
+  sync_compute();  // the tiles of partial sums are free
 #pragma unroll 1
   while (true) {
-    const int first = strip;
-    int n = 0;
-    sync_compute();  // the tiles of partial sums are free
+    if constexpr (kHoldsOperand) {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      if (strip >= Prod::kStrips) break;
-      const uint4(&weights)[Prod::kHeld] = a[Run::kHoldsOperand ? i % 2 : 0];
-      strip += gridDim.x;
-      ++n;
-      if constexpr (Run::kHoldsOperand) {
-        // The last of a group leaves the next group's first, which begins at a[0].
-        if (strip < Prod::kStrips && i + 1 < kGroup) load_weights<Prod>(c.ring, a[(i + 1) % 2]);
-#pragma unroll
-        for (int t = 0; t < kMaxColumnTiles; ++t)
-          if (t < tiles) multiply_tile<Prod>(c, i * kMaxColumnTiles + t, weights, held[t]);
-      } else {
-        for_tiles([&](int t, const uint2(&f)[Prod::kHeld]) {
-          multiply_tile<Prod>(c, i * kMaxColumnTiles + t, weights, f);
-        });
-        if (strip < Prod::kStrips) {
-          ask_first();
-          load_weights<Prod>(c.ring, a[0]);
-        }
-      }
+      for (int tile = 0; tile < kMaxColumnTiles; ++tile)
+        if (tile < tiles) multiply_tile<Prod>(c, set, tile, a, held[tile]);
+    } else {
+      for_tiles<Prod, kAsked>(x, tiles, 0, 0, [&](int tile, const uint2(&f)[Prod::kHeld]) {
+        take(tile, f);
+        multiply_tile<Prod>(c, set, tile, a, f);
+      });
     }
-    if (Run::kHoldsOperand && strip < Prod::kStrips) load_weights<Prod>(c.ring, a[0]);
-    const auto prepared = prepare(tile, cell);
+    const int next = strip + gridDim.x;
+    if (next < Prod::kStrips) load_weights<Prod>(c.ring, a);
+    if (!kHoldsOperand && next < Prod::kStrips) ask_first(x, tiles, 0);
     sync_compute();
-    if (finishes) {
-      float scale = 1.f, rows[kGroup];
-      if constexpr (kNorm >= 0) scale = rms_scale<D>(squares_part(c.scratch, kNorm, tile * kTileColumns));
-      // Also of items that are not there: sums side by side, and no branch between them.
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j)
-        rows[j] = sum_row(c, min(first_item + j * next_item, kGroup - 1) * kMaxColumnTiles + tile, cell);
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-        const int item = first_item + j * next_item;
-        if (item < n) finish(prepared, first + item * int(gridDim.x), rows[j], scale);
-      }
+    if (finished_tile() < tiles) {
+      float scale = 1.f;
+      if constexpr (kNorm >= 0) scale = rms_scale<D>(squares_part(c.scratch, kNorm, finished_tile() * kTileColumns));
+      finish(strip, finished_tile(), finished_cell(), finished_row(c, set), scale);
     }
+    strip = next;
     if (strip >= Prod::kStrips) return;
+    if constexpr (kSets == 1) sync_compute();  // the sums have been read
+    set = kSets - 1 - set;
   }
 }
 
-// Strips of a product that adds to the residual, this CTA's jobs of them (WideJobs).
+// Strips of a product that adds to the residual: this CTA's are `first_strip` and every grid-th from there on, with all
+// parts of k.
 //   before(strip, tile, cell): asks for the residual to which a lane's row is added
-//   prepare(tile, cell), finish(prepared, strip, cell, parts, residual): as those of wide_gemv, for all parts of k
-template <class Prod, class Before, class Prepare, class Finish>
-__device__ __forceinline__ void wide_add(WideContext& c, int input, uint32_t tag, Phase phase, Before&& before,
-                                         Prepare&& prepare, Finish&& finish) {
+//   add(strip, tile, cell, part, row, residual): takes a part of k of a lane's row, and what `before` and earlier parts
+//     gave; whole warps together
+//   finish(strip, tile, cell, residual)
+template <class Prod, class Operand, class Before, class Add, class Finish>
+__device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operand&& x, Before&& before, Add&& add,
+                                         Finish&& finish) {
   constexpr int kParts = Prod::kSplit;
   constexpr bool kHoldsAll = Prod::kHeld == Prod::kChunks;
   static_assert(kHoldsAll || kParts == 1, "weights of a part of k are held at once, or k is not cut");
-  static_assert(kParts <= 2 && WideForm::Scratch::kTiles >= kMaxColumnTiles, "a job's sums meet at one barrier");
-  const WideJobs<Prod> jobs(c.p);
+  const int tiles = column_tiles(c.p);
 #pragma unroll 1
-  for (int job = block_index(); job < jobs.count; job += gridDim.x) {
-    const int strip = jobs.strip(job), from = jobs.first_tile(job), tiles = jobs.tiles_of(from);
-    // A warp finishes a quarter of a tile.
-    const int own = warp_index() >> 2;
-    const WideCell cell = wide_cell(warp_index() & 3);
+  for (int strip = first_strip; strip < Prod::kStrips; strip += gridDim.x) {
     uint4 a[Prod::kHeld];
     load_weights<Prod>(c.ring, a);
-    float residual = 0.f;
-    if constexpr (kParts == 2) {
-      // Both parts of both tiles are asked for at once.
-      DenseOperand<Prod, 4> x{c, input, tag, phase};
-#pragma unroll
-      for (int step = 0; step < 4; ++step)
-        if ((step & 1) < tiles) x.ask(step, from + (step & 1), step >> 1, 0);
-      if (own < tiles) residual = before(strip, from + own, cell);
-      sync_compute();  // the tiles of partial sums are free
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        if ((step & 1) < tiles) {
-          uint2 f[Prod::kHeld];
-          x.get(step, from + (step & 1), step >> 1, 0, f);
-          multiply_tile<Prod>(c, step, a, f);
+    ask_first(x, tiles, 0);
+    const bool finishes = finished_tile() < tiles;
+    Handed residual{};
+    if (finishes) residual = before(strip, finished_tile(), finished_cell());
+    sync_compute();  // the tiles of partial sums are free
+    if constexpr (kHoldsAll) {
+#pragma unroll 1
+      for (int part = 0; part < kParts; ++part) {
+        const int set = part & (kSets - 1);
+        for_tiles<Prod, kAsked>(x, tiles, part, 0, [&](int tile, const uint2(&f)[Prod::kHeld]) {
+          multiply_tile<Prod>(c, set, tile, a, f);
+        });
+        if (part + 1 < kParts) {
+          ask_first(x, tiles, part + 1);
+          load_weights<Prod>(c.ring, a);
         }
-        if (step == 1) load_weights<Prod>(c.ring, a);
+        sync_compute();
+        if (finishes) add(strip, finished_tile(), finished_cell(), part, finished_row(c, set), residual);
+        if (kSets == 1 && part + 1 < kParts) sync_compute();  // the sums have been read
       }
     } else {
-      constexpr int kAsked = 2;
-      DenseOperand<Prod, kAsked> x{c, input, tag, phase};
-      if (own < tiles) residual = before(strip, from + own, cell);
       float acc[kMaxColumnTiles][2][4] = {};
 #pragma unroll 1
       for (int first = 0;;) {
-#pragma unroll
-        for (int tile = 0; tile < kAsked; ++tile)
-          if (tile < tiles) x.ask(tile, tile, 0, first);
-#pragma unroll
-        for (int tile = 0; tile < kMaxColumnTiles; ++tile) {
-          if (tile >= tiles) break;
-          uint2 f[Prod::kHeld];
-          x.get(tile % kAsked, tile, 0, first, f);
-          if (tile + kAsked < tiles) x.ask(tile % kAsked, tile + kAsked, 0, first);
+        for_tiles<Prod, kMaxColumnTiles>(x, tiles, 0, first, [&](int tile, const uint2(&f)[Prod::kHeld]) {
           multiply(acc[tile], a, f);
-        }
+        });
         first += Prod::kHeld;
         if (first >= Prod::kChunks) break;
+        ask_first(x, tiles, 0, first);
         load_weights<Prod>(c.ring, a);
       }
-      sync_compute();  // the tiles of partial sums are free
 #pragma unroll
       for (int tile = 0; tile < kMaxColumnTiles; ++tile)
         if (tile < tiles) store_tile(c, tile, acc[tile]);
+      sync_compute();
+      if (finishes) add(strip, finished_tile(), finished_cell(), 0, finished_row(c, 0), residual);
     }
-    const auto prepared = prepare(from + own, cell);
-    sync_compute();
-    if (own < tiles) {
-      float parts[kParts];
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) parts[part] = sum_row(c, 2 * part + own, cell);
-      finish(prepared, strip, cell, parts, residual);
-    }
+    if (finishes) finish(strip, finished_tile(), finished_cell(), residual);
   }
 }
 
