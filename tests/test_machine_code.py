@@ -164,7 +164,7 @@ def test_differences_name_kernel_and_figures():
 
 def test_the_table_covers_all_or_nothing(capsys):
     assert main(["build", "--table", "--arch", "90a"]) == 1
-    assert "leave out --arch, --model and --form" in capsys.readouterr().err
+    assert "leave out --arch, --model, --form, --all and --out" in capsys.readouterr().err
 
 
 @needs_nvcc

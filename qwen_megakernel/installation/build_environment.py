@@ -16,7 +16,25 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+MIN_CAPABILITY = (8, 0)
+"""Copies to shared memory that do not wait, mbarriers, and bf16 on the tensor cores: Ampere."""
+HOPPER = (9, 0)
+"""From here on, an architecture has features that are its own, and an `a` in its name."""
+ARCH_VARIABLE = "QWEN_MEGAKERNEL_ARCH"
+PREBUILT_VARIABLE = "QWEN_MEGAKERNEL_KERNELS"
+
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
+
+
+def arch_of(capability: tuple[int, ...]) -> str:
+    """The name of an architecture's kernels, such as `86` or `90a`, by its compute capability."""
+    major, minor = capability
+    return f"{major}{minor}" + ("a" if (major, minor) >= HOPPER else "")
+
+
+def named_arch() -> str | None:
+    """QWEN_MEGAKERNEL_ARCH: older kernels than the GPU's own, such as `86`. They run by their PTX."""
+    return os.environ.get(ARCH_VARIABLE) or None
 
 
 def find_nvcc() -> Path | None:
@@ -32,6 +50,12 @@ def cache_folder() -> Path:
     if named := os.environ.get("QWEN_MEGAKERNEL_CACHE"):
         return Path(os.path.expanduser(named))
     return user_cache_folder() / "qwen_megakernel"
+
+
+def prebuilt_folder() -> Path | None:
+    """QWEN_MEGAKERNEL_KERNELS: a folder that `build --out` filled, on this machine or another."""
+    named = os.environ.get(PREBUILT_VARIABLE)
+    return Path(os.path.expanduser(named)) if named else None
 
 
 def user_cache_folder() -> Path:
