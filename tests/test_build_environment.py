@@ -19,7 +19,8 @@ from qwen_megakernel.build_tts import BuildError, Library, build
 from qwen_megakernel.checkpoint import CheckpointError, hub_cache_folder, resolve
 from qwen_megakernel.installation import build_environment
 from qwen_megakernel.installation.build_environment import cache_folder, find_nvcc, user_cache_folder
-from qwen_megakernel.tools.doctor import check_kernel_disk, check_nvcc
+from qwen_megakernel.tools.doctor import check_kernel_disk
+from qwen_megakernel.tools.kernel_checks import check_nvcc
 from qwen_megakernel.tools.machine import Gpu, Gpus, Torch
 
 GPUS = Gpus((Gpu("NVIDIA H200", "580.95.05", (9, 0), 143.0, 150.0),))

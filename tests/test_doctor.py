@@ -18,16 +18,12 @@ from qwen_megakernel.tools import machine
 from qwen_megakernel.tools.doctor import (
     DEFAULT_MODEL,
     SIZES,
-    Check,
-    check_compiler,
     check_cpu,
     check_driver,
     check_gpu,
     check_kernel_disk,
-    check_kernels,
     check_model,
     check_model_disk,
-    check_nvcc,
     check_packages,
     check_port,
     check_python,
@@ -36,6 +32,8 @@ from qwen_megakernel.tools.doctor import (
     read_requirements,
     report,
 )
+from qwen_megakernel.tools.findings import Check
+from qwen_megakernel.tools.kernel_checks import check_compiler, check_kernels, check_nvcc
 from qwen_megakernel.tools.machine import (
     Gpus,
     Model,
@@ -253,8 +251,10 @@ def test_compiler(tools, gpus):
 def test_whether_the_kernels_run(gpus, tmp_path):
     good, bad = Check("nvcc", "ok", "13.0"), Check("compiler", "warn", "not found")
     assert check_kernels(Gpus(installed=False), [good, good]).status == "skipped"
-    old = check_kernels(gpus("NVIDIA L4, 580.95.05, 8.9, 22000, 23034"), [good, good])
-    assert (old.status, old.detail.partition(":")[0]) == ("warn", "sm_89")
+    old = check_kernels(gpus("Tesla T4, 580.95.05, 7.5, 14000, 15360"), [good, good])
+    assert (old.status, old.detail.partition(":")[0]) == ("warn", "sm_75")
+    ada = check_kernels(gpus("NVIDIA L4, 580.95.05, 8.9, 22000, 23034"), [good, good], tmp_path)
+    assert (ada.status, ada.detail.partition(":")[0]) == ("ok", "sm_89")
     found = gpus(RTX_5090)
     assert "python -m qwen_megakernel build" in check_kernels(found, [good, good], tmp_path).detail
     missing = check_kernels(found, [good, bad], tmp_path)
