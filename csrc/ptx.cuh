@@ -178,12 +178,10 @@ template <int kCount>
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   if constexpr (kHopper) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "n"(kCount) : "memory");
-  } else {  // a count is for arrivals that do not end the phase
-    if constexpr (kCount > 1)
-      asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.noComplete.shared.b64 state, [%0], %1;\n}" ::"r"(barrier),
-                   "n"(kCount - 1)
-                   : "memory");
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
   }
 }
 // The barrier's phase ends when so many bytes have been copied.

@@ -128,7 +128,9 @@ struct RingReader {
   __device__ __forceinline__ void release(const Place& place, uint32_t loaded) {
     const uint32_t nothing = loaded & uint32_t(int(place.round) >> 31);
     __syncwarp();
-    if (lane_index() < kReaders) mbarrier_arrive<kMaxOwners / kOwners>(smem_address(&sh.empty[place.slot]) + nothing);
+    // Before Hopper an arrival has no count, and as many lanes arrive.
+    constexpr int kCount = kMaxOwners / kOwners, kLanes = kLanesCopy ? kCount : kReaders;
+    if (lane_index() < kLanes) mbarrier_arrive<kLanesCopy ? 1 : kCount>(smem_address(&sh.empty[place.slot]) + nothing);
   }
 };
 
