@@ -28,11 +28,15 @@ from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig, TransformerCo
 from qwen_megakernel.installation import kept_builds
 from qwen_megakernel.installation.build_environment import (
     ARCH_VARIABLE,
+    HOST_COMPILER_FIX,
+    HOST_COMPILERS,
     MIN_CAPABILITY,
     arch_of,
     cache_folder,
+    find_host_compiler,
     find_nvcc,
     named_arch,
+    pip_nvcc_command,
     prebuilt_folder,
 )
 from qwen_megakernel.installation.bundled import bundled_folder
@@ -206,13 +210,24 @@ def has_ptx(arch: str) -> bool:
     return not arch.endswith("a")
 
 
+def require_host_compiler() -> Path:
+    """The C++ compiler, without which nvcc does not start. Raises `BuildError` where there is none."""
+    found = find_host_compiler()
+    if found is None:
+        raise BuildError(
+            f"no C++ compiler is found (NVCC_CCBIN, CXX, {', '.join(HOST_COMPILERS)}), and nvcc needs "
+            f"one: {HOST_COMPILER_FIX}"
+        )
+    return found
+
+
 def require_nvcc() -> Path:
     """The CUDA compiler. Raises `BuildError` where there is none."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError(
-            "nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda): "
-            "install the CUDA toolkit 12.8 or newer"
+            "nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda, this environment): install the CUDA "
+            f"toolkit 12.8 or newer, or its compiler: {pip_nvcc_command(torch.version.cuda)}"
         )
     return nvcc
 
@@ -263,12 +278,13 @@ def build(
             return product
         if product.exists():
             report(f"{product} is damaged")
+        host_compiler = require_host_compiler()
         report(f"compiling the {library.name} kernel for sm_{arch} (once, about a minute)")
         prefix = f"building-{folder.name}-"
         for left in folder.parent.glob(f"{prefix}*"):  # by a build that was killed: we have its lock
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as aside:
-            _compile(library, arch, nvcc, Path(aside), folder.name)
+            _compile(library, arch, [nvcc, f"-ccbin={host_compiler}"], Path(aside), folder.name)
             kept_builds.seal(Path(aside) / product.name, build_facts(library, arch))
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(aside, folder)
@@ -384,7 +400,9 @@ def _torch_flags() -> list[str]:
     ]  # fmt: skip
 
 
-def _compile(library: Library, arch: str, nvcc: Path, folder: Path, name: str) -> None:
+def _compile(
+    library: Library, arch: str, compiler: Sequence[str | Path], folder: Path, name: str
+) -> None:
     (folder / "geometry.h").write_text(library.header)
     jobs: list[tuple[str, Sequence[str | Path]]] = []
     for source in library.cuda_sources:
@@ -392,7 +410,7 @@ def _compile(library: Library, arch: str, nvcc: Path, folder: Path, name: str) -
             (
                 source,
                 [
-                    nvcc,
+                    *compiler,
                     *_nvcc_flags(arch),
                     f"-I{folder}",
                     "-c",
@@ -404,13 +422,13 @@ def _compile(library: Library, arch: str, nvcc: Path, folder: Path, name: str) -
         )
     for source in library.cpp_sources:
         define = f"-DQWEN_TTS_LIBRARY={_identifier(name)}"
-        command: list[str | Path] = [nvcc, *_torch_flags(), define, f"-I{folder}"]
+        command: list[str | Path] = [*compiler, *_torch_flags(), define, f"-I{folder}"]
         jobs.append((source, [*command, "-c", SOURCES / source, "-o", folder / f"{source}.o"]))
     _run_all(jobs, folder)
     objects = [folder / f"{source}.o" for source, _ in jobs]
     product = folder / f"{library.name}.so"
     link: list[str | Path] = [
-        nvcc,
+        *compiler,
         "-shared",
         "-cudart=static",
         *objects,
@@ -422,7 +440,7 @@ def _compile(library: Library, arch: str, nvcc: Path, folder: Path, name: str) -
     if library.cpp_sources:
         root = Path(torch.__file__).parent / "lib"
         link += [f"-L{root}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    libraries = nvcc.parent.parent / "lib"
+    libraries = Path(compiler[0]).parent.parent / "lib"
     if (libraries / "libcudart_static.a").exists():  # pip's toolkit, whose nvcc looks in lib64 alone
         link.append(f"-L{libraries}")
     _run_all([("linking", link)], folder)

@@ -59,6 +59,7 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("NVCC_CCBIN", "/bin/true")
 
 
 @pytest.fixture

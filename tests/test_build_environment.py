@@ -8,6 +8,7 @@ import pwd
 import stat
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,27 @@ def machine(tmp_path, monkeypatch) -> Path:
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
     return tmp_path
+
+
+def test_the_compiler_that_pip_brings_is_found_last(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "packages"))
+    assert find_nvcc() is None
+    of_pip = put_nvcc(tmp_path / "packages" / "nvidia" / "cu13")
+    assert find_nvcc() == of_pip
+    usual = put_nvcc(machine / "usual")
+    assert find_nvcc() == usual
+
+
+def test_a_missing_host_compiler_is_named_with_what_helps(machine, monkeypatch, tmp_path):
+    nvcc = put_nvcc(machine / "path")
+    nvcc.write_text("#!/bin/sh\necho 'release 13.0, V13.0.88'\n")
+    for name in ("NVCC_CCBIN", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(
+        BuildError, match=r"no C\+\+ compiler is found .*: sudo apt install g\+\+; without"
+    ):
+        build_tts.build(build_tts.READ_LIBRARY, "86")
 
 
 @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])

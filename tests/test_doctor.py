@@ -14,6 +14,7 @@ from live_server import ROOT
 
 from qwen_megakernel.__main__ import main
 from qwen_megakernel.installation import build_environment
+from qwen_megakernel.installation.build_environment import find_host_compiler
 from qwen_megakernel.tools import machine
 from qwen_megakernel.tools.doctor import (
     DEFAULT_MODEL,
@@ -58,7 +59,7 @@ def tools(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(build_environment, "USUAL_NVCC", tmp_path / "usual" / "nvcc")
-    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "CUDA_VISIBLE_DEVICES"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "NVCC_CCBIN", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
     def add(name, script):
@@ -239,12 +240,18 @@ def test_nvcc_matches_torch_and_gpu(tools, gpus):
     assert check_nvcc(found, TORCH).status == "warn"
 
 
-def test_compiler(tools, gpus):
+def test_compiler(tools, gpus, monkeypatch):
     found = gpus(RTX_5090)
-    assert check_compiler(found).fix == "sudo apt install build-essential"
-    tools("g++", "echo 'g++ 13.3.0'; echo more")
-    assert check_compiler(found) == Check("compiler", "ok", "g++ 13.3.0")
-    tools("c++", "exit 1")
+    assert check_compiler(found).fix.startswith("sudo apt install g++; without root: ")
+    path = tools("c++", "exit 1")
+    assert (check_compiler(found).status, find_host_compiler()) == ("warn", path)
+    path = tools("g++", "echo 'g++ 13.3.0'; echo more")
+    assert check_compiler(found) == Check("compiler", "ok", f"g++ 13.3.0 ({path})")
+    for variable in ("CXX", "NVCC_CCBIN"):
+        path = tools(f"{variable}-compiler", f"echo {variable}")
+        monkeypatch.setenv(variable, path.name)
+        assert check_compiler(found) == Check("compiler", "ok", f"{variable} ({path})")
+    monkeypatch.setenv("NVCC_CCBIN", "nothing")
     assert check_compiler(found).status == "warn"
 
 

@@ -47,15 +47,15 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", KNOWN_ARCHES)
-@pytest.mark.parametrize("shape", ["0.6b", "1.7b"])
-def test_the_frame_kernel_fits_the_gpu(shape, arch, shared_builds, report):
+def test_the_frame_kernel_fits_the_gpu(arch, shared_builds, report):
+    """As a server builds it, with its bindings; the table of the machine code has the other shapes."""
     started = time.monotonic()
-    product = build(frame_library(shape_config(shape), arch), arch)
+    product = build(frame_library(shape_config("0.6b"), arch), arch)
     lasted = time.monotonic() - started
     (kernel,) = resources(product)
     shared = ctypes.CDLL(str(product)).frame_shared_bytes()
     report(
-        f"{shape}, sm_{arch}: {kernel.registers} registers, {kernel.spill_bytes} bytes of spills, "
+        f"0.6b, sm_{arch}: {kernel.registers} registers, {kernel.spill_bytes} bytes of spills, "
         f"{shared} bytes of shared memory, compiled in {lasted:.0f} s"
     )
     assert shared <= (227 * 1024 if arch == "90a" else SMALL_BYTES)

@@ -10,7 +10,7 @@ import pytest
 
 from qwen_megakernel import build_tts
 from qwen_megakernel.__main__ import main
-from qwen_megakernel.build_tts import Library, build, compiler_release
+from qwen_megakernel.build_tts import KNOWN_ARCHES, Library, build, compiler_release, shared_bytes
 from qwen_megakernel.installation.build_environment import find_nvcc
 from qwen_megakernel.tools import build as build_kernels
 from qwen_megakernel.tools import machine_code
@@ -35,6 +35,7 @@ BUILDS = [
         marks=[] if f"{one.library.name} {one.shape}".strip(" -") in SMALL else pytest.mark.slow,
     )
     for one in table_builds()
+    if one.arch in KNOWN_ARCHES
 ]
 SCALE = """
 namespace {
@@ -57,6 +58,15 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 def test_the_table_has_all_builds():
     expected = {(one.library.name, one.shape, f"sm_{one.arch}") for one in table_builds()}
     assert parse(TABLE.read_text()).builds() == expected
+
+
+def test_no_kernel_of_the_table_spills_or_takes_more_than_its_gpu_has():
+    columns = machine_code.COLUMNS
+    for cells in parse(TABLE.read_text()).rows:
+        row = dict(zip(columns, cells, strict=True))
+        assert row["spills"] == "0", row
+        if row["dynamic shared"] != "-":
+            assert int(row["dynamic shared"]) <= shared_bytes(row["arch"].removeprefix("sm_")), row
 
 
 @needs_nvcc

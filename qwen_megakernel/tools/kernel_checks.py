@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_megakernel.installation import kernel_tuning
 from qwen_megakernel.installation.build_environment import (
+    HOST_COMPILER_FIX,
     MIN_CAPABILITY,
     arch_of,
     cache_folder,
+    find_host_compiler,
     find_nvcc,
+    pip_nvcc_command,
     prebuilt_folder,
 )
 from qwen_megakernel.installation.known_gpus import expected_frames
@@ -30,8 +31,7 @@ def check_nvcc(found: Gpus, torch: Torch) -> Check:
     if path is None:
         fix = "install the CUDA toolkit of torch's version, 12.8 or newer"
         if torch.cuda is not None and torch.cuda >= (13, 0):
-            package = f"cuda-toolkit[nvcc,cccl]=={dotted(torch.cuda)}.*"
-            fix += f'; or its compiler, as SETUP.md shows: pip install "{package}", and set CUDA_HOME'
+            fix += f"; or its compiler: {pip_nvcc_command(dotted(torch.cuda))}"
         return _absent("nvcc", found, fix)
     out, error = run_tool(str(path), "--version")
     match = re.search(r"release (\d+\.\d+)", out)
@@ -55,16 +55,14 @@ def check_nvcc(found: Gpus, torch: Torch) -> Check:
 
 
 def check_compiler(found: Gpus) -> Check:
-    """A C++ compiler."""
-    path = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
+    """The C++ compiler that the build gives to nvcc."""
+    path = find_host_compiler()
     if path is None:
-        return _absent("compiler", found, "sudo apt install build-essential")
-    out, error = run_tool(path, "--version")
+        return _absent("compiler", found, HOST_COMPILER_FIX)
+    out, error = run_tool(str(path), "--version")
     if error or not out.strip():
-        return Check(
-            "compiler", "warn", f"{path}: {error or 'no answer'}", "sudo apt install build-essential"
-        )
-    return Check("compiler", "ok", out.splitlines()[0].strip())
+        return Check("compiler", "warn", f"{path}: {error or 'no answer'}", HOST_COMPILER_FIX)
+    return Check("compiler", "ok", f"{out.splitlines()[0].strip()} ({path})")
 
 
 def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None) -> Check:
