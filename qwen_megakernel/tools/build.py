@@ -39,13 +39,13 @@ from qwen_megakernel.installation.build_environment import (
     arch_of,
     cache_folder,
 )
-from qwen_megakernel.synth.config import SHAPES, shape_config
+from qwen_megakernel.synth.config import SHAPES, Shape, shape_config
 from qwen_megakernel.tools import machine_code
 from qwen_megakernel.tools.cubin import CubinError
 from qwen_megakernel.tools.machine_code import resources
 
 DEFAULT_MODEL = "0.6b"
-RELEASED_SHAPES = ("0.6b", "1.7b")
+RELEASED_SHAPES: tuple[Shape, ...] = ("0.6b", "1.7b")
 
 
 def find_config(model: str) -> ModelConfig:
