@@ -26,7 +26,7 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-floor test-gpu lint format doctor clean
+.PHONY: help install demo test test-slow test-floor test-gpu kernels-all lint format doctor clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -48,10 +48,15 @@ test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported
 	  $(addprefix -r ,$(TEST_FILES)) pipecat-ai==1.13.0
 	$(FLOOR)/bin/python -m pytest tests/pipecat $(ARGS)
 
-test-gpu: $(TEST)  ## All tests that need a GPU, the kernels' in both of their forms
+test-gpu: $(TEST)  ## All tests that need a GPU, the kernels' in both of their forms and in Ampere's
 	$(PY) -m pytest -m gpu $(ARGS)
 	$(PY) -m pytest -m gpu --form small tests/test_kernel_step.py tests/test_kernel_stress.py \
 	  tests/test_codec_cuda.py $(ARGS)
+	QWEN_MEGAKERNEL_ARCH=80 $(PY) -m pytest -m gpu --form small tests/test_kernel_step.py \
+	  tests/test_codec_cuda.py $(ARGS)
+
+kernels-all: $(RUN)  ## Compile the kernels for all GPUs, and write csrc/machine_code.md
+	$(PY) -m qwen_megakernel build --table
 
 lint: $(TEST)  ## Check style and types only
 	$(PY) -m ruff check .

@@ -2,7 +2,7 @@
 //
 // The CTAs of a cluster hold the partial sums of their segments of k. Each takes its share of the
 // tile, eight channels of one column at a time, and adds the segments in their order: the same bits
-// for every batch.
+// for every batch. Where there are no clusters, codec_segments.cuh has added them.
 #pragma once
 
 #include "codec_rows.cuh"
@@ -21,6 +21,16 @@ __device__ __forceinline__ float snake(float x, float frequency, float strength)
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678f)); }
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
+// Four rows of a segment: of this CTA, or of one of its cluster, where there are clusters.
+template <int kSegments>
+__device__ __forceinline__ float4 load_segment(uint32_t address, int rank, int offset) {
+  if constexpr (kHopper) {
+    return load_cluster((kSegments > 1 ? map_to_rank(address, rank) : address) + offset);
+  } else {
+    return load_shared_floats(address + offset);
+  }
+}
+
 // All loads of four rows first: a remote one takes hundreds of cycles.
 template <int kSegments>
 __device__ __forceinline__ void sum_segments(uint32_t address, float (&v)[8]) {
@@ -28,8 +38,7 @@ __device__ __forceinline__ void sum_segments(uint32_t address, float (&v)[8]) {
   for (int half = 0; half < 2; ++half) {
     float4 parts[kSegments];
 #pragma unroll
-    for (int rank = 0; rank < kSegments; ++rank)
-      parts[rank] = load_cluster((kSegments > 1 ? map_to_rank(address, rank) : address) + 16 * half);
+    for (int rank = 0; rank < kSegments; ++rank) parts[rank] = load_segment<kSegments>(address, rank, 16 * half);
     float4 sum = parts[0];
 #pragma unroll
     for (int rank = 1; rank < kSegments; ++rank)
@@ -38,6 +47,7 @@ __device__ __forceinline__ void sum_segments(uint32_t address, float (&v)[8]) {
   }
 }
 __device__ __forceinline__ void sum_segments(int segments, uint32_t address, float (&v)[8]) {
+  if constexpr (!kHopper) return sum_segments<1>(address, v);
   switch (segments) {
     case 1:
       return sum_segments<1>(address, v);

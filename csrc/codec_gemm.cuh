@@ -11,6 +11,7 @@
 #pragma once
 
 #include "codec_epilogue.cuh"
+#include "codec_segments.cuh"
 
 namespace codec {
 
@@ -193,15 +194,24 @@ struct Pipeline {
 
   __device__ __forceinline__ void load_weights(int block) {
     const int stage = block % T::kStages;
-    mbarrier_expect_tx(full_at + stage * 8, T::kWeightBytes);
-    bulk_copy(weights_at + stage * T::kWeightBytes, weights + block * T::kWeightBytes, T::kWeightBytes,
-              full_at + stage * 8);
+    expect_stage(full_at + stage * 8, T::kWeightBytes);
+    copy_stage<T::kThreads>(weights_at + stage * T::kWeightBytes, weights + block * T::kWeightBytes, T::kWeightBytes,
+                            full_at + stage * 8);
   }
 
-  // One thread, before the previous kernel has finished.
+  // Before the previous kernel has finished.
+  __device__ __forceinline__ void start() {
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < T::kStages; ++s) mbarrier_init(full_at + s * 8, kStageArrivals<T::kThreads>);
+      mbarrier_init_fence();
+      if (kHopper) start_weights();
+    }
+    if (kHopper) return;
+    __syncthreads();  // the barriers are there for all
+    start_weights();
+  }
+
   __device__ __forceinline__ void start_weights() {
-    for (int s = 0; s < T::kStages; ++s) mbarrier_init(full_at + s * 8, 1);
-    mbarrier_init_fence();
     for (int block = 0; block < min(blocks, T::kStages - 1); ++block) load_weights(block);
   }
 
@@ -221,7 +231,7 @@ struct Pipeline {
       mbarrier_wait(full_at + stage * 8, block / T::kStages & 1);
       __syncthreads();  // the stage is there for all, and all are done with the one before it
       if (next < blocks) {
-        if (threadIdx.x == 0) load_weights(next);
+        if (copies_stages()) load_weights(next);
         loader.load(p, columns_at + next % T::kStages * T::kColumnBytes);
       }
       cp_async_commit();
@@ -230,15 +240,19 @@ struct Pipeline {
   }
 };
 
-// Both groups' sums in one tile, for all CTAs of the cluster to read.
+// Both groups' sums in one tile.
 template <class T>
-__device__ __forceinline__ void share_sums(const float (&acc)[T::kMi][T::kNi][4], float* tile, bool alone) {
+__device__ __forceinline__ void join_groups(const float (&acc)[T::kMi][T::kNi][4], float* tile) {
   cp_async_wait<0>();
   __syncthreads();
   const bool second = threadIdx.x >= T::kThreads / 2;
   if (second) spread<T, false>(acc, tile);
   __syncthreads();
   if (!second) spread<T, true>(acc, tile);
+}
+
+// For all CTAs of the cluster to read.
+__device__ __forceinline__ void share_tile(bool alone) {
   if (alone) {
     __syncthreads();
   } else {
@@ -249,7 +263,7 @@ __device__ __forceinline__ void share_sums(const float (&acc)[T::kMi][T::kNi][4]
 
 // grid (segments * m tiles, n tiles), clusters of `segments`.
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, kCtasAnSm) gemm_kernel(const __grid_constant__ Gemm p) {
+__global__ void __launch_bounds__(T::kThreads, kCtasAnSm) gemm_kernel(const __grid_constant__ GemmLaunch p) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint64_t full[T::kStages];
   __shared__ float scale[T::kN];
@@ -257,7 +271,7 @@ __global__ void __launch_bounds__(T::kThreads, kCtasAnSm) gemm_kernel(const __gr
   const int rank = blockIdx.x % p.segments, m_tile = blockIdx.x / p.segments, m0 = m_tile * T::kM;
   const int n0 = blockIdx.y * T::kN, m = threadIdx.x % T::kParts * 8;
   Pipeline<T> pipeline(p, rank, m_tile, shared, full);
-  if (threadIdx.x == 0) pipeline.start_weights();
+  pipeline.start();
   Vectors vectors;
   if (T::kVectorsEarly && m0 + m < p.m) vectors.load(p, m0 + m);
   __syncthreads();  // the barriers are there for all
@@ -271,17 +285,25 @@ __global__ void __launch_bounds__(T::kThreads, kCtasAnSm) gemm_kernel(const __gr
   pipeline.run(p, loader, acc);
 
   if (!T::kVectorsEarly && m0 + m < p.m) vectors.load(p, m0 + m);
-  const int step = p.segments * T::kColumnsAtOnce;
-  const int n = rank * T::kColumnsAtOnce + threadIdx.x / T::kParts;
+  // Without clusters one CTA finishes the whole tile.
+  const int step = (kHopper ? p.segments : 1) * T::kColumnsAtOnce;
+  const int n = (kHopper ? rank : 0) * T::kColumnsAtOnce + threadIdx.x / T::kParts;
   const int end = m0 + m < p.m ? min(T::kN, p.columns - n0) : 0;
   Destination to[T::kAtOnce];
   find_destinations<T>(p, vectors, to, n0, n, end, step);
   const bool alone = p.segments == 1;
-  share_sums<T>(acc, reinterpret_cast<float*>(shared), alone);
+  float* const tile = reinterpret_cast<float*>(shared);
+  join_groups<T>(acc, tile);
+  if constexpr (kHopper) {
+    share_tile(alone);
+  } else {
+    __syncthreads();
+    if (!alone && !join_segments<T>(p, tile, m_tile, rank)) return;
+  }
   finish_tile<T>(p, vectors, to, pipeline.weights_at + m * 4, n0, n, end, step, scale, [&] {
-    if (!alone) cluster_arrive();
+    if (kHopper && !alone) cluster_arrive();
   });
-  if (!alone) cluster_wait();  // none leaves while another reads its tile
+  if (kHopper && !alone) cluster_wait();  // none leaves while another reads its tile
 }
 
 }  // namespace codec

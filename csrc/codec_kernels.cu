@@ -35,12 +35,12 @@ cudaError_t launch(void (*kernel)(P), const P& params, dim3 grid, int threads, i
   attributes[1].val.clusterDim.y = 1;
   attributes[1].val.clusterDim.z = 1;
   config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
+  config.numAttrs = !kHopper ? 0 : cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 template <class T>
-cudaError_t launch_gemm(const Gemm& p, void* stream) {
+cudaError_t launch_gemm(const GemmLaunch& p, void* stream) {
   const dim3 grid(p.segments * ((p.m + T::kM - 1) / T::kM), (p.columns + T::kN - 1) / T::kN);
   return launch(gemm_kernel<T>, p, grid, T::kThreads, T::kSharedBytes, p.segments, stream);
 }
@@ -57,9 +57,16 @@ cudaError_t launch_unit(const Gemm& p, int stages, void* stream) {
 
 extern "C" {
 
-// 8, 16, 32, 64 or 128 columns a CTA.
-int codec_gemm(const codec::Gemm* p, int tile_n, void* stream) {
+// Whether segments meet in device memory, for want of clusters.
+int codec_meets_in_memory() { return !kHopper; }
+
+// 8, 16, 32, 64 or 128 columns a CTA. `partial` and `arrived` are SegmentedGemm's, of no use where there are clusters.
+int codec_gemm(const codec::Gemm* gemm, int tile_n, float* partial, int* arrived, void* stream) {
   using namespace codec;
+  GemmLaunch launch;
+  static_cast<Gemm&>(launch) = *gemm;
+  set_exchange(launch, partial, arrived);
+  const GemmLaunch* const p = &launch;
   switch (tile_n) {
     case 8:
       return launch_gemm<Tile<8, 4, 1, 6>>(*p, stream);

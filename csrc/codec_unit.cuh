@@ -120,13 +120,19 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
   const int conv_blocks = p.taps * T::kBlocksPerTap, blocks = conv_blocks + T::kBlocksPerTap;
 
   const auto load_weights = [&](int block, int stage) {
-    mbarrier_expect_tx(full_at + stage * 8, T::kBlockBytes);
-    bulk_copy(weights_at + stage * T::kBlockBytes, static_cast<const char*>(p.weights) + block * T::kBlockBytes,
-              T::kBlockBytes, full_at + stage * 8);
+    expect_stage(full_at + stage * 8, T::kBlockBytes);
+    copy_stage<T::kThreads>(weights_at + stage * T::kBlockBytes,
+                            static_cast<const char*>(p.weights) + block * T::kBlockBytes, T::kBlockBytes,
+                            full_at + stage * 8);
   };
   if (threadIdx.x == 0) {
-    for (int s = 0; s < stages; ++s) mbarrier_init(full_at + s * 8, 1);
+    for (int s = 0; s < stages; ++s) mbarrier_init(full_at + s * 8, kStageArrivals<T::kThreads>);
     mbarrier_init_fence();
+    if (kHopper)
+      for (int block = 0; block < stages - 1; ++block) load_weights(block, block);
+  }
+  if (!kHopper) {
+    __syncthreads();  // the barriers are there for all
     for (int block = 0; block < stages - 1; ++block) load_weights(block, block);
   }
   const int strip0 = warp % T::kWarpsM * T::kMi;
@@ -152,7 +158,7 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
     }
     mbarrier_wait(full_at + stage * 8, parity);
     __syncthreads();  // all are done with the stage before
-    if (threadIdx.x == 0 && block + stages - 1 < blocks)
+    if (copies_stages() && block + stages - 1 < blocks)
       load_weights(block + stages - 1, stage ? stage - 1 : stages - 1);
     const int shift = block < conv_blocks ? tap * p.dilation * T::kSlabPitch : 0;
     multiply_slab<T>(acc, a_at + stage * T::kBlockBytes, b_at + shift + part * T::kSteps * 32);

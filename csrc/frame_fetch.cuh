@@ -110,6 +110,10 @@ template <class Form>
 __device__ __forceinline__ void fetch_frame(const FrameParams& p, typename Form::Ring& ring, const ItemRows* attended) {
   FrameFetch<Form> fetch{{}, {ring}, p, attended, policy_evict_first(), policy_evict_last(), policy_evict_normal()};
   walk_frame(fetch, p.num_columns, p.prefill);
+  if constexpr (kLanesCopy) {  // a warp does not end before its copies
+    cp_async_commit();
+    cp_async_wait<0>();
+  }
 }
 
 }  // namespace qwen_tts

@@ -2,6 +2,7 @@
 // lays weights out in this order.
 #pragma once
 
+#include "architecture.h"
 #include "frame_schedule.cuh"
 
 namespace qwen_tts {
@@ -49,7 +50,8 @@ struct Product {
   static constexpr bool kOneFill = kHeld == kChunks && kSplit == 1;  // one B operand serves all items
   // Whether registers hold an item's weights, too, while its operand is waited for; of how many items.
   static constexpr bool kAhead = kHeld == kChunks && kHeld <= 6;
-  static constexpr int kItemsAhead = kAhead && kOneFill && kHeld <= 4 ? 2 : 1;
+  // Two would take more registers than a thread has where warps cannot hand over theirs.
+  static constexpr int kItemsAhead = kAhead && kOneFill && kHeld <= 4 && kHopper ? 2 : 1;
   static constexpr int64_t kItemBytes = int64_t(kWarps) * kChunks * kChunkBytes;
   static constexpr int64_t kBytes = kItems * kItemBytes;
   static_assert(kRows % kStripRows == 0, "rows come in whole strips");

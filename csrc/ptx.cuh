@@ -1,10 +1,13 @@
 // Every instruction that C++ has no word for, and what the machine gives a CTA: for both kernels, the frame's and the
-// codec's. Names are PTX's. Shared memory is addressed in 32 bits, half the registers of a generic pointer.
+// codec's. Names are PTX's. Shared memory is addressed in 32 bits, half the registers of a generic pointer. What only Hopper
+// has (architecture.h) is done otherwise on older GPUs, or left out where nothing is lost but time.
 #pragma once
 
 #include <cstdint>
 
 #include <cuda_bf16.h>
+
+#include "architecture.h"
 
 namespace ptx {
 
@@ -28,14 +31,14 @@ __device__ __forceinline__ int block_index() {
 __device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
-// Registers a thread of this group of four warps has from here on.
+// Registers a thread of this group of four warps has from here on; before Hopper, as many as it was launched with.
 template <int kCount>
 __device__ __forceinline__ void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+  if constexpr (kHopper) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 template <int kCount>
 __device__ __forceinline__ void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+  if constexpr (kHopper) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 // A barrier of `count` threads, a multiple of 32, under a number other than __syncthreads' 0.
@@ -61,6 +64,15 @@ __device__ __forceinline__ float load_shared_float(uint32_t address) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
   return x;
+}
+
+__device__ __forceinline__ float4 load_shared_floats(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
 }
 
 __device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
@@ -143,14 +155,7 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 __device__ __forceinline__ void mbarrier_init_fence() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+  if constexpr (kHopper) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
   uint32_t done;
@@ -160,10 +165,28 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
                : "memory");
   return done != 0;
 }
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  if constexpr (kHopper) {
+    asm volatile(
+        "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+  } else {
+    while (!mbarrier_test(barrier, parity)) {
+    }
+  }
+}
 // Releases what this thread, and those it has met at __syncwarp, did before. Counts as kCount arrivals.
 template <int kCount>
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "n"(kCount) : "memory");
+  if constexpr (kHopper) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "n"(kCount) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
+  }
 }
 // The barrier's phase ends when so many bytes have been copied.
 __device__ __forceinline__ void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
@@ -185,7 +208,9 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_
       : "memory");
 }
 // What this thread stored to shared memory comes before what the copy engine is told to write there after it.
-__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_copy_engine() {
+  if constexpr (kHopper) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 __device__ __forceinline__ uint64_t policy_evict_first() {
   uint64_t policy;
@@ -206,6 +231,15 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
 // 16 bytes to shared memory, or zeros; in groups.
 __device__ __forceinline__ void cp_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
+}
+// 16 bytes that come with an L2 policy.
+__device__ __forceinline__ void cp_async(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
+               : "memory");
+}
+// Arrives once at the barrier when all that this thread has copied in this way is there.
+__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;"); }
 template <int kPending>
@@ -237,9 +271,13 @@ __device__ __forceinline__ float divide(float a, float b) {
 
 // ------------------------------------------------------------------ launches and clusters
 
-// The next kernel of the stream may start now; and wait until the ones before have ended.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel of the stream may start now; and wait until the ones before have ended. Before Hopper they always have.
+__device__ __forceinline__ void launch_dependents() {
+  if constexpr (kHopper) asm volatile("griddepcontrol.launch_dependents;");
+}
+__device__ __forceinline__ void wait_for_previous() {
+  if constexpr (kHopper) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
 
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 

@@ -2,7 +2,8 @@
 // dependency, so the memory system stays busy while those wait for packets.
 //
 // The ring has kSlots slots of kSlotBytes. A piece is one copy by the bulk copy engine and takes one slot. A copy costs the
-// fetching warp some fifty cycles whatever its size, so a piece serves as many warps as fill a slot, its owners. A piece
+// fetching warp some fifty cycles whatever its size, so a piece serves as many warps as fill a slot, its owners. Before
+// Hopper there is no such engine: the fetching warp's lanes copy a piece together, 16 bytes each at a time. A piece
 // holds mma A fragments of one 16-row strip for a few 16-wide chunks of k: 512 bytes a chunk, lane by lane 16 bytes, so a
 // lane's load is its operand. Or it holds one warp's rows of keys or values (kv_tile.cuh). All warps know the order of all
 // pieces: each reads its own and steps over those of others. Each slot has two mbarriers: one says that a piece has
@@ -29,6 +30,10 @@ constexpr bool kRacecheck = false;
 
 // Threads of a warp that say that it has read a piece.
 constexpr int kReaders = kRacecheck ? 32 : 1;
+
+// Whether the lanes copy a piece together; each then says when its part is there.
+constexpr bool kLanesCopy = !kHopper && !kRacecheck;
+constexpr int kFillers = kLanesCopy ? 32 : 1;
 
 // The round in which each slot was filled last. A warp reads only some of a slot's pieces, so it can be more than one piece
 // ahead of the slot. The parity of a barrier cannot tell that.
@@ -65,7 +70,7 @@ struct RingShared {
 
   __device__ void init() {  // by all threads, before a CTA-wide barrier
     for (int i = thread_index(); i < kSlots; i += blockDim.x) {
-      mbarrier_init(smem_address(full + i), 1);
+      mbarrier_init(smem_address(full + i), kFillers);
       mbarrier_init(smem_address(empty + i), kMaxOwners * kReaders);
       filled.set(i, ~0u);
     }
@@ -123,11 +128,13 @@ struct RingReader {
   __device__ __forceinline__ void release(const Place& place, uint32_t loaded) {
     const uint32_t nothing = loaded & uint32_t(int(place.round) >> 31);
     __syncwarp();
-    if (lane_index() < kReaders) mbarrier_arrive<kMaxOwners / kOwners>(smem_address(&sh.empty[place.slot]) + nothing);
+    // Before Hopper an arrival has no count, and as many lanes arrive.
+    constexpr int kCount = kMaxOwners / kOwners, kLanes = kLanesCopy ? kCount : kReaders;
+    if (lane_index() < kLanes) mbarrier_arrive<kLanesCopy ? 1 : kCount>(smem_address(&sh.empty[place.slot]) + nothing);
   }
 };
 
-// The fetching warp's side: its lanes fetch pieces side by side.
+// The fetching warp's side: its lanes fetch pieces side by side, or together one after the other.
 template <class Shared>
 struct RingWriter {
   using Place = RingPlace<Shared::kSlots>;
@@ -137,6 +144,7 @@ struct RingWriter {
   // The next `count` pieces, at most kWarps, by as many lanes: this lane's is the next but lane_index(), of `bytes` bytes
   // from `from` on.
   __device__ __forceinline__ void push(int count, const char* from, int bytes, uint64_t policy) {
+    if constexpr (kLanesCopy) return push_together(count, from, bytes, policy);
     const Place place = next.after(lane_index() & (kWarps - 1));
     const uint32_t empty = smem_address(&sh.empty[place.slot]);
 #pragma unroll
@@ -159,6 +167,27 @@ struct RingWriter {
   // the last piece has been read, not the last but one.
   static constexpr int kAtOnce = Shared::kSlots >= kWarps ? kWarps : kWarps / 2;
   static_assert(Shared::kSlots >= kAtOnce, "more pieces at once than slots");
+
+  __device__ __forceinline__ void push_together(int count, const char* from, int bytes, uint64_t policy) {
+    constexpr int kRowBytes = 32 * 16;
+    const int within = 16 * lane_index();
+#pragma unroll 1
+    for (int piece = 0; piece < count; ++piece) {
+      const char* const source = lane_pointer(from, piece) + within;
+      const int last = __shfl_sync(~0u, bytes, piece) - within;
+      const uint32_t to = smem_address(sh.data[next.slot]) + within, full = smem_address(&sh.full[next.slot]);
+      mbarrier_wait(smem_address(&sh.empty[next.slot]), (next.round & 1) ^ 1);
+      if (lane_index() == 0) sh.filled.set(next.slot, next.round);
+#pragma unroll
+      for (int row = 0; row < kSlotBytes; row += kRowBytes)
+        if (row < last) cp_async(to + row, source + row, policy);
+      cp_async_arrive(full);
+      next.skip(1);
+    }
+  }
+  static __device__ __forceinline__ const char* lane_pointer(const char* p, int lane) {
+    return reinterpret_cast<const char*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(p), lane));
+  }
 
   static __device__ __forceinline__ void fill(char* to, const char* from, int bytes, uint64_t* full, uint64_t policy) {
     if constexpr (!kRacecheck) {

@@ -1,51 +1,62 @@
 """Compile the CUDA kernels for one checkpoint shape and one GPU, and load them.
 
 The kernel's shapes are compile-time constants from `config.json`. So a build belongs to a geometry,
-an architecture, the sources, the compiler and torch. A hash of them names it in the cache, and a
-change of any makes another build. A build is made in a temporary folder and renamed, under a lock
-that the operating system releases when the process dies. A checksum beside
-it tells a damaged build, which is made anew.
+an architecture, the sources, the compiler and, where it has bindings, torch. A hash of them names it in
+the cache, and a change of any makes another build. A build is made in a temporary folder and renamed,
+under a lock that the operating system releases when the process dies. A checksum beside it tells a
+damaged build, which is made anew. A folder of prebuilt kernels is looked into before the cache.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
+import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig, TransformerConfig
-from qwen_megakernel.installation.build_environment import cache_folder, find_nvcc
+from qwen_megakernel.installation import kept_builds
+from qwen_megakernel.installation.build_environment import (
+    ARCH_VARIABLE,
+    HOST_COMPILER_FIX,
+    HOST_COMPILERS,
+    MIN_CAPABILITY,
+    arch_of,
+    cache_folder,
+    find_host_compiler,
+    find_nvcc,
+    named_arch,
+    pip_nvcc_command,
+    prebuilt_folder,
+)
 from qwen_megakernel.installation.bundled import bundled_folder
 
-try:
-    import fcntl
-except ImportError:  # Windows, which has everything but the kernels
-    fcntl = None  # type: ignore[assignment]
-
 SOURCES = bundled_folder("csrc")
-MIN_ARCH = 90
-"""Bulk copies to shared memory with mbarriers, and 64-bit tagged exchanges at their speed."""
-KNOWN_ARCHES = ("90a", "120a")
-"""Built and checked for spills by the tests; others of sm_90 and newer are built the same way."""
+ARCHES = ("80", "86", "89", "90a", "100a", "120a", "121a")
+"""What the table of the machine code covers, and a folder of all kernels has."""
+KNOWN_ARCHES = ("86", "90a", "120a")
+"""Built and checked for spills by the tests; others are built the same way."""
 _SMALL_BYTES = 101_376
-_SHARED_BYTES = {90: 232_448, 100: 232_448, 103: 232_448, 120: _SMALL_BYTES, 121: _SMALL_BYTES}
+_SHARED_BYTES = {
+    80: 166_912, 86: _SMALL_BYTES, 87: 166_912, 89: _SMALL_BYTES, 90: 232_448, 100: 232_448,
+    103: 232_448, 120: _SMALL_BYTES, 121: _SMALL_BYTES,
+}  # fmt: skip
 """Shared memory a CTA may have, by architecture (CUDA C++ Programming Guide, table of limits)."""
 _RESERVED_BYTES = 1024
 """Of an SM's shared memory, for each CTA: an SM has that much more than a CTA may use."""
 FORMS = ("auto", "large", "small")
-"""Forms of the kernels. `small` fits into the 99 KB of shared memory of an RTX 50; `large` needs what
-Hopper and the data centre's Blackwell have. `auto` is what fits. All give the same codes and samples."""
+"""Forms of the kernels. `small` fits into the 99 KB of shared memory of an RTX 30, 40 or 50; `large`
+needs what the data centre's GPUs have. `auto` is what fits. All give the same codes and samples."""
 
 Progress = Callable[[str], None]
 
@@ -70,7 +81,7 @@ def codec_library(arch: str, form: str = "auto") -> Library:
     """The codec's kernels. One build serves every checkpoint: shapes are parameters of the launches.
 
     Args:
-        arch: `90a`, `120a`, ...
+        arch: `86`, `90a`, `120a`, ...
         form: one of `FORMS`; it decides how much shared memory of an SM the tiles are cut for. The
             samples do not depend on it.
 
@@ -93,7 +104,7 @@ def frame_library(
 
     Args:
         config: the shape.
-        arch: `90a`, `120a`, ...
+        arch: `86`, `90a`, `120a`, ...
         form: one of `FORMS`.
         ring_slots: of the weight ring, as many as fit at most; None is what the sources say.
 
@@ -172,14 +183,42 @@ def form_of(arch: str, form: str = "auto") -> str:
 
 
 def detect_arch(device: torch.device) -> str:
-    """The architecture of a GPU, such as `90a`. Raises `BuildError` for one that is too old."""
-    major, minor = torch.cuda.get_device_capability(device)
-    if 10 * major + minor < MIN_ARCH:
+    """The architecture whose kernels a GPU runs, such as `86` or `90a`: its own, or `named_arch`.
+
+    Raises:
+        BuildError: the GPU is too old, or does not run the architecture that is named.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    own = arch_of(capability)
+    if capability < MIN_CAPABILITY:
         raise BuildError(
-            f"{torch.cuda.get_device_name(device)} is sm_{major}{minor}, the kernels need sm_{MIN_ARCH} "
-            "or newer (Hopper, Blackwell, RTX 50)"
+            f"{torch.cuda.get_device_name(device)} is sm_{own}, the kernels need "
+            f"sm_{arch_of(MIN_CAPABILITY)} or newer (Ampere, Ada, Hopper, Blackwell)"
         )
-    return f"{major}{minor}a"
+    named = named_arch()
+    if named is None or named == own:
+        return own
+    older = [arch for arch in ARCHES if has_ptx(arch) and int(arch) < int(own.rstrip("a"))]
+    if named not in older:
+        allowed = f"{', '.join(older)} or {own}" if older else own
+        raise BuildError(f"{ARCH_VARIABLE} is {named!r}, allowed on this GPU: {allowed}")
+    return named
+
+
+def has_ptx(arch: str) -> bool:
+    """Whether kernels of an architecture come with PTX, which newer GPUs run: that names no features."""
+    return not arch.endswith("a")
+
+
+def require_host_compiler() -> Path:
+    """The C++ compiler, without which nvcc does not start. Raises `BuildError` where there is none."""
+    found = find_host_compiler()
+    if found is None:
+        raise BuildError(
+            f"no C++ compiler is found (NVCC_CCBIN, CXX, {', '.join(HOST_COMPILERS)}), and nvcc needs "
+            f"one: {HOST_COMPILER_FIX}"
+        )
+    return found
 
 
 def require_nvcc() -> Path:
@@ -187,19 +226,22 @@ def require_nvcc() -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError(
-            "nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda): "
-            "install the CUDA toolkit 12.8 or newer"
+            "nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda, this environment): install the CUDA "
+            f"toolkit 12.8 or newer, or its compiler: {pip_nvcc_command(torch.version.cuda)}"
         )
     return nvcc
 
 
-def build(library: Library, arch: str, progress: Progress | None = None) -> Path:
-    """Compile a library, or find it in the cache.
+def build(
+    library: Library, arch: str, progress: Progress | None = None, out: Path | None = None
+) -> Path:
+    """Compile a library, or find it among the prebuilt ones or in the cache.
 
     Args:
         library: what to build.
-        arch: `90a`, `120a`, ...
+        arch: `86`, `90a`, `120a`, ...
         progress: told what is being done, a line each.
+        out: where it shall be; None is `prebuilt_folder`, if it is there, else the cache.
 
     Returns:
         The shared library's path.
@@ -208,60 +250,71 @@ def build(library: Library, arch: str, progress: Progress | None = None) -> Path
         BuildError: another system than Linux, no compiler, or what the compiler said.
         OSError: the cache cannot be written.
     """
-    if fcntl is None:
+    if not kept_builds.CAN_LOCK:
         raise BuildError(
             "the kernels are built on Linux only (on Windows: in WSL 2); --backend torch works here"
         )
     report = progress or (lambda line: None)
     stem = f"{library.name}-sm_{arch}-{build_digest(library, arch)}"
+    if out is None and (found := _find_prebuilt(library, arch, stem, report)):
+        return found
+    out = out or cache_folder()
     try:
         nvcc = require_nvcc()
     except BuildError as error:
-        kept = sorted(cache_folder().glob(f"{stem}-nvcc*/{library.name}.so"))
-        if whole := [product for product in kept if _is_whole(product)]:
+        kept = kept_builds.find(out, stem, library.name)
+        if whole := [product for product in kept if kept_builds.is_whole(product)]:
             return whole[-1]  # a compiler is needed only to make one
         if kept:
             raise BuildError(f"{kept[-1]} is damaged, and {error}") from None
         raise
-    folder = cache_folder() / f"{stem}-nvcc{compiler_release(nvcc)}"
+    folder = out / f"{stem}-nvcc{compiler_release(nvcc)}"
     product = folder / f"{library.name}.so"
-    if _is_whole(product):
+    if kept_builds.is_whole(product):
         return product
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.parent / f"{folder.name}.lock", report):
-        if _is_whole(product):  # another process was faster
+    with kept_builds.locked(folder.parent / f"{folder.name}.lock", report):
+        if kept_builds.is_whole(product):  # another process was faster
             return product
         if product.exists():
             report(f"{product} is damaged")
+        host_compiler = require_host_compiler()
         report(f"compiling the {library.name} kernel for sm_{arch} (once, about a minute)")
         prefix = f"building-{folder.name}-"
         for left in folder.parent.glob(f"{prefix}*"):  # by a build that was killed: we have its lock
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as aside:
-            _compile(library, arch, nvcc, Path(aside), folder.name)
-            made = Path(aside) / product.name
-            _checksum_file(made).write_text(_checksum(made))
+            _compile(library, arch, [nvcc, f"-ccbin={host_compiler}"], Path(aside), folder.name)
+            kept_builds.seal(Path(aside) / product.name, build_facts(library, arch))
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(aside, folder)
             Path(aside).mkdir()  # for TemporaryDirectory to remove
     return product
 
 
-def _checksum_file(product: Path) -> Path:
-    return product.with_suffix(".sha256")
-
-
-def _checksum(product: Path) -> str:
-    return hashlib.sha256(product.read_bytes()).hexdigest()
-
-
-def _is_whole(product: Path) -> bool:
-    """Whether a built library is what was built: a power cut or a full disk may leave part of it, and
-    the loader would crash on that."""
-    try:
-        return _checksum_file(product).read_bytes() == _checksum(product).encode()
-    except OSError:
-        return False
+def _find_prebuilt(library: Library, arch: str, stem: str, report: Progress) -> Path | None:
+    """The prebuilt library, or None; `report` is told why the folder does not do."""
+    folder = prebuilt_folder()
+    if folder is None:
+        return None
+    if whole := [
+        product
+        for product in kept_builds.find(folder, stem, library.name)
+        if kept_builds.is_whole(product)
+    ]:
+        return whole[-1]
+    here = build_facts(library, arch)
+    why = f"there is none for sm_{arch} and this model shape"
+    for path in sorted(folder.glob(f"{library.name}-sm_{arch}-*/{kept_builds.FACTS}")):
+        facts = json.loads(path.read_text())
+        if facts.get("geometry") != here["geometry"]:
+            continue
+        other = [name for name in here if facts.get(name) != here[name]]
+        why = f"it is damaged: {path.parent}" if not other else f"it has another {' and '.join(other)}"
+        if "torch" in other:
+            why += f" (torch {facts['torch']}, here {here['torch']})"
+    report(f"the {library.name} kernel in {folder} is not used: {why}")
+    return None
 
 
 def library_name(product: Path) -> str:
@@ -273,12 +326,30 @@ def _identifier(name: str) -> str:
     return re.sub(r"\W", "_", name)
 
 
+def build_facts(library: Library, arch: str) -> dict[str, str]:
+    """What tells builds apart, but for the compiler's release.
+
+    Only bindings depend on torch: on its release, which promises no stable C++ interface to the next.
+    """
+    sources = [text for path in _sources(library) for text in (path.name, path.read_text())]
+    facts = {
+        "geometry": _digest(library.header),
+        "sources": _digest("\0".join(sources)),
+        "flags": " ".join(_nvcc_flags(arch)),
+        "machine": platform.machine(),
+    }
+    if library.cpp_sources:
+        facts["torch"] = torch.__version__.partition("+")[0]
+    return facts
+
+
 def build_digest(library: Library, arch: str) -> str:
-    """What tells builds apart, but for the compiler's release: sources, flags, torch and Python."""
-    parts = [library.header, " ".join(_nvcc_flags(arch)), torch.__version__, sys.version]
-    for path in _sources(library):
-        parts += [path.name, path.read_text()]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    """A hash of `build_facts`."""
+    return _digest(json.dumps(build_facts(library, arch), sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def frame_digest(geometry: str, arch: str) -> str:
@@ -311,11 +382,12 @@ def compiler_release(nvcc: Path) -> str:
 
 
 def _nvcc_flags(arch: str) -> list[str]:
+    code = f"[sm_{arch},compute_{arch}]" if has_ptx(arch) else f"sm_{arch}"
     return [
         "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo",
         "--no-compress",  # so that cubin.py can read the machine code
         "-Xcompiler", "-fPIC", "-Xptxas", "-v",
-        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        f"-gencode=arch=compute_{arch},code={code}",
     ]  # fmt: skip
 
 
@@ -328,7 +400,9 @@ def _torch_flags() -> list[str]:
     ]  # fmt: skip
 
 
-def _compile(library: Library, arch: str, nvcc: Path, folder: Path, name: str) -> None:
+def _compile(
+    library: Library, arch: str, compiler: Sequence[str | Path], folder: Path, name: str
+) -> None:
     (folder / "geometry.h").write_text(library.header)
     jobs: list[tuple[str, Sequence[str | Path]]] = []
     for source in library.cuda_sources:
@@ -336,7 +410,7 @@ def _compile(library: Library, arch: str, nvcc: Path, folder: Path, name: str) -
             (
                 source,
                 [
-                    nvcc,
+                    *compiler,
                     *_nvcc_flags(arch),
                     f"-I{folder}",
                     "-c",
@@ -348,13 +422,13 @@ def _compile(library: Library, arch: str, nvcc: Path, folder: Path, name: str) -
         )
     for source in library.cpp_sources:
         define = f"-DQWEN_TTS_LIBRARY={_identifier(name)}"
-        command: list[str | Path] = [nvcc, *_torch_flags(), define, f"-I{folder}"]
+        command: list[str | Path] = [*compiler, *_torch_flags(), define, f"-I{folder}"]
         jobs.append((source, [*command, "-c", SOURCES / source, "-o", folder / f"{source}.o"]))
     _run_all(jobs, folder)
     objects = [folder / f"{source}.o" for source, _ in jobs]
     product = folder / f"{library.name}.so"
     link: list[str | Path] = [
-        nvcc,
+        *compiler,
         "-shared",
         "-cudart=static",
         *objects,
@@ -366,7 +440,7 @@ def _compile(library: Library, arch: str, nvcc: Path, folder: Path, name: str) -
     if library.cpp_sources:
         root = Path(torch.__file__).parent / "lib"
         link += [f"-L{root}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    libraries = nvcc.parent.parent / "lib"
+    libraries = Path(compiler[0]).parent.parent / "lib"
     if (libraries / "libcudart_static.a").exists():  # pip's toolkit, whose nvcc looks in lib64 alone
         link.append(f"-L{libraries}")
     _run_all([("linking", link)], folder)
@@ -395,15 +469,3 @@ def _first_error(output: str) -> str:
     words = ("error", "fatal", "cannot find")
     lines = [line for line in output.splitlines() if any(word in line.lower() for word in words)]
     return (lines or output.splitlines() or ["the compiler said nothing"])[0][:400]
-
-
-@contextmanager
-def _locked(path: Path, report: Progress) -> Iterator[None]:
-    """Hold an exclusive lock; it ends with the process, however that ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report("another process is compiling the kernel; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

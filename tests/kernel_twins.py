@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qwen_megakernel.build_tts import build, detect_arch, frame_library
+from qwen_megakernel.build_tts import build, detect_arch, form_of, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
 from qwen_megakernel.decoding.torch_backend import TorchBackend
+from qwen_megakernel.installation.build_environment import arch_of
 from qwen_megakernel.model.talker import Attend, Talker
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import Shape, shape_config
@@ -22,15 +23,22 @@ DEVICE = torch.device("cuda")
 PHASES = ("qkv", "attention", "out", "gate_up", "down")
 
 
-def build_kernel(shape: Shape, *, form: str | None = None, racecheck: bool = False) -> Path:
+OLDEST_ARCH = "80"
+"""Its kernels run on every newer GPU by their PTX."""
+
+
+def build_kernel(
+    shape: Shape, *, form: str | None = None, arch: str | None = None, racecheck: bool = False
+) -> Path:
     """The kernel for `shape`, built at first use.
 
     Args:
         shape: of the model.
         form: one of `FORMS`; None is what the option `--form` says.
+        arch: of the kernel; None is `detect_arch`.
         racecheck: whether the sanitizer's racecheck is to follow it.
     """
-    arch = detect_arch(DEVICE)
+    arch = arch or detect_arch(DEVICE)
     form = form or os.environ.get("FRAME_KERNEL_FORM", "auto")
     library = frame_library(shape_config(shape), arch, form)
     if racecheck:
@@ -38,16 +46,25 @@ def build_kernel(shape: Shape, *, form: str | None = None, racecheck: bool = Fal
     return build(library, arch)
 
 
+def forms_here() -> list[tuple[str, str]]:
+    """(architecture, form) of all kernels that this GPU runs: its own, and those of older GPUs."""
+    own = arch_of(torch.cuda.get_device_capability(DEVICE))
+    forms = [(own, form) for form in ("large", "small") if form_of(own) in (form, "large")]
+    return forms if own == OLDEST_ARCH else [*forms, (OLDEST_ARCH, "small")]
+
+
 def make_kernel(
     shape: Shape,
     talker: Talker,
     *,
     form: str | None = None,
+    arch: str | None = None,
     racecheck: bool = False,
     **options: object,
 ) -> MegakernelBackend:
     """A backend with the kernel for `shape`; see `build_kernel`."""
-    config, library = shape_config(shape), build_kernel(shape, form=form, racecheck=racecheck)
+    config = shape_config(shape)
+    library = build_kernel(shape, form=form, arch=arch, racecheck=racecheck)
     return MegakernelBackend(talker, config.talker, config.predictor, library=library, **options)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from qwen_megakernel import build_tts
 from qwen_megakernel.__main__ import main
-from qwen_megakernel.build_tts import BuildError, build, frame_library
+from qwen_megakernel.build_tts import ARCHES, BuildError, build, detect_arch, frame_library
 from qwen_megakernel.checkpoint import CheckpointError
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.codec.graph_stream import GraphCodecStream
@@ -59,6 +59,7 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("NVCC_CCBIN", "/bin/true")
 
 
 @pytest.fixture
@@ -108,9 +109,30 @@ def test_in_another_dtype(config, talker, hopper):
 
 
 def test_on_an_older_gpu(config, talker, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    assert_falls_back(config, talker, "NVIDIA L4 is sm_89, the kernels need sm_90 or newer")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert_falls_back(config, talker, "Tesla T4 is sm_75, the kernels need sm_80 or newer")
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [((8, 0), "80"), ((8, 6), "86"), ((8, 9), "89"), ((9, 0), "90a"), ((12, 1), "121a")],
+)
+def test_each_gpu_has_its_architecture(capability, arch, hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert detect_arch(GPU) == arch
+
+
+def test_a_gpu_may_run_older_kernels(hopper, monkeypatch):
+    for named, expected in (("90a", "90a"), ("86", "86"), ("80", "80"), ("", "90a")):
+        monkeypatch.setenv("QWEN_MEGAKERNEL_ARCH", named)
+        assert detect_arch(GPU) == expected
+    for named in ("90", "120a", "75", "sm_86", "100"):
+        monkeypatch.setenv("QWEN_MEGAKERNEL_ARCH", named)
+        with pytest.raises(
+            BuildError, match=f"QWEN_MEGAKERNEL_ARCH is '{named}', allowed on this GPU: 80"
+        ):
+            detect_arch(GPU)
 
 
 def test_without_a_compiler(config, talker, hopper):
@@ -290,9 +312,9 @@ def test_a_build_belongs_to_its_own_sources(config, nvcc, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--arch", "sm_86"], "expected sm_90a or newer"),
+        (["--arch", "sm_75"], "expected sm_80 or newer"),
         (["--arch", "90a", "--model", "/nowhere"], "error: /nowhere"),
-        ([], "name one, --arch 90a 120a"),
+        ([], "name one, --arch 80 86 89 90a 100a 120a 121a"),
     ],
 )
 def test_build_command_refuses(arguments, said, hopper, capsys, monkeypatch):
@@ -307,11 +329,23 @@ def test_build_command_refuses(arguments, said, hopper, capsys, monkeypatch):
 
 def test_build_command_builds_both_for_each(nvcc, capsys):
     nvcc(f'{MAKES_JUNK}\necho "{PTXAS}"')
-    assert main(["build", "--model", "tiny", "--arch", "sm_90a", "120a"]) == 0
+    assert main(["build", "--model", "tiny", "--arch", "sm_90a", "120", "sm_86"]) == 0
     said = capsys.readouterr().out
-    for name in ("frame sm_90a", "codec sm_90a", "frame sm_120a", "codec sm_120a"):
+    for name in ("frame sm_90a", "codec sm_90a", "frame sm_120a", "codec sm_120a", "frame sm_86"):
         assert name in said
-    assert said.count("1 kernels, at most 96 registers, 12 bytes of spills") == 4
+    assert said.count("1 kernels, at most 96 registers, 12 bytes of spills") == 6
+
+
+def test_build_command_fills_a_folder_with_all_kernels(nvcc, capsys, tmp_path):
+    nvcc(f'{MAKES_JUNK}\necho "{PTXAS}"')
+    assert main(["build", "--all", "--out", str(tmp_path / "kernels")]) == 0
+    assert "kernels of all shapes go to" in capsys.readouterr().out
+    made = sorted(path.parent.name.split("-")[:2] for path in (tmp_path / "kernels").glob("*/*.so"))
+    archs = [f"sm_{arch}" for arch in sorted(ARCHES)]
+    assert made == [["codec", a] for a in archs] + [["frame", a] for a in archs for _ in range(2)]
+    assert not list((tmp_path / "kernels").glob("*/*.o"))
+    assert main(["build", "--all", "--arch", "90a"]) == 1
+    assert "leave out --arch" in capsys.readouterr().err
 
 
 def test_build_command_fails_when_a_compiler_does(nvcc, capsys):

@@ -8,6 +8,7 @@ import pwd
 import stat
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from qwen_megakernel.build_tts import BuildError, Library, build
 from qwen_megakernel.checkpoint import CheckpointError, hub_cache_folder, resolve
 from qwen_megakernel.installation import build_environment
 from qwen_megakernel.installation.build_environment import cache_folder, find_nvcc, user_cache_folder
-from qwen_megakernel.tools.doctor import check_kernel_disk, check_nvcc
+from qwen_megakernel.tools.doctor import check_kernel_disk
+from qwen_megakernel.tools.kernel_checks import check_nvcc
 from qwen_megakernel.tools.machine import Gpu, Gpus, Torch
 
 GPUS = Gpus((Gpu("NVIDIA H200", "580.95.05", (9, 0), 143.0, 150.0),))
@@ -43,6 +45,27 @@ def machine(tmp_path, monkeypatch) -> Path:
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
     return tmp_path
+
+
+def test_the_compiler_that_pip_brings_is_found_last(machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "packages"))
+    assert find_nvcc() is None
+    of_pip = put_nvcc(tmp_path / "packages" / "nvidia" / "cu13")
+    assert find_nvcc() == of_pip
+    usual = put_nvcc(machine / "usual")
+    assert find_nvcc() == usual
+
+
+def test_a_missing_host_compiler_is_named_with_what_helps(machine, monkeypatch, tmp_path):
+    nvcc = put_nvcc(machine / "path")
+    nvcc.write_text("#!/bin/sh\necho 'release 13.0, V13.0.88'\n")
+    for name in ("NVCC_CCBIN", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(
+        BuildError, match=r"no C\+\+ compiler is found .*: sudo apt install g\+\+; without"
+    ):
+        build_tts.build(build_tts.READ_LIBRARY, "86")
 
 
 @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])

@@ -13,7 +13,14 @@ from torch import Tensor
 from qwen_megakernel.codec.cuda_ops import GemmOp
 from qwen_megakernel.codec.cuda_packing import pack_fragments, upsample_matrix
 from qwen_megakernel.codec.cuda_plan import CodecPlan
-from qwen_megakernel.codec.cuda_tiling import choose_tile, choose_unit_shape, ring_shapes, segments_for
+from qwen_megakernel.codec.cuda_tiling import (
+    choose_tile,
+    choose_unit_shape,
+    num_tiles,
+    partial_floats,
+    ring_shapes,
+    segments_for,
+)
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.codec.layers import Recurrent
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS, CodecConfig
@@ -138,3 +145,13 @@ def test_every_gemm_covers_its_rows():
             assert (op.taps + bool(op.middle)) * op.source.data.shape[2] <= blocks * steps * 16
             if op.source.by_slot:
                 assert op.source.data.shape[1] >= op.history + op.source.rows
+
+
+@pytest.mark.parametrize("m", [64, 96, 1536])
+def test_sums_of_segments_have_room_whatever_tile_is_chosen(m):
+    """csrc/codec_segments.cuh: [tile of columns][tile of rows][column][row] and padding."""
+    for columns in range(1, 400):
+        tile = choose_tile(m, columns, segments=4, num_sms=108)
+        tiles = -(-columns // tile) * -(-m // 64)
+        assert tiles * tile * 68 <= partial_floats(m, columns) <= partial_floats(m, 400)
+        assert tiles <= num_tiles(m, columns) <= num_tiles(m, 400)

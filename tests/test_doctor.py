@@ -14,20 +14,17 @@ from live_server import ROOT
 
 from qwen_megakernel.__main__ import main
 from qwen_megakernel.installation import build_environment
+from qwen_megakernel.installation.build_environment import find_host_compiler
 from qwen_megakernel.tools import machine
 from qwen_megakernel.tools.doctor import (
     DEFAULT_MODEL,
     SIZES,
-    Check,
-    check_compiler,
     check_cpu,
     check_driver,
     check_gpu,
     check_kernel_disk,
-    check_kernels,
     check_model,
     check_model_disk,
-    check_nvcc,
     check_packages,
     check_port,
     check_python,
@@ -36,6 +33,8 @@ from qwen_megakernel.tools.doctor import (
     read_requirements,
     report,
 )
+from qwen_megakernel.tools.findings import Check
+from qwen_megakernel.tools.kernel_checks import check_compiler, check_kernels, check_nvcc
 from qwen_megakernel.tools.machine import (
     Gpus,
     Model,
@@ -60,7 +59,7 @@ def tools(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(build_environment, "USUAL_NVCC", tmp_path / "usual" / "nvcc")
-    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "CUDA_VISIBLE_DEVICES"):
+    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "NVCC_CCBIN", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
     def add(name, script):
@@ -241,20 +240,28 @@ def test_nvcc_matches_torch_and_gpu(tools, gpus):
     assert check_nvcc(found, TORCH).status == "warn"
 
 
-def test_compiler(tools, gpus):
+def test_compiler(tools, gpus, monkeypatch):
     found = gpus(RTX_5090)
-    assert check_compiler(found).fix == "sudo apt install build-essential"
-    tools("g++", "echo 'g++ 13.3.0'; echo more")
-    assert check_compiler(found) == Check("compiler", "ok", "g++ 13.3.0")
-    tools("c++", "exit 1")
+    assert check_compiler(found).fix.startswith("sudo apt install g++; without root: ")
+    path = tools("c++", "exit 1")
+    assert (check_compiler(found).status, find_host_compiler()) == ("warn", path)
+    path = tools("g++", "echo 'g++ 13.3.0'; echo more")
+    assert check_compiler(found) == Check("compiler", "ok", f"g++ 13.3.0 ({path})")
+    for variable in ("CXX", "NVCC_CCBIN"):
+        path = tools(f"{variable}-compiler", f"echo {variable}")
+        monkeypatch.setenv(variable, path.name)
+        assert check_compiler(found) == Check("compiler", "ok", f"{variable} ({path})")
+    monkeypatch.setenv("NVCC_CCBIN", "nothing")
     assert check_compiler(found).status == "warn"
 
 
 def test_whether_the_kernels_run(gpus, tmp_path):
     good, bad = Check("nvcc", "ok", "13.0"), Check("compiler", "warn", "not found")
     assert check_kernels(Gpus(installed=False), [good, good]).status == "skipped"
-    old = check_kernels(gpus("NVIDIA L4, 580.95.05, 8.9, 22000, 23034"), [good, good])
-    assert (old.status, old.detail.partition(":")[0]) == ("warn", "sm_89")
+    old = check_kernels(gpus("Tesla T4, 580.95.05, 7.5, 14000, 15360"), [good, good])
+    assert (old.status, old.detail.partition(":")[0]) == ("warn", "sm_75")
+    ada = check_kernels(gpus("NVIDIA L4, 580.95.05, 8.9, 22000, 23034"), [good, good], tmp_path)
+    assert (ada.status, ada.detail.partition(":")[0]) == ("ok", "sm_89")
     found = gpus(RTX_5090)
     assert "python -m qwen_megakernel build" in check_kernels(found, [good, good], tmp_path).detail
     missing = check_kernels(found, [good, bad], tmp_path)

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from qwen_megakernel import build_tts
 from qwen_megakernel.build_tts import (
@@ -20,14 +22,16 @@ from qwen_megakernel.build_tts import (
     BuildError,
     Library,
     build,
+    build_facts,
     frame_library,
 )
+from qwen_megakernel.installation import kept_builds
 from qwen_megakernel.installation.build_environment import find_nvcc
 from qwen_megakernel.synth.config import shape_config
 from qwen_megakernel.tools.machine_code import resources, system_calls
 
-SM_120_BYTES = 99 * 1024
-"""Shared memory that a CTA may have on an RTX 50."""
+SMALL_BYTES = 99 * 1024
+"""Shared memory that a CTA may have on an RTX 30, 40 or 50."""
 SOURCE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= %s; }\n'
 
 if find_nvcc() is None:
@@ -43,18 +47,18 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", KNOWN_ARCHES)
-@pytest.mark.parametrize("shape", ["0.6b", "1.7b"])
-def test_the_frame_kernel_fits_the_gpu(shape, arch, shared_builds, report):
+def test_the_frame_kernel_fits_the_gpu(arch, shared_builds, report):
+    """As a server builds it, with its bindings; the table of the machine code has the other shapes."""
     started = time.monotonic()
-    product = build(frame_library(shape_config(shape), arch), arch)
+    product = build(frame_library(shape_config("0.6b"), arch), arch)
     lasted = time.monotonic() - started
     (kernel,) = resources(product)
     shared = ctypes.CDLL(str(product)).frame_shared_bytes()
     report(
-        f"{shape}, sm_{arch}: {kernel.registers} registers, {kernel.spill_bytes} bytes of spills, "
+        f"0.6b, sm_{arch}: {kernel.registers} registers, {kernel.spill_bytes} bytes of spills, "
         f"{shared} bytes of shared memory, compiled in {lasted:.0f} s"
     )
-    assert shared <= (SM_120_BYTES if arch == "120a" else 227 * 1024)
+    assert shared <= (227 * 1024 if arch == "90a" else SMALL_BYTES)
     assert kernel.spill_bytes == 0
     assert system_calls(product) == []
     assert "Performance Loss" not in (product.parent / "kernel_tts.cu.log").read_text()
@@ -162,6 +166,51 @@ def test_what_was_built_needs_no_compiler(library, cache, monkeypatch):
     assert build(library, "90a") == product
     with pytest.raises(BuildError, match="nvcc is not found"):
         build(library, "120a")
+
+
+def test_prebuilt_kernels_need_no_compiler(library, cache, monkeypatch, tmp_path):
+    lines, out = [], tmp_path / "kernels"
+    product = build(library, "90a", out=out)
+    kept_builds.strip(product)
+    assert sorted(path.name for path in product.parent.iterdir()) == [
+        "build.json", "twice.sha256", "twice.so",
+    ]  # fmt: skip
+    monkeypatch.setenv("QWEN_MEGAKERNEL_KERNELS", str(out))
+    monkeypatch.setattr(build_tts, "find_nvcc", lambda: None)
+    assert build(library, "90a", lines.append) == product
+    assert lines == []
+    with pytest.raises(BuildError, match="nvcc is not found"):
+        build(library, "120a", lines.append)
+    assert lines.pop() == (
+        f"the twice kernel in {out} is not used: there is none for sm_120a and this model shape"
+    )
+    damage(product, "a bit")
+    with pytest.raises(BuildError, match="nvcc is not found"):
+        build(library, "90a", lines.append)
+    assert lines == [f"the twice kernel in {out} is not used: it is damaged: {product.parent}"]
+
+
+def test_bindings_belong_to_a_torch_release_and_kernels_to_none(library, monkeypatch):
+    bound = replace(library, cpp_sources=("bindings.cpp",))
+    facts, kernels = build_facts(bound, "90a"), build_facts(library, "90a")
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cu140")
+    assert build_facts(library, "90a") == kernels
+    assert build_facts(bound, "90a") == facts | {"torch": "2.99.0"}
+
+
+def test_prebuilt_kernels_of_another_torch_are_not_used(library, cache, monkeypatch, tmp_path):
+    (build_tts.SOURCES / "bindings.cpp").write_text("int bound = 1;\n")
+    bound, lines, out = replace(library, cpp_sources=("bindings.cpp",)), [], tmp_path / "kernels"
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    build(bound, "90a", out=out)
+    monkeypatch.undo()
+    monkeypatch.setattr(build_tts, "SOURCES", tmp_path / "csrc")
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(cache))
+    monkeypatch.setenv("QWEN_MEGAKERNEL_KERNELS", str(out))
+    product = build(bound, "90a", lines.append)
+    here = torch.__version__.partition("+")[0]
+    assert product.is_relative_to(cache)
+    assert lines[0].endswith(f"is not used: it has another torch (torch 2.99.0, here {here})")
 
 
 def damage(product: Path, how: str) -> None:

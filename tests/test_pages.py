@@ -52,7 +52,7 @@ def anchors(page: Path) -> set[str]:
 def commands_exist(root: Path) -> Iterator[str]:
     """Scripts, subcommands, make targets and files in commands and in `code`."""
     targets = set(
-        re.findall(r"^([a-z]+):", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     )
     for page in pages(root):
         for code in code_of(page.read_text(encoding="utf-8")):
@@ -66,7 +66,7 @@ def commands_exist(root: Path) -> Iterator[str]:
             for program, command in re.findall(ours, code):
                 if command not in COMMANDS:
                     yield f"{page.name}: {program} {command}"
-            for target in re.findall(r"(?:^|[`$&;] *)make ([a-z]+)", code, re.MULTILINE):
+            for target in re.findall(r"(?:^|[`$&;] *)make ([a-z-]*[a-z])", code, re.MULTILINE):
                 if target not in targets:
                     yield f"{page.name}: make {target}"
             folders = "|".join(re.escape(name) for name in (*SOURCES, "docs", ".ci"))
@@ -171,7 +171,9 @@ def test_rules_can_fail(rule, name, text, tmp_path):
 
 def test_setup_shows_the_true_banner():
     decoder = SimpleNamespace(
-        description=dict.fromkeys(("model", "mode", "device", "dtype", "backend", "codec"), "-"),
+        description=dict.fromkeys(
+            ("model", "mode", "device", "dtype", "backend", "codec", "expect"), "-"
+        ),
         voices={"default": None},
     )
     true = banner(decoder, "127.0.0.1", 8765, has_token=False).splitlines()

@@ -28,7 +28,7 @@ from qwen_megakernel.installation import kernel_tuning
 from qwen_megakernel.installation.build_environment import find_nvcc
 from qwen_megakernel.installation.kernel_tuning import Setting, Target, Tuning
 from qwen_megakernel.synth.config import shape_config
-from qwen_megakernel.tools.doctor import check_tuning
+from qwen_megakernel.tools.kernel_checks import check_tuning
 from qwen_megakernel.tools.machine import Gpu, Gpus
 from qwen_megakernel.tools.machine_code import resources
 

@@ -26,7 +26,12 @@ from qwen_megakernel.codec.cuda_ops import (
     Rows,
 )
 from qwen_megakernel.codec.cuda_plan import CodecPlan
-from qwen_megakernel.codec.cuda_tiling import choose_tile, choose_unit_shape
+from qwen_megakernel.codec.cuda_tiling import (
+    choose_tile,
+    choose_unit_shape,
+    num_tiles,
+    partial_floats,
+)
 from qwen_megakernel.codec.decoder import CodecDecoder, check_slots
 from qwen_megakernel.codec.interface import CodecState, LaunchedAudio
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS
@@ -112,13 +117,22 @@ def _load(path: Path) -> ctypes.CDLL:
         ("last_conv", _LastConv),
     ):  # fmt: skip
         getattr(library, f"codec_{name}").argtypes = (POINTER(params), c_int, c_void_p)
-    library.codec_gemm.argtypes = (POINTER(_Gemm), c_int, c_void_p)
+    library.codec_gemm.argtypes = (POINTER(_Gemm), c_int, c_void_p, c_void_p, c_void_p)
     library.codec_unit.argtypes = (POINTER(_Gemm), c_int, c_int, c_void_p)
     library.codec_error.argtypes, library.codec_error.restype = (c_int,), c_char_p
     structures = (_Embed, _Gemm, _Attention, _DepthwiseNorm, _LastConv)
     if library.codec_param_bytes() != sum(ctypes.sizeof(params) for params in structures):
         raise RuntimeError(f"{path} was built from other sources than this package's")
     return library
+
+
+def _exchange_size(op: GemmOp, streams: int) -> tuple[int, int]:
+    """(floats, tiles) that a product of at most so many streams exchanges where there are no clusters:
+    `partial` and `arrived` of csrc/codec_segments.cuh, for whichever tile it chooses."""
+    if op.middle or op.segments == 1:
+        return 0, 0
+    columns = streams * op.source.rows
+    return op.segments * partial_floats(op.m, columns), num_tiles(op.m, columns)
 
 
 class Launcher:
@@ -132,6 +146,12 @@ class Launcher:
         self.input = torch.zeros(plan.max_streams, 1 + NUM_CODEBOOKS, dtype=torch.int32, device=device)
         """int32 [max_streams, 17]: slot and codes of every stream, read by the first launch."""
         self._calls = torch.zeros(plan.max_streams, 2, dtype=torch.int32, device=device)
+        floats, tiles = 0, 0
+        if self._library.codec_meets_in_memory():
+            sizes = [_exchange_size(op, plan.max_streams) for op in plan.ops if isinstance(op, GemmOp)]
+            floats, tiles = map(max, zip(*sizes, strict=True))
+        self._partial = torch.zeros(floats, dtype=torch.float32, device=device)
+        self._arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
 
     def launch(self, op: Op, streams: int) -> None:
         """One launch for the first `streams` rows of `input`; raises RuntimeError."""
@@ -171,7 +191,9 @@ class Launcher:
             )  # fmt: skip
             return self._library.codec_unit(byref(params), *shape, cuda_stream)
         tile_n = choose_tile(op.m, columns, op.segments, self._gpu.multi_processor_count)
-        return self._library.codec_gemm(byref(params), tile_n, cuda_stream)
+        return self._library.codec_gemm(
+            byref(params), tile_n, _pointer(self._partial), _pointer(self._arrived), cuda_stream
+        )
 
     @_launch.register
     def _(self, op: AttentionOp, streams: int, cuda_stream: int) -> int:

@@ -12,6 +12,8 @@ __all__ = [
     "UNIT_TILES",
     "choose_tile",
     "choose_unit_shape",
+    "num_tiles",
+    "partial_floats",
     "ring_shapes",
     "segments_for",
 ]
@@ -23,6 +25,8 @@ ENOUGH_CTAS = 120
 
 MIN_SEGMENT_BLOCKS = 4
 """Of k in a segment: with fewer, adding up the segments takes longer than the product."""
+GEMM_TILES = (8, 16, 32, 64, 128)
+"""Columns of a CTA of csrc/codec_gemm.cuh."""
 UNIT_CHANNELS = (96, 192)
 """Widths of residual units that csrc/codec_unit.cuh runs in one launch."""
 UNIT_TILES = (16, 32, 64, 128)
@@ -78,9 +82,21 @@ def choose_tile(m: int, columns: int, segments: int, num_sms: int) -> int:
     The results do not depend on it.
     """
     if columns <= 32:
-        return next(n for n in (8, 16, 32) if columns <= n)
+        return next(n for n in GEMM_TILES if columns <= n)
     ctas = {n: ceil(m / ROWS) * ceil(columns / n) * segments for n in (128, 64)}
     return next((n for n in ctas if ctas[n] >= num_sms), 32)
+
+
+def num_tiles(m: int, columns: int) -> int:
+    """The most tiles that a product of so many columns or fewer is cut into."""
+    return ceil(m / ROWS) * ceil(columns / GEMM_TILES[0])
+
+
+def partial_floats(m: int, columns: int) -> int:
+    """The most room that one segment's sums take, whichever tiles are chosen; csrc/codec_gemm.cuh has
+    the pitch of a column."""
+    widest = GEMM_TILES[-1]
+    return ceil(m / ROWS) * (ROWS + 4) * ceil(columns / widest) * widest
 
 
 def choose_unit_shape(

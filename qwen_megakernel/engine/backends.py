@@ -32,7 +32,7 @@ from qwen_megakernel.decoding.interface import DecoderBackend
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
 from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.decoding.torch_backend import TorchBackend
-from qwen_megakernel.installation import kernel_tuning
+from qwen_megakernel.installation import kernel_tuning, known_gpus
 from qwen_megakernel.installation.kernel_tuning import Setting, Target, Tuning
 from qwen_megakernel.model.talker import Talker
 
@@ -123,7 +123,7 @@ class Backends:
         if name not in BACKENDS:
             raise CheckpointError(f"backend is {name!r}, allowed: {', '.join(BACKENDS)}")
         self._name, self._config, self._progress = name, config, progress
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._builds: dict[str, Future[Path]] = {}
         self._runs: dict[str, str] = {}
         self._notes: list[str] = []
@@ -160,6 +160,8 @@ class Backends:
             )
             if self._tuning is not None:
                 self._runs["tuning"] = str(self._tuning)
+            if expected := self._expected_frames():
+                self._runs["expect"] = expected
             _forget_layers(talker)
             return made
 
@@ -198,9 +200,15 @@ class Backends:
 
     @property
     def description(self) -> dict[str, str]:
-        """What runs: `backend`, `codec`; `tuning` where the frame kernel has one; `note` where not the
-        fastest that was asked for."""
+        """What runs: `backend`, `codec`; `tuning` where the frame kernel has one; `expect`, how long a
+        frame takes, where the GPU is known; `note` where not the fastest that was asked for."""
         return self._runs | ({"note": "; ".join(self._notes)} if self._notes else {})
+
+    def _expected_frames(self) -> str | None:
+        talker = self._config.talker
+        if (talker.hidden_size, talker.num_layers) != (known_gpus.HIDDEN_SIZE, known_gpus.NUM_LAYERS):
+            return None
+        return known_gpus.expected_frames(torch.cuda.get_device_name(self._device))
 
     @property
     def _setting(self) -> Setting:

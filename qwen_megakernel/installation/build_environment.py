@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import stat
+import sysconfig
 import tempfile
 from contextlib import suppress
 from functools import cache
@@ -16,15 +17,60 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+MIN_CAPABILITY = (8, 0)
+"""Copies to shared memory that do not wait, mbarriers, and bf16 on the tensor cores: Ampere."""
+HOPPER = (9, 0)
+"""From here on, an architecture has features that are its own, and an `a` in its name."""
+ARCH_VARIABLE = "QWEN_MEGAKERNEL_ARCH"
+PREBUILT_VARIABLE = "QWEN_MEGAKERNEL_KERNELS"
+
+HOST_COMPILERS = ("g++", "c++", "clang++")
+HOST_COMPILER_FIX = (
+    "sudo apt install g++; without root: conda install -c conda-forge gxx; "
+    "or take kernels that were built elsewhere (QWEN_MEGAKERNEL_KERNELS)"
+)
+PIP_CUDA = "13.0"
+"""Where torch says no release: that of the version that is pinned."""
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 
 
+def arch_of(capability: tuple[int, ...]) -> str:
+    """The name of an architecture's kernels, such as `86` or `90a`, by its compute capability."""
+    major, minor = capability
+    return f"{major}{minor}" + ("a" if (major, minor) >= HOPPER else "")
+
+
+def named_arch() -> str | None:
+    """QWEN_MEGAKERNEL_ARCH: older kernels than the GPU's own, such as `86`. They run by their PTX."""
+    return os.environ.get(ARCH_VARIABLE) or None
+
+
 def find_nvcc() -> Path | None:
-    """The CUDA compiler: below CUDA_HOME or CUDA_PATH, else on the PATH, else in the usual place."""
+    """The CUDA compiler: below CUDA_HOME or CUDA_PATH, else on the PATH, else in the usual place, else
+    the one that pip installed into this environment."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     below_home = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
-    found = below_home or shutil.which("nvcc") or shutil.which(USUAL_NVCC)
+    found = below_home or shutil.which("nvcc") or shutil.which(USUAL_NVCC) or _nvcc_of_pip()
     return Path(found) if found else None
+
+
+def _nvcc_of_pip() -> str | None:
+    packages = Path(sysconfig.get_path("purelib"))
+    found = sorted(packages.glob("nvidia/cu*/bin/nvcc"))
+    return shutil.which(found[-1]) if found else None
+
+
+def pip_nvcc_command(cuda: str | None) -> str:
+    """How pip installs the compiler for torch's release of CUDA, such as `13.0`."""
+    return f'pip install "cuda-toolkit[nvcc,cccl]=={cuda or PIP_CUDA}.*"'
+
+
+def find_host_compiler() -> Path | None:
+    """The C++ compiler that nvcc works with: NVCC_CCBIN, else CXX, else the first of `HOST_COMPILERS`
+    on the PATH."""
+    named = os.environ.get("NVCC_CCBIN") or os.environ.get("CXX")
+    found = [shutil.which(name) for name in ([named] if named else HOST_COMPILERS)]
+    return next((Path(path) for path in found if path), None)
 
 
 def cache_folder() -> Path:
@@ -32,6 +78,12 @@ def cache_folder() -> Path:
     if named := os.environ.get("QWEN_MEGAKERNEL_CACHE"):
         return Path(os.path.expanduser(named))
     return user_cache_folder() / "qwen_megakernel"
+
+
+def prebuilt_folder() -> Path | None:
+    """QWEN_MEGAKERNEL_KERNELS: a folder that `build --out` filled, on this machine or another."""
+    named = os.environ.get(PREBUILT_VARIABLE)
+    return Path(os.path.expanduser(named)) if named else None
 
 
 def user_cache_folder() -> Path:

@@ -11,15 +11,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from qwen_megakernel.build_tts import (
+    ARCHES,
     FORMS,
     KNOWN_ARCHES,
-    MIN_ARCH,
     READ_LIBRARY,
     BuildError,
     Library,
@@ -32,13 +32,20 @@ from qwen_megakernel.build_tts import (
 )
 from qwen_megakernel.checkpoint import CheckpointError, resolve
 from qwen_megakernel.config import ConfigError, ModelConfig
-from qwen_megakernel.installation.build_environment import cache_folder
-from qwen_megakernel.synth.config import SHAPES, shape_config
+from qwen_megakernel.installation import kept_builds
+from qwen_megakernel.installation.build_environment import (
+    MIN_CAPABILITY,
+    PREBUILT_VARIABLE,
+    arch_of,
+    cache_folder,
+)
+from qwen_megakernel.synth.config import SHAPES, Shape, shape_config
 from qwen_megakernel.tools import machine_code
 from qwen_megakernel.tools.cubin import CubinError
 from qwen_megakernel.tools.machine_code import resources
 
 DEFAULT_MODEL = "0.6b"
+RELEASED_SHAPES: tuple[Shape, ...] = ("0.6b", "1.7b")
 
 
 def find_config(model: str) -> ModelConfig:
@@ -57,7 +64,7 @@ def find_arches(named: list[str] | None) -> list[str]:
     if named:
         return list(dict.fromkeys(named))
     if not torch.cuda.is_available():
-        raise BuildError(f"torch finds no CUDA GPU: name one, --arch {' '.join(KNOWN_ARCHES)}")
+        raise BuildError(f"torch finds no CUDA GPU: name one, --arch {' '.join(ARCHES)}")
     return [detect_arch(torch.device("cuda"))]
 
 
@@ -75,25 +82,45 @@ class KernelBuild:
 
 
 def table_builds() -> list[KernelBuild]:
-    """All builds that the table of the machine code covers, in its order."""
+    """All builds that the table of the machine code covers, in its order.
+
+    The released shapes are built for all architectures, the tiny ones for those that the tests build.
+    The frame kernels come without the host's part: it has no machine code of the GPU, and takes most of
+    a build's time.
+    """
     frames = [
-        KernelBuild(frame_library(shape_config(shape), arch), arch, shape)
+        KernelBuild(replace(frame_library(shape_config(shape), arch), cpp_sources=()), arch, shape)
         for shape in SHAPES
-        for arch in KNOWN_ARCHES
+        for arch in (ARCHES if shape in RELEASED_SHAPES else KNOWN_ARCHES)
     ]
-    codecs = [KernelBuild(codec_library(arch), arch) for arch in KNOWN_ARCHES]
-    reads = [KernelBuild(READ_LIBRARY, arch) for arch in KNOWN_ARCHES]
+    codecs = [KernelBuild(codec_library(arch), arch) for arch in ARCHES]
+    reads = [KernelBuild(READ_LIBRARY, arch) for arch in ARCHES]
     return frames + codecs + reads
 
 
-def build_all(builds: Sequence[KernelBuild]) -> list[Path | None]:
-    """Build libraries side by side, telling of each; None for one that failed."""
+def released_builds() -> list[KernelBuild]:
+    """All kernels of the released shapes."""
+    frames = [
+        KernelBuild(frame_library(shape_config(shape), arch), arch, shape)
+        for shape in RELEASED_SHAPES
+        for arch in ARCHES
+    ]
+    return frames + [KernelBuild(codec_library(arch), arch) for arch in ARCHES]
+
+
+def build_all(builds: Sequence[KernelBuild], out: Path | None = None) -> list[Path | None]:
+    """Build libraries side by side, telling of each; None for one that failed.
+
+    Args:
+        builds: what to build.
+        out: a folder for what a server needs of them; None is the cache, for all that is made.
+    """
     width = max(14, *(len(str(build)) + 2 for build in builds))
     with ThreadPoolExecutor(min(len(builds), os.cpu_count() or 1)) as threads:
-        return list(threads.map(lambda one: _build(one, width), builds))
+        return list(threads.map(lambda one: _build(one, width, out), builds))
 
 
-def _build(one: KernelBuild, width: int) -> Path | None:
+def _build(one: KernelBuild, width: int, out: Path | None) -> Path | None:
     started, done = time.monotonic(), threading.Event()
 
     def tell(line: str) -> None:
@@ -105,16 +132,25 @@ def _build(one: KernelBuild, width: int) -> Path | None:
 
     threading.Thread(target=tick, daemon=True).start()
     try:
-        product = build(one.library, one.arch, tell)
+        product = build(one.library, one.arch, tell, out)
     except (BuildError, OSError) as error:
         tell(f"failed: {error}")
         return None
     finally:
         done.set()
-    used = resources(product)
-    most, spilled = max(r.registers for r in used), sum(r.spill_bytes for r in used)
-    tell(f"{product} ({len(used)} kernels, at most {most} registers, {spilled} bytes of spills)")
+    tell(f"{product}{_figures(product)}")
+    if out is not None:
+        kept_builds.strip(product)
     return product
+
+
+def _figures(product: Path) -> str:
+    """What ptxas said of a build, unless it has been stripped."""
+    used = resources(product)
+    if not used:
+        return ""
+    most, spilled = max(r.registers for r in used), sum(r.spill_bytes for r in used)
+    return f" ({len(used)} kernels, at most {most} registers, {spilled} bytes of spills)"
 
 
 def _write_table(builds: Sequence[KernelBuild], products: Sequence[Path]) -> None:
@@ -135,19 +171,20 @@ def _write_table(builds: Sequence[KernelBuild], products: Sequence[Path]) -> Non
 
 
 def _arch(text: str) -> str:
-    match = re.fullmatch(r"(?:sm_)?(\d{2,3})a?", text)
-    if match is None or int(match[1]) < MIN_ARCH:
+    match = re.fullmatch(r"(?:sm_)?(\d{1,2})(\d)a?", text)
+    capability = (int(match[1]), int(match[2])) if match else (0, 0)
+    if capability < MIN_CAPABILITY:
         raise argparse.ArgumentTypeError(
-            f"{text!r}, expected sm_{MIN_ARCH}a or newer, such as " + " or ".join(KNOWN_ARCHES)
+            f"{text!r}, expected sm_{arch_of(MIN_CAPABILITY)} or newer, such as {' or '.join(ARCHES)}"
         )
-    return f"{match[1]}a"
+    return arch_of(capability)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m qwen_megakernel build`."""
     parser.add_argument(
         "--arch", nargs="+", type=_arch, metavar="ARCH",
-        help="GPU architectures, such as sm_90a sm_120a (default: this machine's GPU)",
+        help="GPU architectures, such as sm_86 sm_120a (default: this machine's GPU)",
     )  # fmt: skip
     parser.add_argument(
         "--model", metavar="NAME",
@@ -156,7 +193,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--form", choices=FORMS, default="auto",
-        help="of the frame kernel: small is what an RTX 50 runs; a server builds auto (default)",
+        help="of the frame kernel: small has 99 KB, as an RTX 50; a server builds auto (default)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--all", action="store_true",
+        help=f"the released shapes ({', '.join(RELEASED_SHAPES)}) for all architectures: "
+        + " ".join(ARCHES),
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="put there what a server needs of the kernels; it finds them by "
+        f"{PREBUILT_VARIABLE}=DIR, and needs no compiler then (default: the cache)",
     )  # fmt: skip
     parser.add_argument(
         "--table", action="store_true",
@@ -167,11 +214,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _chosen(args: argparse.Namespace) -> list[KernelBuild]:
     if args.table:
-        if args.arch or args.model or args.form != "auto":
+        if args.arch or args.model or args.form != "auto" or args.all or args.out:
             raise BuildError(
-                "--table covers all shapes and architectures: leave out --arch, --model and --form"
+                "--table covers all shapes and architectures: "
+                "leave out --arch, --model, --form, --all and --out"
             )
         return table_builds()
+    if args.all:
+        if args.arch or args.model or args.form != "auto":
+            raise BuildError("--all names architectures and shapes: leave out --arch, --model, --form")
+        return released_builds()
     config, arches = find_config(args.model or DEFAULT_MODEL), find_arches(args.arch)
     return [
         KernelBuild(library, arch)
@@ -184,9 +236,9 @@ def run(args: argparse.Namespace) -> int:
     """Build; 1 if something failed."""
     try:
         builds = _chosen(args)
-        what = "all shapes" if args.table else args.model or DEFAULT_MODEL
-        print(f"kernels of {what} go to {cache_folder()}", flush=True)
-        products = build_all(builds)
+        what = "all shapes" if args.table or args.all else args.model or DEFAULT_MODEL
+        print(f"kernels of {what} go to {args.out or cache_folder()}", flush=True)
+        products = build_all(builds, args.out)
         built = [product for product in products if product]
         if args.table and len(built) == len(builds):
             _write_table(builds, built)

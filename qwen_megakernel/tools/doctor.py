@@ -18,10 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
-from qwen_megakernel.installation import kernel_tuning
-from qwen_megakernel.installation.build_environment import cache_folder, find_nvcc
+from qwen_megakernel.installation.build_environment import (
+    cache_folder,
+)
+from qwen_megakernel.tools.findings import Check, dotted
+from qwen_megakernel.tools.kernel_checks import check_compiler, check_kernels, check_nvcc, check_tuning
 from qwen_megakernel.tools.machine import (
     Gpus,
     Model,
@@ -31,11 +33,8 @@ from qwen_megakernel.tools.machine import (
     ask_nvidia_smi,
     ask_torch,
     parse_version,
-    run_tool,
     usable_cores,
 )
-
-Status = Literal["ok", "warn", "fail", "skipped"]
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ROOT / "requirements.txt"
@@ -49,23 +48,7 @@ INSTALL = (
 
 DRIVERS = {(12, 0): 525, (12, 4): 550, (12, 6): 560, (12, 8): 570, (12, 9): 575, (13, 0): 580}
 """CUDA version -> the first driver branch that runs it in full."""
-HOPPER, BLACKWELL = (9, 0), (12, 0)
 KERNEL_CACHE_GB = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """What one check found."""
-
-    name: str
-    status: Status
-    detail: str
-    fix: str | None = None
-
-    def lines(self) -> str:
-        """For people."""
-        line = f"{self.status.upper():<8}{self.name:<12}{self.detail}"
-        return f"{line}\n{'':<20}fix: {self.fix}" if self.fix else line
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +65,15 @@ class Size:
 SIZES = {"0.6B": Size(2.5, 10.5), "1.7B": Size(4.5, 12.5)}
 
 
-def _dotted(version: Version) -> str:
-    return ".".join(map(str, version))
-
-
 # ---------------------------------------------------------------------------- software
 
 
 def check_python(version: Version = sys.version_info[:3]) -> Check:
     """New enough."""
     if version < MIN_PYTHON:
-        fix = f"make a virtual environment with Python {_dotted(MIN_PYTHON)} or later"
-        return Check("python", "fail", f"{_dotted(version)} is too old", fix)
-    return Check("python", "ok", f"{_dotted(version)} ({sys.prefix})")
+        fix = f"make a virtual environment with Python {dotted(MIN_PYTHON)} or later"
+        return Check("python", "fail", f"{dotted(version)} is too old", fix)
+    return Check("python", "ok", f"{dotted(version)} ({sys.prefix})")
 
 
 def check_packages(requirements: str, installed: Callable[[str], str] = metadata.version) -> Check:
@@ -160,7 +139,7 @@ def check_driver(found: Gpus, torch: Torch) -> Check:
     if torch.cuda is None:
         return Check("driver", "ok", driver)
     needed = max((d for cuda, d in DRIVERS.items() if cuda <= torch.cuda), default=0)
-    detail = f"{driver}, CUDA {_dotted(torch.cuda)} needs {needed} or later"
+    detail = f"{driver}, CUDA {dotted(torch.cuda)} needs {needed} or later"
     if parse_version(driver)[0] >= needed:
         return Check("driver", "ok", detail)
     fix = (
@@ -176,7 +155,7 @@ def check_gpu(found: Gpus, size: Size) -> Check:
     if not found.gpus:
         return Check("gpu", "skipped", "no GPU")
     gpu = found.gpus[0]
-    detail = f"{gpu.name}, sm_{_dotted(gpu.capability).replace('.', '')}"
+    detail = f"{gpu.name}, sm_{dotted(gpu.capability).replace('.', '')}"
     if gpu.free_gb is not None:
         detail += f", {gpu.free_gb:.1f} of {gpu.total_gb or 0:.1f} GB free"
     if len(found.gpus) > 1:
@@ -196,7 +175,7 @@ def check_torch(found: Gpus, torch: Torch) -> Check:
     if torch.cuda is None:
         fix = f"pip uninstall -y torch && {INSTALL}   (from the default index, not the CPU one)"
         return Check("torch", "fail", f"{torch.version} is a build without CUDA", fix)
-    detail = f"{torch.version}, CUDA {_dotted(torch.cuda)}"
+    detail = f"{torch.version}, CUDA {dotted(torch.cuda)}"
     if not torch.available:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         fix = "unset CUDA_VISIBLE_DEVICES" if hidden is not None else "see `driver` above"
@@ -222,126 +201,6 @@ def covers(arch_list: Sequence[str], capability: Version) -> bool:
         if kind == "sm" and not exact and built[0] == capability[0] and built <= capability:
             return True
     return False
-
-
-# ---------------------------------------------------------------------------- building kernels
-
-
-def check_nvcc(found: Gpus, torch: Torch) -> Check:
-    """A CUDA compiler of torch's major version that knows the GPU."""
-    path = find_nvcc()
-    if path is None:
-        fix = "install the CUDA toolkit of torch's version, 12.8 or newer"
-        if torch.cuda is not None and torch.cuda >= (13, 0):
-            package = f"cuda-toolkit[nvcc,cccl]=={_dotted(torch.cuda)}.*"
-            fix += f'; or its compiler, as SETUP.md shows: pip install "{package}", and set CUDA_HOME'
-        return _absent("nvcc", found, fix)
-    out, error = run_tool(str(path), "--version")
-    match = re.search(r"release (\d+\.\d+)", out)
-    if error or match is None:
-        return Check(
-            "nvcc",
-            "warn",
-            f"{path}: {error or 'does not say its version'}",
-            "reinstall the CUDA toolkit",
-        )
-    version = parse_version(match[1])
-    detail = f"{match[1]} ({path})"
-    fix = "install the CUDA toolkit of torch's version, and set CUDA_HOME to it"
-    if torch.cuda is not None and version[0] != torch.cuda[0]:
-        return Check("nvcc", "warn", f"{detail}, but torch has CUDA {_dotted(torch.cuda)}", fix)
-    if found.gpus and found.gpus[0].capability >= BLACKWELL and version < (12, 8):
-        return Check(
-            "nvcc", "warn", f"{detail} does not know this GPU, 12.8 is the first that does", fix
-        )
-    return Check("nvcc", "ok", detail)
-
-
-def check_compiler(found: Gpus) -> Check:
-    """A C++ compiler."""
-    path = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
-    if path is None:
-        return _absent("compiler", found, "sudo apt install build-essential")
-    out, error = run_tool(path, "--version")
-    if error or not out.strip():
-        return Check(
-            "compiler", "warn", f"{path}: {error or 'no answer'}", "sudo apt install build-essential"
-        )
-    return Check("compiler", "ok", out.splitlines()[0].strip())
-
-
-def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None) -> Check:
-    """Whether `--backend auto` takes the CUDA kernels, and what is missing if not.
-
-    Args:
-        found: the GPUs.
-        tools: what was found of the build tools.
-        cache: where builds are kept.
-    """
-    if not found.gpus:
-        return Check("kernels", "skipped", "no GPU: PyTorch decodes")
-    if sys.platform == "win32":
-        detail = "the kernels are built on Linux only; PyTorch decodes"
-        return Check("kernels", "warn", detail, "WSL 2; this works, more slowly")
-    capability = found.gpus[0].capability
-    arch = f"sm_{''.join(map(str, capability))}"
-    if capability < HOPPER:
-        detail = f"{arch}: the kernels need sm_90 or newer (Hopper, Blackwell, RTX 50); PyTorch decodes"
-        return Check("kernels", "warn", detail, "another GPU; this one works, more slowly")
-    folder = cache or cache_folder()
-    kept = {name for name in ("frame", "codec") if any(folder.glob(f"{name}-{arch}a-*/{name}.so"))}
-    missing = [tool.name for tool in tools if tool.status == "warn"]
-    if kept == {"frame", "codec"}:
-        return Check("kernels", "ok", f"{arch}: some are built in {folder}")
-    if missing:
-        detail = f"{arch}: none are built, and {' and '.join(missing)} will not do; PyTorch decodes"
-        return Check("kernels", "warn", detail, "see above; PyTorch works, more slowly")
-    detail = f"{arch}: compiled at the first start, about a minute"
-    return Check("kernels", "ok", f"{detail}, or before: python -m qwen_megakernel build")
-
-
-def check_tuning(found: Gpus, cache: Path | None = None) -> Check:
-    """Whether `tune` has found settings for this GPU, and for the present kernels.
-
-    Args:
-        found: the GPUs.
-        cache: where builds are kept.
-    """
-    if not found.gpus or found.gpus[0].capability < HOPPER:
-        return Check("tuning", "skipped", "no GPU that runs the kernels")
-    command = "python -m qwen_megakernel tune"
-    tuned, stale = [], []
-    for path in kernel_tuning.kept(found.gpus[0].name, cache):
-        try:
-            tuning = kernel_tuning.read(path)
-        except (ValueError, OSError) as error:
-            stale.append(f"{path} is ignored: {error}")
-            continue
-        if _is_of_present_kernels(tuning.target):
-            tuned.append(f"{tuning.target.form} form: {tuning}")
-        else:
-            stale.append(f"{path} is ignored: it is of other kernels")
-    detail = "; ".join(tuned + stale)
-    if stale:
-        return Check("tuning", "warn", detail, command)
-    return Check(
-        "tuning", "ok", detail or f"none; {command} looks for faster settings in a minute or two"
-    )
-
-
-def _is_of_present_kernels(target: kernel_tuning.Target) -> bool:
-    try:
-        from qwen_megakernel.build_tts import frame_digest
-    except (ImportError, OSError):  # torch is not installed, or not whole
-        return True
-    return target.digest == frame_digest(target.geometry, target.arch)
-
-
-def _absent(name: str, found: Gpus, fix: str) -> Check:
-    """A missing build tool, which only a machine with a GPU has a use for."""
-    if not found.gpus:
-        return Check(name, "skipped", "not found, and not needed without a GPU")
-    return Check(name, "warn", "not found: needed to build the megakernel", fix)
 
 
 # ---------------------------------------------------------------------------- model, disk, port

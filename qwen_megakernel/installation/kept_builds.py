@@ -1,0 +1,69 @@
+"""Built libraries in a folder: the cache, or a folder of prebuilt ones.
+
+Each has a folder of its own with the library, a checksum and the facts that it depends on. Standard
+library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, which has everything but the kernels
+    fcntl = None  # type: ignore[assignment]
+
+CAN_LOCK = fcntl is not None
+FACTS = "build.json"
+"""Beside a library: what it was built from."""
+
+
+def find(folder: Path, stem: str, name: str) -> list[Path]:
+    """Libraries of a name whose folders begin with `stem`, whole or not, the newest compiler's last."""
+    return sorted(folder.glob(f"{stem}-nvcc*/{name}.so"))
+
+
+def seal(product: Path, facts: dict[str, str]) -> None:
+    """Write beside a library what tells that it is whole, and what it was built from."""
+    _checksum_file(product).write_text(_checksum(product))
+    (product.parent / FACTS).write_text(json.dumps(facts, indent=2))
+
+
+def strip(product: Path) -> None:
+    """Leave of a build only what a server needs."""
+    for path in product.parent.iterdir():
+        if path not in (product, _checksum_file(product), product.parent / FACTS):
+            path.unlink()
+
+
+def _checksum_file(product: Path) -> Path:
+    return product.with_suffix(".sha256")
+
+
+def _checksum(product: Path) -> str:
+    return hashlib.sha256(product.read_bytes()).hexdigest()
+
+
+def is_whole(product: Path) -> bool:
+    """Whether a built library is what was built: a power cut or a full disk may leave part of it, and
+    the loader would crash on that."""
+    try:
+        return _checksum_file(product).read_bytes() == _checksum(product).encode()
+    except OSError:
+        return False
+
+
+@contextmanager
+def locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Hold an exclusive lock; it ends with the process, however that ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("another process is compiling the kernel; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,30 @@
+"""What one check of `doctor` found. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen_megakernel.tools.machine import Version
+
+Status = Literal["ok", "warn", "fail", "skipped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What one check found."""
+
+    name: str
+    status: Status
+    detail: str
+    fix: str | None = None
+
+    def lines(self) -> str:
+        """For people."""
+        line = f"{self.status.upper():<8}{self.name:<12}{self.detail}"
+        return f"{line}\n{'':<20}fix: {self.fix}" if self.fix else line
+
+
+def dotted(version: Version) -> str:
+    """`13.0` of (13, 0)."""
+    return ".".join(map(str, version))
