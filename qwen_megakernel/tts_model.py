@@ -376,6 +376,11 @@ class TTSDecoder:
         return self._engine.capacity()
 
     @property
+    def engine_cpu_s(self) -> float:
+        """Seconds of CPU time that the engine's thread has taken."""
+        return self._engine.cpu_s
+
+    @property
     def error(self) -> Exception | None:
         """What killed the engine; a decoder with an error serves nothing more."""
         return self._engine.error

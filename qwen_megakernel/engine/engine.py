@@ -135,6 +135,14 @@ class Engine:
         """Turns that hold a slot."""
         return len(self._speaking)
 
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of CPU time that the engine's thread has taken; 0 where that is not known."""
+        ident = self._thread.ident
+        if ident is None or not self._thread.is_alive() or not hasattr(time, "pthread_getcpuclockid"):
+            return 0.0
+        return time.clock_gettime(time.pthread_getcpuclockid(ident))
+
     def capacity(self) -> Capacity:
         """The load as it stands; from any thread."""
         now, speaking = time.monotonic(), list(self._speaking)

@@ -95,6 +95,7 @@ class App:
             num_active=lambda: self._server.decoder.num_active if self._server else 0,
             num_waiting=lambda: self._server.decoder.num_waiting if self._server else 0,
             num_unsent_bytes=lambda: self._sessions.unsent_bytes,
+            engine_cpu_s=lambda: self._server.decoder.engine_cpu_s if self._server else 0.0,
         )
         routes: list[BaseRoute] = [
             Route("/health", self._health),
