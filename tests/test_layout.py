@@ -30,7 +30,7 @@ SANS_IO = ("access", "wire", "native_messages", "openai_messages", "simple_messa
 """Of `serving`: standard library and each other only, so that clients can use them."""
 CORE = (
     "session", "context", "account", "events", "options", "outbox", "server_state", "open_sessions",
-    "admission", "message_rate",
+    "admission", "message_rate", "mailbox",
 )  # fmt: skip
 """Of `serving`: what every dialect translates for. It knows no wire."""
 
