@@ -310,8 +310,8 @@ class Engine:
 
     def _late_limit_s(self) -> float:
         """Seconds for which an utterance may hold a slot without text; infinity while none is needed."""
-        queued = 0 if self._num_free() else sum(a.prompt.ready for a in self._waiting)
-        return LATE_TEXT_S / queued if queued else math.inf
+        queued = sum(a.prompt.ready for a in self._waiting)
+        return LATE_TEXT_S / queued if queued and not self._num_free() else math.inf
 
     def _end_late_utterances(self) -> None:
         """Get slots back from turns whose text is late, as many as other turns need."""
@@ -351,9 +351,9 @@ class Engine:
         """Prefill the next part of a turn that speaks, else the first waiting turn that has its text
         and for which there is a slot; whether one could be served."""
         goes_on = (a for a in self._speaking if not a.prefilled and a.prompt.ready)
-        begins = (a for a in self._waiting if a.prompt.ready and self._num_free())
+        begins = (a for a in self._waiting if a.prompt.ready)
         active = next(goes_on, None) or next(begins, None)
-        if active is None:
+        if active is None or (active.slot is None and not self._num_free()):
             return False
         num_rows, now = active.prompt.num_rows - active.prompt.shared.count, time.monotonic()
         patient = active.slot is None and now - active.started_at < _PATIENCE_S
