@@ -10,7 +10,7 @@ import pytest
 from qwen_megakernel.config import FRAME_S
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
 from qwen_megakernel.engine.pace import Pace
-from qwen_megakernel.engine.schedule import HORIZON_S, Schedule
+from qwen_megakernel.engine.schedule import HORIZON_S, PATIENCE_S, Schedule
 from qwen_megakernel.turn import Turn
 
 PROMPT = SimpleNamespace(next_text_row=lambda: "a row", ended=True, ready=True, num_text_tokens=9)
@@ -87,8 +87,17 @@ def test_a_prompt_waits_while_somebody_would_run_dry():
         schedule.pace.add_tick(0.104, 2, 100)
     assert schedule.pace.tick_s == pytest.approx(0.004, rel=0.05)
     assert schedule.pace.prompt_s(100) == pytest.approx(0.1, rel=0.1)
-    assert schedule.pace.prompt_s(400) > schedule.spare_s(turns, now)
     assert schedule.spare_s([turns[2]], now) == float("inf")
+    short, long = (SimpleNamespace(num_prompt_rows=n, started_at=now) for n in (10, 400))
+    assert schedule.may_begin([short], turns, 0)
+    assert not schedule.may_begin([long], turns, 0)
+    assert not schedule.may_begin([short, long], turns, 0), "whichever is chosen"
+    assert not schedule.may_begin([short], turns, 400), "those of this tick count"
+    assert schedule.may_begin([long], [turns[2]], 400), "nobody's playback runs"
+    assert not schedule.may_begin([], turns, 0)
+    long.started_at -= PATIENCE_S
+    assert schedule.may_begin([long], turns, 0), "it has waited for long enough"
+    assert not schedule.may_begin([long], turns, 1)
 
 
 def test_voices_are_known_when_a_frame_was_full():

@@ -113,6 +113,11 @@ class ActiveTurn:
         return self.parts.current
 
     @property
+    def num_prompt_rows(self) -> int:
+        """Rows of the part's prompt that no other turn may have prefilled."""
+        return self.prompt.num_rows - self.prompt.shared.count
+
+    @property
     def params(self) -> GenerationParams:
         """The parameters of the part that is spoken."""
         params = self.request.params

@@ -52,8 +52,6 @@ LATE_TEXT_S = 1.0
 slot. While two wait it is half of this, and so on."""
 _SWEEP_S = 1.0
 """Seconds after which the engine looks at turns that cannot run: some have waited too long for text."""
-_PATIENCE_S = 0.3
-"""Seconds for which a turn waits to be prefilled while another's playback would run out meanwhile."""
 _DECODER_FAILED = "the decoder has failed; the process must be restarted"
 
 
@@ -350,22 +348,19 @@ class Engine:
     def _prefill_next(self) -> bool:
         """Prefill the next part of a turn that speaks, else the first waiting turn that has its text
         and for which there is a slot; whether one could be served."""
-        goes_on = (a for a in self._speaking if not a.prefilled and a.prompt.ready)
-        begins = (a for a in self._waiting if a.prompt.ready)
-        active = next(goes_on, None) or next(begins, None)
-        if active is None or (active.slot is None and not self._num_free()):
+        active = next((a for a in self._speaking if not a.prefilled and a.prompt.ready), None)
+        ready = [a for a in self._waiting if a.prompt.ready]
+        if active is None and self._schedule.may_begin(ready, self._speaking, self._num_prefilled):
+            active = ready[0] if self._num_free() else None
+        if active is None:
             return False
-        num_rows, now = active.prompt.num_rows - active.prompt.shared.count, time.monotonic()
-        patient = active.slot is None and now - active.started_at < _PATIENCE_S
-        prompts_s = self._schedule.pace.prompt_s(self._num_prefilled + num_rows)
-        if (patient or self._num_prefilled) and prompts_s > self._schedule.spare_s(self._speaking, now):
-            return False
-        self._num_prefilled += num_rows
+        self._num_prefilled += active.num_prompt_rows
         rows = active.prompt.rows()
         room = self._backend.max_positions - len(rows)
         if room < 1:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
             return True
+        now = time.monotonic()
         if active.slot is None:
             active.slot, active.slot_since = self._free_slots.pop(0), now
             self._reservations.reserve(active)

@@ -13,6 +13,8 @@ from qwen_megakernel.engine.pace import Pace
 FIRST_FRAME_TICKS = 2
 """A first frame goes before the next frames of turns whose playback lasts longer than so many ticks."""
 MOST_FIRST_FRAME_S = 0.05
+PATIENCE_S = 0.3
+"""Seconds for which a turn waits to be prefilled while another's playback would run out meanwhile."""
 HORIZON_S = 2.0
 """Seconds for which the engine looks ahead, when it asks whether it can hold one more voice."""
 
@@ -47,6 +49,22 @@ class Schedule:
         """Seconds until the playback of a turn that can decode would run out, less its frame's."""
         leads = (a.lead_s(now) for a in speaking if a.ready_at <= now and a.begun)
         return min(leads, default=math.inf) - FIRST_FRAME_TICKS * self.pace.tick_s
+
+    def may_begin(
+        self, waiting: Sequence[ActiveTurn], speaking: Iterable[ActiveTurn], num_prefilled: int
+    ) -> bool:
+        """Whether one of these turns may be prefilled now, whichever it is.
+
+        The longest prompt must leave everybody's playback going, or one must have waited for long
+        enough. `num_prefilled` rows were prefilled in this tick.
+        """
+        if not waiting:
+            return False
+        now = time.monotonic()
+        num_rows = num_prefilled + max(a.num_prompt_rows for a in waiting)
+        if self.pace.prompt_s(num_rows) <= self.spare_s(speaking, now):
+            return True
+        return not num_prefilled and any(now - a.started_at >= PATIENCE_S for a in waiting)
 
     def holds_one_more(self, speaking: Sequence[ActiveTurn]) -> bool:
         """Whether one more voice would leave all in real time, by what frames have taken.
