@@ -111,6 +111,15 @@ def test_voices_are_known_when_a_frame_was_full():
     assert pace.num_voices > 0.95 * 8 * FRAME_S / 0.004 / 1.5
 
 
+def test_a_pause_in_the_first_full_frame_does_not_shut_voices_out():
+    pace = Pace(8)
+    pace.add_tick(10.0, 8, 0)
+    assert pace.num_voices < 1
+    for _ in range(100):
+        pace.add_tick(0.004, 2, 0)  # two voices, and no full frame any more
+    assert pace.num_voices == pytest.approx(0.95 * 8 * FRAME_S / 0.016, rel=0.02)
+
+
 def test_one_more_voice_is_held_while_there_is_time_for_it():
     schedule = Schedule(8)
     voices = [make_turn(0.0) for _ in range(200)]

@@ -31,8 +31,11 @@ class Pace:
             self._row_s = _mean(self._row_s, max(0.0, seconds - self.tick_s) / num_rows)
         else:
             self.tick_s = _mean(self.tick_s, seconds)
-        if num_streams == self._max_batch:  # prompts are part of what voices take
-            self._full_s = _mean(self._full_s or seconds, seconds)
+        # Prompts are part of what voices take. A stream more takes no longer than those before it: so a
+        # mean that a pause has spoilt is mended also where too few are let in for a full frame.
+        at_most_s = seconds * self._max_batch / num_streams
+        if num_streams == self._max_batch or (self._full_s is not None and at_most_s < self._full_s):
+            self._full_s = _mean(self._full_s or at_most_s, at_most_s)
 
     def prompt_s(self, num_rows: int) -> float:
         """Seconds that a prompt of so many rows takes."""
