@@ -113,11 +113,6 @@ class ActiveTurn:
         return self.parts.current
 
     @property
-    def num_prompt_rows(self) -> int:
-        """Rows of the part's prompt that no other turn may have prefilled."""
-        return self.prompt.num_rows - self.prompt.shared.count
-
-    @property
     def params(self) -> GenerationParams:
         """The parameters of the part that is spoken."""
         params = self.request.params
@@ -213,6 +208,11 @@ class ActiveTurn:
     def in_real_time(self) -> bool:
         """Whether somebody listens meanwhile; otherwise it is to be as fast as possible."""
         return self.request.max_lead_s is not None
+
+    @property
+    def num_prompt_rows(self) -> int:
+        """Rows of the part's prompt that no other turn may have prefilled."""
+        return self.prompt.num_rows - self.prompt.shared.count
 
     def lead_s(self, now: float) -> float:
         """Seconds of launched audio not yet played; minus infinity before the first frame."""
