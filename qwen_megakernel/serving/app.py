@@ -32,11 +32,11 @@ from qwen_megakernel.turn import RequestError
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
 
+FEWEST_CONNECTIONS = 64
+"""Where the number follows from the slots."""
 Phase = Literal["starting", "loading", "warming_up", "ready", "draining", "failed"]
 DialectRoutes = Callable[[OpenSessions], Sequence[BaseRoute]]
 """A dialect's routes. They admit their clients to the open sessions, and let `NotAdmitted` pass."""
-FEWEST_CONNECTIONS = 64
-"""Where the number follows from the slots."""
 DIALECTS: tuple[DialectRoutes, ...] = (switch.routes, openai_speech.routes)
 
 

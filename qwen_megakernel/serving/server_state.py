@@ -35,10 +35,10 @@ class ServerState:
     """A session in which nothing is said for so long is over; 0 is no limit."""
     voice_aliases: Mapping[str, str] = field(default_factory=dict)
     """Voices of this server by names that clients of other services send."""
-    mailbox: Mailbox = field(default_factory=Mailbox)
-    """Brings the engine's events to the event loop."""
     draining: bool = False
     """The server is going down: turns go on, none may begin."""
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    """Brings the engine's events to the event loop."""
 
     def check_accepting(self) -> None:
         """Raise `RequestError` while no turn may begin."""
