@@ -52,11 +52,13 @@ __device__ __forceinline__ void keep_new_row(const Context& c, const NewRowsShar
   const FrameParams& p = c.p;
   if (warp_index() != kWarps - 1) return;
   const int position = p.streams[item.column()].position, row = position - item.rows(c).first_new;
-  if (!item.leads_to(c.scratch.items, position / kSplitPositions) || lane_index() >= 2 * kWords) return;
+  const int split = position / kSplitPositions;
+  if (!item.leads_to(c.scratch.items, split) || lane_index() >= 2 * kWords) return;
   const bool of_keys = lane_index() < kWords;
   const int word = lane_index() % kWords;
+  const ItemRows& rows = c.scratch.items[item.place() + split - item.split()];
   const int64_t at =
-      cache_at<D>(p, c.layer(), item.rows(c)) + int64_t(position) * D::kHeadDim + 8 * (word ^ swizzle(position));
+      cache_at<D>(p, c.layer(), rows) + position % kSplitPositions * D::kHeadDim + 8 * (word ^ swizzle(position));
   *reinterpret_cast<uint4*>((of_keys ? p.k_cache : p.v_cache) + at) =
       reinterpret_cast<const uint4*>((of_keys ? sh.k : sh.v)[row])[word];
 }

@@ -70,7 +70,8 @@ __device__ __forceinline__ void list_items(const FrameParams& p, Scratch& scratc
     ItemRows rows{item.bits, 0, 0, 0};  // of none, no rows
     if (item.exists()) {
       const Stream& own = p.streams[item.column()];
-      rows.head = own.slot * D::kKvHeads + item.kv_head();
+      const int of_a_slot = ceil_div(p.max_positions, kSplitPositions);
+      rows.page = item.kv_head() * p.num_pages + p.page_table[own.slot * of_a_slot + item.split()];
       rows.end = min((item.split() + 1) * kSplitPositions, own.position + 1);
       rows.first_new = p.streams[own.first].position;
     }
@@ -78,10 +79,10 @@ __device__ __forceinline__ void list_items(const FrameParams& p, Scratch& scratc
   }
 }
 
-// Where an item's keys and values begin in their caches.
+// Where an item's keys and values begin in their caches: a page holds them.
 template <class D>
 __device__ __forceinline__ int64_t cache_at(const FrameParams& p, int layer, const ItemRows& rows) {
-  return (layer * p.num_slots * D::kKvHeads + rows.head) * int64_t(p.max_positions * D::kHeadDim);
+  return (layer * p.num_pages * D::kKvHeads + rows.page) * int64_t(kSplitPositions * D::kHeadDim);
 }
 
 // Of the positions from `first` on, an item's or a warp's: those that the stream has, and those of them that are in the cache

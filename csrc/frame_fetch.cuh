@@ -86,8 +86,9 @@ struct FrameFetch : FramePlace {
     constexpr int kRowBytes = KvTile<T>::kRowBytes;
 #pragma unroll 1
     for (const ItemRows* rows = attended; AttentionItem{rows->bits}.exists(); ++rows) {
-      const int begin = AttentionItem{rows->bits}.begin(), first = begin + lane_index() * kTilePositions;
-      const int64_t at = cache_at<T>(p, layer(), *rows) * 2 + int64_t(first) * kRowBytes;
+      const int begin = AttentionItem{rows->bits}.begin(), of_lane = lane_index() * kTilePositions;
+      const int first = begin + of_lane;
+      const int64_t at = cache_at<T>(p, layer(), *rows) * 2 + of_lane * kRowBytes;
       const int bytes = max(0, min(kTilePositions, cached_rows(*rows, first))) * kRowBytes;
       ring.push(warps_with_rows(cached_rows(*rows, begin)), reinterpret_cast<const char*>(p.k_cache) + at, bytes,
                 normal);

@@ -37,7 +37,7 @@ constexpr int kMaxSplits = 32;
 // consecutive rows of one stream.
 struct Stream {
   int slot;          // of the KV cache and the sampling state
-  int position;      // of the row in the slot's KV cache
+  int position;      // of the row in the slot's keys and values
   int first;         // the first column that holds a row of the same stream
   int frame;         // counts the stream's frames, for the draws
   int suppress_eos;  // 1 before the minimum length
@@ -74,9 +74,10 @@ struct FrameParams {
   const __nv_bfloat16* projected_embeddings;  // [15][predictor vocab][predictor hidden], of codes 0..14
   const __nv_bfloat16* projection_bias;       // [predictor hidden]
 
-  __nv_bfloat16* k_cache;  // [layers][slots][kv_heads][positions][head_dim], rows in the order of swizzle()
+  __nv_bfloat16* k_cache;  // [layers][kv_heads][pages][kSplitPositions][head_dim], rows in the order of swizzle()
   __nv_bfloat16* v_cache;
-  int num_slots, max_positions;
+  const int* page_table;  // [slots][splits of max_positions], the page of each; of a slot's own positions
+  int num_slots, num_pages, max_positions;
   __nv_bfloat16* predictor_kv;  // [layers][streams][kv_heads][2][16][head_dim], scratch of one frame
 
   const float* text_rows;   // [columns][talker hidden], added to the rows fed now

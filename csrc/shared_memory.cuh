@@ -25,7 +25,7 @@ constexpr int kPredictorAttentionTile = 2;
 // What a CTA must know of one of its items of the talker's attention (AttentionItem), the same in all layers.
 struct alignas(16) ItemRows {
   uint32_t bits;
-  int head;       // of the cache: slot * kv_heads + kv_head
+  int page;       // of the cache, among those of all heads: kv_head * num_pages + page
   int end;        // the position after its last
   int first_new;  // from here on, rows come from the exchange
 };

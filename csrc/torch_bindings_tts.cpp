@@ -43,6 +43,10 @@ class Tensors {
     TORCH_CHECK(tensors_.contains("k_cache"), "tensor k_cache is missing");
     device_ = tensors_.at("k_cache").device();
   }
+  int64_t count(const std::string& name) const {
+    TORCH_CHECK(tensors_.contains(name), "tensor ", name, " is missing");
+    return tensors_.at(name).numel();
+  }
   template <class X>
   X* take(const std::string& name, const Expected& expected) const {
     TORCH_CHECK(tensors_.contains(name), "tensor ", name, " is missing");
@@ -133,7 +137,12 @@ class FrameKernel : public torch::CustomClassHolder {
 
   void take_state() {
     using bf16 = __nv_bfloat16;
-    const int64_t cache = int64_t(T::kLayers) * p_.num_slots * T::kKvHeads * p_.max_positions * T::kHeadDim;
+    constexpr int64_t kPage = int64_t(T::kLayers) * T::kKvHeads * kSplitPositions * T::kHeadDim;
+    const int64_t pages = tensors_.count("k_cache") / kPage, cache = pages * kPage;
+    TORCH_CHECK(pages >= 1 && pages * T::kKvHeads * T::kLayers < INT32_MAX, "the cache has ", pages, " pages");
+    p_.num_pages = int(pages);
+    p_.page_table = tensors_.take<int>("page_table",
+                                       {at::kInt, int64_t(p_.num_slots) * ceil_div(p_.max_positions, kSplitPositions)});
     constexpr int64_t kPredictorKv = int64_t(P::kLayers) * kMaxColumns * P::kKvHeads * 2 * kNumCodebooks * P::kHeadDim;
     p_.k_cache = tensors_.take<bf16>("k_cache", {at::kBFloat16, cache});
     p_.v_cache = tensors_.take<bf16>("v_cache", {at::kBFloat16, cache});

@@ -1,9 +1,10 @@
 """`python -m qwen_megakernel bench`: how fast it is on this machine, as tables and as JSON.
 
 Three parts: the frame kernel beside what bounds it (`bench.frame_kernel`), decode and codec alone
-(`bench.parts`), and turns through a real server and socket (`bench.turns`). Weights are random
-unless a checkpoint is named: speed does not depend on them. With `--against` it compares this tree with
-another version instead (`bench.against`).
+(`bench.parts`), and turns through a real server and socket (`bench.turns`). A fourth is measured only
+when it is named: a server under load (`bench.load`). Weights are random unless a checkpoint is named:
+speed does not depend on them. With `--against` it compares this tree with another version instead
+(`bench.against`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import torch
 
 from qwen_megakernel.bench import against as bench_against
 from qwen_megakernel.bench import frame_kernel as bench_kernel
+from qwen_megakernel.bench import load as bench_load
+from qwen_megakernel.bench import load_options, load_report
 from qwen_megakernel.bench import parts as bench_parts
 from qwen_megakernel.bench import turns as bench_server
 from qwen_megakernel.bench.frame_kernel import PARTS, POSITIONS, REPEATS, STREAMS
@@ -37,6 +40,7 @@ from qwen_megakernel.tools.machine import usable_cores
 from qwen_megakernel.tts_model import choose_device
 
 WHAT = ("kernel", "parts", "server")
+"""Measured where `--parts` names none; `load` must be named."""
 SLOW_TURNS = 5
 """Of each kind for the torch backend on a GPU, whose frames take ten times as long as the kernel's."""
 ORIGINAL = {"ttfc": "50", "rtf": "0.15-0.25", "step": "55"}
@@ -124,6 +128,17 @@ def run_turns(
     )
 
 
+def run_load(
+    args: argparse.Namespace, device: torch.device, folder: Path, backend: str
+) -> Iterator[dict[str, Any]]:
+    """The server under load for one backend, run by run."""
+    plan = load_options.plan_of(args, device.type == "cpu")
+    for found in bench_load.run(folder, backend, device=str(device), plan=plan, report=tell):
+        if args.plot is not None:
+            args.plot.write_text(load_report.plot(found))
+        yield found
+
+
 def run_against(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """The comparison with another version, row by row."""
     if args.model is not None:
@@ -163,7 +178,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
             yield found
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if not {"parts", "server"} & set(args.parts):
+    if not {"parts", "server", "load"} & set(args.parts):
         return
     with checkpoint_folder(args) as folder:
         if "parts" in args.parts:
@@ -175,6 +190,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
             found["server"] = []
             for name in args.backends:
                 found["server"].append(run_turns(args, device, folder, name))
+                yield found
+        if "load" in args.parts:
+            for found["load"] in run_load(args, device, folder, args.backends[0]):
                 yield found
 
 
@@ -265,6 +283,11 @@ def server_table(servers: Sequence[dict[str, Any]], parts: Sequence[dict[str, An
     return table(header, rows)
 
 
+def load_table(load: dict[str, Any]) -> str:
+    """Runs of the load part, and what must be known about them."""
+    return "\n\n".join([table(load_report.HEADER, load_report.rows(load)), *load_report.notes(load)])
+
+
 def against_table(against: dict[str, Any]) -> str:
     """Codes and speech in a line each, then the figures."""
     lines = [
@@ -303,6 +326,8 @@ def tables(found: dict[str, Any]) -> str:
         blocks.append(parts_table(found["parts"]))
     if found.get("server"):
         blocks.append(server_table(found["server"], found.get("parts", [])))
+    if found.get("load"):
+        blocks.append(load_table(found["load"]))
     return "\n\n".join(blocks)
 
 
@@ -357,7 +382,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
-        "--parts", type=_names(*WHAT), default=WHAT, metavar="LIST", help=f"of {','.join(WHAT)}"
+        "--parts",
+        type=_names(*WHAT, "load"),
+        default=WHAT,
+        metavar="LIST",
+        help=f"of {','.join(WHAT)},load; default: all but load",
     )
     parser.add_argument(
         "--backends",
@@ -384,6 +413,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--turns", type=_count, default=200, metavar="N", help="of each kind, default 200"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    load_options.add_arguments(parser)
     against = parser.add_argument_group(
         "comparison", "Exit status 1 if codes differ or a figure is beyond a limit."
     )

@@ -25,11 +25,12 @@ from torch import nn
 from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, resolve
 from qwen_megakernel.codec.decoder import CodecDecoder
 from qwen_megakernel.codec.encoder import CodecEncoder
-from qwen_megakernel.config import SAMPLE_RATE, SAMPLINGS, ConfigError, GenerationParams
+from qwen_megakernel.config import SAMPLE_RATE, SAMPLINGS, GenerationParams
 from qwen_megakernel.engine.active_turn import TurnRequest
 from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
 from qwen_megakernel.engine.capacity import Capacity
 from qwen_megakernel.engine.engine import Engine
+from qwen_megakernel.engine.memory import CacheSizes, choose_sizes
 from qwen_megakernel.model.generation_config import read_generation_config
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.builder import PromptBuilder
@@ -87,7 +88,7 @@ class TTSDecoder:
         backend: str,
         device: torch.device,
         dtype: torch.dtype,
-        num_slots: int,
+        sizes: CacheSizes,
         max_positions: int,
         params: GenerationParams,
         text_cleaning: bool,
@@ -128,12 +129,14 @@ class TTSDecoder:
         self._prompts = PromptBuilder(talker, config, tokenizer.result(), clean_text=text_cleaning)
         decoder = backends.make_decoder(
             talker,
-            num_slots=num_slots,
-            max_positions=min(max_positions, config.talker.max_positions),
+            num_slots=sizes.num_slots,
+            num_pages=sizes.num_pages,
+            max_positions=max_positions,
         )
+        progress(f"reserved {sizes}")
         self._engine = Engine(
             decoder,
-            backends.make_codec(codec, num_slots, decoder.max_batch),
+            backends.make_codec(codec, sizes.num_slots, decoder.max_batch),
             self._prompts,
             eos_id=config.talker.codec_eos_id,
             cpu_threads=1 if small else None,
@@ -155,7 +158,8 @@ class TTSDecoder:
         backend: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
-        num_slots: int = 16,
+        num_slots: int | None = None,
+        memory: int | None = None,
         max_positions: int = 3072,
         sampling: str = "original",
         text_cleaning: bool = True,
@@ -170,8 +174,9 @@ class TTSDecoder:
             backend: `auto`, `torch` or `megakernel`.
             device: `auto`, `cpu`, `cuda`, `cuda:N`.
             dtype: `auto`, `bf16`, `fp32`.
-            num_slots: turns that can speak at a time; as many of them as the backend takes share a
-                frame.
+            num_slots: turns that can speak at a time; None is as many as fit, on a CPU 16.
+            memory: bytes for keys, values and the codec's state; None is 5.8 GB. A turn begins when
+                there is memory for all that it may come to need.
             max_positions: prompt rows plus frames of one turn (12.5 frames a second).
             sampling: what turns draw with that choose nothing: `original` (the talker at temperature
                 0.3 and top-k 15) or `checkpoint` (its `generation_config.json`; the released ones say
@@ -190,7 +195,7 @@ class TTSDecoder:
             raise CheckpointError(f"backend is {backend!r}, allowed: {', '.join(BACKENDS)}")
         chosen = choose_device(device)
         precision = choose_dtype(dtype, chosen)
-        if num_slots < 1:
+        if num_slots is not None and num_slots < 1:
             raise CheckpointError(f"num_slots is {num_slots}, allowed: at least 1")
         if sampling not in SAMPLINGS:
             raise CheckpointError(f"sampling is {sampling!r}, allowed: {', '.join(SAMPLINGS)}")
@@ -200,7 +205,16 @@ class TTSDecoder:
             params = GenerationParams()
             if sampling == "checkpoint":
                 params = read_generation_config(checkpoint.folder)
-        except ConfigError as error:
+            max_positions = min(max_positions, checkpoint.config.talker.max_positions)
+            sizes = choose_sizes(
+                checkpoint.config,
+                precision,
+                max_positions=max_positions,
+                num_slots=num_slots,
+                memory=memory,
+                on_cpu=chosen.type == "cpu",
+            )
+        except ValueError as error:
             raise CheckpointError(str(error)) from None
         try:
             return cls(
@@ -208,7 +222,7 @@ class TTSDecoder:
                 backend=backend,
                 device=chosen,
                 dtype=precision,
-                num_slots=num_slots,
+                sizes=sizes,
                 max_positions=max_positions,
                 params=params,
                 text_cleaning=text_cleaning,
@@ -216,8 +230,7 @@ class TTSDecoder:
                 progress=report,
             )
         except torch.OutOfMemoryError as error:
-            refusal = memory_refusal(chosen, checkpoint.config, num_slots, max_positions)
-            raise CheckpointError(refusal) from error
+            raise CheckpointError(memory_refusal(chosen, sizes)) from error
 
     # -- voices -----------------------------------------------------------------------------
 
@@ -371,9 +384,19 @@ class TTSDecoder:
         """Turns that wait for a slot or for their first text."""
         return self._engine.num_waiting
 
+    @property
+    def num_slots(self) -> int:
+        """Turns that can hold a slot."""
+        return self._engine.num_slots
+
     def capacity(self) -> Capacity:
         """What the engine can take now; from any thread."""
         return self._engine.capacity()
+
+    @property
+    def engine_cpu_s(self) -> float:
+        """Seconds of CPU time that the engine's thread has taken."""
+        return self._engine.cpu_s
 
     @property
     def error(self) -> Exception | None:

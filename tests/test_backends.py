@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from qwen_megakernel.decoding.graph_backend import GraphBackend
 from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.engine import backends as backends_module
 from qwen_megakernel.engine.backends import Backends, memory_refusal
+from qwen_megakernel.engine.memory import DEFAULT_BYTES, choose_sizes
 from qwen_megakernel.installation import build_environment
 from qwen_megakernel.installation.kernel_tuning import Setting, Tuning
 from qwen_megakernel.model.talker import Talker
@@ -254,9 +256,33 @@ def test_no_such_backend(config):
 
 def test_memory_is_named_in_gigabytes(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (200_000_000, 8_000_000_000))
-    said = memory_refusal(GPU, shape_config("0.6b"), num_slots=16, max_positions=3072)
-    assert "0.2 of 8.0 GB are left, and 16 slots take 5.6 GB" in said
-    assert "--num-slots" in said
+    sizes = choose_sizes(shape_config("0.6b"), BF16, max_positions=3072, num_slots=16)
+    said = memory_refusal(GPU, sizes)
+    assert "0.2 of 8.0 GB are left, and the caches take 5.8 GB" in said
+    assert "--memory" in said
+
+
+@pytest.mark.parametrize("shape", ["0.6b", "1.7b"])
+def test_slots_and_pages_are_what_fits(shape):
+    config, full = shape_config(shape), 12  # pages of a turn of 3072 positions
+    sizes = partial(choose_sizes, config, BF16, max_positions=3072)
+    assert (sizes(num_slots=16).num_slots, sizes(num_slots=16).num_pages) == (16, 16 * full)
+    assert sizes(num_slots=4).num_pages == 4 * full, "no more than all slots can need"
+    by_memory = sizes()
+    assert 80 <= by_memory.num_slots <= 100
+    assert by_memory.num_pages >= 2 * by_memory.num_slots
+    assert DEFAULT_BYTES - by_memory.page_bytes < by_memory.num_bytes <= DEFAULT_BYTES
+    many = sizes(num_slots=512, memory=40 * 10**9)
+    assert many.num_pages >= 2 * 512, "512 turns of 512 positions, codec state included"
+    assert many.num_bytes <= 40 * 10**9
+    assert sizes(on_cpu=True).num_slots == 16
+    assert sizes(on_cpu=True, memory=10**9).num_slots < 16
+    with pytest.raises(ValueError, match=r"512 slots and one turn of 3072 positions need 4\.86 GB, and"):
+        sizes(num_slots=512, memory=4 * 10**9)
+
+
+def test_small_models_get_no_thousands_of_slots():
+    assert choose_sizes(shape_config("tiny"), BF16, max_positions=3072).num_slots == 256
 
 
 # ---------------------------------------------------------------------------- builds

@@ -24,7 +24,8 @@ from qwen_megakernel.bench.frame_kernel import (
     part_of,
     parts_of,
 )
-from qwen_megakernel.bench.turns import CHARS, SENTENCE, Player, Spread, mixed_texts
+from qwen_megakernel.bench.player import SENTENCE, Player
+from qwen_megakernel.bench.turns import CHARS, Spread, mixed_texts
 from qwen_megakernel.decoding.frame_schedule import parse_exchanges
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.synth.config import shape_config

@@ -56,3 +56,28 @@ def test_a_turn_that_is_cancelled_at_once_costs_no_prompt(tts, monkeypatch):
     assert len(opened) == 1
     first.cancel()
     wait_idle(tts)
+
+
+def test_a_turn_waits_while_the_voices_that_speak_fill_all_frames(tts):
+    """Slots are free, but by what full frames have taken, one more voice would make others run dry."""
+    pace, first, second = tts._engine._schedule.pace, Listener(), Listener()
+    turn = tts.open_turn(TEXT, sink=first, ended=True, params=LONG, max_lead_s=10.0)
+    first.wait_for_audio()
+    turn.hold(True)
+    pace._full_s = 60.0  # a hundredth of a voice
+    while tts._engine._speaking[0].ready_at < time.monotonic():  # who is held needs no frame
+        time.sleep(0.001)
+    assert tts.capacity().num_free == 3
+    turn.hold(False)
+    while tts.capacity().num_free:
+        time.sleep(0.001)
+    assert tts.capacity().num_slots == 1, "as many as speak"
+    waiting = tts.open_turn(TEXT, sink=second, ended=True, params=LONG)
+    while tts._engine._opened or not tts.num_waiting:
+        time.sleep(0.001)
+    assert (tts.num_active, second.events) == (1, [])
+    turn.cancel()
+    second.wait_for_audio()
+    waiting.cancel()
+    pace._full_s = None
+    wait_idle(tts)

@@ -12,6 +12,7 @@ import torch
 
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, SamplingParams
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
+from qwen_megakernel.decoding.pages import runs_of
 from qwen_megakernel.model.sampling import SamplingBatch, draw, gumbel_noise, process_logits, split_seed
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config
@@ -236,6 +237,36 @@ def test_codes_are_the_same_alone_in_company_in_any_slot_on_any_grid(shape, grid
             alone = generate(kernel, list(range(11, 11 + n)), prompts, text, 4, params)
             assert torch.equal(alone, expected[:, :n]), f"{n} streams"
     assert len(expected.unique()) > 100
+
+
+@pytest.mark.parametrize("shape", ["tiny", "0.6b"])
+def test_codes_do_not_depend_on_which_pages_a_slot_has(shape):
+    """Prompts of one to four pages, whose last frames are the first rows of a new page."""
+    config = shape_config(shape)
+    talker = random_talker(config, "cuda")
+    generator = torch.Generator("cuda").manual_seed(4)
+    lengths = [765, 253, 509, 30]
+    prompts = [
+        torch.randn(k, config.talker.hidden_size, device="cuda", generator=generator) for k in lengths
+    ]
+    text = torch.randn(8, len(lengths), config.talker.hidden_size, device="cuda", generator=generator)
+    params = [GenerationParams(seed=seed) for seed in range(len(lengths))]
+    plain = make_kernel(shape, talker, num_slots=8, max_positions=1024)
+    expected = generate(plain, [0, 1, 2, 3], prompts, text, 8, params)
+    scarce = make_kernel(shape, talker, num_slots=8, max_positions=1024, num_pages=11)
+    cache = scarce.kv_cache
+    for slot in range(8):
+        cache.reserve(slot, 1)
+    for slot in (1, 3, 5, 7):
+        cache.free(slot)
+    cache.reserve(1, 300)
+    cache.reserve(3, 600)
+    for slot in (0, 2, 4, 6):
+        cache.free(slot)
+    for slot, length in ((5, 800), (7, 40)):
+        cache.reserve(slot, length)
+    assert len(runs_of(cache._pages.of(5))) > 1
+    assert torch.equal(generate(scarce, [5, 1, 3, 7], prompts, text, 8, params), expected)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "0.6b"])

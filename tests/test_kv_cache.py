@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.decoding.kv_cache import KvCache, plain, swizzled
+from qwen_megakernel.decoding.pages import PAGE_POSITIONS
 from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config
@@ -106,11 +107,12 @@ def test_slots_do_not_disturb_each_other(cache):
 
 def test_both_layouts_take_the_bytes_that_are_reported(cache):
     allocated = sum(tensor.nbytes for tensor in cache.tensors.values())
-    assert KvCache.num_bytes(CONFIG, SLOTS, POSITIONS, torch.bfloat16) == allocated
+    assert cache.num_pages == SLOTS  # each slot needs one
+    assert KvCache.num_bytes(CONFIG, SLOTS * PAGE_POSITIONS, torch.bfloat16) == allocated
     assert all(tensor.is_contiguous() for tensor in cache.tensors.values())
     # Two bytes, keys and values.
     row = 2 * 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim
-    assert allocated == SLOTS * POSITIONS * row
+    assert allocated == SLOTS * PAGE_POSITIONS * row
 
 
 def test_the_kernel_s_layout_is_the_swizzle_of_the_plain_one():
@@ -120,6 +122,8 @@ def test_the_kernel_s_layout_is_the_swizzle_of_the_plain_one():
     ]
     keys, values = random_rows(POSITIONS)
     for cache in caches:
+        for tensor in cache.tensors.values():
+            tensor.zero_()
         cache.store(0, 0, keys[:, :, :5], values[:, :, :5])
         cache.store(0, 5, keys[:, :, 5:], values[:, :, 5:])
     for name, in_order in caches[0].tensors.items():

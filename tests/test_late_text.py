@@ -12,6 +12,8 @@ from listener import Listener, wait_idle
 from qwen_megakernel import GenerationParams, TTSDecoder
 from qwen_megakernel.engine import engine
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
+from qwen_megakernel.engine.reservations import Reservations
+from qwen_megakernel.engine.schedule import Schedule
 from qwen_megakernel.prompt.builder import Prompt
 from qwen_megakernel.turn import Audio, Started, Turn
 
@@ -161,6 +163,14 @@ def test_a_part_that_is_not_begun_is_not_cut_when_its_slot_is_needed(tts, texts,
     assert texts[number].endswith("And so it ends.")
 
 
+class Hashable(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+BACKEND = SimpleNamespace(max_positions=64, kv_cache=SimpleNamespace(can_reserve=lambda positions: True))
+"""Pages enough."""
+
+
 @pytest.mark.parametrize(
     ("free", "queued", "limit_s"), [(1, 5, math.inf), (0, 0, math.inf), (0, 1, 1), (0, 4, 0.25)]
 )
@@ -171,13 +181,14 @@ def test_the_more_turns_wait_the_sooner_a_slot_is_given_back(free, queued, limit
 
     idle = object.__new__(engine.Engine)  # no thread
     idle._free_slots, idle._waiting = [0] * free, [Ready()] * queued
+    idle._reservations, idle._schedule, idle._speaking = Reservations(BACKEND), Schedule(8), []
     assert idle._late_limit_s() == limit_s * engine.LATE_TEXT_S
 
 
 @pytest.mark.parametrize("has_text", [True, False])
 def test_a_turn_whose_text_is_there_and_not_taken_is_not_late(has_text):
     cuts = []
-    late = SimpleNamespace(
+    late = Hashable(
         text_late=True,
         turn=SimpleNamespace(has_text=has_text),
         late_for_s=lambda now: 60.0,
@@ -188,6 +199,7 @@ def test_a_turn_whose_text_is_there_and_not_taken_is_not_late(has_text):
     busy = object.__new__(engine.Engine)  # no thread
     busy._free_slots, busy._speaking = [], [late]
     busy._waiting = [SimpleNamespace(prompt=SimpleNamespace(ready=True))]
+    busy._reservations, busy._schedule = Reservations(BACKEND), Schedule(8)
     busy._end_late_utterances()
     assert cuts == ([] if has_text else ["cut"])
 

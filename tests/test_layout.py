@@ -30,7 +30,7 @@ SANS_IO = ("access", "wire", "native_messages", "openai_messages", "simple_messa
 """Of `serving`: standard library and each other only, so that clients can use them."""
 CORE = (
     "session", "context", "account", "events", "options", "outbox", "server_state", "open_sessions",
-    "admission", "message_rate",
+    "admission", "message_rate", "mailbox",
 )  # fmt: skip
 """Of `serving`: what every dialect translates for. It knows no wire."""
 
@@ -185,8 +185,9 @@ def client_stands_alone(root: Path) -> Iterator[str]:
 
 
 def asyncio_stays_outside(root: Path) -> Iterator[str]:
+    """The server and the clients of the bench have event loops; nothing below them knows of one."""
     for path in python_files(root, PACKAGE, "server.py"):
-        inside = path.relative_to(root).parts[1:2] == ("serving",)
+        inside = path.relative_to(root).parts[1:2] in (("serving",), ("bench",))
         if not inside and top_level(imports_of(path, root)) & {"asyncio", "anyio"}:
             yield f"{path.relative_to(root)} imports asyncio"
 

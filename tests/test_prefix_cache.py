@@ -7,7 +7,7 @@ import torch
 
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.decoding.kv_cache import KvCache
-from qwen_megakernel.decoding.prefix_cache import CAPACITY, PrefixCache
+from qwen_megakernel.decoding.prefix_cache import CAPACITY, MAX_ROWS, PrefixCache
 from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.synth.checkpoint import random_talker
@@ -59,3 +59,15 @@ def test_the_least_recently_used_beginning_goes_first():
     cache.keep(0, SharedRows(CAPACITY, 2))
     assert cache.restore(0, SharedRows(0, 2))
     assert not cache.restore(0, SharedRows(1, 2))
+
+
+def test_long_beginnings_are_kept_within_a_bound():
+    config, device = shape_config("tiny").talker, torch.device("cpu")
+    rows = MAX_ROWS // 4
+    cache = PrefixCache(KvCache(config, 1, MAX_ROWS + 1, dtype=torch.bfloat16, device=device))
+    for key in range(5):
+        cache.keep(0, SharedRows(key, rows))
+    assert [cache.restore(0, SharedRows(key, rows)) for key in range(5)] == [False, *[True] * 4]
+    cache.keep(0, SharedRows(5, MAX_ROWS + 1))
+    assert not cache.restore(0, SharedRows(4, rows))
+    assert cache.restore(0, SharedRows(5, MAX_ROWS + 1))

@@ -118,7 +118,7 @@ def frame_bytes(config: ModelConfig, streams: int, position: int) -> int:
     weights -= (NUM_CODEBOOKS - 2) * qkv_rows(p) * (p.hidden_size - streams)
     if t.hidden_size != p.hidden_size:
         weights += t.hidden_size * p.hidden_size
-    return 2 * weights + KvCache.num_bytes(t, streams, position, torch.bfloat16)
+    return 2 * weights + KvCache.num_bytes(t, streams * position, torch.bfloat16)
 
 
 # --- measuring ---------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 from websockets.sync.client import ClientConnection, connect
 
+from qwen_megakernel.bench.player import CHARS_PER_S, SENTENCE, Player, make_text
 from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.native_messages import (
     AudioChunk,
@@ -35,16 +36,9 @@ from qwen_megakernel.serving.native_messages import (
 )
 from qwen_megakernel.tools.demo import running_server
 
-SENTENCE = "The train to the coast leaves at nine, so please be on time."
-"""Of 60 characters: the text of the TTFC line."""
-WORDS = SENTENCE.replace(",", "").replace(".", "").lower().split()
 CHARS = (20, 140)
 """Lengths of the mixed turns' texts: at most 9.3 s of speech, so that no turn runs into the server's
 limit of 10 s ahead of real time."""
-CHARS_PER_S = 15
-"""How fast English is spoken, about."""
-AUDIBLE_RMS = 10 ** (-50 / 20)
-_WINDOW = SAMPLE_RATE // 100
 TURN_S = 120.0
 
 Report = Callable[[str], None]
@@ -86,32 +80,6 @@ class Spread:
         """Percentiles with linear interpolation between neighbours; of at least one value."""
         p50, p95, p99 = (float(p) for p in np.percentile(values, (50, 95, 99)))
         return cls(p50, p95, p99, len(values))
-
-
-class Player:
-    """Plays from the first chunk on, as it comes: when is something heard, how often is it dry."""
-
-    def __init__(self) -> None:
-        self.first_at: float | None = None
-        self.audible_at: float | None = None
-        self.num_samples = 0
-        self.underruns = 0
-        self._dry_at = 0.0
-
-    def add(self, samples: np.ndarray, now: float) -> None:
-        """Take a chunk, int16 [n], received at `now` (seconds of any clock)."""
-        if self.first_at is None:
-            self.first_at = self._dry_at = now
-        elif now > self._dry_at:
-            self.underruns += 1
-            self._dry_at = now
-        if self.audible_at is None:
-            windows = samples[: len(samples) // _WINDOW * _WINDOW].reshape(-1, _WINDOW) / 32768
-            loud = np.flatnonzero(np.sqrt(np.mean(np.square(windows), axis=1)) > AUDIBLE_RMS)
-            if len(loud):
-                self.audible_at = self._dry_at + loud[0] * _WINDOW / SAMPLE_RATE
-        self.num_samples += len(samples)
-        self._dry_at += len(samples) / SAMPLE_RATE
 
 
 class BenchClient:
@@ -188,13 +156,7 @@ def write_voice(path: Path, seconds: float = 3.0) -> None:
 def mixed_texts(count: int, seed: int = 0) -> list[str]:
     """Texts of `CHARS` characters, the same for every backend."""
     choose = random.Random(seed)
-    texts = []
-    for _ in range(count):
-        length, text = choose.randint(*CHARS), choose.choice(WORDS).capitalize()
-        while len(text) < length - 1:
-            text += " " + choose.choice(WORDS)
-        texts.append(text[: length - 1].rstrip() + ".")
-    return texts
+    return [make_text(choose, *CHARS) for _ in range(count)]
 
 
 def summary(turns: Sequence[TurnFigures]) -> dict[str, Any]:

@@ -38,6 +38,9 @@ from qwen_megakernel.config import HOP, NUM_CODEBOOKS
 
 __all__ = ["CudaCodecStream", "batch_sizes"]
 
+BLOCKS_FROM = 16
+"""Streams from which the host waits for samples without spinning, as `kernel_backend` does for codes."""
+
 
 # ---------------------------------------------------------------------------- csrc/codec_params.h
 
@@ -238,11 +241,15 @@ class _HostBuffers:
     def __init__(self, streams: int) -> None:
         self.slots = torch.zeros(streams, dtype=torch.int32, pin_memory=True)
         self.pcm = torch.zeros(streams, HOP, pin_memory=True)
-        self.copied = torch.cuda.Event()
+        self._copied = {blocks: torch.cuda.Event(blocking=blocks) for blocks in (False, True)}
+
+    def copied(self, streams: int) -> torch.cuda.Event:
+        """What says that the samples of so many streams are here."""
+        return self._copied[streams >= BLOCKS_FROM]
 
     def take(self, streams: int) -> np.ndarray:
         """Wait, and copy the samples out."""
-        self.copied.synchronize()
+        self.copied(streams).synchronize()
         return self.pcm[:streams].numpy().copy()
 
 
@@ -335,8 +342,8 @@ class CudaCodecStream:
             self._launcher.input[:streams, 1:].copy_(codes)
             self._graphs[size].replay()
             host.pcm[:streams].copy_(self._plan.pcm[:streams], non_blocking=True)
-            host.copied.record()
-        return LaunchedAudio(host.copied.query, lambda: host.take(streams))
+            host.copied(streams).record()
+        return LaunchedAudio(host.copied(streams).query, lambda: host.take(streams))
 
     def _write_slots(self, slots: list[int], host: _HostBuffers) -> None:
         if slots != self._slots:

@@ -70,12 +70,13 @@ class GraphBackend(TorchBackend):
         num_slots: int | None = None,
         max_positions: int = 3072,
         max_batch: int = 8,
+        num_pages: int | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         """Join the weights, allocate everything and, on a GPU, capture the graphs.
 
         Args:
-            talker, talker_config, predictor_config, num_slots, max_positions, max_batch: see
+            talker, talker_config, predictor_config, num_slots, max_positions, max_batch, num_pages: see
                 `TorchBackend`.
             progress: told how long the capture takes.
 
@@ -90,6 +91,7 @@ class GraphBackend(TorchBackend):
             num_slots=num_slots,
             max_positions=max_positions,
             max_batch=max_batch,
+            num_pages=num_pages,
         )
         self._on_gpu = self._device.type == "cuda"
         started = time.monotonic()

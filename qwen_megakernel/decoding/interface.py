@@ -22,6 +22,7 @@ from typing import Protocol
 from torch import Tensor
 
 from qwen_megakernel.config import GenerationParams
+from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.prompt.shared_rows import SharedRows
 
 
@@ -49,6 +50,9 @@ class DecoderBackend(Protocol):
     """The most streams that one frame decodes."""
     max_positions: int
     """Prompt rows plus frames that a slot can hold."""
+    kv_cache: KvCache
+    """A slot's pages may be reserved before its stream begins; they are the slot's until they are freed.
+    A stream without a reservation takes pages for `max_positions`, until its release."""
 
     def prefill(
         self, slot: int, rows: Tensor, params: GenerationParams, shared: SharedRows | None = None
@@ -100,10 +104,9 @@ def check_prefill(
         raise ValueError(f"slot {slot} is in use")
     if rows.ndim != 2 or rows.shape[1] != hidden:
         raise ValueError(f"rows is {list(rows.shape)}, expected [p, {hidden}]")
-    if not 1 <= rows.shape[0] < backend.max_positions:
-        raise ValueError(
-            f"the prompt has {rows.shape[0]} rows, allowed: 1 to {backend.max_positions - 1}"
-        )
+    room = backend.kv_cache.room(slot) or backend.max_positions
+    if not 1 <= rows.shape[0] < room:
+        raise ValueError(f"the prompt has {rows.shape[0]} rows, allowed: 1 to {room - 1}")
     if shared and not 0 <= shared.count < rows.shape[0]:
         raise ValueError(f"{shared.count} rows are shared, allowed: 0 to {rows.shape[0] - 1}")
 
@@ -130,8 +133,8 @@ def check_decode(
     for slot in slots:
         if slot not in streams:
             raise ValueError(f"slot {slot} is not in use")
-        if streams[slot].position >= backend.max_positions:
-            raise ValueError(f"slot {slot} is full: {backend.max_positions} positions")
+        if streams[slot].position >= (room := backend.kv_cache.room(slot)):
+            raise ValueError(f"slot {slot} is full: {room} positions")
     expected = (len(slots), hidden)
     if tuple(text_rows.shape) != expected:
         raise ValueError(f"text_rows is {list(text_rows.shape)}, expected {list(expected)}")

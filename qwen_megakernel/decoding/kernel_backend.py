@@ -50,6 +50,9 @@ _NOT_A_NUMBER = 2
 """The watchdog's state after a value that an exchange cannot carry (csrc/dense_words.cuh)."""
 _FIRST_EPOCH = 2
 """Cleared packets have the tag 0, and a wide frame's first rows the tag before its epoch."""
+_BLOCKS_FROM = 16
+"""Streams of a frame from which the host waits for its codes without spinning: a core is then worth more
+than the tens of microseconds that it takes to wake up."""
 _MAX_SPINS = 4_000_000
 """Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
 
@@ -106,6 +109,7 @@ class MegakernelBackend:
         library: Path,
         num_slots: int | None = None,
         max_positions: int = 3072,
+        num_pages: int | None = None,
         grid: int | None = None,
         l2_share: float | None = None,
         max_spins: int = _MAX_SPINS,
@@ -118,6 +122,7 @@ class MegakernelBackend:
             library: from `build_tts.build`.
             num_slots: streams that can be live; None is `max_batch`.
             max_positions: prompt rows plus frames of a stream, at most MAX_POSITIONS.
+            num_pages: of the cache; None is as many as all slots can need.
             grid: CTAs of a launch, from 8 to one an SM; None is as many as there are SMs.
                 Fewer than 64 hold shorter streams: 8 CTAs hold 1024 positions.
             l2_share: part of L2 that keeps weights of the predictor; None is `DEFAULT_L2_SHARE`.
@@ -151,6 +156,7 @@ class MegakernelBackend:
             dtype=torch.bfloat16,
             device=self._device,
             layout=swizzled,
+            num_pages=num_pages,
         )
         self._tensors = packed | self.kv_cache.tensors | self._reserve()
         self._prefixes = PrefixCache(self.kv_cache)
@@ -158,7 +164,8 @@ class MegakernelBackend:
         self._max_spins = max_spins
         self._epoch, self._num_tags = _FIRST_EPOCH, self._ops.num_tags()
         self._codes_host = torch.zeros(self.max_batch, NUM_CODEBOOKS, dtype=torch.int32, pin_memory=True)
-        self._copied = torch.cuda.Event()
+        self._copied = {blocks: torch.cuda.Event(blocking=blocks) for blocks in (False, True)}
+        """When the codes of a frame are on the host; by whether the host's wait for it blocks."""
         self.load_kernel(library, Setting(grid=grid, l2_share=l2_share))
 
     def load_kernel(self, library: Path, setting: Setting) -> None:
@@ -250,6 +257,7 @@ class MegakernelBackend:
 
         return {
             "predictor_kv": zeros(*scratch, dtype=torch.bfloat16),
+            "page_table": self.kv_cache.page_table,
             "next_rows": zeros(self.num_slots, c.hidden_size, dtype=torch.float32),
             "seen": zeros(self.num_slots, c.vocab_size // 32, dtype=torch.int32),
             "codes": zeros(self.max_batch, NUM_CODEBOOKS, dtype=torch.int32),
@@ -264,6 +272,7 @@ class MegakernelBackend:
     ) -> None:
         """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
         check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size, shared)
+        self.kv_cache.begin_stream(slot)
         rows = rows.to(self._device, torch.float32)
         self._stream_params[slot] = self._params_of(slot, params)
         with self._named(0):
@@ -292,6 +301,7 @@ class MegakernelBackend:
         """See `DecoderBackend.release`. Raises `ValueError` for a slot that is not live."""
         if self._streams.pop(slot, None) is None:
             raise ValueError(f"slot {slot} is not in use")
+        self.kv_cache.end_stream(slot)
 
     def decode(
         self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None, **tests: object
@@ -339,14 +349,15 @@ class MegakernelBackend:
                 dumps=dumps,
             )
             host.copy_(codes, non_blocking=True)
-            self._copied.record(torch.cuda.current_stream(self._device))
+            copied = self._copied[len(slots) >= _BLOCKS_FROM]
+            copied.record(torch.cuda.current_stream(self._device))
         for stream in streams:
             stream.position += 1
             stream.frame += 1
 
         def wait() -> Tensor:
             with self._named(frame, len(slots)):
-                self._copied.synchronize()
+                copied.synchronize()
             return host.to(torch.int64)
 
         return LaunchedFrame(codes, wait)

@@ -13,7 +13,9 @@ from qwen_megakernel.decoding.kv_cache import KeptRows, KvCache
 from qwen_megakernel.prompt.shared_rows import SharedRows
 
 CAPACITY = 32
-"""Beginnings kept; the least recently used is dropped first (0.115 MB a row at the 0.6B shape)."""
+"""Beginnings kept; the least recently used is dropped first."""
+MAX_ROWS = 4096
+"""Rows of all of them, 0.47 GB at the 0.6B shape; one beginning is always kept."""
 
 
 class PrefixCache:
@@ -50,5 +52,9 @@ class PrefixCache:
     def keep(self, slot: int, shared: SharedRows) -> None:
         """Copy a slot's first rows."""
         self._kept[shared] = self._kv_cache.keep(slot, shared.count)
-        if len(self._kept) > CAPACITY:
+        while len(self._kept) > 1 and (len(self._kept) > CAPACITY or self._num_rows > MAX_ROWS):
             self._kept.popitem(last=False)
+
+    @property
+    def _num_rows(self) -> int:
+        return sum(shared.count for shared in self._kept)

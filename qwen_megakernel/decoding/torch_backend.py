@@ -22,7 +22,7 @@ from qwen_megakernel.decoding.interface import (
     check_max_positions,
     check_prefill,
 )
-from qwen_megakernel.decoding.kv_cache import CachedRows, KvCache
+from qwen_megakernel.decoding.kv_cache import CachedRows, KvCache, ScatteredRows
 from qwen_megakernel.decoding.prefix_cache import PrefixCache
 from qwen_megakernel.model.fused_layers import JoinedLayers, joined_rope
 from qwen_megakernel.model.sampling import Draws, SamplingBatch, draw, gather_sampling, process_logits
@@ -55,7 +55,7 @@ class _Stream:
     """Frames decoded."""
     next_row: Tensor
     """[hidden], the next frame's input row before its text row is added."""
-    cached: CachedRows
+    cached: CachedRows | ScatteredRows
     draws: Draws
 
 
@@ -76,6 +76,7 @@ class TorchBackend:
         num_slots: int | None = None,
         max_positions: int = 3072,
         max_batch: int = 8,
+        num_pages: int | None = None,
     ) -> None:
         """Join the weights and allocate the cache.
 
@@ -86,6 +87,7 @@ class TorchBackend:
             max_positions: prompt rows plus frames of a stream.
             max_batch: the most streams that one frame decodes. On a GPU every frame takes as long as one
                 of so many.
+            num_pages: of the cache; None is as many as all slots can need.
 
         Raises:
             ValueError: a number out of range.
@@ -108,7 +110,12 @@ class TorchBackend:
             for table in (talker.model.codec_embedding, *predictor.model.codec_embedding)
         ]
         self.kv_cache = KvCache(
-            talker_config, num_slots, max_positions, dtype=self._dtype, device=self._device
+            talker_config,
+            num_slots,
+            max_positions,
+            dtype=self._dtype,
+            device=self._device,
+            num_pages=num_pages,
         )
         self._prefixes = PrefixCache(self.kv_cache)
         self._predictor_keys, self._predictor_values = self._reserve_predictor()
@@ -138,6 +145,7 @@ class TorchBackend:
     ) -> None:
         """See `DecoderBackend.prefill`. Raises `ValueError` for a slot in use or a bad length."""
         check_prefill(self, slot, slot in self._streams, rows, self._config.hidden_size, shared)
+        self.kv_cache.begin_stream(slot)
         rows = rows.to(self._device, self._dtype)
         begin = self._prefixes.begin(
             slot, shared, lambda count: self._prefill_rows(slot, rows[:count], 0)
@@ -167,6 +175,7 @@ class TorchBackend:
         """See `DecoderBackend.release`. Raises `ValueError` for a slot that is not live."""
         if self._streams.pop(slot, None) is None:
             raise ValueError(f"slot {slot} is not in use")
+        self.kv_cache.end_stream(slot)
 
     def launch(
         self, slots: Sequence[int], text_rows: Tensor, noise: Tensor | None = None
@@ -309,7 +318,7 @@ class TorchBackend:
         return self._embeddings[codebook].index_select(0, codes)
 
 
-def _attend(cached: CachedRows, position: int) -> Attend:
+def _attend(cached: CachedRows | ScatteredRows, position: int) -> Attend:
     """Attention of rows at `position` and after over all up to them; stores their keys and values."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

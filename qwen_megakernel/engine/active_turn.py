@@ -80,6 +80,8 @@ class ActiveTurn:
         """The number of the text's part that is spoken."""
         self.prefilled = False
         """Whether the slot holds this part's prompt."""
+        self.reserved = 0
+        """Positions that are reserved for the slot."""
         self.gives_back = False
         """Whether the slot is for others when this part ends; see `end_utterance`."""
         self.reason: FinishReason = "stop"
@@ -94,6 +96,8 @@ class ActiveTurn:
         """Frames whose audio has been delivered."""
         self.last_fed = False
         """Whether the last frame is launched: the turn only waits for its audio."""
+        self.ready_at = math.inf
+        """When the turn may decode, as `refresh` has found."""
         self._pending: list[np.ndarray] = []
         self._num_chunks = 0
         self._num_samples = 0
@@ -122,6 +126,8 @@ class ActiveTurn:
     def take_text(self) -> None:
         """Move a bounded number of the tokens of the caller's text into the prompts."""
         tokens, complete = self.turn.take_text()
+        if not tokens and not complete:
+            return
         self.parts.extend(tokens)
         if complete:
             self.parts.end()
@@ -172,6 +178,41 @@ class ActiveTurn:
         self.hand_out()
         self.slot, self.gives_back, self._num_chunks = None, False, 0
         self._late_since, self._late_s = None, 0.0
+
+    def refresh(self, now: float) -> None:
+        """Find out when the turn may decode, after something of it has changed."""
+        if self.last_fed:
+            self.ready_at = math.inf
+            return
+        self.mark_late(now)
+        wait_s = self.wait_s(now)
+        self.mark_idle(wait_s > 0 and not self.in_flight, now)
+        if wait_s > 0:
+            self.hand_out()  # audio held for a fuller chunk is not held while the turn waits
+        self.ready_at = now + wait_s if self.prefilled else math.inf
+
+    def deadline(self, now: float, first_frame_s: float) -> float:
+        """When the next frame is needed: the end of playback, or `first_frame_s` from now."""
+        if self.num_fed <= self._part_start:
+            return now + first_frame_s
+        if self._first_audio_at is None:
+            return now + self.num_fed * FRAME_S
+        return self._first_audio_at + self.num_fed * FRAME_S
+
+    @property
+    def idle(self) -> bool:
+        """Whether the turn is marked as one that cannot run."""
+        return self._idle_since is not None
+
+    @property
+    def in_real_time(self) -> bool:
+        """Whether somebody listens meanwhile; otherwise it is to be as fast as possible."""
+        return self.request.max_lead_s is not None
+
+    @property
+    def num_prompt_rows(self) -> int:
+        """Rows of the part's prompt that no other turn may have prefilled."""
+        return self.prompt.num_rows - self.prompt.shared.count
 
     def lead_s(self, now: float) -> float:
         """Seconds of launched audio not yet played; minus infinity before the first frame."""
@@ -228,6 +269,25 @@ class ActiveTurn:
     def late_for_s(self, now: float) -> float:
         """Seconds for which this utterance has held the slot without text for it, in all."""
         return self._late_s + (now - self._late_since if self._late_since is not None else 0.0)
+
+    def most_positions(self, limit: int) -> int:
+        """Positions that the slot may come to hold, at most `limit`: the prompt's rows and all frames.
+
+        While more text may come, that is an utterance of the greatest length. Parts of a text of which
+        each token takes a row are of different lengths, so they may need all there is.
+        """
+        prompt, params = self.prompt, self.request.params
+        complete = prompt.ended and not self.parts.has_next
+        if not (complete or prompt.streaming):
+            return limit
+        frames = MAX_UTTERANCE_FRAMES
+        if complete and (budget := params.guards.budget(prompt.num_text_tokens)) is not None:
+            frames = min(frames, budget)
+        if params.max_frames is not None:
+            frames = min(frames, params.max_frames - self._part_start)
+        # A text may end when more frames are launched than its budget has: then one more is.
+        frames = max(frames, self.num_fed - self._part_start + 1)
+        return min(limit, prompt.num_rows + frames)
 
     def feed(self) -> Tensor | None:
         """Count a frame as launched; its text row [hidden], None for a part's first, which has none."""

@@ -30,8 +30,8 @@ from qwen_megakernel.config import ModelConfig
 from qwen_megakernel.decoding.graph_backend import GraphBackend
 from qwen_megakernel.decoding.interface import DecoderBackend
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
-from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.decoding.torch_backend import TorchBackend
+from qwen_megakernel.engine.memory import CacheSizes
 from qwen_megakernel.installation import kernel_tuning, known_gpus
 from qwen_megakernel.installation.kernel_tuning import Setting, Target, Tuning
 from qwen_megakernel.model.talker import Talker
@@ -143,14 +143,20 @@ class Backends:
         self._builds["backend"] = in_daemon_thread(build_frame)
         self._builds["codec"] = in_daemon_thread(build, codec_library(arch), arch, progress)
 
-    def make_decoder(self, talker: Talker, *, num_slots: int, max_positions: int) -> DecoderBackend:
+    def make_decoder(
+        self, talker: Talker, *, num_slots: int, max_positions: int, num_pages: int | None = None
+    ) -> DecoderBackend:
         """The decoder backend; if it is the kernel, `talker` keeps only the weights that prompts need.
 
         Raises:
             CheckpointError: `megakernel` was named and cannot run.
         """
         shape = (talker, self._config.talker, self._config.predictor)
-        sizes: dict[str, Any] = {"num_slots": num_slots, "max_positions": max_positions}
+        sizes: dict[str, Any] = {
+            "num_slots": num_slots,
+            "max_positions": max_positions,
+            "num_pages": num_pages,
+        }
 
         def kernel(library: Path) -> DecoderBackend:
             self._progress("packing the weights for the frame kernel")
@@ -273,12 +279,11 @@ def _forget_layers(talker: Talker) -> None:
     torch.cuda.empty_cache()
 
 
-def memory_refusal(device: torch.device, config: ModelConfig, num_slots: int, max_positions: int) -> str:
-    """The error message for a GPU whose memory did not suffice."""
+def memory_refusal(device: torch.device, sizes: CacheSizes) -> str:
+    """The error message for a GPU whose memory did not suffice for caches of these sizes."""
     free, total = (size / 1e9 for size in torch.cuda.mem_get_info(device))
-    taken = KvCache.num_bytes(config.talker, num_slots, max_positions, torch.bfloat16) / 1e9
     return (
-        f"the GPU has too little memory: {free:.1f} of {total:.1f} GB are left, and {num_slots} slots "
-        f"take {taken:.1f} GB in bf16 beside the weights; use fewer (--num-slots), "
+        f"the GPU has too little memory: {free:.1f} of {total:.1f} GB are left, and the caches take "
+        f"{sizes.num_bytes / 1e9:.1f} GB beside the weights; give them less (--memory), "
         "or end what else runs there (nvidia-smi lists it)"
     )

@@ -27,18 +27,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import torch
 
-from qwen_megakernel.codec.interface import FrameCodec, LaunchedAudio
+from qwen_megakernel.codec.interface import FrameCodec
 from qwen_megakernel.config import HOP
-from qwen_megakernel.decoding.interface import DecoderBackend, LaunchedFrame
+from qwen_megakernel.decoding.interface import DecoderBackend
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest, emit
 from qwen_megakernel.engine.capacity import Capacity, SlotClock
+from qwen_megakernel.engine.in_flight import FrameSlot, InFlightFrame
 from qwen_megakernel.engine.reference_states import ReferenceStates
+from qwen_megakernel.engine.reservations import Reservations
+from qwen_megakernel.engine.schedule import Schedule
 from qwen_megakernel.prompt.builder import PromptBuilder
 from qwen_megakernel.prompt.parts import PartFeed, max_part_tokens
 from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
@@ -48,37 +50,9 @@ log = logging.getLogger(__name__)
 LATE_TEXT_S = 1.0
 """Seconds in all for which an utterance may hold a slot without text, while one turn waits for a
 slot. While two wait it is half of this, and so on."""
-_PREFILL_LEAD_S = 0.05
-"""Seconds that every speaking turn must be ahead of its playback for several turns to be prefilled at
-once."""
+_SWEEP_S = 1.0
+"""Seconds after which the engine looks at turns that cannot run: some have waited too long for text."""
 _DECODER_FAILED = "the decoder has failed; the process must be restarted"
-
-
-@dataclass(slots=True)
-class _FrameSlot:
-    """One turn's part of a launched frame."""
-
-    turn: ActiveTurn
-    part: int
-    """The part of the turn's text."""
-    text_exhausted: bool
-    """Whether all of its text, EOS included, was fed by this frame."""
-    ending: FinishReason | None
-    """Why the part ends after this frame, if it does."""
-
-    @property
-    def over(self) -> bool:
-        """Whether nobody waits for the frame any more."""
-        return self.turn.turn.finished or self.part != self.turn.part
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlightFrame:
-    """A launched frame, from its launch until its audio is delivered."""
-
-    slots: list[_FrameSlot]
-    frame: LaunchedFrame
-    audio: LaunchedAudio
 
 
 class Engine:
@@ -112,9 +86,17 @@ class Engine:
         self._free_slots = list(range(backend.num_slots))
         self._slot_clock = SlotClock(backend.num_slots)
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
+        self._news: deque[Turn] = deque()
+        """Turns that have text, a cancel or a hold to take."""
+        self._active: dict[Turn, ActiveTurn] = {}
+        """Those that wait and those that speak."""
+        self._sweep_at = 0.0
+        self._schedule, self._reservations = Schedule(backend.max_batch), Reservations(backend)
+        self._num_prefilled = 0
+        """Rows of prompts in this tick."""
         self._waiting: list[ActiveTurn] = []
         self._speaking: list[ActiveTurn] = []
-        self._pending_audio: _InFlightFrame | None = None
+        self._pending_audio: InFlightFrame | None = None
         """The frame whose codes are known and whose audio is not delivered."""
         self._wake = threading.Event()
         self._open_lock = threading.Lock()  # no turn is opened once the engine has failed or closed
@@ -126,6 +108,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def num_slots(self) -> int:
+        """Turns that can hold a slot."""
+        return self._backend.num_slots
+
+    @property
     def num_waiting(self) -> int:
         """Turns without a slot."""
         return len(self._opened) + len(self._waiting)
@@ -135,14 +122,24 @@ class Engine:
         """Turns that hold a slot."""
         return len(self._speaking)
 
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of CPU time that the engine's thread has taken; 0 where that is not known."""
+        ident = self._thread.ident
+        if ident is None or not self._thread.is_alive() or not hasattr(time, "pthread_getcpuclockid"):
+            return 0.0
+        return time.clock_gettime(time.pthread_getcpuclockid(ident))
+
     def capacity(self) -> Capacity:
         """The load as it stands; from any thread."""
         now, speaking = time.monotonic(), list(self._speaking)
         opened = [turn for turn, _, _ in list(self._opened) if turn.first_text_at is not None]
         queued = [*opened, *(a.turn for a in list(self._waiting) if a.prompt.ready)]
+        num_free = self._num_free()
+        num_slots = self._backend.num_slots if num_free or not self._free_slots else len(speaking)
         return Capacity(
-            num_slots=self._backend.num_slots,
-            num_free=len(self._free_slots),
+            num_slots=max(1, num_slots),
+            num_free=num_free,
             num_queued=sum(not turn.cancelled for turn in queued),
             slot_s=self._slot_clock.mean_s(now - a.slot_since for a in speaking),
         )
@@ -165,7 +162,12 @@ class Engine:
         if request.chunk_frames is not None and request.chunk_frames < 1:
             raise RequestError("bad_request", f"chunk_frames is {request.chunk_frames}, allowed: 1 up")
         self._check_open()  # a turn that is refused costs no tokenising
-        turn = Turn(self._wake.set, self._open_feed(request))
+
+        def tell() -> None:
+            self._news.append(turn)
+            self._wake.set()
+
+        turn = Turn(tell, self._open_feed(request))
         turn.append(text)
         if end:
             turn.end()
@@ -223,17 +225,17 @@ class Engine:
 
     def _tick(self) -> bool:
         """One round; whether anything was computed."""
+        start = time.monotonic()
         self._take_opened()
-        for active in [*self._waiting, *self._speaking]:
-            self._take_input(active)
-        more_text = any(a.turn.has_text for a in [*self._waiting, *self._speaking])
+        more_text = self._take_news()
         self._end_late_utterances()
         prefilled = self._prefill_waiting()
-        batch = self._choose()
+        batch = self._schedule.choose(self._speaking, self._backend.max_batch)
         launched = self._launch(batch) if batch else None
         delivered = self._hand_out()
         if launched is not None:
             self._read_codes(launched)
+            self._schedule.pace.add_tick(time.monotonic() - start, len(batch), self._num_prefilled)
         return more_text or prefilled or delivered or launched is not None
 
     def _take_opened(self) -> None:
@@ -257,7 +259,26 @@ class Engine:
                 continue
             with self._open_lock:
                 self._opened.popleft()
-                self._waiting.append(ActiveTurn(turn, request, prompt, sink))
+                self._active[turn] = ActiveTurn(turn, request, prompt, sink)
+                self._waiting.append(self._active[turn])
+            self._news.append(turn)
+
+    def _take_news(self) -> bool:
+        """Take the input of turns that have some, and look for those that wait too long; whether there
+        is more."""
+        now = time.monotonic()
+        turns = dict.fromkeys(self._news.popleft() for _ in range(len(self._news)))
+        if self._cancel_all:
+            turns |= dict.fromkeys(self._active)
+        elif now >= self._sweep_at:
+            self._sweep_at = now + min(_SWEEP_S, self._max_text_wait_s)
+            turns |= dict.fromkeys(turn for turn, active in self._active.items() if active.idle)
+        for turn in turns:
+            if active := self._active.get(turn):
+                self._take_input(active)
+        more = [turn for turn in turns if turn.has_text and turn in self._active]
+        self._news.extend(more)
+        return bool(more)
 
     def _take_input(self, active: ActiveTurn) -> None:
         """Take a turn's text and cancel; end the turn if that ends it."""
@@ -266,6 +287,9 @@ class Engine:
             self._finish(active, "cancelled")
             return
         active.take_text()
+        self._schedule.note(active)
+        if active.prompt.ended:
+            self._reservations.shrink(active)
         if active.prompt.empty and not active.prefilled:
             self._finish(active, active.reason)
             return
@@ -274,10 +298,18 @@ class Engine:
         if active.text_late and active.idle_for_s(now) > self._max_text_wait_s:
             self._finish(active, "error", f"no text for {self._max_text_wait_s:g} s")
 
+    def _num_free(self) -> int:
+        """Slots that waiting turns can have now; from any thread.
+
+        None, while the voices that speak leave no time for one more, or while there are too few pages.
+        """
+        free = self._free_slots and self._schedule.holds_one_more(list(self._speaking))
+        return len(self._free_slots) if free and self._reservations.fit(list(self._waiting)) else 0
+
     def _late_limit_s(self) -> float:
         """Seconds for which an utterance may hold a slot without text; infinity while none is needed."""
-        queued = 0 if self._free_slots else sum(a.prompt.ready for a in self._waiting)
-        return LATE_TEXT_S / queued if queued else math.inf
+        queued = sum(a.prompt.ready for a in self._waiting)
+        return LATE_TEXT_S / queued if queued and not self._num_free() else math.inf
 
     def _end_late_utterances(self) -> None:
         """Get slots back from turns whose text is late, as many as other turns need."""
@@ -295,32 +327,34 @@ class Engine:
         for active in late[: max(0, num_needed)]:
             if active.prefilled:
                 active.end_utterance()
+                self._schedule.note(active)
             else:  # the next part has not begun: it can wait for its text without a slot
                 self._wait_again(active)
 
     def _prefill_waiting(self) -> bool:
         """Prefill waiting turns into slots; whether one could be served.
 
-        As many as the next frame has room for, so that turns opened together speak together; but only
-        one if another turn's playback would run out meanwhile.
+        As many as the next frame has room for, so that turns opened together speak together; but no
+        more than can be done before another turn's playback would run out.
         """
+        self._num_prefilled = 0
         if not self._prefill_next():
             return False
-        now = time.monotonic()
-        if all(a.lead_s(now) > _PREFILL_LEAD_S for a in self._speaking if a.begun):
-            room = self._backend.max_batch
-            while sum(not a.begun for a in self._speaking) < room and self._prefill_next():
-                pass
+        room = self._backend.max_batch - sum(not a.begun for a in self._speaking)
+        while room > 0 and self._prefill_next():
+            room -= 1
         return True
 
     def _prefill_next(self) -> bool:
         """Prefill the next part of a turn that speaks, else the first waiting turn that has its text
         and for which there is a slot; whether one could be served."""
-        goes_on = (a for a in self._speaking if not a.prefilled and a.prompt.ready)
-        begins = (a for a in self._waiting if self._free_slots and a.prompt.ready)
-        active = next(goes_on, None) or next(begins, None)
+        active = next((a for a in self._speaking if not a.prefilled and a.prompt.ready), None)
+        ready = [a for a in self._waiting if a.prompt.ready]
+        if active is None and self._schedule.may_begin(ready, self._speaking, self._num_prefilled):
+            active = ready[0] if self._num_free() else None
         if active is None:
             return False
+        self._num_prefilled += active.num_prompt_rows
         rows = active.prompt.rows()
         room = self._backend.max_positions - len(rows)
         if room < 1:
@@ -329,44 +363,31 @@ class Engine:
         now = time.monotonic()
         if active.slot is None:
             active.slot, active.slot_since = self._free_slots.pop(0), now
+            self._reservations.reserve(active)
             self._speaking.append(active)  # before it leaves `_waiting`: it must always be counted
             self._waiting.remove(active)
         active.begin_part(room, now)
+        self._schedule.note(active)
         self._references.begin(self._codec, active.slot, active.request.voice)
         self._backend.prefill(active.slot, rows, active.params, active.prompt.shared)
         if not active.part:
             active.emit(Started())
         return True
 
-    def _choose(self) -> list[ActiveTurn]:
-        """The turns to decode now: those whose playback runs out first."""
-        now = time.monotonic()
-        runnable = []
-        for active in self._speaking:
-            if active.last_fed:
-                continue
-            active.mark_late(now)
-            waits = active.wait_s(now) > 0
-            active.mark_idle(waits and not active.in_flight, now)
-            if waits:
-                active.hand_out()  # audio held for a fuller chunk is not held while the turn waits
-            elif active.prefilled:
-                runnable.append(active)
-        return sorted(runnable, key=lambda a: a.lead_s(now))[: self._backend.max_batch]
-
-    def _launch(self, batch: list[ActiveTurn]) -> _InFlightFrame:
+    def _launch(self, batch: list[ActiveTurn]) -> InFlightFrame:
         """Begin one frame for each turn of the batch, and the codec behind it."""
+        self._schedule.note(*batch)
         slots = [cast("int", a.slot) for a in batch]
         rows = [self._zero_row if row is None else row for row in (a.feed() for a in batch)]
         frame = self._backend.launch(slots, torch.stack(rows) if len(rows) > 1 else rows[0][None])
         audio = self._codec.launch(slots, frame.device_codes)
         parts = [
-            _FrameSlot(a, a.part, a.prompt.text_exhausted, "length" if a.last_fed else None)
+            FrameSlot(a, a.part, a.prompt.text_exhausted, "length" if a.last_fed else None)
             for a in batch
         ]
-        return _InFlightFrame(parts, frame, audio)
+        return InFlightFrame(parts, frame, audio)
 
-    def _read_codes(self, launched: _InFlightFrame) -> None:
+    def _read_codes(self, launched: InFlightFrame) -> None:
         """Wait for a frame's codes: end turns that said EOS, mark those that end after its audio."""
         for part, code0 in zip(launched.slots, launched.frame.codes()[:, 0].tolist(), strict=True):
             active = part.turn
@@ -375,6 +396,7 @@ class Engine:
             if code0 == self._eos_id:
                 self._end_part(active, "stop")
             elif active.guard.repeats_after(code0):
+                self._schedule.note(active)
                 part.ending, active.last_fed = "repeat", True
         self._pending_audio = launched
         if launched.audio.ready():
@@ -390,12 +412,13 @@ class Engine:
                 self._deliver_audio(part, samples[:HOP])
         return True
 
-    def _deliver_audio(self, part: _FrameSlot, samples: np.ndarray) -> None:
+    def _deliver_audio(self, part: FrameSlot, samples: np.ndarray) -> None:
         """Give a turn a frame's audio, float32 [1920], and end the turn if it ends here."""
         active = part.turn
         if active.turn.cancelled:
             self._finish(active, "cancelled")
             return
+        self._schedule.note(active)
         active.add_frame(samples)
         silent = active.guard.silent_after(samples, text_exhausted=part.text_exhausted)
         ending = "silence" if silent and part.ending != "repeat" else part.ending
@@ -404,11 +427,13 @@ class Engine:
 
     def _end_part(self, active: ActiveTurn, reason: FinishReason) -> None:
         """Go on with the next part of the turn, in the same slot or in another, or end the turn."""
+        self._schedule.note(active)
         if active.turn.cancelled:
             self._finish(active, "cancelled")
         elif (ending := active.end_part(reason)) is not None:
             self._finish(active, ending)
         else:
+            self._news.append(active.turn)  # the next part may be empty
             self._backend.release(cast("int", active.slot))
             if active.gives_back:
                 self._wait_again(active)
@@ -418,6 +443,7 @@ class Engine:
         self._waiting.append(active)  # before it leaves `_speaking`: it must always be counted
         self._leave_slot(active, cast("int", active.slot))
         active.wait_again()
+        self._news.append(active.turn)
 
     def _finish(self, active: ActiveTurn, reason: FinishReason, error: str | None = None) -> None:
         if active.slot is None:
@@ -426,10 +452,12 @@ class Engine:
             if active.prefilled:
                 self._backend.release(active.slot)
             self._leave_slot(active, active.slot)
+        self._active.pop(active.turn, None)
         active.finish(reason, error)
 
     def _leave_slot(self, active: ActiveTurn, slot: int) -> None:
         self._speaking.remove(active)
+        self._reservations.free(slot)
         self._free_slots.append(slot)
         self._slot_clock.add(time.monotonic() - active.slot_since)
 

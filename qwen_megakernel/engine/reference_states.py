@@ -14,8 +14,8 @@ from qwen_megakernel.codec.interface import CodecState, FrameCodec
 from qwen_megakernel.prompt.voice import Voice
 
 MAX_STATES = 64
-"""States that are kept, 2.6 MB each at the released shape in bf16. The least recently used is
-dropped."""
+"""States that are kept: 2.6 MB each at the released shape in bf16, with the codec's kernels 8.8 MB. The
+least recently used is dropped."""
 _CHUNK_FRAMES, _CONTEXT_FRAMES = 300, 25
 """Frames that the official package decodes at a time, and frames of context before them."""
 

@@ -109,6 +109,12 @@ class Prompt:
             return self._ended
         return self._ended or self._num_text_rows >= len(self._prefix.codec_rows)
 
+    @property
+    def num_rows(self) -> int:
+        """How many `rows` there are, for the text so far."""
+        count = len(self._prefix.rows) + len(self._prefix.codec_rows)
+        return count if self.streaming else count + self._num_text_rows
+
     def rows(self) -> Tensor:
         """Prompt rows [p, hidden] to prefill; call once, when `ready`."""
         prefix, codec, builder = self._prefix, self._prefix.codec_rows, self._builder

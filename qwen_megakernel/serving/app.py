@@ -11,7 +11,7 @@ their clients are refused with HTTP 503, a WebSocket's at the handshake.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.applications import Starlette
@@ -32,6 +32,8 @@ from qwen_megakernel.turn import RequestError
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
 
+FEWEST_CONNECTIONS = 64
+"""Where the number follows from the slots."""
 Phase = Literal["starting", "loading", "warming_up", "ready", "draining", "failed"]
 DialectRoutes = Callable[[OpenSessions], Sequence[BaseRoute]]
 """A dialect's routes. They admit their clients to the open sessions, and let `NotAdmitted` pass."""
@@ -48,7 +50,8 @@ class ServerSettings:
     allow_origins: frozenset[str] = frozenset()
     trusted_proxies: tuple[str, ...] = ()
     """Addresses and networks whose `X-Forwarded-For` is believed."""
-    max_connections: int = 64
+    max_connections: int | None = None
+    """None is twice the decoder's slots, at least 64."""
     spare_sockets: int = 256
     """Open at a time beyond `max_connections`: HTTP, and handshakes that are not accepted."""
     request_timeout_s: float = 10.0
@@ -67,7 +70,7 @@ class ServerSettings:
     def admission(self) -> AdmissionLimits:
         """Of connections and turns."""
         return AdmissionLimits(
-            max_connections=self.max_connections,
+            max_connections=self.max_connections or FEWEST_CONNECTIONS,
             max_connections_per_address=self.max_connections_per_address,
             max_turns_per_address=self.max_turns_per_address,
             max_queue_s=self.max_queue_s,
@@ -95,6 +98,7 @@ class App:
             num_active=lambda: self._server.decoder.num_active if self._server else 0,
             num_waiting=lambda: self._server.decoder.num_waiting if self._server else 0,
             num_unsent_bytes=lambda: self._sessions.unsent_bytes,
+            engine_cpu_s=lambda: self._server.decoder.engine_cpu_s if self._server else 0.0,
         )
         routes: list[BaseRoute] = [
             Route("/health", self._health),
@@ -119,6 +123,9 @@ class App:
 
     def start_serving(self, decoder: TTSDecoder) -> None:
         """Take turns from now on."""
+        if self.settings.max_connections is None:
+            most = max(FEWEST_CONNECTIONS, 2 * decoder.num_slots)
+            self._admission.limits = replace(self._admission.limits, max_connections=most)
         self._server = ServerState(
             decoder,
             self._metrics,

@@ -65,6 +65,7 @@ class Metrics:
         num_active: Callable[[], float],
         num_waiting: Callable[[], float],
         num_unsent_bytes: Callable[[], float],
+        engine_cpu_s: Callable[[], float],
     ) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -74,6 +75,7 @@ class Metrics:
             ("turns_active", "Turns in a slot", num_active),
             ("turns_waiting", "Turns waiting for a slot", num_waiting),
             ("unsent_bytes", "Bytes held for clients that have not taken them", num_unsent_bytes),
+            ("engine_cpu_seconds", "CPU time of the engine's thread", engine_cpu_s),
         ):
             Gauge(f"{name}_{suffix}", text, registry=self.registry).set_function(source)
         self._turns = Counter(

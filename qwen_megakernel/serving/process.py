@@ -42,6 +42,8 @@ BACKLOG = 64
 """Connections that the kernel accepts ahead of us. asyncio takes as many at a time."""
 FAILURE_POLL_S = 0.1
 """How often the engine is asked whether it lives: its thread knows no event loop to tell."""
+MOST_FOLLOWING = 512
+"""Connections for which there are sockets where their number follows from the slots."""
 OTHER_FILES = 64
 """Descriptors for what is not a socket: weights, the GPU, the event loop."""
 
@@ -160,9 +162,11 @@ def _uvicorn_config(app: App) -> uvicorn.Config:
 
 def _max_sockets(settings: ServerSettings) -> int:
     """Sockets that may be open at a time: what is asked for, as far as there are descriptors."""
-    wanted = settings.max_connections + settings.spare_sockets
     # Sockets are closed some turns of the event loop later, each of which may accept that many more.
     room = _max_descriptors() - OTHER_FILES - 4 * BACKLOG
+    if settings.max_connections is None:  # known when the model is loaded
+        return max(min(MOST_FOLLOWING + settings.spare_sockets, room), 1)
+    wanted = settings.max_connections + settings.spare_sockets
     if room < wanted:
         log.warning(
             "the process may have %d files open, so only %d sockets are taken instead of %d; "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qwen_megakernel.serving.admission import Admission
+from qwen_megakernel.serving.mailbox import Mailbox
 from qwen_megakernel.serving.observe import Metrics
 from qwen_megakernel.serving.options import SpeechOptions, TurnOptions
 from qwen_megakernel.turn import RequestError
@@ -36,6 +37,8 @@ class ServerState:
     """Voices of this server by names that clients of other services send."""
     draining: bool = False
     """The server is going down: turns go on, none may begin."""
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    """Brings the engine's events to the event loop."""
 
     def check_accepting(self) -> None:
         """Raise `RequestError` while no turn may begin."""

@@ -15,7 +15,6 @@ lock: the engine's thread hands its events over.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections import deque
@@ -361,9 +360,7 @@ class Session:
         loop = asyncio.get_running_loop()
 
         def sink(event: TurnEvent) -> None:
-            # A closed loop means that the process is on its way out and nobody listens.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._deliver, context, event)
+            self.server.mailbox.post(loop, self._deliver, context, event)
 
         options = segment.options
         context.start_clock()

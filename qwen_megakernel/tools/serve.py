@@ -55,10 +55,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _slots(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 64:
-        raise ValueError("expected a whole number, 1 to 64")
-    return int(text)
+def _memory(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", text)
+    if match is None or not float(match[1]):
+        raise ValueError("expected a size, such as 5.6GB or 800MB")
+    return int(float(match[1]) * {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}[match[2]])
 
 
 def _seconds(text: str) -> float:
@@ -187,7 +188,20 @@ MODEL_OPTIONS = (
         "NAME",
     ),
     Option("--text-cleaning", "on", _choice("on", "off"), "leave out what cannot be spoken", "NAME"),
-    Option("--num-slots", 16, _slots, "turns that may speak at a time; 8 of them share a frame", "N"),
+    Option(
+        "--num-slots",
+        None,
+        _count,
+        "turns that may speak at a time; default: as many as fit into --memory, on a CPU 16",
+        "N",
+    ),
+    Option(
+        "--memory",
+        None,
+        _memory,
+        "for keys, values and the codec's state of all turns; default: 5.8GB",
+        "SIZE",
+    ),
 )
 VOICE_OPTIONS = (
     Option("--speaker-ref", None, _file, "recording to clone as the voice 'default'", "PATH"),
@@ -210,7 +224,13 @@ SERVER_OPTIONS = (
     Option(
         "--allow-origin", (), _origin, "origin of web pages that may connect", "URL", repeatable=True
     ),
-    Option("--max-connections", 64, _count, "connections at the same time", "N"),
+    Option(
+        "--max-connections",
+        None,
+        _count,
+        "connections at the same time; default: twice the slots, at least 64",
+        "N",
+    ),
     Option("--spare-sockets", 256, _count, "sockets beyond that, for HTTP and open handshakes", "N"),
     Option("--request-timeout-s", 10.0, _timeout, "seconds until a request is complete", "SECONDS"),
     Option("--max-connections-per-address", 32, _count, "of them from one address", "N"),
@@ -315,6 +335,7 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
         device=options.device,
         dtype=options.dtype,
         num_slots=options.num_slots,
+        memory=options.memory,
         sampling=options.sampling,
         text_cleaning=options.text_cleaning == "on",
         revision=options.revision,
