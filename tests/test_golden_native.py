@@ -303,6 +303,7 @@ def script_drain(stage: Stage) -> None:
     tell(busy, "end", "a")
     speak(busy, "b", "Never spoken.", seed=2)
     stage.wait_for_slot()
+    stage.wait_for_contexts(2)
     drained = stage.server.drain()
     busy.hear(2)
     speak(idle, "a", "Too late.")

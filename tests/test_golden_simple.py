@@ -206,6 +206,7 @@ def script_drain(stage: Stage) -> None:
     busy.say(text="Never spoken.", seed=2)
     busy.say(text="Nor this, which is live.", seed=3, more=True)
     stage.wait_for_slot()
+    stage.wait_for_contexts(3)
     drained = stage.server.drain()
     busy.hear(2)
     busy.say(text="Too late.")

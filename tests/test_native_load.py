@@ -78,7 +78,7 @@ def test_a_paused_reader_hears_everything(live_server):
         time.sleep(1)  # generation would go on for seconds
         held = figure(live_server, "unsent_bytes")
         time.sleep(0.5)
-        assert figure(live_server, "unsent_bytes") == held
+        assert figure(live_server, "unsent_bytes") - held < 100  # a ping may join the audio
         client.speak("b", SENTENCES[0], seed=5)
         client.send(End("b"))
         while len(client.heard.get("a", Heard()).audio) < 2 * (held + 131_072):  # it goes on
