@@ -12,11 +12,14 @@ from listener import Listener, wait_idle
 from qwen_megakernel import GenerationParams, TTSDecoder
 from qwen_megakernel.engine import engine
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
+from qwen_megakernel.engine.slot_order import SlotOrder
 from qwen_megakernel.prompt.builder import Prompt
 from qwen_megakernel.turn import Audio, Started, Turn
 
 PARAMS = GenerationParams(seed=1, min_frames=8)
 """Text that is late is late before the model may say EOS."""
+READY = SimpleNamespace(owner=(), ready=True, scant=False)
+"""A turn that waits and has its text."""
 
 
 @pytest.fixture
@@ -47,10 +50,10 @@ def texts(tts, monkeypatch):
     return texts
 
 
-def stalled(tts, text):
+def stalled(tts, text, **options):
     """A turn that holds the slot and waits for text."""
     listener = Listener()
-    turn = tts.open_turn(text, sink=listener, params=PARAMS)
+    turn = tts.open_turn(text, sink=listener, params=PARAMS, **options)
     listener.wait_for_audio()
     deadline = time.monotonic() + 60
     while not tts._engine._speaking[0].text_late:
@@ -87,6 +90,24 @@ def test_a_slot_without_text_is_kept_while_nobody_needs_it(tts, texts):
     turn.end()
     late.wait()
     assert len(texts) == 1
+
+
+def test_a_late_turn_gives_its_slot_back_though_its_client_takes_no_audio(tts, texts):
+    """It was cut, and then waited for the client with the slot in its hand."""
+    turn, late = stalled(tts, "Hello there, how")
+    turn.hold(True)
+    assert complete(tts).wait().reason == "stop"
+    turn.hold(False)
+    turn.end()
+    assert late.wait().reason == "stop"
+    assert texts == ["Hello there,", "Good morning.", " how"]
+
+
+def test_a_late_turn_gives_its_slot_back_though_it_is_far_ahead(tts):
+    turn, late = stalled(tts, "Hello there, how", max_lead_s=0.0)
+    assert complete(tts).wait().reason == "stop"
+    turn.cancel()
+    late.wait()
 
 
 def test_a_late_turn_that_ends_after_it_gave_its_slot_back_is_done(tts, texts):
@@ -162,15 +183,12 @@ def test_a_part_that_is_not_begun_is_not_cut_when_its_slot_is_needed(tts, texts,
 
 
 @pytest.mark.parametrize(
-    ("free", "queued", "limit_s"), [(1, 5, math.inf), (0, 0, math.inf), (0, 1, 1), (0, 4, 0.25)]
+    ("free", "queued", "limit_s"), [(1, 1, math.inf), (0, 0, math.inf), (0, 1, 1), (0, 4, 0.25)]
 )
 def test_the_more_turns_wait_the_sooner_a_slot_is_given_back(free, queued, limit_s):
-    class Ready:
-        class prompt:
-            ready = True
-
     idle = object.__new__(engine.Engine)  # no thread
-    idle._free_slots, idle._waiting = [0] * free, [Ready()] * queued
+    idle._free_slots, idle._waiting = [0] * free, [READY] * queued
+    idle._slot_order = SlotOrder(2)
     assert idle._late_limit_s() == limit_s * engine.LATE_TEXT_S
 
 
@@ -187,7 +205,7 @@ def test_a_turn_whose_text_is_there_and_not_taken_is_not_late(has_text):
     )
     busy = object.__new__(engine.Engine)  # no thread
     busy._free_slots, busy._speaking = [], [late]
-    busy._waiting = [SimpleNamespace(prompt=SimpleNamespace(ready=True))]
+    busy._waiting, busy._slot_order = [READY], SlotOrder(1)
     busy._end_late_utterances()
     assert cuts == ([] if has_text else ["cut"])
 

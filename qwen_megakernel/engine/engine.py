@@ -6,9 +6,9 @@ codes. A frame takes the turns whose playback runs out first, as many as the bac
 It leaves out a turn whose next text row has not come, and one that is further ahead of its playback
 than its lead. Nothing else decides order.
 
-A turn whose text is late keeps its slot while no other turn needs it. If *n* turns wait for a slot, it
-keeps it for `LATE_TEXT_S` / *n*. Then it speaks the words that it has to their end and gives the slot
-back. It joins the end of the queue when more text comes.
+`slot_order` decides who gets a slot. A turn whose text is late keeps its slot while no other turn
+needs it. If *n* turns wait for a slot, it keeps it for `LATE_TEXT_S` / *n*. Then it speaks the words
+that it has to their end and gives the slot back. It joins the queue again when more text comes.
 
     device    frame n   codec n   frame n+1   codec n+1
     host           codes n^  launch n+1   audio n^    codes n+1^
@@ -39,13 +39,14 @@ from qwen_megakernel.decoding.interface import DecoderBackend, LaunchedFrame
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest, emit
 from qwen_megakernel.engine.capacity import Capacity, SlotClock
 from qwen_megakernel.engine.reference_states import ReferenceStates
+from qwen_megakernel.engine.slot_order import Owner, SlotOrder, num_before
 from qwen_megakernel.prompt.builder import PromptBuilder
 from qwen_megakernel.prompt.parts import PartFeed, max_part_tokens
 from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
 
 log = logging.getLogger(__name__)
 
-LATE_TEXT_S = 1.0
+LATE_TEXT_S = 0.5
 """Seconds in all for which an utterance may hold a slot without text, while one turn waits for a
 slot. While two wait it is half of this, and so on."""
 _PREFILL_LEAD_S = 0.05
@@ -111,6 +112,7 @@ class Engine:
         self._zero_row = torch.zeros_like(prompts.pad_row)
         self._free_slots = list(range(backend.num_slots))
         self._slot_clock = SlotClock(backend.num_slots)
+        self._slot_order = SlotOrder(backend.num_slots)
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
         self._waiting: list[ActiveTurn] = []
         self._speaking: list[ActiveTurn] = []
@@ -135,15 +137,16 @@ class Engine:
         """Turns that hold a slot."""
         return len(self._speaking)
 
-    def capacity(self) -> Capacity:
-        """The load as it stands; from any thread."""
+    def capacity(self, owner: Owner = ()) -> Capacity:
+        """The load as it stands, for a new turn of `owner`; from any thread."""
         now, speaking = time.monotonic(), list(self._speaking)
-        opened = [turn for turn, _, _ in list(self._opened) if turn.first_text_at is not None]
-        queued = [*opened, *(a.turn for a in list(self._waiting) if a.prompt.ready)]
+        opened = [(t, request) for t, request, _ in list(self._opened) if t.first_text_at is not None]
+        waiting = [(a.turn, a.request) for a in list(self._waiting) if a.ready and not a.scant]
+        queue = [request.owner for turn, request in (*opened, *waiting) if not turn.cancelled]
         return Capacity(
             num_slots=self._backend.num_slots,
             num_free=len(self._free_slots),
-            num_queued=sum(not turn.cancelled for turn in queued),
+            num_queued=num_before(owner, queue),
             slot_s=self._slot_clock.mean_s(now - a.slot_since for a in speaking),
         )
 
@@ -276,15 +279,16 @@ class Engine:
 
     def _late_limit_s(self) -> float:
         """Seconds for which an utterance may hold a slot without text; infinity while none is needed."""
-        queued = 0 if self._free_slots else sum(a.prompt.ready for a in self._waiting)
-        return LATE_TEXT_S / queued if queued else math.inf
+        if not self._slot_order.num_missing(self._waiting, len(self._free_slots)):
+            return math.inf
+        return LATE_TEXT_S / sum(a.ready for a in self._waiting)
 
     def _end_late_utterances(self) -> None:
         """Get slots back from turns whose text is late, as many as other turns need."""
         limit_s, now = self._late_limit_s(), time.monotonic()
         if limit_s == math.inf:
             return
-        num_needed = sum(a.prompt.ready for a in self._waiting)
+        num_needed = self._slot_order.num_missing(self._waiting, len(self._free_slots))
         num_needed -= sum(a.gives_back for a in self._speaking)
         late = [
             a
@@ -314,11 +318,10 @@ class Engine:
         return True
 
     def _prefill_next(self) -> bool:
-        """Prefill the next part of a turn that speaks, else the first waiting turn that has its text
-        and for which there is a slot; whether one could be served."""
-        goes_on = (a for a in self._speaking if not a.prefilled and a.prompt.ready)
-        begins = (a for a in self._waiting if self._free_slots and a.prompt.ready)
-        active = next(goes_on, None) or next(begins, None)
+        """Prefill the next part of a turn that speaks, else the turn that gets a free slot; whether
+        one could be served."""
+        active = next((a for a in self._speaking if not a.prefilled and a.ready), None)
+        active = active or self._slot_order.choose(self._waiting, len(self._free_slots))
         if active is None:
             return False
         rows = active.prompt.rows()
