@@ -285,16 +285,14 @@ class Engine:
 
     def _end_late_utterances(self) -> None:
         """Get slots back from turns whose text is late, as many as other turns need."""
-        limit_s, now = self._late_limit_s(), time.monotonic()
+        late = [a for a in self._speaking if a.text_late and not a.turn.has_text]
+        limit_s = self._late_limit_s() if late else math.inf
         if limit_s == math.inf:
             return
         num_needed = self._slot_order.num_missing(self._waiting, len(self._free_slots))
         num_needed -= sum(a.gives_back for a in self._speaking)
-        late = [
-            a
-            for a in self._speaking
-            if a.text_late and not a.turn.has_text and a.late_for_s(now) >= limit_s
-        ]
+        now = time.monotonic()
+        late = [a for a in late if a.late_for_s(now) >= limit_s]
         late.sort(key=lambda a: a.late_for_s(now), reverse=True)
         for active in late[: max(0, num_needed)]:
             if active.prefilled:

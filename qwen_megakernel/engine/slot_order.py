@@ -54,9 +54,11 @@ class SlotOrder:
 
     def choose(self, waiting: Sequence[AnyTurn], num_free: int) -> AnyTurn | None:
         """The turn that gets a free slot now, if there is one. Its owner joins behind the others."""
+        if not num_free:
+            return None
         ready = [turn for turn in waiting if turn.ready]
         self._update(ready)
-        candidates = [turn for turn in ready if not turn.scant] if num_free else []
+        candidates = [turn for turn in ready if not turn.scant]
         if not candidates and num_free > self._num_reserved:
             candidates = ready
         if not candidates:
