@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 
 import pytest
 from live_server import LiveServer
+from session_stage import Stage
 from test_admission import FREE, Caller, refusal
 
 from qwen_megakernel.serving.access import AccessRules, find_token
 from qwen_megakernel.serving.admission import Admission, AdmissionLimits, NotAdmitted
+from qwen_megakernel.serving.session import Session
 from qwen_megakernel.tools.serve import add_arguments, resolve
 
 SECRETS = {"anna": "anna-secret-1", "bob": "bob-secret-22"}
@@ -88,6 +91,22 @@ def test_turns_of_a_token_are_limited():
         admission.enter(caller)
     assert "this token has 3 turns" in str(refusal(admission, anna[0], FREE))
     assert refusal(admission, bob, FREE) is None
+
+
+@pytest.mark.parametrize(
+    ("address", "owner"),
+    [("203.0.113.7", ("anna", "203.0.113.7", "1")), (None, ("anna", "1"))],
+)
+def test_the_engine_counts_turns_for_token_address_and_connection(address, owner):
+    async def play():
+        stage = Stage()
+        stage.decoder.capacity = lambda asked: asked_for.append(asked) or FREE
+        session = Session(stage.server, "1", address=address, token="anna")
+        session.append("a", "Word.")
+        assert [turn.options["owner"] for turn in stage.turns] == asked_for == [owner]
+
+    asked_for = []
+    asyncio.run(play())
 
 
 def test_a_server_counts_each_token_for_itself(tiny_base, tokens_file):
