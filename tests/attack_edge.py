@@ -85,12 +85,12 @@ class Honest:
                 self.failed += 1
                 time.sleep(0.1)
 
-    def speak(self, server: LiveServer) -> None:
-        """One turn, heard until its audio has been played."""
+    def speak(self, server: LiveServer, limit_s: float = 30.0) -> None:
+        """One turn, heard until its audio has been played; `limit_s` between two messages."""
         start, playhead, first_s, samples = time.perf_counter(), Playhead(), 0.0, 0
         with server.connect(open_timeout=10) as client:
             send(client, text=TEXT, seed=1)
-            while isinstance(chunk := client.recv(timeout=30), bytes):
+            while isinstance(chunk := client.recv(timeout=limit_s), bytes):
                 now = time.perf_counter() - start
                 if not playhead.chunks:
                     first_s = now
@@ -294,7 +294,7 @@ class Row:
 def use_all_slots(server: LiveServer) -> None:
     """A short turn on each slot at once, so that what they take is there before memory is measured."""
     honest = Honest()
-    threads = [threading.Thread(target=honest.speak, args=(server,)) for _ in range(NUM_SLOTS)]
+    threads = [threading.Thread(target=honest.speak, args=(server, 120.0)) for _ in range(NUM_SLOTS)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -224,3 +224,15 @@ def test_words_that_drip_do_not_keep_a_slot():
     assert active.late_for_s(10.0) == pytest.approx(10 * 0.4)
     active.wait_again()
     assert active.late_for_s(20.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("scant", "count"), [([0, 0, 0], 3), ([0, 0, 1, 0], 3), ([1, 0, 0], 1), ([], 0)]
+)
+def test_no_prompt_is_made_in_the_same_tick_after_one_of_a_turn_with_scant_text(scant, count):
+    queue = [SimpleNamespace(scant=bool(one)) for one in scant]
+    idle = object.__new__(engine.Engine)  # no thread
+    idle._speaking, idle._backend = [], SimpleNamespace(max_batch=8)
+    idle._prefill_next = lambda: queue.pop(0) if queue else None
+    assert idle._prefill_waiting() == bool(scant)
+    assert len(scant) - len(queue) == count

@@ -304,29 +304,31 @@ class Engine:
         """Prefill waiting turns into slots; whether one could be served.
 
         As many as the next frame has room for, so that turns opened together speak together; but only
-        one if another turn's playback would run out meanwhile.
+        one if another turn's playback would run out meanwhile. None follows one with scant text: turns
+        with enough may come meanwhile, and a row of prompts would delay them.
         """
-        if not self._prefill_next():
+        last = self._prefill_next()
+        if last is None:
             return False
         now = time.monotonic()
         if all(a.lead_s(now) > _PREFILL_LEAD_S for a in self._speaking if a.begun):
             room = self._backend.max_batch
-            while sum(not a.begun for a in self._speaking) < room and self._prefill_next():
-                pass
+            while last is not None and not last.scant:
+                last = self._prefill_next() if sum(not a.begun for a in self._speaking) < room else None
         return True
 
-    def _prefill_next(self) -> bool:
-        """Prefill the next part of a turn that speaks, else the turn that gets a free slot; whether
-        one could be served."""
+    def _prefill_next(self) -> ActiveTurn | None:
+        """Prefill the next part of a turn that speaks, else the turn that gets a free slot. The turn
+        that was served, if there was one."""
         active = next((a for a in self._speaking if not a.prefilled and a.ready), None)
         active = active or self._slot_order.choose(self._waiting, len(self._free_slots))
         if active is None:
-            return False
+            return None
         rows = active.prompt.rows()
         room = self._backend.max_positions - len(rows)
         if room < 1:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
-            return True
+            return active
         now = time.monotonic()
         if active.slot is None:
             active.slot, active.slot_since = self._free_slots.pop(0), now
@@ -337,7 +339,7 @@ class Engine:
         self._backend.prefill(active.slot, rows, active.params, active.prompt.shared)
         if not active.part:
             active.emit(Started())
-        return True
+        return active
 
     def _choose(self) -> list[ActiveTurn]:
         """The turns to decode now: those whose playback runs out first."""
