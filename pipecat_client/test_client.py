@@ -47,12 +47,16 @@ figures:
   underruns  how often, and for how long in all, that player would have run dry
 """
 
+Reply = np.ndarray | dict[str, Any]
 PROBE_BYTES = 65_536
 """A second of audio and more: what must fit on the disk for a turn to begin."""
 
 
 class ClientError(Exception):
     """Something to tell the user in one line."""
+
+    retry_after_s: float | None = None
+    """Seconds after which a busy server takes the same text."""
 
 
 FAILURES = (ClientError, InvalidHandshake, InvalidURI, ConnectionClosed, OSError, TimeoutError)
@@ -171,11 +175,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--file", type=Path, help="file with what to say")
     source.add_argument("--stdin", action="store_true", help="read what to say from standard input")
     parser.add_argument("--url", default="ws://127.0.0.1:8765", help="server (default: %(default)s)")
-    parser.add_argument(
-        "--token",
-        default=os.environ.get("QWEN_MEGAKERNEL_TOKEN"),
-        help="the server's secret (default: the variable QWEN_MEGAKERNEL_TOKEN)",
-    )
+    secret = os.environ.get("QWEN_MEGAKERNEL_TOKEN")
+    where = "the server's secret (default: the variable QWEN_MEGAKERNEL_TOKEN)"
+    parser.add_argument("--token", default=secret, help=where)
     parser.add_argument("--voice", help="name of a voice on the server (default: the server's)")
     parser.add_argument("--language", help="english, en, ... (default: auto)")
     parser.add_argument("--temperature", type=float, help="of the talker, 0 to 10; 0 is greedy")
@@ -183,21 +185,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-tokens", type=int, help="frames of 80 ms in a chunk, 1 to 64")
     parser.add_argument("--seed", type=int, help="the same seed, text and voice give the same speech")
     parser.add_argument("--stream-text", action="store_true", help="send the text word by word")
-    parser.add_argument(
-        "--words-per-second",
-        type=_positive,
-        default=8.0,
-        help="with --stream-text (default: %(default)s)",
-    )
+    words = "with --stream-text (default: %(default)s)"
+    parser.add_argument("--words-per-second", type=_positive, default=8.0, help=words)
     parser.add_argument("--out", type=Path, help="WAV file to write, 16 bit")
     parser.add_argument("--play", action="store_true", help="play while receiving (needs sounddevice)")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
-    parser.add_argument(
-        "--timeout",
-        type=_positive,
-        default=30.0,
-        help="seconds to wait for the server, each time (default: %(default)s)",
-    )
+    wait = "seconds to wait for the server, each time, and for a busy one in all (default: %(default)s)"
+    parser.add_argument("--timeout", type=_positive, default=30.0, help=wait)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -217,7 +211,6 @@ def _positive(text: str) -> float:
 def read_text(args: argparse.Namespace) -> str:
     """The text to speak, without a byte order mark."""
     try:
-        text: str
         if args.text is not None:
             text = repair(args.text.removeprefix("\ufeff"))
         elif args.file is not None:
@@ -227,8 +220,7 @@ def read_text(args: argparse.Namespace) -> str:
                 sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
             text = sys.stdin.read()
     except UnicodeError:
-        hint = "iconv -f latin1 -t utf-8 converts Latin-1"
-        raise ClientError(f"the text must be UTF-8; {hint}") from None
+        raise ClientError("the text must be UTF-8; iconv -f latin1 -t utf-8 converts Latin-1") from None
     except OSError as error:
         raise ClientError(f"cannot read the text: {error}") from None
     if not text.strip():
@@ -275,9 +267,7 @@ async def send_text(socket: ClientConnection, args: argparse.Namespace, text: st
     await socket.send(json.dumps({"text": "", "more": False}))
 
 
-async def receive(
-    socket: ClientConnection, timeout_s: float
-) -> AsyncIterator[np.ndarray | dict[str, Any]]:
+async def receive(socket: ClientConnection, timeout_s: float) -> AsyncIterator[Reply]:
     """Chunks, float32 [n], then the `done` message; raises `ClientError` on an error message."""
     while True:
         try:
@@ -292,10 +282,34 @@ async def receive(
             yield reply
         elif "error" in reply:
             later = f"; try again in {reply['retry_after_s']} s" if "retry_after_s" in reply else ""
-            raise ClientError(f"server: {reply['error']} ({reply.get('code', 'no code')}){later}")
+            refusal = ClientError(f"server: {reply['error']} ({reply.get('code', 'no code')}){later}")
+            refusal.retry_after_s = reply.get("retry_after_s")
+            raise refusal
         elif reply.get("done"):
             yield reply
             return
+
+
+async def hear(args: argparse.Namespace, text: str) -> AsyncIterator[tuple[Reply, float]]:
+    """What `receive` gives, and seconds since the text was sent; a busy server is asked again."""
+    patience_ends = time.monotonic() + args.timeout
+    while True:
+        try:
+            async with open_connection(args) as socket:
+                sent_at = time.perf_counter()
+                sending = asyncio.create_task(send_text(socket, args, text))
+                try:
+                    async for message in receive(socket, args.timeout):
+                        yield message, time.perf_counter() - sent_at
+                    return
+                finally:
+                    sending.cancel()
+                    await asyncio.gather(sending, return_exceptions=True)
+        except ClientError as refusal:
+            if (later_s := refusal.retry_after_s) is None or time.monotonic() + later_s > patience_ends:
+                raise
+            print(refusal, file=sys.stderr)
+            await asyncio.sleep(later_s)
 
 
 async def speak(args: argparse.Namespace, text: str) -> Summary:
@@ -305,21 +319,14 @@ async def speak(args: argparse.Namespace, text: str) -> Summary:
     speaker = Speaker() if args.play else None
     playhead, chunks = Playhead(), []
     try:
-        async with open_connection(args) as socket:
-            sent_at = time.perf_counter()
-            sending = asyncio.create_task(send_text(socket, args, text))
-            try:
-                async for message in receive(socket, args.timeout):
-                    if isinstance(message, dict):
-                        done = message
-                        continue
-                    playhead.add(message, time.perf_counter() - sent_at)
-                    chunks.append(message)
-                    if speaker is not None:
-                        speaker.play(message)
-            finally:
-                sending.cancel()
-                await asyncio.gather(sending, return_exceptions=True)
+        async for message, now in hear(args, text):
+            if isinstance(message, dict):
+                done = message
+                continue
+            playhead.add(message, now)
+            chunks.append(message)
+            if speaker is not None:
+                speaker.play(message)
     except BaseException as error:
         if args.out is None or not chunks:
             raise
@@ -340,8 +347,7 @@ def open_connection(args: argparse.Namespace) -> connect:
     """What `async with` connects."""
     headers = {"Authorization": f"Bearer {args.token}"} if args.token else None
     options: dict[str, Any] = {"additional_headers": headers, "max_size": None, "compression": None}
-    if is_loopback(host_of(args.url)):
-        options["proxy"] = None  # a proxy of the environment cannot reach our loopback
+    options["proxy"] = None if is_loopback(host_of(args.url)) else True  # none reaches our loopback
     return connect(args.url, open_timeout=args.timeout, **options)
 
 
@@ -412,23 +418,20 @@ def write_wav(path: Path, samples: np.ndarray) -> None:
     pcm = np.round(np.clip(samples, -1.0, 1.0) * 32_767).astype("<i2")
     comment = SYNTHETIC.encode("ascii") + b"\0"
     comment += b"\0" * (len(comment) % 2)
-    chunks = [
-        _chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16)),
-        _chunk(b"data", pcm.tobytes()),
-        _chunk(b"LIST", b"INFO" + _chunk(b"ICMT", comment)),
-    ]
-    content = _chunk(b"RIFF", b"WAVE" + b"".join(chunks))
+    form = _chunk(b"fmt ", struct.pack("<HHIIHH", 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16))
+    data = _chunk(b"data", pcm.tobytes())
+    info = _chunk(b"LIST", b"INFO" + _chunk(b"ICMT", comment))
+    content = _chunk(b"RIFF", b"WAVE" + form + data + info)
     try:
         path.write_bytes(content)
     except OSError as error:
         if path.is_file():
             path.unlink()  # half a file; what it took may be what the other lacks
         try:
-            with tempfile.NamedTemporaryFile(
-                "wb", prefix="speech-", suffix=".wav", delete=False
-            ) as file:
+            number, name = tempfile.mkstemp(".wav", "speech-")
+            with open(number, "wb") as file:
                 file.write(content)
-            kept = f"the audio is in {file.name}"
+            kept = f"the audio is in {name}"
         except OSError:
             kept = "nor is there room for a temporary file"
         raise ClientError(f"cannot write {path}: {error.strerror}; {kept}") from None

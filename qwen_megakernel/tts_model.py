@@ -31,6 +31,7 @@ from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread
 from qwen_megakernel.engine.capacity import Capacity
 from qwen_megakernel.engine.engine import Engine
 from qwen_megakernel.engine.memory import CacheSizes, choose_sizes
+from qwen_megakernel.engine.slot_order import Owner
 from qwen_megakernel.model.generation_config import read_generation_config
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.builder import PromptBuilder
@@ -310,6 +311,7 @@ class TTSDecoder:
         params: GenerationParams | None = None,
         chunk_frames: int | None = None,
         max_lead_s: float | None = None,
+        owner: Owner = (),
     ) -> Turn:
         """Begin a turn whose events go to `sink`, on the engine's thread.
 
@@ -325,6 +327,7 @@ class TTSDecoder:
             params: sampling, seed and limits; None is `default_params` with a random seed.
             chunk_frames: 80 ms frames a chunk; None is a ramp that begins with one.
             max_lead_s: how far ahead of playback to run; None is as fast as possible.
+            owner: whom the turn is for; owners take turns where slots are short.
 
         Raises:
             RequestError: what cannot be served; see its `code`.
@@ -337,6 +340,7 @@ class TTSDecoder:
             params=params or replace(self.default_params, seed=secrets.randbits(64)),
             chunk_frames=chunk_frames,
             max_lead_s=max_lead_s,
+            owner=owner,
         )
         return self._engine.open_turn(request, sink, text, end=ended)
 
@@ -389,9 +393,9 @@ class TTSDecoder:
         """Turns that can hold a slot."""
         return self._engine.num_slots
 
-    def capacity(self) -> Capacity:
-        """What the engine can take now; from any thread."""
-        return self._engine.capacity()
+    def capacity(self, owner: Owner = ()) -> Capacity:
+        """What the engine can take now of a new turn of `owner`; from any thread."""
+        return self._engine.capacity(owner)
 
     @property
     def engine_cpu_s(self) -> float:

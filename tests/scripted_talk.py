@@ -159,6 +159,11 @@ class Stage:
         """Until a turn has a slot and stands at the gate."""
         wait_until(lambda: any(active.num_fed for active in self.tts._engine._speaking))
 
+    def wait_for_contexts(self, count: int) -> None:
+        """Until the server has read what opens so many contexts."""
+        sessions = self.server.app._sessions._sessions
+        wait_until(lambda: sum(len(session._contexts) for session in sessions) == count)
+
     def close(self) -> None:
         """Hang up, let running turns end, and stop the server."""
         self.sockets.close()

@@ -35,7 +35,7 @@ class FakeDecoder:
         if language not in self.languages:
             raise RequestError("unknown_language", "no such language")
 
-    def capacity(self):
+    def capacity(self, owner=()):
         return self.load
 
     def open_turn(self, text, *, sink, ended, **options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import deque
+from contextlib import ExitStack
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,8 @@ from qwen_megakernel.serving.admission import (
     NotAdmitted,
     predicted_start_s,
 )
-from qwen_megakernel.serving.events import ContextFailed, SegmentDone
+from qwen_megakernel.serving.events import ContextFailed, SegmentDone, SessionOver
+from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.turn import RequestError
 
 FREE = Capacity(num_slots=4, num_free=4, num_queued=0, slot_s=2.0)
@@ -35,8 +37,8 @@ LOADS = st.builds(
 class Caller:
     """A connection with turns."""
 
-    def __init__(self, address, num_turns=0):
-        self.address, self.num_turns = address, num_turns
+    def __init__(self, address, num_turns=0, token=None):
+        self.address, self.num_turns, self.token = address, num_turns, token
 
 
 def refusal(admission: Admission, caller: Caller, load: Capacity) -> RequestError | None:
@@ -238,7 +240,7 @@ def test_connections_never_exceed_their_limits(total, each, steps):
             inside.append(caller)
     for caller in inside:
         admission.leave(caller)
-    assert not admission._by_address
+    assert not admission._by_account
     assert not admission._clients
 
 
@@ -264,6 +266,42 @@ def test_a_cancelled_turn_does_not_count():
         assert stage.session.num_turns == 1
         stage.session.cancel("a")
         assert stage.session.num_turns == 0  # although the engine has not answered
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(("silent_s", "gives_way"), [(1e6, True), (1.0, False)])
+def test_a_silent_connection_gives_way_where_all_are_taken(silent_s, gives_way):
+    async def play():
+        server, admission = Stage().server, Admission(AdmissionLimits(max_connections=2))
+        sessions = OpenSessions(admission, lambda: server)
+        with ExitStack() as stack:
+            first, silent = (stack.enter_context(sessions.admit(None)) for _ in range(2))
+            silent._active_at -= silent_s
+            if not gives_way:
+                with pytest.raises(NotAdmitted):
+                    stack.enter_context(sessions.admit(None))
+                assert sessions._sessions == {first, silent}
+                return
+            third = stack.enter_context(sessions.admit(None))
+            assert await silent.take() == [SessionOver("idle")]
+            assert sessions._sessions == admission._clients == {first, third}
+            with pytest.raises(NotAdmitted):
+                stack.enter_context(sessions.admit(None))
+        assert not sessions._sessions
+        assert not admission._clients
+
+    asyncio.run(play())
+
+
+def test_a_refused_connection_leaves_no_timer_behind():
+    async def play():
+        server, admission = Stage(idle_s=600).server, Admission(AdmissionLimits(max_connections=0))
+        before = len(asyncio.get_running_loop()._scheduled)
+        with pytest.raises(NotAdmitted), OpenSessions(admission, lambda: server).admit(None):
+            pass
+        timers = asyncio.get_running_loop()._scheduled[before:]
+        assert all(timer.cancelled() for timer in timers)
 
     asyncio.run(play())
 

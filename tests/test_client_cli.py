@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from live_server import LONG, ROOT, LiveServer
 from refusing_proxy import RefusingProxy
+from websockets.sync.server import serve
 
 CLIENT = ROOT / "pipecat_client" / "test_client.py"
 
@@ -156,6 +157,49 @@ def test_refusals_are_one_line(live_server):
     assert "unknown_language" in failure(*here, "--language", "klingon")
     assert "bad_request" in failure(*here, "--temperature", "99")
     assert "cannot write" in failure(*here, "--out", "/nowhere/x.wav")
+
+
+class BusyServer:
+    """Refuses so many tries, each on a connection of its own, and then says a frame of silence."""
+
+    def __init__(self, num_refusals, later_s):
+        self.num_refusals, self.later_s, self.heard = num_refusals, later_s, []
+        self._server = serve(self._answer, "127.0.0.1", 0)
+        self.url = f"ws://127.0.0.1:{self._server.socket.getsockname()[1]}"
+
+    def _answer(self, connection):
+        self.heard.append(json.loads(connection.recv())["text"])
+        if len(self.heard) <= self.num_refusals:
+            refusal = {"error": "full", "code": "overloaded", "retry_after_s": self.later_s}
+            connection.send(json.dumps(refusal))
+        else:
+            connection.send(np.zeros(1920, "<f4").tobytes())
+            connection.send(json.dumps({"done": True, "finish_reason": "stop", "samples": 1920}))
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self._server.shutdown()
+
+
+@pytest.mark.parametrize("options", [(), ("--stream-text",)])
+def test_a_busy_server_is_asked_again_when_it_said(options):
+    with BusyServer(2, later_s=0.2) as server:
+        result = run("--url", server.url, "--text", "Hello there.", "--json", *options)
+    assert result.returncode == 0, result.stderr
+    assert len(server.heard) == 3
+    assert len(set(server.heard)) == 1
+    assert json.loads(result.stdout)["samples"] == 1920
+    assert result.stderr.count("try again in 0.2 s") == 2
+
+
+def test_a_server_that_is_busy_for_longer_is_not_waited_for():
+    with BusyServer(9, later_s=5) as server:
+        said = failure("--url", server.url, "--text", "Hi.", "--timeout", "4")
+    assert len(server.heard) == 1
+    assert "try again in 5 s" in said
 
 
 def test_unreadable_text_is_one_line():

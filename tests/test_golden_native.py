@@ -287,7 +287,7 @@ def script_client_hangs_up(stage: Stage) -> None:
 
 def script_engine_is_full(stage: Stage) -> None:
     client = stage.client(hello=PLAIN)
-    stage.tts.capacity = lambda: FULL
+    stage.tts.capacity = lambda owner: FULL
     speak(client, "a", "One too many.", seed=1)
     client.hear(2)
     del stage.tts.capacity
@@ -303,6 +303,7 @@ def script_drain(stage: Stage) -> None:
     tell(busy, "end", "a")
     speak(busy, "b", "Never spoken.", seed=2)
     stage.wait_for_slot()
+    stage.wait_for_contexts(2)
     drained = stage.server.drain()
     busy.hear(2)
     speak(idle, "a", "Too late.")

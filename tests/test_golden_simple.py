@@ -173,7 +173,7 @@ def script_queue_is_full(stage: Stage) -> None:
 
 def script_engine_is_full(stage: Stage) -> None:
     client = stage.client()
-    stage.tts.capacity = lambda: FULL
+    stage.tts.capacity = lambda owner: FULL
     client.say(text="One too many.", seed=1)
     client.hear()
     del stage.tts.capacity
@@ -206,6 +206,7 @@ def script_drain(stage: Stage) -> None:
     busy.say(text="Never spoken.", seed=2)
     busy.say(text="Nor this, which is live.", seed=3, more=True)
     stage.wait_for_slot()
+    stage.wait_for_contexts(3)
     drained = stage.server.drain()
     busy.hear(2)
     busy.say(text="Too late.")
@@ -287,7 +288,7 @@ def test_token_is_asked_for_as_recorded(golden, tts):
         stage.handshake()
         stage.handshake("/?token=wrong-secret")
 
-    check(golden, script_token, tts, token="a-secret-for-tests")
+    check(golden, script_token, tts, tokens={"token": "a-secret-for-tests"})
 
 
 def test_an_engine_that_dies_says_so_as_recorded(golden, brief_base):

@@ -273,7 +273,7 @@ def test_what_a_client_that_has_left_still_had_to_say_is_not_read(tts):
 
 def test_a_full_engine_is_a_status_with_the_time_to_come_back(tts, monkeypatch):
     async def script(stage):
-        monkeypatch.setattr(tts, "capacity", lambda: Capacity(4, 0, 23, 2.0))
+        monkeypatch.setattr(tts, "capacity", lambda owner: Capacity(4, 0, 23, 2.0))
         status, headers, body = await stage.post(text="One too many.")
         assert (status, headers["Retry-After"]) == (503, "2")
         assert body == b"a turn would wait 12.0 s for a slot, and may wait 10 s"

@@ -121,7 +121,14 @@ def divergence(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("shape", "n", "frames"),
-    [("tiny", 8, 32), ("tiny", 32, 8), ("0.6b", 8, 32), ("0.6b", 32, 8), ("1.7b", 8, 8), ("1.7b", 32, 2)],
+    [
+        ("tiny", 8, 32),
+        ("tiny", 32, 8),
+        ("0.6b", 8, 32),
+        ("0.6b", 32, 8),
+        ("1.7b", 8, 8),
+        ("1.7b", 32, 2),
+    ],
 )
 def test_teacher_forced_heads_are_as_close_to_fp32_as_bf16_pytorch(twins, shape, n, frames, report):
     t = twins(shape)

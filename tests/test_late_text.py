@@ -14,11 +14,14 @@ from qwen_megakernel.engine import engine
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
 from qwen_megakernel.engine.reservations import Reservations
 from qwen_megakernel.engine.schedule import Schedule
+from qwen_megakernel.engine.slot_order import SlotOrder
 from qwen_megakernel.prompt.builder import Prompt
 from qwen_megakernel.turn import Audio, Started, Turn
 
 PARAMS = GenerationParams(seed=1, min_frames=8)
 """Text that is late is late before the model may say EOS."""
+READY = SimpleNamespace(owner=(), ready=True, scant=False)
+"""A turn that waits and has its text."""
 
 
 @pytest.fixture
@@ -49,10 +52,10 @@ def texts(tts, monkeypatch):
     return texts
 
 
-def stalled(tts, text):
+def stalled(tts, text, **options):
     """A turn that holds the slot and waits for text."""
     listener = Listener()
-    turn = tts.open_turn(text, sink=listener, params=PARAMS)
+    turn = tts.open_turn(text, sink=listener, params=PARAMS, **options)
     listener.wait_for_audio()
     deadline = time.monotonic() + 60
     while not tts._engine._speaking[0].text_late:
@@ -89,6 +92,24 @@ def test_a_slot_without_text_is_kept_while_nobody_needs_it(tts, texts):
     turn.end()
     late.wait()
     assert len(texts) == 1
+
+
+def test_a_late_turn_gives_its_slot_back_though_its_client_takes_no_audio(tts, texts):
+    """It was cut, and then waited for the client with the slot in its hand."""
+    turn, late = stalled(tts, "Hello there, how")
+    turn.hold(True)
+    assert complete(tts).wait().reason == "stop"
+    turn.hold(False)
+    turn.end()
+    assert late.wait().reason == "stop"
+    assert texts == ["Hello there,", "Good morning.", " how"]
+
+
+def test_a_late_turn_gives_its_slot_back_though_it_is_far_ahead(tts):
+    turn, late = stalled(tts, "Hello there, how", max_lead_s=0.0)
+    assert complete(tts).wait().reason == "stop"
+    turn.cancel()
+    late.wait()
 
 
 def test_a_late_turn_that_ends_after_it_gave_its_slot_back_is_done(tts, texts):
@@ -172,15 +193,12 @@ BACKEND = SimpleNamespace(max_positions=64, kv_cache=SimpleNamespace(can_reserve
 
 
 @pytest.mark.parametrize(
-    ("free", "queued", "limit_s"), [(1, 5, math.inf), (0, 0, math.inf), (0, 1, 1), (0, 4, 0.25)]
+    ("free", "queued", "limit_s"), [(1, 1, math.inf), (0, 0, math.inf), (0, 1, 1), (0, 4, 0.25)]
 )
 def test_the_more_turns_wait_the_sooner_a_slot_is_given_back(free, queued, limit_s):
-    class Ready:
-        class prompt:
-            ready = True
-
     idle = object.__new__(engine.Engine)  # no thread
-    idle._free_slots, idle._waiting = [0] * free, [Ready()] * queued
+    idle._free_slots, idle._waiting = [0] * free, [READY] * queued
+    idle._slot_order = SlotOrder(2)
     idle._reservations, idle._schedule, idle._speaking = Reservations(BACKEND), Schedule(8), []
     assert idle._late_limit_s() == limit_s * engine.LATE_TEXT_S
 
@@ -198,7 +216,7 @@ def test_a_turn_whose_text_is_there_and_not_taken_is_not_late(has_text):
     )
     busy = object.__new__(engine.Engine)  # no thread
     busy._free_slots, busy._speaking = [], [late]
-    busy._waiting = [SimpleNamespace(prompt=SimpleNamespace(ready=True))]
+    busy._waiting, busy._slot_order = [READY], SlotOrder(1)
     busy._reservations, busy._schedule = Reservations(BACKEND), Schedule(8)
     busy._end_late_utterances()
     assert cuts == ([] if has_text else ["cut"])
@@ -218,3 +236,15 @@ def test_words_that_drip_do_not_keep_a_slot():
     assert active.late_for_s(10.0) == pytest.approx(10 * 0.4)
     active.wait_again()
     assert active.late_for_s(20.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("scant", "count"), [([0, 0, 0], 3), ([0, 0, 1, 0], 3), ([1, 0, 0], 1), ([], 0)]
+)
+def test_no_prompt_is_made_in_the_same_tick_after_one_of_a_turn_with_scant_text(scant, count):
+    queue = [SimpleNamespace(scant=bool(one)) for one in scant]
+    idle = object.__new__(engine.Engine)  # no thread
+    idle._speaking, idle._backend = [], SimpleNamespace(max_batch=8)
+    idle._prefill_next = lambda: queue.pop(0) if queue else None
+    assert idle._prefill_waiting() == bool(scant)
+    assert len(scant) - len(queue) == count

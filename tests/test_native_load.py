@@ -1,5 +1,6 @@
 """The native protocol under load and in operation: slow clients, lost ones, many, and none."""
 
+import re
 import signal
 import time
 
@@ -30,6 +31,8 @@ from qwen_megakernel.serving.native_messages import (
     Started,
 )
 
+CUT = "cut: it (read nothing|answered no ping)"
+
 # --- clients that do not read, or leave -------------------------------------------------------------
 
 
@@ -39,6 +42,16 @@ def unsent_in_kernel(server):
         rows = [line.split() for line in file.readlines()[1:]]
     mine = [row for row in rows if int(row[1].split(":")[1], 16) == server.port]
     return max(int(row[4].split(":")[0], 16) for row in mine)
+
+
+def still_figure(server, name, limit_s=60):
+    """A figure that has not grown for a second; a ping may join it."""
+    deadline, held = time.monotonic() + limit_s, -1000.0
+    while (grown := figure(server, name)) - held > 100:
+        assert time.monotonic() < deadline
+        held = grown
+        time.sleep(1)
+    return held
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "simple"])
@@ -52,7 +65,8 @@ def test_stalled_reader_is_paused_then_cut_and_slows_nobody(live_server, native,
     else:
         stalled.send(**LONG)
     held, kernel, after = 0, 0, []
-    while not any("cut: it read nothing" in line for line in live_server.err[num_lines:]):
+    # On a slow machine its buffers fill slowly, and the server gives up waiting for a pong first.
+    while not any(re.search(CUT, line) for line in live_server.err[num_lines:]):
         assert time.monotonic() - start < 60
         if len(after) < len(before):
             after.append(len(take(live_server, SENTENCES[0], seed=len(after))))
@@ -75,10 +89,8 @@ def test_a_paused_reader_hears_everything(live_server):
     with NativeClient(live_server, "pcm_f32le", 48_000, slow) as client:
         client.speak("a", LONG_TEXT, **WILD)
         wait_for_figure(live_server, "unsent_bytes", lambda value: value > 131_072)
-        time.sleep(1)  # generation would go on for seconds
-        held = figure(live_server, "unsent_bytes")
-        time.sleep(0.5)
-        assert figure(live_server, "unsent_bytes") == held
+        held = still_figure(live_server, "unsent_bytes")  # generation would go on for 2.5 MB
+        assert held < 500_000
         client.speak("b", SENTENCES[0], seed=5)
         client.send(End("b"))
         while len(client.heard.get("a", Heard()).audio) < 2 * (held + 131_072):  # it goes on

@@ -250,7 +250,7 @@ def access(rules, path="/", query=b"", **headers):
 
 
 LOCAL = AccessRules("127.0.0.1")
-GUARDED = AccessRules("0.0.0.0", "s3cret-token", frozenset({"https://app.example.org"}))
+GUARDED = AccessRules("0.0.0.0", {"token": "s3cret-token"}, frozenset({"https://app.example.org"}))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from qwen_megakernel.config import FRAME_S, MAX_UTTERANCE_FRAMES, GenerationParams, Guards
+from qwen_megakernel.engine.slot_order import ENOUGH_TOKENS, Owner
 from qwen_megakernel.prompt.builder import Prompt
 from qwen_megakernel.prompt.parts import PromptParts
 from qwen_megakernel.prompt.voice import Voice
@@ -41,6 +42,8 @@ class TurnRequest:
     """Frames a chunk; None is `CHUNK_RAMP`."""
     max_lead_s: float | None = None
     """Seconds of audio that the turn may be ahead of its playback; None is no limit."""
+    owner: Owner = ()
+    """Whom the turn is for: owners take turns where slots are short."""
 
 
 @dataclass(slots=True)
@@ -111,6 +114,21 @@ class ActiveTurn:
     def prompt(self) -> Prompt:
         """The prompt of the part that is spoken."""
         return self.parts.current
+
+    @property
+    def owner(self) -> Owner:
+        """Whom the turn is for."""
+        return self.request.owner
+
+    @property
+    def ready(self) -> bool:
+        """Whether the part's prompt can be prefilled."""
+        return self.prompt.ready
+
+    @property
+    def scant(self) -> bool:
+        """Whether the part would soon wait for text: it is incomplete, and little of it is here."""
+        return not self.prompt.ended and self.prompt.num_text_tokens < ENOUGH_TOKENS
 
     @property
     def params(self) -> GenerationParams:
@@ -239,10 +257,14 @@ class ActiveTurn:
         return self.begun and self.prompt.next_text_row() is None
 
     def wait_s(self, now: float) -> float:
-        """Seconds until this turn may decode; infinity while its text is late or it is held."""
-        if self.text_late or self.turn.held:
+        """Seconds until this turn may decode; infinity while its text is late or it is held.
+
+        A turn that gives its slot back is neither held nor limited in its lead: others wait for it,
+        and few words are left to say.
+        """
+        if self.text_late or (self.turn.held and not self.gives_back):
             return math.inf
-        if self.request.max_lead_s is None:
+        if self.request.max_lead_s is None or self.gives_back:
             return 0.0
         return max(0.0, self.lead_s(now) - self.request.max_lead_s)
 

@@ -6,9 +6,9 @@ codes. A frame takes the turns whose playback runs out first, as many as the bac
 It leaves out a turn whose next text row has not come, and one that is further ahead of its playback
 than its lead. Nothing else decides order.
 
-A turn whose text is late keeps its slot while no other turn needs it. If *n* turns wait for a slot, it
-keeps it for `LATE_TEXT_S` / *n*. Then it speaks the words that it has to their end and gives the slot
-back. It joins the end of the queue when more text comes.
+`slot_order` decides who gets a slot. A turn whose text is late keeps its slot while no other turn
+needs it. If *n* turns wait for a slot, it keeps it for `LATE_TEXT_S` / *n*. Then it speaks the words
+that it has to their end and gives the slot back. It joins the queue again when more text comes.
 
     device    frame n   codec n   frame n+1   codec n+1
     host           codes n^  launch n+1   audio n^    codes n+1^
@@ -41,13 +41,14 @@ from qwen_megakernel.engine.in_flight import FrameSlot, InFlightFrame
 from qwen_megakernel.engine.reference_states import ReferenceStates
 from qwen_megakernel.engine.reservations import Reservations
 from qwen_megakernel.engine.schedule import Schedule
+from qwen_megakernel.engine.slot_order import Owner, SlotOrder, num_before
 from qwen_megakernel.prompt.builder import PromptBuilder
 from qwen_megakernel.prompt.parts import PartFeed, max_part_tokens
 from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
 
 log = logging.getLogger(__name__)
 
-LATE_TEXT_S = 1.0
+LATE_TEXT_S = 0.5
 """Seconds in all for which an utterance may hold a slot without text, while one turn waits for a
 slot. While two wait it is half of this, and so on."""
 _SWEEP_S = 1.0
@@ -85,6 +86,7 @@ class Engine:
         self._zero_row = torch.zeros_like(prompts.pad_row)
         self._free_slots = list(range(backend.num_slots))
         self._slot_clock = SlotClock(backend.num_slots)
+        self._slot_order = SlotOrder(backend.num_slots)
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
         self._news: deque[Turn] = deque()
         """Turns that have text, a cancel or a hold to take."""
@@ -130,17 +132,18 @@ class Engine:
             return 0.0
         return time.clock_gettime(time.pthread_getcpuclockid(ident))
 
-    def capacity(self) -> Capacity:
-        """The load as it stands; from any thread."""
+    def capacity(self, owner: Owner = ()) -> Capacity:
+        """The load as it stands, for a new turn of `owner`; from any thread."""
         now, speaking = time.monotonic(), list(self._speaking)
-        opened = [turn for turn, _, _ in list(self._opened) if turn.first_text_at is not None]
-        queued = [*opened, *(a.turn for a in list(self._waiting) if a.prompt.ready)]
+        opened = [(t, request) for t, request, _ in list(self._opened) if t.first_text_at is not None]
+        waiting = [(a.turn, a.request) for a in list(self._waiting) if a.ready and not a.scant]
+        queue = [request.owner for turn, request in (*opened, *waiting) if not turn.cancelled]
         num_free = self._num_free()
         num_slots = self._backend.num_slots if num_free or not self._free_slots else len(speaking)
         return Capacity(
             num_slots=max(1, num_slots),
             num_free=num_free,
-            num_queued=sum(not turn.cancelled for turn in queued),
+            num_queued=num_before(owner, queue),
             slot_s=self._slot_clock.mean_s(now - a.slot_since for a in speaking),
         )
 
@@ -308,21 +311,20 @@ class Engine:
 
     def _late_limit_s(self) -> float:
         """Seconds for which an utterance may hold a slot without text; infinity while none is needed."""
-        queued = sum(a.prompt.ready for a in self._waiting)
-        return LATE_TEXT_S / queued if queued and not self._num_free() else math.inf
+        if not self._slot_order.num_missing(self._waiting, self._num_free()):
+            return math.inf
+        return LATE_TEXT_S / sum(a.ready for a in self._waiting)
 
     def _end_late_utterances(self) -> None:
         """Get slots back from turns whose text is late, as many as other turns need."""
-        limit_s, now = self._late_limit_s(), time.monotonic()
+        late = [a for a in self._speaking if a.text_late and not a.turn.has_text]
+        limit_s = self._late_limit_s() if late else math.inf
         if limit_s == math.inf:
             return
-        num_needed = sum(a.prompt.ready for a in self._waiting)
+        num_needed = self._slot_order.num_missing(self._waiting, self._num_free())
         num_needed -= sum(a.gives_back for a in self._speaking)
-        late = [
-            a
-            for a in self._speaking
-            if a.text_late and not a.turn.has_text and a.late_for_s(now) >= limit_s
-        ]
+        now = time.monotonic()
+        late = [a for a in late if a.late_for_s(now) >= limit_s]
         late.sort(key=lambda a: a.late_for_s(now), reverse=True)
         for active in late[: max(0, num_needed)]:
             if active.prefilled:
@@ -335,31 +337,34 @@ class Engine:
         """Prefill waiting turns into slots; whether one could be served.
 
         As many as the next frame has room for, so that turns opened together speak together; but no
-        more than can be done before another turn's playback would run out.
+        more than can be done before another turn's playback would run out. None follows one with scant
+        text: turns with enough may come meanwhile, and a row of prompts would delay them.
         """
         self._num_prefilled = 0
-        if not self._prefill_next():
+        last = self._prefill_next()
+        if last is None:
             return False
         room = self._backend.max_batch - sum(not a.begun for a in self._speaking)
-        while room > 0 and self._prefill_next():
+        while room > 0 and last is not None and not last.scant:
+            last = self._prefill_next()
             room -= 1
         return True
 
-    def _prefill_next(self) -> bool:
-        """Prefill the next part of a turn that speaks, else the first waiting turn that has its text
-        and for which there is a slot; whether one could be served."""
-        active = next((a for a in self._speaking if not a.prefilled and a.prompt.ready), None)
-        ready = [a for a in self._waiting if a.prompt.ready]
+    def _prefill_next(self) -> ActiveTurn | None:
+        """Prefill the next part of a turn that speaks, else the turn that gets a free slot. The turn
+        that was served, if there was one."""
+        active = next((a for a in self._speaking if not a.prefilled and a.ready), None)
+        ready = [a for a in self._waiting if a.ready]
         if active is None and self._schedule.may_begin(ready, self._speaking, self._num_prefilled):
-            active = ready[0] if self._num_free() else None
+            active = self._slot_order.choose(ready, self._num_free())
         if active is None:
-            return False
+            return None
         self._num_prefilled += active.num_prompt_rows
         rows = active.prompt.rows()
         room = self._backend.max_positions - len(rows)
         if room < 1:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
-            return True
+            return active
         now = time.monotonic()
         if active.slot is None:
             active.slot, active.slot_since = self._free_slots.pop(0), now
@@ -372,7 +377,7 @@ class Engine:
         self._backend.prefill(active.slot, rows, active.params, active.prompt.shared)
         if not active.part:
             active.emit(Started())
-        return True
+        return active
 
     def _launch(self, batch: list[ActiveTurn]) -> InFlightFrame:
         """Begin one frame for each turn of the batch, and the codec behind it."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -24,7 +24,8 @@ class AccessRules:
 
     host: str
     """The address the server listens on."""
-    token: str | None = None
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """Secrets by the names of their accounts; without one, nobody needs a token."""
     allow_origins: frozenset[str] = frozenset()
     """Lower-case `scheme://host[:port]`."""
 
@@ -77,9 +78,24 @@ def check_access(rules: AccessRules, path: str, headers: Headers, query: bytes) 
     for origin in values.get(b"origin", []):
         if not _is_origin_allowed(rules, origin.decode("latin-1").lower(), host):
             return Refusal(403, "this Origin is not allowed; the server's --allow-origin permits one")
-    if rules.token is None or path == "/health" or _has_token(rules.token, values, query):
+    if not rules.tokens or path == "/health" or find_token(rules, headers, query) is not None:
         return None
     return Refusal(401, "token missing or wrong; send it as Authorization: Bearer or X-API-Key")
+
+
+def find_token(rules: AccessRules, headers: Headers, query: bytes) -> str | None:
+    """The name of the account whose token a request has; None if it has none."""
+    offered = [value.encode() for value in parse_qs(query.decode("latin-1")).get("token", [])]
+    for name, value in headers:
+        scheme, _, credentials = value.partition(b" ")
+        if name == b"x-api-key":
+            offered.append(value)
+        elif name == b"authorization" and scheme.lower() == b"bearer":
+            offered.append(credentials.strip())
+    for account, token in rules.tokens.items():
+        if any(hmac.compare_digest(token.encode(), value) for value in offered):
+            return account
+    return None
 
 
 def _is_local_name(host: str) -> bool:
@@ -99,13 +115,3 @@ def _is_origin_allowed(rules: AccessRules, origin: str, host: str) -> bool:
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and parts.netloc == host != ""
-
-
-def _has_token(token: str, values: dict[bytes, list[bytes]], query: bytes) -> bool:
-    offered = [*values.get(b"x-api-key", [])]
-    for value in values.get(b"authorization", []):
-        scheme, _, credentials = value.partition(b" ")
-        if scheme.lower() == b"bearer":
-            offered.append(credentials.strip())
-    offered += [value.encode() for value in parse_qs(query.decode("latin-1")).get("token", [])]
-    return any(hmac.compare_digest(token.encode(), value) for value in offered)

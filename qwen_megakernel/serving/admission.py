@@ -1,10 +1,10 @@
 """Who is let in: the one place that decides about connections, and about turns that want a slot.
 
-Connections are limited in number, in all and by address. For turns, the engine reports what it can
-take. A turn that would get a slot within `max_queue_s` is let in, and is not refused later. Any
-other is refused at once, with the time after which it would be let in. A session has one turn at a
-time, and the engine gives slots in the order of arrival, so no connection gets two turns before
-another's. A cancelled turn no longer counts.
+Connections are limited in number: in all, of an address, and of a token. For turns, the engine reports
+what it can take. A turn that would get a slot within `max_queue_s` is let in, and is not refused
+later. Any other is refused at once, with the time after which it would be let in. Tokens, addresses and
+connections take turns in the engine (`engine.slot_order`), so a turn does not count all those that
+another has in the queue. A cancelled turn no longer counts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class NotAdmitted(Exception):
     """A client that cannot be served now; `str()` of it says why. The carrier refuses the connection."""
 
     def __init__(self, message: str, *, own_limit: bool = False, retry_after_s: int = 5) -> None:
-        """`own_limit`: the client's address has too many connections; otherwise the server is busy."""
+        """`own_limit`: the client's address or token has too many connections; otherwise the server is
+        busy."""
         super().__init__(message)
         self.own_limit, self.retry_after_s = own_limit, retry_after_s
 
@@ -36,6 +37,8 @@ class Client(Protocol):
 
     address: str | None
     """What it is counted by with others; None is counted by nothing."""
+    token: str | None
+    """The name of its token, which is counted too."""
 
     @property
     def num_turns(self) -> int:
@@ -50,8 +53,21 @@ class AdmissionLimits:
     max_connections_per_address: int = 32
     max_turns_per_address: int = 32
     """Waiting or speaking at a time."""
+    max_connections_per_token: int = 0
+    """0 is no limit, here and in the next."""
+    max_turns_per_token: int = 0
     max_queue_s: float = 10.0
     """Seconds that a turn may have to wait for a slot, by prediction."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Account:
+    """Clients that are counted together, and how much they may have; 0 is no limit."""
+
+    kind: str
+    key: str
+    max_connections: int
+    max_turns: int
 
 
 class Admission:
@@ -60,44 +76,48 @@ class Admission:
     def __init__(self, limits: AdmissionLimits | None = None) -> None:
         self.limits = limits or AdmissionLimits()
         self._clients: set[Client] = set()
-        self._by_address: defaultdict[str, set[Client]] = defaultdict(set)
+        self._by_account: defaultdict[_Account, set[Client]] = defaultdict(set)
 
     def enter(self, client: Client) -> None:
         """Count a connection until `leave`.
 
         Raises:
-            NotAdmitted: all connections are taken, or all of its address.
+            NotAdmitted: all connections are taken, or all of its address or its token.
         """
-        limits, neighbours = self.limits, self._neighbours(client)
-        if len(self._clients) >= limits.max_connections:
-            raise NotAdmitted(f"all {limits.max_connections} connections are taken")
-        if len(neighbours) >= limits.max_connections_per_address:
-            raise NotAdmitted(
-                f"this address has {limits.max_connections_per_address} connections already",
-                own_limit=True,
-            )
+        if len(self._clients) >= self.limits.max_connections:
+            raise NotAdmitted(f"all {self.limits.max_connections} connections are taken")
+        accounts = self._accounts(client)
+        for account in accounts:
+            if 0 < account.max_connections <= len(self._by_account.get(account, ())):
+                raise NotAdmitted(
+                    f"this {account.kind} has {account.max_connections} connections already",
+                    own_limit=True,
+                )
         self._clients.add(client)
-        if client.address is not None:
-            self._by_address[client.address].add(client)
+        for account in accounts:
+            self._by_account[account].add(client)
 
     def leave(self, client: Client) -> None:
         """Count a connection no longer. A second call does nothing."""
         self._clients.discard(client)
-        if client.address is not None:
-            self._by_address[client.address].discard(client)
-            if not self._by_address[client.address]:
-                del self._by_address[client.address]
+        for account in self._accounts(client):
+            self._by_account[account].discard(client)
+            if not self._by_account[account]:
+                del self._by_account[account]
 
     def check_turn(self, client: Client, capacity: Capacity) -> None:
-        """Refuse a turn that would wait too long, or that is one too many of its address.
+        """Refuse a turn that would wait too long, or that is one too many of its address or its token.
 
         Raises:
             RequestError: `overloaded`, with the time to come back.
         """
-        limit = self.limits.max_turns_per_address
-        if sum(neighbour.num_turns for neighbour in self._neighbours(client)) >= limit:
-            later_s = round(max(MIN_RETRY_S, capacity.slot_s / limit), 1)
-            raise RequestError("overloaded", f"this address has {limit} turns already", later_s)
+        for account in self._accounts(client):
+            limit, clients = account.max_turns, self._by_account.get(account, ())
+            if 0 < limit <= sum(other.num_turns for other in clients):
+                later_s = round(max(MIN_RETRY_S, capacity.slot_s / limit), 1)
+                raise RequestError(
+                    "overloaded", f"this {account.kind} has {limit} turns already", later_s
+                )
         start_s, limit_s = predicted_start_s(capacity), self.limits.max_queue_s
         if start_s > limit_s:
             raise RequestError(
@@ -106,10 +126,16 @@ class Admission:
                 round(max(MIN_RETRY_S, start_s - limit_s), 1),
             )
 
-    def _neighbours(self, client: Client) -> set[Client]:
-        if client.address is None:
-            return set()
-        return self._by_address.get(client.address, set())
+    def _accounts(self, client: Client) -> list[_Account]:
+        """What a client is counted by."""
+        limits, accounts = self.limits, []
+        if client.address is not None:
+            most = (limits.max_connections_per_address, limits.max_turns_per_address)
+            accounts.append(_Account("address", client.address, *most))
+        if client.token is not None:
+            most = (limits.max_connections_per_token, limits.max_turns_per_token)
+            accounts.append(_Account("token", client.token, *most))
+        return accounts
 
 
 def predicted_start_s(capacity: Capacity) -> float:

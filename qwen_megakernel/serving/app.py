@@ -22,10 +22,10 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen_megakernel.serving import openai_messages, openai_speech, switch
-from qwen_megakernel.serving.access import AccessRules, check_access
+from qwen_megakernel.serving.access import AccessRules, check_access, find_token
 from qwen_megakernel.serving.admission import Admission, AdmissionLimits, NotAdmitted
 from qwen_megakernel.serving.observe import Metrics, edge_log, log
-from qwen_megakernel.serving.open_sessions import OpenSessions
+from qwen_megakernel.serving.open_sessions import OpenSessions, request_token
 from qwen_megakernel.serving.server_state import ENGINE_STOPPED, ServerState
 from qwen_megakernel.turn import RequestError
 
@@ -46,7 +46,8 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: int = 8765
-    token: str | None = None
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """Secrets by the names of their accounts."""
     allow_origins: frozenset[str] = frozenset()
     trusted_proxies: tuple[str, ...] = ()
     """Addresses and networks whose `X-Forwarded-For` is believed."""
@@ -58,6 +59,9 @@ class ServerSettings:
     """Until a request is complete, until a handshake is answered."""
     max_connections_per_address: int = 32
     max_turns_per_address: int = 32
+    max_connections_per_token: int = 0
+    """0 is no limit, here and in the next."""
+    max_turns_per_token: int = 0
     max_queue_s: float = 10.0
     max_messages_per_s: int = 500
     idle_s: float = 600.0
@@ -73,6 +77,8 @@ class ServerSettings:
             max_connections=self.max_connections or FEWEST_CONNECTIONS,
             max_connections_per_address=self.max_connections_per_address,
             max_turns_per_address=self.max_turns_per_address,
+            max_connections_per_token=self.max_connections_per_token,
+            max_turns_per_token=self.max_turns_per_token,
             max_queue_s=self.max_queue_s,
         )
 
@@ -112,7 +118,7 @@ class App:
         )
         # Starlette's own default refuses a handshake with a 403 that says nothing.
         starlette.router.default = _unserved(_name_paths(routes))
-        rules = AccessRules(settings.host, settings.token, settings.allow_origins)
+        rules = AccessRules(settings.host, settings.tokens, settings.allow_origins)
         self.asgi: ASGIApp = _Gate(starlette, rules)
 
     def report(self, phase: Phase, detail: str = "") -> None:
@@ -236,6 +242,7 @@ class _Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = check_access(self._rules, scope["path"], scope["headers"], scope["query_string"])
         if refusal is None:
+            request_token.set(find_token(self._rules, scope["headers"], scope["query_string"]))
             await self._app(scope, receive, send)
             return
         headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None

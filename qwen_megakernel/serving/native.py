@@ -41,7 +41,7 @@ from qwen_megakernel.serving.native_messages import (
     encode,
     parse_client_message,
 )
-from qwen_megakernel.serving.observe import log
+from qwen_megakernel.serving.observe import edge_log
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.pcm import PcmEncoder
 from qwen_megakernel.serving.session import Session, SessionRules
@@ -130,7 +130,7 @@ class NativeDialect:
             raise ProtocolError("bad_request", "hello was said before")
         self._greeted, self._audio = True, hello.audio
         server = self._session.server
-        log.info(
+        edge_log.info(
             "connection %s: %s at %d Hz for %s",
             self._session.name,
             hello.audio.encoding,

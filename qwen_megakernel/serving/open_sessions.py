@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import count
 
-from qwen_megakernel.serving.admission import Admission
+from qwen_megakernel.serving.admission import Admission, NotAdmitted
+from qwen_megakernel.serving.observe import edge_log
 from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.session import Session, SessionRules
 from qwen_megakernel.turn import RequestError
+
+GIVE_WAY_S = 60.0
+"""Silence after which a connection may be closed for another one."""
+request_token: ContextVar[str | None] = ContextVar("request_token", default=None)
+"""The name of the token that the request in hand has. It is set where tokens are checked, so that no
+dialect can forget to count it."""
 
 
 class OpenSessions:
@@ -44,11 +52,15 @@ class OpenSessions:
             rules: of the dialect, where it is known.
 
         Raises:
-            NotAdmitted: the server is not ready, or full, or the address has enough.
+            NotAdmitted: the server is not ready, or full, or the address or the token has enough.
         """
         server = self.get_ready()
-        session = Session(server, str(next(self._numbers)), rules, address)
-        self._admission.enter(session)
+        session = Session(server, str(next(self._numbers)), rules, address, request_token.get())
+        try:
+            self._enter(session)
+        except NotAdmitted:
+            session.close()
+            raise
         self._sessions.add(session)
         try:
             yield session
@@ -56,6 +68,23 @@ class OpenSessions:
             session.close()
             self._sessions.discard(session)
             self._admission.leave(session)
+
+    def _enter(self, session: Session) -> None:
+        """Count a session. Where all connections are taken, the one that has been silent for longest
+        gives way, if it has been for `GIVE_WAY_S`."""
+        try:
+            self._admission.enter(session)
+        except NotAdmitted as refusal:
+            silent = max(self._sessions, key=lambda other: other.silent_s, default=session)
+            if refusal.own_limit or silent.silent_s < GIVE_WAY_S:
+                raise
+            edge_log.info(
+                "connection %s: gives way after %.0f s of silence", silent.name, silent.silent_s
+            )
+            silent.finish("idle")
+            self._sessions.discard(silent)
+            self._admission.leave(silent)
+            self._admission.enter(session)
 
     async def drain(self, limit_s: float) -> None:
         """Let running turns end, up to a limit in seconds; then stop them and finish every session."""

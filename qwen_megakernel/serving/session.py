@@ -34,7 +34,7 @@ from qwen_megakernel.serving.events import (
     SessionOver,
 )
 from qwen_megakernel.serving.message_rate import MessageRate
-from qwen_megakernel.serving.observe import log
+from qwen_megakernel.serving.observe import edge_log
 from qwen_megakernel.serving.options import SpeechOptions, TurnOptions
 from qwen_megakernel.serving.outbox import Ended, Entry, Outbox, Output
 from qwen_megakernel.serving.server_state import ServerState
@@ -81,9 +81,11 @@ class Session:
         name: str,
         rules: SessionRules | None = None,
         address: str | None = None,
+        token: str | None = None,
     ) -> None:
-        """`name` is for the log; clients of one `address` share its limits, None has none."""
-        self.server, self.name, self.address = server, name, address
+        """`name` is for the log; clients of one `address` or one `token` share its limits, None has
+        none."""
+        self.server, self.name, self.address, self.token = server, name, address, token
         self.rules = rules or SessionRules()
         """A dialect that the first message decides sets them before it opens a context."""
         self.bytes_in_carrier: Callable[[], int] = lambda: 0
@@ -103,9 +105,20 @@ class Session:
         self._check_idle()
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since the client said something, or was told something other than a report of
+        silence."""
+        return time.monotonic() - self._active_at
+
+    @property
     def busy(self) -> bool:
         """Whether a context is open."""
         return bool(self._contexts)
+
+    @property
+    def owner(self) -> tuple[str | None, ...]:
+        """Whom the engine counts its turns for: the token, the address if it is counted, the session."""
+        return (self.token, self.name) if self.address is None else (self.token, self.address, self.name)
 
     @property
     def num_turns(self) -> int:
@@ -366,7 +379,7 @@ class Session:
         context.start_clock()
         try:
             if not context.num_turns:  # text that was let in is spoken to its end
-                self.server.admission.check_turn(self, self.server.decoder.capacity())
+                self.server.admission.check_turn(self, self.server.decoder.capacity(self.owner))
             turn = self.server.decoder.open_turn(
                 segment.text,
                 sink=sink,
@@ -377,6 +390,7 @@ class Session:
                 params=options.params_of(context.num_turns),
                 chunk_frames=options.chunk_frames,
                 max_lead_s=self.rules.max_lead_s - context.lead_s(),
+                owner=self.owner,
             )
         except RequestError as failure:
             self._stop(context, failure)
@@ -434,7 +448,7 @@ class Session:
         if left_s > 0:
             self._idle = asyncio.get_running_loop().call_later(left_s, self._check_idle)
             return
-        log.info("connection %s: idle for %g s, closed", self.name, self.server.idle_s)
+        edge_log.info("connection %s: idle for %g s, closed", self.name, self.server.idle_s)
         self.finish("idle")
 
     def _watch(self) -> None:

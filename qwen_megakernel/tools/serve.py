@@ -30,6 +30,8 @@ PREFIX = "QWEN_MEGAKERNEL_"
 OTHER_VARIABLES = {f"{PREFIX}CACHE"}
 """Read elsewhere in the project."""
 MAX_REFERENCE_BYTES = 20 << 20
+TOKEN_NAME = "token"
+"""The account of `--token`."""
 BACKENDS = ("auto", "torch", "megakernel")
 DTYPES = ("auto", "bf16", "fp32")
 
@@ -62,6 +64,10 @@ def _memory(text: str) -> int:
     return int(float(match[1]) * {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}[match[2]])
 
 
+def _limit(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -89,6 +95,23 @@ def _token(text: str) -> str:
     if not re.fullmatch(r"[!-~]{8,256}", text):
         raise ValueError("expected 8 to 256 visible ASCII characters")
     return text
+
+
+def _tokens_file(text: str) -> dict[str, str]:
+    tokens: dict[str, str] = {}
+    for number, line in enumerate(_file(text).read_text("utf-8", "replace").splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, _, secret = line.strip().partition(" ")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or name in (*tokens, TOKEN_NAME):
+            raise ValueError(f"{text} line {number}: expected NAME SECRET with a name of its own")
+        try:
+            tokens[name] = _token(secret.strip())
+        except ValueError as error:
+            raise ValueError(f"{text} line {number}: {error}") from None
+    if not tokens:
+        raise ValueError(f"{text}: has no token")
+    return tokens
 
 
 def _origin(text: str) -> str:
@@ -221,6 +244,7 @@ SERVER_OPTIONS = (
     Option("--host", "127.0.0.1", _text, "address to listen on; a public one needs --token", "ADDRESS"),
     Option("--port", 8765, _port, "port to listen on; 0 takes a free one", "N"),
     Option("--token", None, _token, "secret that clients must send; better in its variable", "SECRET"),
+    Option("--tokens-file", {}, _tokens_file, "more of them, one a line: NAME SECRET", "PATH"),
     Option(
         "--allow-origin", (), _origin, "origin of web pages that may connect", "URL", repeatable=True
     ),
@@ -235,6 +259,8 @@ SERVER_OPTIONS = (
     Option("--request-timeout-s", 10.0, _timeout, "seconds until a request is complete", "SECONDS"),
     Option("--max-connections-per-address", 32, _count, "of them from one address", "N"),
     Option("--max-turns-per-address", 32, _count, "turns of one address that wait or speak", "N"),
+    Option("--max-connections-per-token", 0, _limit, "of them with one token; 0 is no limit", "N"),
+    Option("--max-turns-per-token", 0, _limit, "turns of one token; 0 is no limit", "N"),
     Option(
         "--trusted-proxy",
         (),
@@ -263,7 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for title, options in titles.items():
         group = parser.add_argument_group(title)
         for option in options:
-            default = "none" if option.default in (None, ()) else option.default
+            default = "none" if option.default in (None, (), {}) else option.default
             shown = "" if option.default is False else f" (default: {default})"
             text = f"{option.help}{shown} [{option.variable}]"
             if option.convert is _flag:
@@ -300,12 +326,18 @@ def _convert(option: Option, texts: str | list[str] | None) -> Any:
 def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.speaker_ref_text and not options.speaker_ref:
         parser.error("--speaker-ref-text: says what is spoken in --speaker-ref, which is missing")
-    if not is_loopback(options.host) and options.token is None:
+    if not is_loopback(options.host) and not _all_tokens(options):
         parser.error(
             f"--host {options.host}: others could reach the server, and it has no --token. "
             f"Set {PREFIX}TOKEN, or keep the default host and tunnel: "
             f"ssh -L {options.port}:127.0.0.1:{options.port} user@host"
         )
+
+
+def _all_tokens(options: argparse.Namespace) -> dict[str, str]:
+    """Secrets by the names of their accounts."""
+    own = {} if options.token is None else {TOKEN_NAME: options.token}
+    return own | options.tokens_file
 
 
 def warn_unknown_variables(environ: Mapping[str, str]) -> None:
@@ -417,7 +449,7 @@ def run(args: argparse.Namespace) -> int:
     settings = ServerSettings(
         host=options.host,
         port=port,
-        token=options.token,
+        tokens=_all_tokens(options),
         allow_origins=frozenset(options.allow_origin),
         max_connections=options.max_connections,
         spare_sockets=options.spare_sockets,
@@ -425,6 +457,8 @@ def run(args: argparse.Namespace) -> int:
         trusted_proxies=options.trusted_proxy,
         max_connections_per_address=options.max_connections_per_address,
         max_turns_per_address=options.max_turns_per_address,
+        max_connections_per_token=options.max_connections_per_token,
+        max_turns_per_token=options.max_turns_per_token,
         max_queue_s=options.max_queue_s,
         max_messages_per_s=options.max_messages_per_s,
         idle_s=options.idle_s,
@@ -435,6 +469,6 @@ def run(args: argparse.Namespace) -> int:
 
     def announce(decoder: TTSDecoder) -> None:
         if options.log_format == "text":
-            show(banner(decoder, options.host, port, options.token is not None))
+            show(banner(decoder, options.host, port, bool(settings.tokens)))
 
     return serve(settings, listener, lambda report: load_decoder(options, report), announce)

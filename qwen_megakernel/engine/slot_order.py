@@ -1,0 +1,110 @@
+"""Who gets the next slot, and how many slots are missing.
+
+A turn has enough text if its text is complete, or if `ENOUGH_TOKENS` of it are here. Such turns come
+before the others, which would stop after a few frames and hold a slot without a use for it. The
+last quarter of the slots is for them alone.
+
+Among equals, owners take turns. An owner is a path, from the widest account to the narrowest: a token,
+an address, a connection. Accounts of one level take turns, and so do the accounts within each of
+them. An account that has no turn waiting joins behind those that have one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import count
+from typing import Protocol, TypeVar
+
+ENOUGH_TOKENS = 8
+"""About two seconds of speech."""
+
+Owner = tuple[Hashable, ...]
+"""Whom a turn is for; () is nobody in particular."""
+
+
+class WaitingTurn(Protocol):
+    """A turn without a slot, as far as its place in the queue goes."""
+
+    @property
+    def owner(self) -> Owner:
+        """Whom it is for."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has the text that its first frame needs."""
+
+    @property
+    def scant(self) -> bool:
+        """Whether it does not have enough text."""
+
+
+AnyTurn = TypeVar("AnyTurn", bound=WaitingTurn)
+
+
+class SlotOrder:
+    """The order of the turns that wait for the slots of one engine."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_reserved = num_slots // 4
+        """Slots that a turn with scant text does not get."""
+        self._places: dict[Owner, int] = {}
+        """Of each account that has a turn waiting; the lowest is next."""
+        self._numbers = count()
+
+    def choose(self, waiting: Sequence[AnyTurn], num_free: int) -> AnyTurn | None:
+        """The turn that gets a free slot now, if there is one. Its owner joins behind the others."""
+        if not num_free:
+            return None
+        ready = [turn for turn in waiting if turn.ready]
+        self._update(ready)
+        candidates = [turn for turn in ready if not turn.scant]
+        if not candidates and num_free > self._num_reserved:
+            candidates = ready
+        if not candidates:
+            return None
+        chosen = min(candidates, key=lambda turn: [self._places[a] for a in _accounts(turn.owner)])
+        for account in _accounts(chosen.owner):
+            self._places[account] = next(self._numbers)
+        return chosen
+
+    def _update(self, ready: Sequence[WaitingTurn]) -> None:
+        active = dict.fromkeys(account for turn in ready for account in _accounts(turn.owner))
+        for account in self._places.keys() - active.keys():
+            del self._places[account]
+        for account in active:
+            if account not in self._places:
+                self._places[account] = next(self._numbers)
+
+    def num_missing(self, waiting: Sequence[WaitingTurn], num_free: int) -> int:
+        """Slots that must be given back for turns that wait.
+
+        One for each turn with enough text that finds none free. Turns with scant text need one at a
+        time: they would all speak at once otherwise, and those with enough text would wait for them.
+        """
+        ready = [turn for turn in waiting if turn.ready]
+        num_enough = sum(not turn.scant for turn in ready)
+        num_missing = max(0, num_enough - num_free)
+        if len(ready) > num_enough and num_free - num_enough <= self._num_reserved:
+            return max(1, num_missing)
+        return num_missing
+
+
+def num_before(owner: Owner, queue: Iterable[Owner]) -> int:
+    """How many of the turns that wait get a slot before a new turn of `owner`.
+
+    Args:
+        owner: of the new turn.
+        queue: owners of those that wait and have enough text.
+    """
+    queue = list(queue)
+    if not owner:
+        return len(queue)
+    own = [other[1:] for other in queue if other[:1] == owner[:1]]
+    before = num_before(owner[1:], own)
+    others = Counter(other[:1] for other in queue if other[:1] != owner[:1])
+    return before + sum(min(num, before + 1) for num in others.values())
+
+
+def _accounts(owner: Owner) -> list[Owner]:
+    return [owner[:length] for length in range(1, len(owner) + 1)]
