@@ -4,7 +4,8 @@ Connections are limited in number, in all and by address. For turns, the engine 
 take. A turn that would get a slot within `max_queue_s` is let in, and is not refused later. Any
 other is refused at once, with the time after which it would be let in. A session has one turn at a
 time, and the engine gives slots in the order of arrival, so no connection gets two turns before
-another's. A cancelled turn no longer counts.
+another's. (A dialect whose contexts are spoken side by side has one turn for each of them.) A
+cancelled turn no longer counts.
 """
 
 from __future__ import annotations
