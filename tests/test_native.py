@@ -16,7 +16,6 @@ from qwen_megakernel.serving.native_messages import (
     ENCODINGS,
     SAMPLE_RATES,
     AudioChunk,
-    AudioFormat,
     Cancel,
     Done,
     End,
@@ -243,9 +242,9 @@ def test_formats_are_the_resampled_whole(live_server, encoding, rate):
 
 def test_samples_are_clamped_rounded_and_little_endian():
     samples = np.float32([2, -2, 1, 0, 0.6 / 32_767, -0.6 / 32_767, 1 / 32_767])
-    encoded = PcmEncoder(AudioFormat()).encode(samples)
+    encoded = PcmEncoder("pcm_s16le", 24_000).encode(samples)
     assert np.frombuffer(encoded, "<i2").tolist() == [32_767, -32_767, 32_767, 0, 1, -1, 1]
-    encoded = PcmEncoder(AudioFormat("pcm_f32le")).encode(samples)
+    encoded = PcmEncoder("pcm_f32le", 24_000).encode(samples)
     assert np.frombuffer(encoded, "<f4").tolist() == np.clip(samples, -1, 1).tolist()
 
 

@@ -16,6 +16,10 @@ from urllib.parse import parse_qs, urlsplit
 
 Headers = Iterable[tuple[bytes, bytes]]
 """As ASGI gives them: lower-case names."""
+_SCHEMES = (b"bearer", b"token")
+"""Of `Authorization`. Deepgram's clients say Token."""
+_QUERY_NAMES = ("token", "api_key", "access_token")
+"""Fields of a query that may hold the token. The last two are Cartesia's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,8 @@ def _has_token(token: str, values: dict[bytes, list[bytes]], query: bytes) -> bo
     offered = [*values.get(b"x-api-key", [])]
     for value in values.get(b"authorization", []):
         scheme, _, credentials = value.partition(b" ")
-        if scheme.lower() == b"bearer":
+        if scheme.lower() in _SCHEMES:
             offered.append(credentials.strip())
-    offered += [value.encode() for value in parse_qs(query.decode("latin-1")).get("token", [])]
+    fields = parse_qs(query.decode("latin-1"))
+    offered += [value.encode() for name in _QUERY_NAMES for value in fields.get(name, [])]
     return any(hmac.compare_digest(token.encode(), value) for value in offered)

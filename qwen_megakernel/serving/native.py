@@ -59,7 +59,7 @@ class _Stream:
         self.num_samples = 0
         """Sent, at the client's rate."""
         self._sample_bytes = audio.sample_bytes
-        self._encoder = PcmEncoder(audio)
+        self._encoder = PcmEncoder(audio.encoding, audio.sample_rate)
         self._sequence = 0
 
     def chunks(self, event: ContextAudio | SegmentDone) -> list[AudioChunk]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from qwen_megakernel.serving.wire import (
     ProtocolError,
+    SpeechError,
     error_line,
     get_number,
     get_string,
@@ -38,15 +39,6 @@ MODEL_NAMES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 """Of OpenAI. Some clients offer only those that are listed."""
 MAX_INSTRUCTIONS_CHARS = 1000
 _MAX_SEED = 2**64 - 1
-
-
-class SpeechError(Exception):
-    """A request that is answered with an error; `str()` of it is one line, fit for the client."""
-
-    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
-        """`status` is HTTP's; `param` is the field that is wrong, where it is one."""
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
 
 
 @dataclass(frozen=True, slots=True)

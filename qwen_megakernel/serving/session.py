@@ -128,6 +128,10 @@ class Session:
         if len(self._contexts) >= self.rules.max_contexts:
             raise RequestError("overloaded", self.rules.when_full)
 
+    def is_open(self, context_id: str) -> bool:
+        """Whether a context's end was not told, and does not wait to be told."""
+        return context_id in self._contexts
+
     def takes_text(self, context_id: str) -> bool:
         """Whether the context is open and could still speak text that is appended now."""
         context = self._contexts.get(context_id)
@@ -334,7 +338,7 @@ class Session:
                 while self._advance_context(context):
                     pass
         else:
-            while (context := self._next_context()) and self._advance_context(context):
+            while (first := self._next_context()) and self._advance_context(first):
                 pass
 
     def _advance_context(self, context: Context) -> bool:
