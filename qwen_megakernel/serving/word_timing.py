@@ -37,6 +37,8 @@ class TimedWord:
     text: str
     time_s: float
     """In the audio of its context."""
+    end_s: float
+    """When it ends, likewise."""
     spaced: bool
     """Whether the script sets spaces between words."""
 
@@ -96,16 +98,22 @@ class WordClock:
     _segments: deque[_Segment] = field(default_factory=deque)
     _start_s: float = 0.0
     _last_s: float = 0.0
+    _ended_early: bool = False
+    """The audio of the open segment is whole, and its text is not."""
 
     def append(self, text: str) -> None:
         """More text of the open segment, or of a new one."""
+        if self._ended_early:
+            return  # it is not spoken
         if not self._segments or self._segments[-1].complete:
             self._segments.append(_Segment())
         self._segments[-1].text += text
 
     def complete_segment(self) -> None:
-        """The open segment's text is whole."""
-        if self._segments:
+        """The open segment's text is whole. One with nothing to say stays open."""
+        if self._ended_early:
+            self._ended_early = False
+        elif self._segments and self._segments[-1].text.strip():
             self._segments[-1].complete = True
 
     def advance(self, position_s: float) -> list[TimedWord]:
@@ -121,6 +129,7 @@ class WordClock:
         if not self._segments:
             return []
         segment, duration_s = self._segments[0], max(0.0, end_s - self._start_s)
+        self._ended_early = not segment.complete
         segment.complete = True
         units = weight(segment.text)
         words = self._take(units / duration_s, end_s, end_s - LEAD_S) if duration_s and units else []
@@ -139,7 +148,8 @@ class WordClock:
             time_s = max(self._last_s, self._start_s, time_s)
             if time_s >= until_s:
                 break
-            words.append(TimedWord(match[0], time_s, spaced=not _UNSPACED.match(match[0])))
+            end_s = time_s + weight(match[0]) / units_per_s
+            words.append(TimedWord(match[0], time_s, end_s, spaced=not _UNSPACED.match(match[0])))
             segment.give(match)
             self._last_s = time_s
         return words
