@@ -234,7 +234,12 @@ def test_what_fails_is_told_and_flushed():
         talk.stage.decoder.refusal = RequestError("overloaded", "too many turns", 2.0)
         talk.say("Hello.", then="Flush")
         assert await talk.heard() == ["Metadata", "Error", "Flushed"]
+        talk.say("Hello ")
         talk.stage.decoder.refusal = None
+        talk.say("there.", then="Flush")  # the failure of the first was not told yet
+        assert [turn.text for turn in talk.stage.turns] == ["there."]
+        talk.stage.turns.pop().finish()
+        assert await talk.heard() == ["Error", "Flushed"]
         talk.say("Hello.", then="Flush")
         talk.stage.turns[0].finish("error", "it broke")
         assert await talk.heard() == ["Error", "Flushed"]

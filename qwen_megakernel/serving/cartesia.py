@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections import defaultdict, deque
+from collections import deque
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -198,8 +198,7 @@ class CartesiaDialect:
         """The session's id of an open context, by the client's."""
         self._contexts: dict[str, _Context] = {}
         """By the session's id, until their end was told."""
-        self._paces: defaultdict[str | None, Pace] = defaultdict(Pace)
-        """By voice."""
+        self._pace = Pace()
 
     def receive(self, data: str | bytes) -> None:
         """Follow one message of the client; a refused one is answered and otherwise forgotten."""
@@ -240,7 +239,7 @@ class CartesiaDialect:
         if name is None:
             name = str(next(self._numbers))
             self._names[context_id] = name
-            self._contexts[name] = _Context(message, context_id, self._paces[message.voice])
+            self._contexts[name] = _Context(message, context_id, self._pace)
             try:
                 self._session.append(name, message.text, _choices(message))
             except RequestError:

@@ -150,7 +150,7 @@ class DeepgramDialect:
                     self._session.finish("closed")
 
     def _speak(self, text: str) -> None:
-        if self._open is not None:
+        if self._open is not None and self._session.is_open(self._open):
             try:
                 self._session.append(self._open, text)
                 return
