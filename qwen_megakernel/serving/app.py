@@ -3,6 +3,7 @@
     GET /health    200 while the process can work, 503 once the engine has died; needs no token
     GET /ready     200 when turns are taken, else 503; {"phase": "loading" | "warming_up" | ...}
     GET /metrics   Prometheus
+    GET /docs      all HTTP routes, described; /openapi.json is the same for machines
 
 Dialects add their routes. Until a model is loaded, while the server drains and while it is full,
 their clients are refused with HTTP 503, a WebSocket's at the handshake.
@@ -26,6 +27,7 @@ from qwen_megakernel.serving import (
     cartesia_messages,
     deepgram,
     deepgram_messages,
+    docs_page,
     openai_messages,
     openai_speech,
     switch,
@@ -34,6 +36,7 @@ from qwen_megakernel.serving.access import AccessRules, check_access
 from qwen_megakernel.serving.admission import Admission, AdmissionLimits, NotAdmitted
 from qwen_megakernel.serving.observe import Metrics, edge_log, log
 from qwen_megakernel.serving.open_sessions import OpenSessions
+from qwen_megakernel.serving.openapi import ServerFacts
 from qwen_megakernel.serving.server_state import ENGINE_STOPPED, ServerState
 from qwen_megakernel.serving.wire import SpeechError
 from qwen_megakernel.turn import RequestError
@@ -129,6 +132,9 @@ class App:
         ]
         for dialect_routes in dialects:
             routes += dialect_routes(self._sessions)
+        routes += docs_page.routes(
+            lambda: routes, ServerFacts(settings.max_text_chars, settings.token is not None)
+        )
         starlette = Starlette(
             routes=routes,
             exception_handlers={

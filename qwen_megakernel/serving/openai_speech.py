@@ -12,10 +12,12 @@ from qwen_megakernel.serving.audio_encoding import FileFormat
 from qwen_megakernel.serving.http_speech import FileAnswer, SpokenFile
 from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.serving.openai_messages import (
+    AUDIO_MODELS_PATH,
     MODEL_NAMES,
     MODELS_PATH,
     SPEECH_PATH,
     VOICES_PATH,
+    audio_model_list,
     delta_event,
     done_event,
     error_body,
@@ -47,7 +49,7 @@ _PARAMS: dict[ErrorCode, str] = {
 
 
 def routes(sessions: OpenSessions) -> list[BaseRoute]:
-    """The three routes."""
+    """The routes."""
 
     async def speak(request: Request) -> Response:
         return FileAnswer(sessions, _OpenAI())
@@ -59,10 +61,15 @@ def routes(sessions: OpenSessions) -> list[BaseRoute]:
         model = sessions.get_ready().decoder.description["model"]
         return JSONResponse(model_list([model, *MODEL_NAMES]))
 
+    async def list_audio_models(request: Request) -> Response:
+        model = sessions.get_ready().decoder.description["model"]
+        return JSONResponse(audio_model_list([model, *MODEL_NAMES]))
+
     return [
         Route(SPEECH_PATH, speak, methods=["POST"]),
         Route(VOICES_PATH, list_voices),
         Route(MODELS_PATH, list_models),
+        Route(AUDIO_MODELS_PATH, list_audio_models),
     ]
 
 
