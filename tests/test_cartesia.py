@@ -148,6 +148,24 @@ MESSAGES = (
 )
 
 
+@given(
+    st.binary(max_size=100)
+    | st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=8).map(lambda f: json.dumps(f).encode())
+)
+@settings(max_examples=300, deadline=None)
+def test_any_body_is_a_request_or_an_error_with_a_code(body):
+    try:
+        asked = parse_bytes(body)
+    except SpeechError as refused:
+        answer = error_body(refused.status, str(refused), refused.code)
+    else:
+        assert asked.text.strip()
+        return
+    assert answer["error_code"]
+    assert answer["message"]
+    json.dumps(answer).encode()
+
+
 # --- the dialect on a session -----------------------------------------------------------------------
 
 

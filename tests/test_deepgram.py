@@ -129,6 +129,20 @@ def test_any_query_is_one_or_an_error_with_a_code(fields, socket):
     assert answer["err_code"]
 
 
+@given(st.binary(max_size=50) | st.dictionaries(st.just("text"), TEXTS | st.integers() | st.none()))
+@settings(max_examples=200, deadline=None)
+def test_any_body_is_a_text_or_an_error_with_a_code(body):
+    try:
+        text = parse_text(body if isinstance(body, bytes) else json.dumps(body).encode())
+    except SpeechError as refused:
+        answer = error_body(refused.status, str(refused), refused.code)
+    else:
+        assert text.strip()
+        return
+    assert answer["err_code"]
+    assert answer["err_msg"]
+
+
 # --- the dialect on a session -----------------------------------------------------------------------
 
 
@@ -324,6 +338,14 @@ def test_text_in_pieces_is_the_same_speech(demo_server, speech):
         with pytest.raises(ConnectionClosed) as closed:
             client.recv(timeout=20)
         assert closed.value.rcvd.code == 1000
+
+
+def test_a_page_sends_its_token_as_a_protocol(demo_server, speech):
+    with demo_server.connect(f"{PATH}?model=slt&seed=3", subprotocols=["token", DEMO_TOKEN]) as client:
+        assert client.subprotocol == "token"
+        send(client, "Speak", text="Good morning.")
+        send(client, "Flush")
+        assert hear(client)[0] == speech
 
 
 @pytest.mark.parametrize(("encoding", "rate"), [("mulaw", 8000), ("alaw", 16_000), ("linear16", 48_000)])

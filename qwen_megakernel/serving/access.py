@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 Headers = Iterable[tuple[bytes, bytes]]
 """As ASGI gives them: lower-case names."""
 _SCHEMES = (b"bearer", b"token")
-"""Of `Authorization`. Deepgram's clients say Token."""
+"""Of `Authorization` and `Sec-WebSocket-Protocol`. Deepgram's clients say Token."""
 _QUERY_NAMES = ("token", "api_key", "access_token")
 """Fields of a query that may hold the token. The last two are Cartesia's."""
 
@@ -110,6 +110,11 @@ def _has_token(token: str, values: dict[bytes, list[bytes]], query: bytes) -> bo
     for value in values.get(b"authorization", []):
         scheme, _, credentials = value.partition(b" ")
         if scheme.lower() in _SCHEMES:
+            offered.append(credentials.strip())
+    for value in values.get(b"sec-websocket-protocol", []):
+        # A page cannot set headers of a WebSocket: Deepgram's sends the token so.
+        scheme, _, credentials = value.partition(b",")
+        if scheme.strip().lower() in _SCHEMES:
             offered.append(credentials.strip())
     fields = parse_qs(query.decode("latin-1"))
     offered += [value.encode() for name in _QUERY_NAMES for value in fields.get(name, [])]

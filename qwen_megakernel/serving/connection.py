@@ -52,7 +52,9 @@ class Connection:
 
     async def run(self) -> None:
         """Serve the client until one side closes."""
-        await self._websocket.accept()
+        first = next(iter(self._websocket.scope["subprotocols"]), None)
+        # A page that sends its token as a protocol (see `access`) wants the scheme confirmed.
+        await self._websocket.accept(first if first in ("token", "bearer") else None)
         tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._write())}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
