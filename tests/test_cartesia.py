@@ -347,7 +347,7 @@ def test_a_context_that_is_open_outlives_a_refused_message():
 
 
 @given(st.lists(MESSAGES, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_messages_get_answers_with_codes(messages):
     async def script():
         talk = Talk()

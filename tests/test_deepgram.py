@@ -262,7 +262,7 @@ def test_what_fails_is_told_and_flushed():
 
 
 @given(st.lists(MESSAGES, max_size=10))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_messages_get_answers_with_codes(messages):
     async def script():
         talk = Talk()

@@ -76,7 +76,7 @@ def test_first_message_with_a_type_means_native_and_hello_comes_first(live_serve
 
 
 @pytest.mark.parametrize(
-    "hello", [{"protocol": 2, "new": 1}, {"protocol": 1, "audio": {"encoding": "opus"}}]
+    "hello", [{"protocol": 2, "new": 1}, {"protocol": 1, "audio": {"encoding": "speex"}}]
 )
 def test_what_cannot_be_spoken_is_said_and_closed(live_server, hello):
     with live_server.connect() as client:
@@ -218,7 +218,7 @@ def test_progress_is_told_once_a_second_and_late_text_goes_on(live_server):
 
 
 @pytest.mark.parametrize("rate", SAMPLE_RATES)
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", ["pcm_s16le", "pcm_f32le"])
 def test_formats_are_the_resampled_whole(live_server, encoding, rate):
     """Sample for sample what resampling a whole segment gives: no click between messages, no drift."""
     texts = SENTENCES[1:]

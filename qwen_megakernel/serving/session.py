@@ -398,6 +398,7 @@ class Session:
                 instruct=options.instruct,
                 params=options.params_of(context.num_turns),
                 chunk_frames=options.chunk_frames,
+                streaming=options.streaming,
                 max_lead_s=self.rules.max_lead_s - context.lead_s(),
             )
         except RequestError as failure:
