@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 from websockets.sync.client import ClientConnection, connect
 
+from qwen_megakernel.bench.dialects import first_audio_s
 from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.native_messages import (
     AudioChunk,
@@ -44,6 +45,8 @@ limit of 10 s ahead of real time."""
 CHARS_PER_S = 15
 """How fast English is spoken, about."""
 AUDIBLE_RMS = 10 ** (-50 / 20)
+DIALECT_TURNS = 50
+"""Of each dialect, at most."""
 _WINDOW = SAMPLE_RATE // 100
 TURN_S = 120.0
 
@@ -244,7 +247,8 @@ def run(
     Args:
         checkpoint: a Base checkpoint; a buzz is cloned as its voice by speaker embedding alone.
         backend, device: as `server.py` takes them.
-        turns: of `SENTENCE`, then as many of mixed length, one at a time.
+        turns: of `SENTENCE`, then as many of mixed length, one at a time. Then up to 50 of `SENTENCE`
+            in each dialect, to its first audio.
         at_once: numbers of clients that then speak `SENTENCE` together, a turn each at least.
         report: told what is being done.
 
@@ -269,6 +273,7 @@ def run(
             fixed = [client.speak(SENTENCE, seed) for seed in range(turns)]
             mixed = [client.speak(text, seed) for seed, text in enumerate(mixed_texts(turns))]
             client.close()
+            heard = first_audio_s(port, SENTENCE, min(turns, DIALECT_TURNS))
             together = {str(n): summary(speak_at_once(port, n, max(turns, n))) for n in at_once}
     return {
         "backend": backend,
@@ -276,4 +281,8 @@ def run(
         "sentence": summary(fixed),
         "mixed": summary(mixed),
         "at_once": together,
+        "dialects": {
+            name: asdict(Spread.of([1000 * seconds for seconds in times]))
+            for name, times in heard.items()
+        },
     }
