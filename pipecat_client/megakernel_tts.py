@@ -45,7 +45,6 @@ from pipecat_client.journal import Reply
 from pipecat_client.journal_service import RETRY_S, JournalTTSService
 from pipecat_client.playback import Playback
 from pipecat_client.settings import MegakernelTTSSettings, ServerTTSMetricsData
-from pipecat_client.word_timing import Pace, TimedWord
 from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     Done,
@@ -57,6 +56,7 @@ from qwen_megakernel.serving.native_messages import (
     parse_server_message,
 )
 from qwen_megakernel.serving.wire import LANGUAGE_CODES, ProtocolError
+from qwen_megakernel.serving.word_timing import Pace, TimedWord
 from qwen_megakernel.surrogates import SurrogateJoiner, repair
 
 MAX_REFUSALS = 30

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipecat_client.sentence_ends import SentenceEnds
-from pipecat_client.word_timing import Pace, WordClock
+from qwen_megakernel.serving.word_timing import Pace, WordClock
 
 
 @dataclass(slots=True)

@@ -288,6 +288,21 @@ def load_table(load: dict[str, Any]) -> str:
     return "\n\n".join([table(load_report.HEADER, load_report.rows(load)), *load_report.notes(load)])
 
 
+def dialects_table(servers: Sequence[dict[str, Any]]) -> str:
+    """First audio by backend and dialect, and what each takes beyond the native one."""
+    rows = [
+        [
+            f"{server['backend']}, {name}",
+            str(times["count"]),
+            spread(times),
+            number(times["p50"] - server["dialects"]["native"]["p50"], 1),
+        ]
+        for server in servers
+        for name, times in server["dialects"].items()
+    ]
+    return table(["dialect", "turns", "text to first audio, ms", "over native (p50)"], rows)
+
+
 def against_table(against: dict[str, Any]) -> str:
     """Codes and speech in a line each, then the figures."""
     lines = [
@@ -326,6 +341,7 @@ def tables(found: dict[str, Any]) -> str:
         blocks.append(parts_table(found["parts"]))
     if found.get("server"):
         blocks.append(server_table(found["server"], found.get("parts", [])))
+        blocks.append(dialects_table(found["server"]))
     if found.get("load"):
         blocks.append(load_table(found["load"]))
     return "\n\n".join(blocks)

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
-from live_server import LiveServer
+from live_server import DEMO_TOKEN, LiveServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -135,6 +135,17 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def live_server(brief_base: Path, recording: Path) -> Iterator[LiveServer]:
     """One server for all tests that leave it as they found it."""
     server = LiveServer("--model", str(brief_base), "--speaker-ref", str(recording))
+    try:
+        yield server.wait_until_ready()
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def demo_server() -> Iterator[LiveServer]:
+    """The demonstration voice behind a token, for all tests that leave it as they found it."""
+    options = ("--model", "demo_voice", "--voices", "demo_voice/voices", "--token", DEMO_TOKEN)
+    server = LiveServer(*options)
     try:
         yield server.wait_until_ready()
     finally:

@@ -28,6 +28,8 @@ LONG = {
 """More speech than any test waits for: only a cancel or a disconnect ends it soon.
 
 The seed matters: one wild turn in six says EOS within 13 s of audio; this one does not."""
+DEMO_TOKEN = "a-secret-for-tests"
+"""Of the fixture `demo_server`."""
 SOON = 80
 """Frames, half of these 13 s: a turn that stops for another reason than its end has spoken fewer."""
 
@@ -40,7 +42,7 @@ class LiveServer:
     ) -> None:
         start = [str(ROOT / "server.py")] if program is None else ["-c", program]
         self.process = subprocess.Popen(
-            [sys.executable, *start, "--port", "0", *arguments],
+            [os.environ.get("SERVER_PYTHON", sys.executable), *start, "--port", "0", *arguments],
             cwd=ROOT,
             env={**os.environ, **(environ or {})},
             stdout=subprocess.PIPE,
@@ -97,18 +99,18 @@ class LiveServer:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
-    def ready(self) -> dict:
-        return json.loads(self.get("/ready")[1])
+    def ready(self, token: str = "") -> dict:
+        return json.loads(self.get("/ready", X_API_Key=token)[1])
 
     def frames_of_cancelled_turn(self, after: int) -> int:
         """Frames of a cancelled turn, as logged after the first `after` lines."""
         return int(self.wait_for_line(r"turn \S+: cancelled, .*frames (\d+)", after=after)[1])
 
-    def wait_until_idle(self, limit_s: float = 30.0) -> None:
+    def wait_until_idle(self, limit_s: float = 30.0, token: str = "") -> None:
         """Until no turn holds or awaits a slot."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
-            state = self.ready()
+            state = self.ready(token)
             if not state["active"] and not state["waiting"]:
                 return
             time.sleep(0.005)

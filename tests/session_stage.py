@@ -3,6 +3,7 @@
 import asyncio
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class FakeDecoder:
     default_voice = "anna"
     default_params = GenerationParams(SamplingParams(0.4, 12, 1.0, 1.05))
     languages = ("auto", "english")
+    description: ClassVar = {"model": "fake"}
 
     def __init__(self):
         self.voices = {"anna": None, "bob": None}

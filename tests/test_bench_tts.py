@@ -16,6 +16,7 @@ from live_server import ROOT
 
 from qwen_megakernel import bench_tts
 from qwen_megakernel.__main__ import main
+from qwen_megakernel.bench.dialects import TALKERS
 from qwen_megakernel.bench.frame_kernel import (
     PARTS,
     BenchError,
@@ -158,6 +159,9 @@ def test_everything_on_a_cpu(tiny_base, tmp_path):
         assert turns["rtf"]["p50"] > 0
         assert set(turns["finish_reasons"]) <= {"cancelled", "stop", "length"}
         assert (turns["cancel_ms"] is None) == ("cancelled" not in turns["finish_reasons"])
+    assert server["dialects"].keys() == set(TALKERS)
+    assert all(times["count"] == 1 and times["p50"] > 0 for times in server["dialects"].values())
+    assert "| torch, Cartesia | 1 |" in done.stdout
     assert len(SENTENCE) / 15 - 0.1 < server["sentence"]["audio_s"] < 2 * len(SENTENCE) / 15
     assert done.stdout.rstrip("\n") == bench_tts.tables(found)
     assert found["command"].startswith("python -m qwen_megakernel bench --device cpu --model ")

@@ -56,7 +56,7 @@ REFUSED = (
 )
 UNSPEAKABLE = (
     '{"type": "hello", "protocol": 2, "new": 1}',
-    '{"type": "hello", "protocol": 1, "audio": {"encoding": "opus"}}',
+    '{"type": "hello", "protocol": 1, "audio": {"encoding": "speex"}}',
     '{"type": "hello", "protocol": 1, "audio": {"sample_rate": 44100}}',
 )
 

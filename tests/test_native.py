@@ -16,7 +16,6 @@ from qwen_megakernel.serving.native_messages import (
     ENCODINGS,
     SAMPLE_RATES,
     AudioChunk,
-    AudioFormat,
     Cancel,
     Done,
     End,
@@ -77,7 +76,7 @@ def test_first_message_with_a_type_means_native_and_hello_comes_first(live_serve
 
 
 @pytest.mark.parametrize(
-    "hello", [{"protocol": 2, "new": 1}, {"protocol": 1, "audio": {"encoding": "opus"}}]
+    "hello", [{"protocol": 2, "new": 1}, {"protocol": 1, "audio": {"encoding": "speex"}}]
 )
 def test_what_cannot_be_spoken_is_said_and_closed(live_server, hello):
     with live_server.connect() as client:
@@ -219,7 +218,7 @@ def test_progress_is_told_once_a_second_and_late_text_goes_on(live_server):
 
 
 @pytest.mark.parametrize("rate", SAMPLE_RATES)
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", ["pcm_s16le", "pcm_f32le"])
 def test_formats_are_the_resampled_whole(live_server, encoding, rate):
     """Sample for sample what resampling a whole segment gives: no click between messages, no drift."""
     texts = SENTENCES[1:]
@@ -243,9 +242,9 @@ def test_formats_are_the_resampled_whole(live_server, encoding, rate):
 
 def test_samples_are_clamped_rounded_and_little_endian():
     samples = np.float32([2, -2, 1, 0, 0.6 / 32_767, -0.6 / 32_767, 1 / 32_767])
-    encoded = PcmEncoder(AudioFormat()).encode(samples)
+    encoded = PcmEncoder("pcm_s16le", 24_000).encode(samples)
     assert np.frombuffer(encoded, "<i2").tolist() == [32_767, -32_767, 32_767, 0, 1, -1, 1]
-    encoded = PcmEncoder(AudioFormat("pcm_f32le")).encode(samples)
+    encoded = PcmEncoder("pcm_f32le", 24_000).encode(samples)
     assert np.frombuffer(encoded, "<f4").tolist() == np.clip(samples, -1, 1).tolist()
 
 

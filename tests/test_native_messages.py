@@ -30,6 +30,7 @@ from qwen_megakernel.serving.native_messages import (
     Segment,
     Speak,
     Started,
+    Word,
     encode,
     parse_client_message,
     parse_server_message,
@@ -41,6 +42,9 @@ CLIENT = [
     Hello(audio=AudioFormat("pcm_f32le", 8000), client="pipecat/1.14 (linux)"),
     Speak("a", ""),
     Speak("A-z.0:_" * 9, 'Grüße, "Welt"\n', "anna", "de", "softly", 0.5, 10, 2**64 - 1, 8),
+    Speak("a", "", None, None, None, None, None, None, None, 0.5, 1.1, 0.0, 0, 1, 1 << 20, False),
+    Hello(audio=AudioFormat("opus")),
+    Hello(audio=AudioFormat("pcm_mulaw", 8000)),
     Flush("a"),
     End("a"),
     Cancel(),
@@ -58,6 +62,11 @@ SERVER = [
     Error(None, "bad_request", "no"),
     Error("a", "internal", "sorry"),
 ]
+WITH_WORDS = [
+    Segment("a", 0, 0.0, 0.96, "stop", ()),
+    Segment("a", 0, 0.0, 0.96, "stop", (Word("Hello", 0.0, 0.4), Word("du.", 0.5, 0.9))),
+]
+"""An earlier server did not send them."""
 PAGE = (ROOT / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")
 
 
@@ -75,7 +84,7 @@ def test_client_messages_survive_the_wire(message):
     assert parse_client_message(text) == message
 
 
-@pytest.mark.parametrize("message", SERVER, ids=repr)
+@pytest.mark.parametrize("message", SERVER + WITH_WORDS, ids=repr)
 def test_server_messages_survive_the_wire(message):
     text = encode(message)
     check_schema("server", text)
@@ -161,7 +170,7 @@ def test_clients_pass_over_what_a_later_server_may_add():
 def test_server_messages_are_checked_by_clients(message):
     values = json.loads(encode(message))
     for name in values.keys() - {"type"}:
-        for wrong in ([], True):
+        for wrong in ({}, True):
             with pytest.raises(ProtocolError):
                 parse_server_message(json.dumps({**values, name: wrong}))
 
@@ -291,6 +300,8 @@ def test_schema_and_code_cut_errors_at_the_same_length():
         (SERVER[3], {"finish_reason": "cancelled"}),
         (SERVER[3], {"finish_reason": "error"}),
         (SERVER[3], {"duration_s": -0.1}),
+        (SERVER[3], {"estimated_words": ["Hello"]}),
+        (SERVER[3], {"estimated_words": [{"text": "Hello", "start_s": 0.0}]}),
         (SERVER[4], {"finish_reason": "tired"}),
         (SERVER[4], {"ttfc_ms": -1}),
         (SERVER[4], {"samples": None}),

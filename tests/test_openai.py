@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from live_server import SOON, LiveServer
 
 from qwen_megakernel.serving import audio_encoding
-from qwen_megakernel.serving.audio_encoding import MEDIA_TYPES
 from qwen_megakernel.serving.openai_messages import (
     RESPONSE_FORMATS,
     VOICE_NAMES,
-    SpeechError,
     SpeechRequest,
     error_body,
     find_voice,
     parse_speech,
 )
+from qwen_megakernel.serving.openai_speech import FORMATS
+from qwen_megakernel.serving.wire import SpeechError
 from server import main
 
 SPEECH = "/v1/audio/speech"
@@ -197,7 +197,7 @@ def test_wav_is_pcm_behind_a_header(client, samples):
 @pytest.mark.parametrize("name", ["mp3", "opus", "aac", "flac"])
 def test_compressed_speech_has_its_length(client, samples, name):
     response = speak(client, name)
-    assert response.response.headers["Content-Type"] == MEDIA_TYPES[name]
+    assert response.response.headers["Content-Type"] == FORMATS[name].media_type
     # MP3 and AAC have blocks of about 50 ms, before and behind.
     assert samples <= num_decoded(response.content) <= samples + 0.1 * 24_000
 
@@ -330,12 +330,15 @@ def test_any_body_gets_audio_or_an_error_with_a_code(server, body):
     if status == 400:
         assert json.loads(answer)["error"]["code"]
     else:
-        assert headers["Content-Type"].split(";")[0] in {*MEDIA_TYPES.values(), "text/event-stream"}
+        assert headers["Content-Type"].split(";")[0] in {
+            *(audio.media_type for audio in FORMATS.values()),
+            "text/event-stream",
+        }
 
 
 def test_without_pyav_the_plain_formats_are_left(server, monkeypatch):
     monkeypatch.setattr(audio_encoding.importlib.util, "find_spec", lambda name: None)
-    assert [name for name in MEDIA_TYPES if audio_encoding.is_encodable(name)] == ["pcm", "wav"]
+    assert [name for name in FORMATS if FORMATS[name].encodable] == ["wav", "pcm"]
 
 
 # --- a server whose speech does not end -------------------------------------------------------------
@@ -385,7 +388,7 @@ class Listening:
         self.connection.close()
 
 
-@pytest.mark.parametrize("name", MEDIA_TYPES)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("stream_format", ["audio", "sse"])
 def test_speech_is_heard_before_its_end_and_a_hang_up_stops_it(endless, name, stream_format):
     after = len(endless.err)

@@ -86,7 +86,7 @@ class KernelInstance:
             max_positions=CODE_ROWS + CODE_FRAMES + REPEATS + 2 * WARM_UP,
         )  # fmt: skip
         self._expected: list[Tensor] | None = None
-        self.streams = (1, self._backend.max_batch)
+        self.streams = STREAMS
         self.max_grid = self._backend.max_grid
 
     def frame_time(self, setting: Setting, streams: int) -> float:

@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 from websockets.sync.client import ClientConnection, connect
 
+from qwen_megakernel.bench.dialects import first_audio_s
 from qwen_megakernel.bench.player import CHARS_PER_S, SENTENCE, Player, make_text
 from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.native_messages import (
@@ -39,6 +40,8 @@ from qwen_megakernel.tools.demo import running_server
 CHARS = (20, 140)
 """Lengths of the mixed turns' texts: at most 9.3 s of speech, so that no turn runs into the server's
 limit of 10 s ahead of real time."""
+DIALECT_TURNS = 50
+"""Of each dialect, at most."""
 TURN_S = 120.0
 
 Report = Callable[[str], None]
@@ -206,7 +209,8 @@ def run(
     Args:
         checkpoint: a Base checkpoint; a buzz is cloned as its voice by speaker embedding alone.
         backend, device: as `server.py` takes them.
-        turns: of `SENTENCE`, then as many of mixed length, one at a time.
+        turns: of `SENTENCE`, then as many of mixed length, one at a time. Then up to 50 of `SENTENCE`
+            in each dialect, to its first audio.
         at_once: numbers of clients that then speak `SENTENCE` together, a turn each at least.
         report: told what is being done.
 
@@ -231,6 +235,7 @@ def run(
             fixed = [client.speak(SENTENCE, seed) for seed in range(turns)]
             mixed = [client.speak(text, seed) for seed, text in enumerate(mixed_texts(turns))]
             client.close()
+            heard = first_audio_s(port, SENTENCE, min(turns, DIALECT_TURNS))
             together = {str(n): summary(speak_at_once(port, n, max(turns, n))) for n in at_once}
     return {
         "backend": backend,
@@ -238,4 +243,8 @@ def run(
         "sentence": summary(fixed),
         "mixed": summary(mixed),
         "at_once": together,
+        "dialects": {
+            name: asdict(Spread.of([1000 * seconds for seconds in times]))
+            for name, times in heard.items()
+        },
     }

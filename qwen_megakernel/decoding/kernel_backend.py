@@ -88,7 +88,7 @@ class FrameDumps:
     logits: Tensor | None = None
     """fp32 [n, 16, talker vocabulary]."""
     exchanges: Tensor | None = None
-    """fp32 [exchanges, rows, max_batch], every published value; see `MegakernelBackend.exchange_dump`."""
+    """fp32 [exchanges, rows, max_batch], all published values; see `MegakernelBackend.exchange_dump`."""
     stamps: Tensor | None = None
     """int64 [`num_exchanges`], when CTA 0 had done its part of each, ns."""
 
@@ -368,7 +368,7 @@ class MegakernelBackend:
         return self._num_tags
 
     def exchange_dump(self) -> Tensor:
-        """A tensor for `FrameDumps.exchanges`, fp32 [exchanges, rows, max_batch]; not-a-number until written."""
+        """A tensor for `FrameDumps.exchanges`, fp32 [exchanges, rows, max_batch]: not-a-number."""
         shape = (self._num_tags, self._ops.dump_rows(), self.max_batch)
         return torch.full(shape, torch.nan, device=self._device)
 

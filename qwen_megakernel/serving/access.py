@@ -16,6 +16,13 @@ from urllib.parse import parse_qs, urlsplit
 
 Headers = Iterable[tuple[bytes, bytes]]
 """As ASGI gives them: lower-case names."""
+_SCHEMES = (b"bearer", b"token")
+"""Of `Authorization` and `Sec-WebSocket-Protocol`. Deepgram's clients say Token."""
+_TOKEN_MARKS = {b"authorization": b" ", b"sec-websocket-protocol": b","}
+"""Headers with a scheme and a token, and what stands between them. A page cannot set headers of a
+WebSocket: it sends the token as a protocol."""
+_QUERY_NAMES = ("token", "api_key", "access_token")
+"""Fields of a query that may hold the token. The last two are Cartesia's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +92,15 @@ def check_access(rules: AccessRules, path: str, headers: Headers, query: bytes) 
 
 def find_token(rules: AccessRules, headers: Headers, query: bytes) -> str | None:
     """The name of the account whose token a request has; None if it has none."""
-    offered = [value.encode() for value in parse_qs(query.decode("latin-1")).get("token", [])]
+    fields = parse_qs(query.decode("latin-1"))
+    offered = [value.encode() for name in _QUERY_NAMES for value in fields.get(name, [])]
     for name, value in headers:
-        scheme, _, credentials = value.partition(b" ")
         if name == b"x-api-key":
             offered.append(value)
-        elif name == b"authorization" and scheme.lower() == b"bearer":
-            offered.append(credentials.strip())
+        elif (mark := _TOKEN_MARKS.get(name)) is not None:
+            scheme, _, credentials = value.partition(mark)
+            if scheme.strip().lower() in _SCHEMES:
+                offered.append(credentials.strip())
     for account, token in rules.tokens.items():
         if any(hmac.compare_digest(token.encode(), value) for value in offered):
             return account

@@ -3,6 +3,7 @@
     GET /health    200 while the process can work, 503 once the engine has died; needs no token
     GET /ready     200 when turns are taken, else 503; {"phase": "loading" | "warming_up" | ...}
     GET /metrics   Prometheus
+    GET /docs      all HTTP routes, described; /openapi.json is the same for machines
 
 Dialects add their routes. Until a model is loaded, while the server drains and while it is full,
 their clients are refused with HTTP 503, a WebSocket's at the handshake.
@@ -21,12 +22,23 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qwen_megakernel.serving import openai_messages, openai_speech, switch
+from qwen_megakernel.serving import (
+    cartesia,
+    cartesia_messages,
+    deepgram,
+    deepgram_messages,
+    docs_page,
+    openai_messages,
+    openai_speech,
+    switch,
+)
 from qwen_megakernel.serving.access import AccessRules, check_access, find_token
 from qwen_megakernel.serving.admission import Admission, AdmissionLimits, NotAdmitted
 from qwen_megakernel.serving.observe import Metrics, edge_log, log
 from qwen_megakernel.serving.open_sessions import OpenSessions, request_token
+from qwen_megakernel.serving.openapi import ServerFacts
 from qwen_megakernel.serving.server_state import ENGINE_STOPPED, ServerState
+from qwen_megakernel.serving.wire import SpeechError
 from qwen_megakernel.turn import RequestError
 
 if TYPE_CHECKING:
@@ -37,7 +49,24 @@ FEWEST_CONNECTIONS = 64
 Phase = Literal["starting", "loading", "warming_up", "ready", "draining", "failed"]
 DialectRoutes = Callable[[OpenSessions], Sequence[BaseRoute]]
 """A dialect's routes. They admit their clients to the open sessions, and let `NotAdmitted` pass."""
-DIALECTS: tuple[DialectRoutes, ...] = (switch.routes, openai_speech.routes)
+DIALECTS: tuple[DialectRoutes, ...] = (
+    switch.routes,
+    openai_speech.routes,
+    cartesia.routes,
+    deepgram.routes,
+)
+ErrorBody = Callable[[int, str, str | None], Any]
+ERROR_BODIES: Mapping[str, ErrorBody] = {
+    **dict.fromkeys(openai_messages.PATHS, openai_messages.error_body),
+    **dict.fromkeys(cartesia_messages.PATHS, cartesia_messages.error_body),
+    deepgram_messages.PATH: deepgram_messages.error_body,
+}
+"""How an answer looks that says no, by path of an HTTP request. Elsewhere it is {"error": "..."}."""
+SOCKET_ERROR_BODIES: Mapping[str, ErrorBody] = {
+    cartesia_messages.SOCKET_PATH: cartesia_messages.error_body,
+    deepgram_messages.PATH: deepgram_messages.error_body,
+}
+"""The same of a handshake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +142,16 @@ class App:
         ]
         for dialect_routes in dialects:
             routes += dialect_routes(self._sessions)
+        routes += docs_page.routes(
+            lambda: routes, ServerFacts(settings.max_text_chars, bool(settings.tokens))
+        )
         starlette = Starlette(
-            routes=routes, exception_handlers={NotAdmitted: _refuse, HTTPException: _refuse_http}
+            routes=routes,
+            exception_handlers={
+                NotAdmitted: _refuse,
+                SpeechError: _refuse_speech,
+                HTTPException: _refuse_http,
+            },
         )
         # Starlette's own default refuses a handshake with a 403 that says nothing.
         starlette.router.default = _unserved(_name_paths(routes))
@@ -209,6 +246,12 @@ async def _refuse(request: Request, refusal: Exception) -> Response:
     return _refusal(request.scope, str(refusal), status, {"Retry-After": str(refusal.retry_after_s)})
 
 
+async def _refuse_speech(request: Request, refusal: Exception) -> Response:
+    """The answer to a handshake that asks for what cannot be done."""
+    assert isinstance(refusal, SpeechError)
+    return _refusal(request.scope, str(refusal), refusal.status, code=refusal.code)
+
+
 async def _refuse_http(request: Request, refusal: Exception) -> Response:
     """The answer to a method that a path does not have."""
     assert isinstance(refusal, HTTPException)
@@ -223,13 +266,21 @@ def _unserved(message: str) -> ASGIApp:
 
 
 def _refusal(
-    scope: Scope, message: str, status: int, headers: Mapping[str, str] | None = None
+    scope: Scope,
+    message: str,
+    status: int,
+    headers: Mapping[str, str] | None = None,
+    code: str | None = None,
 ) -> Response:
     """An answer that says no. A refused handshake is told to the operator too."""
     if scope["type"] == "websocket":
         edge_log.info(f"handshake refused with {status}: {message}")
-    is_openai = scope["type"] == "http" and scope["path"] in openai_messages.PATHS
-    body = openai_messages.error_body(status, message) if is_openai else {"error": message}
+    path: str = scope["path"]
+    if scope["type"] == "websocket":
+        error_body = SOCKET_ERROR_BODIES.get(path)
+    else:  # a path below, such as /voices/NAME, is answered alike
+        error_body = ERROR_BODIES.get(path) or ERROR_BODIES.get(path.rpartition("/")[0])
+    body = {"error": message} if error_body is None else error_body(status, message, code)
     return JSONResponse(body, status, headers)
 
 

@@ -1,7 +1,7 @@
-"""Audio files that are written while the speech is made: PCM, WAV, MP3, Opus in Ogg, AAC and FLAC.
+"""Audio files that are written while the speech is made: raw, WAV, MP3, Opus in Ogg, AAC and FLAC.
 
 PyAV compresses. It is imported when a compressed format is first asked for, and a server without
-it still speaks WAV and PCM.
+it still speaks raw and WAV.
 """
 
 from __future__ import annotations
@@ -15,11 +15,51 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen_megakernel.config import SAMPLE_RATE
-from qwen_megakernel.serving.native_messages import AudioFormat
-from qwen_megakernel.serving.pcm import PcmEncoder
+from qwen_megakernel.serving.pcm import PcmEncoder, Resampler
 
 _UNKNOWN_SIZE = 0xFFFFFFFF
 """What players take for "until the end" in a WAV header."""
+_WAV_TAGS = {"pcm_s16le": (1, 2), "pcm_f32le": (3, 4), "pcm_alaw": (6, 1), "pcm_mulaw": (7, 1)}
+"""Format tags of WAV, and bytes of a sample."""
+_RAW_TYPES = {"pcm_mulaw": "audio/mulaw", "pcm_alaw": "audio/alaw"}
+_CONTAINER_OPTIONS = {
+    "mp3": {"write_xing": "0", "id3v2_version": "0"},
+    "ogg": {"page_duration": "20000"},
+}
+"""What keeps a container from waiting and from seeking."""
+_CODECS = {"mp3": "libmp3lame", "opus": "libopus", "aac": "aac", "flac": "flac"}
+_CONTAINER_TYPES = {
+    "wav": "audio/wav",
+    "mp3": "audio/mpeg",
+    "ogg": "audio/ogg",
+    "adts": "audio/aac",
+    "flac": "audio/flac",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileFormat:
+    """A file of mono audio."""
+
+    container: str
+    """raw, wav, mp3, ogg, adts or flac."""
+    encoding: str
+    """In raw and wav pcm_s16le, pcm_f32le, pcm_mulaw or pcm_alaw. Otherwise mp3, opus, aac or flac."""
+    sample_rate: int = SAMPLE_RATE
+    bit_rate: int | None = None
+    """Bits a second; None is the encoder's default."""
+
+    @property
+    def media_type(self) -> str:
+        """What HTTP calls it."""
+        if self.container == "raw":
+            return _RAW_TYPES.get(self.encoding, "audio/pcm")
+        return _CONTAINER_TYPES[self.container]
+
+    @property
+    def encodable(self) -> bool:
+        """Whether it can be written here: a compressed format needs PyAV."""
+        return self.encoding not in _CODECS or importlib.util.find_spec("av") is not None
 
 
 class AudioEncoder(Protocol):
@@ -35,50 +75,27 @@ class AudioEncoder(Protocol):
         """The last bytes of the file."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Compression:
-    container: str
-    codec: str
-    options: dict[str, str]
-    """Of the container: what keeps it from waiting and from seeking."""
+def open_encoder(audio: FileFormat) -> AudioEncoder:
+    """An encoder for a format that is `encodable`."""
+    return _CompressedEncoder(audio) if audio.encoding in _CODECS else _PlainEncoder(audio)
 
 
-_COMPRESSIONS = {
-    "mp3": _Compression("mp3", "libmp3lame", {"write_xing": "0", "id3v2_version": "0"}),
-    "opus": _Compression("ogg", "libopus", {"page_duration": "20000"}),
-    "aac": _Compression("adts", "aac", {}),
-    "flac": _Compression("flac", "flac", {}),
-}
-MEDIA_TYPES = {
-    "pcm": "audio/pcm",
-    "wav": "audio/wav",
-    "mp3": "audio/mpeg",
-    "opus": "audio/ogg",
-    "aac": "audio/aac",
-    "flac": "audio/flac",
-}
-"""Formats, and what HTTP calls them."""
-
-
-def is_encodable(name: str) -> bool:
-    """Whether a format of `MEDIA_TYPES` can be written here: the compressed ones need PyAV."""
-    return name not in _COMPRESSIONS or importlib.util.find_spec("av") is not None
-
-
-def open_encoder(name: str) -> AudioEncoder:
-    """An encoder for a format of `MEDIA_TYPES`. Audio is mono; PCM and WAV are 16 bit at 24 kHz."""
-    if name in _COMPRESSIONS:
-        return _CompressedEncoder(_COMPRESSIONS[name])
-    return _PlainEncoder(_wav_header() if name == "wav" else b"")
-
-
-def _wav_header() -> bytes:
+def _wav_header(audio: FileFormat) -> bytes:
     """Of a file whose length is not known yet."""
-    sample_format = struct.pack("<HHIIHH", 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16)
+    tag, sample_bytes = _WAV_TAGS[audio.encoding]
+    byte_rate = sample_bytes * audio.sample_rate
+    sample_format = struct.pack(
+        "<HHIIHH", tag, 1, audio.sample_rate, byte_rate, sample_bytes, 8 * sample_bytes
+    )
+    fact = b""
+    if audio.encoding != "pcm_s16le":  # others have an extension and say the number of samples
+        sample_format += struct.pack("<H", 0)
+        fact = b"fact" + struct.pack("<II", 4, _UNKNOWN_SIZE)
     return b"".join(
         [
             b"RIFF" + struct.pack("<I", _UNKNOWN_SIZE) + b"WAVE",
             b"fmt " + struct.pack("<I", len(sample_format)) + sample_format,
+            fact,
             b"data" + struct.pack("<I", _UNKNOWN_SIZE),
         ]
     )
@@ -87,9 +104,9 @@ def _wav_header() -> bytes:
 class _PlainEncoder:
     compresses = False
 
-    def __init__(self, header: bytes) -> None:
-        self._header = header
-        self._pcm = PcmEncoder(AudioFormat())
+    def __init__(self, audio: FileFormat) -> None:
+        self._header = _wav_header(audio) if audio.container == "wav" else b""
+        self._pcm = PcmEncoder(audio.encoding, audio.sample_rate)
 
     def encode(self, samples: np.ndarray) -> bytes:
         header, self._header = self._header, b""
@@ -97,7 +114,7 @@ class _PlainEncoder:
 
     def finish(self) -> bytes:
         header, self._header = self._header, b""
-        return header
+        return header + self._pcm.flush()
 
 
 class _Sink(RawIOBase):
@@ -125,34 +142,46 @@ class _Sink(RawIOBase):
 class _CompressedEncoder:
     compresses = True
 
-    def __init__(self, compression: _Compression) -> None:
+    def __init__(self, audio: FileFormat) -> None:
         import av
 
         self._sink = _Sink()
         self._container = av.open(
             self._sink,
             "w",
-            format=compression.container,
-            container_options={"flush_packets": "1", **compression.options},
+            format=audio.container,
+            container_options={"flush_packets": "1", **_CONTAINER_OPTIONS.get(audio.container, {})},
         )
-        stream = self._container.add_stream(compression.codec, rate=SAMPLE_RATE, layout="mono")
+        stream = self._container.add_stream(
+            _CODECS[audio.encoding], rate=audio.sample_rate, layout="mono"
+        )
         assert isinstance(stream, av.AudioStream)
+        if audio.bit_rate is not None:
+            stream.bit_rate = audio.bit_rate
         self._stream = stream
+        self._sample_rate = audio.sample_rate
+        self._resampler = Resampler(audio.sample_rate)
         self._num_samples = 0
 
     def encode(self, samples: np.ndarray) -> bytes:
-        import av
-
-        clamped = np.clip(samples, -1.0, 1.0).astype(np.float32)
-        frame = av.AudioFrame.from_ndarray(clamped[None], format="flt", layout="mono")
-        frame.sample_rate = SAMPLE_RATE
-        frame.pts = self._num_samples
-        self._num_samples += len(samples)
-        self._container.mux(self._stream.encode(frame))
+        self._compress(self._resampler.resample(samples))
         return self._sink.take()
 
     def finish(self) -> bytes:
+        self._compress(self._resampler.flush())
         if self._num_samples:
             self._container.mux(self._stream.encode(None))
         self._container.close()
         return self._sink.take()
+
+    def _compress(self, samples: np.ndarray) -> None:
+        import av
+
+        if not len(samples):
+            return
+        clamped = np.clip(samples, -1.0, 1.0).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(clamped[None], format="flt", layout="mono")
+        frame.sample_rate = self._sample_rate
+        frame.pts = self._num_samples
+        self._num_samples += len(samples)
+        self._container.mux(self._stream.encode(frame))

@@ -8,6 +8,7 @@ sends.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -17,8 +18,18 @@ from qwen_megakernel.serving.observe import log
 from qwen_megakernel.serving.protocols import FLUSH_S, SEND_TIMEOUT_S
 from qwen_megakernel.serving.session import Session
 
-CLOSE_CODES = {"going_away": 1001, "idle": 1001, "protocol_error": 1002, "server_failed": 1011}
+CLOSE_CODES = {
+    "closed": 1000,
+    "going_away": 1001,
+    "idle": 1001,
+    "protocol_error": 1002,
+    "server_failed": 1011,
+}
 """Of WebSocket, by why a session is over."""
+
+
+Work = Callable[[], list[bytes]]
+"""Makes messages, and takes too long for the event loop's thread: compression."""
 
 
 class Dialect(Protocol):
@@ -27,7 +38,7 @@ class Dialect(Protocol):
     def receive(self, data: str | bytes) -> None:
         """Follow a message of the client; never raises for what a client can send."""
 
-    def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
+    def translate(self, event: ContextEvent | SessionFailed) -> Sequence[str | bytes | Work]:
         """What to send for an event; events come in the order in which the session gave them."""
 
 
@@ -41,7 +52,9 @@ class Connection:
 
     async def run(self) -> None:
         """Serve the client until one side closes."""
-        await self._websocket.accept()
+        first = next(iter(self._websocket.scope["subprotocols"]), None)
+        # A page that sends its token as a protocol (see `access`) wants the scheme confirmed.
+        await self._websocket.accept(first if first in ("token", "bearer") else None)
         tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._write())}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -69,7 +82,7 @@ class Connection:
 
     async def _write(self) -> None:
         while True:
-            messages: list[str | bytes] = []
+            messages: list[str | bytes | Work] = []
             for event in await self._session.take():
                 if isinstance(event, SessionOver):
                     await self._close(CLOSE_CODES[event.reason])
@@ -79,7 +92,11 @@ class Connection:
                 else:
                     messages += self._dialect.translate(event)
             for message in messages:
-                await self._send(message)
+                if callable(message):
+                    for made in await asyncio.to_thread(message):
+                        await self._send(made)
+                else:
+                    await self._send(message)
 
     async def _send(self, message: str | bytes) -> None:
         async with asyncio.timeout(SEND_TIMEOUT_S):

@@ -15,7 +15,8 @@ import numpy as np
 from qwen_megakernel.turn import ErrorCode, FinishReason
 
 ContextState = Literal["queued", "waiting_for_text", "speaking"]
-SessionEnd = Literal["going_away", "idle", "protocol_error", "server_failed"]
+SessionEnd = Literal["closed", "going_away", "idle", "protocol_error", "server_failed"]
+"""`closed`: the client has asked for it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from itertools import count
 
+import numpy as np
+
 from qwen_megakernel import __version__
+from qwen_megakernel.serving.audio_encoding import AudioEncoder, FileFormat, open_encoder
+from qwen_megakernel.serving.connection import Work
 from qwen_megakernel.serving.events import (
     ContextAudio,
     ContextDone,
@@ -18,7 +22,9 @@ from qwen_megakernel.serving.events import (
 )
 from qwen_megakernel.serving.native_messages import (
     ENCODINGS,
+    OPUS,
     PROTOCOL,
+    SAMPLE_BYTES,
     SAMPLE_RATES,
     AudioChunk,
     AudioFormat,
@@ -35,9 +41,9 @@ from qwen_megakernel.serving.native_messages import (
     Ready,
     Sampling,
     Segment,
-    ServerMessage,
     Speak,
     Started,
+    Word,
     encode,
     parse_client_message,
 )
@@ -46,8 +52,10 @@ from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.pcm import PcmEncoder
 from qwen_megakernel.serving.session import Session, SessionRules
 from qwen_megakernel.serving.wire import ProtocolError, error_line, language_name
+from qwen_megakernel.serving.word_timing import Pace, WordClock
 from qwen_megakernel.turn import RequestError
 
+OPUS_FILE = FileFormat("ogg", "opus")
 RULES = SessionRules(max_contexts=8, when_full="8 contexts are open on this connection", max_lead_s=10.0)
 
 
@@ -58,21 +66,44 @@ class _Stream:
         self.number = number
         self.num_samples = 0
         """Sent, at the client's rate."""
-        self._sample_bytes = audio.sample_bytes
-        self._encoder = PcmEncoder(audio)
-        self._sequence = 0
+        self._sequence = count()
+        self._is_opus = audio.encoding == OPUS
+        if not self._is_opus:
+            self._sample_bytes = audio.sample_bytes
+            self._pcm = PcmEncoder(audio.encoding, audio.sample_rate)
+        self._compressor: AudioEncoder | None = None
 
-    def chunks(self, event: ContextAudio | SegmentDone) -> list[AudioChunk]:
-        """Samples to send, if the resampler gives any."""
-        if isinstance(event, ContextAudio):
-            data = self._encoder.encode(event.samples)
-        else:
-            data = self._encoder.flush()
+    def audio(self, samples: np.ndarray) -> list[bytes | Work]:
+        """A chunk, float32 [n] at 24 kHz, if the resampler gives any."""
+        if not self._is_opus:
+            return self._plain(self._pcm.encode(samples))
+        self.num_samples += len(samples)
+        return [lambda: self._compress(samples)]
+
+    def end_segment(self) -> list[bytes | Work]:
+        """What the resampler has left."""
+        return [] if self._is_opus else self._plain(self._pcm.flush())
+
+    def end(self) -> list[bytes | Work]:
+        """What the file has left."""
+        return [lambda: self._compress(None)] if self._is_opus else []
+
+    def _compress(self, samples: np.ndarray | None) -> list[bytes]:
+        if self._compressor is None:  # here, because the first one loads PyAV
+            self._compressor = open_encoder(OPUS_FILE)
+        encoder = self._compressor
+        return self._pack(encoder.finish() if samples is None else encoder.encode(samples))
+
+    def _plain(self, data: bytes) -> list[bytes | Work]:
+        self.num_samples += len(data) // self._sample_bytes
+        return [*self._pack(data)]
+
+    def _pack(self, data: bytes) -> list[bytes]:
         if not data:
             return []
-        self.num_samples += len(data) // self._sample_bytes
-        self._sequence += 1
-        return [AudioChunk(self.number, self._sequence - 1, data)]
+        message = encode(AudioChunk(self.number, next(self._sequence), data))
+        assert isinstance(message, bytes)
+        return [message]
 
 
 class NativeDialect:
@@ -87,6 +118,8 @@ class NativeDialect:
         self._audio = AudioFormat()
         self._streams: dict[str, _Stream] = {}
         """Of contexts that have started and whose end was not told."""
+        self._clocks: dict[str, WordClock] = {}
+        """Of contexts whose end was not told."""
         self._numbers = count(1)
 
     def receive(self, data: str | bytes) -> None:
@@ -107,9 +140,29 @@ class NativeDialect:
                 self._refused = True
                 self._session.finish("protocol_error")
 
-    def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
+    def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes | Work]:
         """What to send for an event."""
-        return [encode(message) for message in self._messages(event)]
+        match event:
+            case ContextStarted(context_id):
+                stream = self._streams[context_id] = _Stream(next(self._numbers), self._audio)
+                return [encode(Started(context_id, stream.number))]
+            case ContextAudio(context_id, samples):
+                return [*self._streams[context_id].audio(samples)]
+            case SegmentDone(context_id):
+                audio = self._streams[context_id].end_segment()
+                return [*audio, encode(self._segment(event))]
+            case ContextQuiet(context_id, state, num_before):
+                return [encode(Progress(context_id, state, num_before))]
+            case ContextDone(context_id, reason, figures):
+                ended = self._streams.pop(context_id, None)
+                tail = ended.end() if ended is not None and reason != "cancelled" else []
+                return [*tail, encode(self._done(context_id, reason, figures, ended))]
+            case ContextFailed(context_id, code, message, figures=figures):
+                error = Error(context_id, code, error_line(message), event.retry_after_s)
+                ended = self._streams.pop(context_id, None)
+                return [encode(error), encode(self._done(context_id, "error", figures, ended))]
+            case SessionFailed(code, message):
+                return [encode(Error(None, code, error_line(message)))]
 
     def _follow(self, message: ClientMessage) -> None:
         if isinstance(message, Hello):
@@ -117,17 +170,27 @@ class NativeDialect:
         elif not self._greeted:
             raise ProtocolError("bad_request", "hello must come first")
         elif isinstance(message, Speak):
-            self._session.append(message.context_id, message.text, _choices(message))
+            self._speak(message)
         elif isinstance(message, Flush):
             self._session.flush(message.context_id)
+            self._clocks[message.context_id].complete_segment()
         elif isinstance(message, End):
             self._session.end(message.context_id)
+            self._clocks[message.context_id].complete_segment()
         elif isinstance(message, Cancel):
             self._session.cancel(message.context_id)
+
+    def _speak(self, message: Speak) -> None:
+        self._session.append(message.context_id, message.text, _choices(message))
+        clock = self._clocks.setdefault(message.context_id, WordClock(Pace(), lead_s=0.0))
+        clock.append(message.text)
 
     def _greet(self, hello: Hello) -> None:
         if self._greeted:
             raise ProtocolError("bad_request", "hello was said before")
+        if hello.audio.encoding not in _encodings():
+            known = " or ".join(_encodings())
+            raise ProtocolError("unsupported_protocol", f"opus needs PyAV on the server; it has {known}")
         self._greeted, self._audio = True, hello.audio
         server = self._session.server
         edge_log.info(
@@ -137,45 +200,47 @@ class NativeDialect:
             hello.audio.sample_rate,
             hello.client or "a client without a name",
         )
-        talker = server.decoder.default_params.talker
+        params = server.decoder.default_params
+        talker, predictor = params.talker, params.predictor
         self._reply(
             Ready(
                 protocol=PROTOCOL,
                 encoding=hello.audio.encoding,
                 sample_rate=hello.audio.sample_rate,
-                encodings=tuple(ENCODINGS),
+                encodings=_encodings(),
                 sample_rates=SAMPLE_RATES,
                 voices=tuple(server.decoder.voices),
                 default_voice=server.decoder.default_voice,
                 languages=tuple(server.decoder.languages),
                 limits=Limits(server.max_text_chars, RULES.max_contexts, server.max_message_bytes),
                 server=f"qwen-megakernel/{__version__}",
-                sampling=Sampling(talker.temperature, talker.top_k),
+                sampling=Sampling(
+                    talker.temperature,
+                    talker.top_k,
+                    talker.top_p,
+                    talker.repetition_penalty,
+                    predictor.temperature,
+                    predictor.top_k,
+                ),
             )
         )
 
-    def _messages(self, event: ContextEvent | SessionFailed) -> list[ServerMessage]:
-        match event:
-            case ContextStarted(context_id):
-                stream = self._streams[context_id] = _Stream(next(self._numbers), self._audio)
-                return [Started(context_id, stream.number)]
-            case ContextAudio(context_id):
-                return [*self._streams[context_id].chunks(event)]
-            case SegmentDone(context_id, index, start_s, duration_s, reason):
-                segment = Segment(context_id, index, round(start_s, 4), round(duration_s, 4), reason)
-                return [*self._streams[context_id].chunks(event), segment]
-            case ContextQuiet(context_id, state, num_before):
-                return [Progress(context_id, state, num_before)]
-            case ContextDone(context_id, reason, figures):
-                return [self._done(context_id, reason, figures)]
-            case ContextFailed(context_id, code, message, figures=figures):
-                error = Error(context_id, code, error_line(message), event.retry_after_s)
-                return [error, self._done(context_id, "error", figures)]
-            case SessionFailed(code, message):
-                return [Error(None, code, error_line(message))]
+    def _segment(self, event: SegmentDone) -> Segment:
+        timed = self._clocks[event.context_id].end_segment(event.start_s + event.duration_s)
+        words = [Word(word.text, round(word.time_s, 3), round(word.end_s, 3)) for word in timed]
+        return Segment(
+            event.context_id,
+            event.index,
+            round(event.start_s, 4),
+            round(event.duration_s, 4),
+            event.reason,
+            tuple(words),
+        )
 
-    def _done(self, context_id: str, reason: FinishReason, figures: Figures) -> Done:
-        stream = self._streams.pop(context_id, None)
+    def _done(
+        self, context_id: str, reason: FinishReason, figures: Figures, stream: _Stream | None
+    ) -> Done:
+        self._clocks.pop(context_id, None)
         samples = stream.num_samples if stream is not None else 0
         ttfc_s = figures.ttfc_s
         rtf = None if ttfc_s is None else figures.rtf  # neither, where nothing was sent
@@ -193,6 +258,11 @@ class NativeDialect:
         self._session.reply(encode(message))
 
 
+def _encodings() -> tuple[str, ...]:
+    """Those that can be written here."""
+    return ENCODINGS if OPUS_FILE.encodable else tuple(SAMPLE_BYTES)
+
+
 def _choices(message: Speak) -> SpeechOptions:
     return SpeechOptions(
         voice=message.voice,
@@ -202,4 +272,11 @@ def _choices(message: Speak) -> SpeechOptions:
         top_k=message.top_k,
         seed=message.seed,
         chunk_frames=message.chunk_frames,
+        top_p=message.top_p,
+        repetition_penalty=message.repetition_penalty,
+        predictor_temperature=message.predictor_temperature,
+        predictor_top_k=message.predictor_top_k,
+        min_frames=message.min_frames,
+        max_frames=message.max_frames,
+        streaming=message.streaming,
     )

@@ -16,27 +16,43 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, Literal, get_args
 
-from qwen_megakernel.serving.wire import (
-    ErrorCode,
-    ProtocolError,
-    get_number,
-    get_string,
-    kind,
-    parse_object,
+from qwen_megakernel.serving.message_rules import (
+    COUNT,
+    FLAG,
+    MAYBE_STRING,
+    SECONDS,
+    STRING,
+    STRINGS,
+    build,
+    integer,
+    list_of,
+    matching,
+    narrowed,
+    number,
+    object_of,
+    objects_of,
+    one_of,
+    or_none,
+    refuse_unknown,
+    rules_of,
+    short_string,
 )
+from qwen_megakernel.serving.wire import ErrorCode, ProtocolError, get_string, parse_object
 
 PROTOCOL = 1
-ENCODINGS = {"pcm_s16le": 2, "pcm_f32le": 4}
-"""Bytes of a sample."""
+SAMPLE_BYTES = {"pcm_s16le": 2, "pcm_f32le": 4, "pcm_mulaw": 1, "pcm_alaw": 1}
+OPUS = "opus"
+"""Opus in Ogg, at 24 kHz: the audio messages of a context are the bytes of one file."""
+ENCODINGS = (*SAMPLE_BYTES, OPUS)
 SAMPLE_RATES = (8_000, 16_000, 24_000, 48_000)
 MAX_CHUNK_FRAMES = 8
 """Frames of 80 ms in one audio message."""
 MAX_INSTRUCT_CHARS = 1000
+MAX_FRAMES = 1 << 20
+"""The most that a client can set as a limit of a segment; 23 hours."""
 
 FinishReason = Literal["stop", "length", "repeat", "silence", "cancelled", "error"]
 State = Literal["queued", "waiting_for_text", "speaking"]
@@ -48,102 +64,7 @@ _SEGMENT_ENDS = ("stop", "length", "repeat", "silence")
 _HEADER = struct.Struct("<II")
 _U32 = 2**32 - 1
 
-# --- what a field may hold: `Annotated[type, rule]` ----------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """What a field may hold, to the parsers and to the schema."""
-
-    read: Callable[[dict[str, Any], str], Any]
-    """Takes the message's values and the field's name; raises `ProtocolError`."""
-    schema: dict[str, Any]
-    """JSON Schema."""
-    may_be_absent: bool = False
-
-
-def _or_none(rule: _Rule) -> _Rule:
-    def read(values: dict[str, Any], key: str) -> Any:
-        return None if values.get(key) is None else rule.read(values, key)
-
-    schema = {**rule.schema, "type": [rule.schema["type"], "null"]}
-    if "enum" in schema:
-        schema["enum"] = [*schema["enum"], None]
-    return _Rule(read, schema, may_be_absent=True)
-
-
-def _narrowed(rule: _Rule, **keywords: Any) -> _Rule:
-    """The schema asks for more than `read`: another function checks it, or a later server may differ."""
-    return replace(rule, schema={**rule.schema, **keywords})
-
-
-def _matching(pattern: re.Pattern[str], expected: str) -> _Rule:
-    def read(values: dict[str, Any], key: str) -> str:
-        value = get_string(values, key)
-        if not pattern.fullmatch(value):
-            raise ProtocolError("bad_request", f"{key} must be {expected}")
-        return value
-
-    return _Rule(read, {"type": "string", "pattern": f"^{pattern.pattern}$"})
-
-
-def _one_of(choices: Iterable[str]) -> _Rule:
-    return _narrowed(_string, enum=[*choices])
-
-
-def _short_string(max_chars: int) -> _Rule:
-    def read(values: dict[str, Any], key: str) -> str:
-        value = get_string(values, key)
-        if len(value) > max_chars:
-            raise ProtocolError("bad_request", f"{key} is longer than {max_chars} characters")
-        return value
-
-    return _Rule(read, {"type": "string", "maxLength": max_chars})
-
-
-def _number(kinds: tuple[type[int | float], ...], low: float, high: float) -> _Rule:
-    def read(values: dict[str, Any], key: str) -> int | float:
-        value: int | float | None = get_number(values, key, kinds, low, high)
-        if value is None:
-            raise ProtocolError("bad_request", f"{key} is {'null' if key in values else 'missing'}")
-        return value
-
-    json_type = "number" if float in kinds else "integer"
-    return _Rule(read, {"type": json_type, "minimum": low, "maximum": high})
-
-
-def _integer(low: int, high: int) -> _Rule:
-    return _number((int,), low, high)
-
-
-def _list(kind_of_item: type, expected: str) -> _Rule:
-    def read(values: dict[str, Any], key: str) -> tuple[Any, ...]:
-        found = values.get(key)
-        # type(): True is no number here.
-        if not isinstance(found, list) or any(type(item) is not kind_of_item for item in found):
-            raise ProtocolError("bad_request", f"{key} must be {expected}")
-        return tuple(found)
-
-    json_type = {str: "string", int: "integer"}[kind_of_item]
-    return _Rule(read, {"type": "array", "items": {"type": json_type}})
-
-
-def _object(cls: type) -> _Rule:
-    def read(values: dict[str, Any], key: str) -> Any:
-        found = values.get(key)
-        if not isinstance(found, dict):
-            raise ProtocolError("bad_request", f"{key} is {kind(found)}, expected an object")
-        return _build(cls, found)
-
-    return _Rule(read, object_schema(cls))
-
-
-_string = _Rule(get_string, {"type": "string"})
-_maybe_string = _or_none(_string)
-_strings = _list(str, "a list of strings")
-_context_id = _matching(_CONTEXT_ID, "1 to 64 characters of A-Z a-z 0-9 . _ : -")
-_seconds = _number((int, float), 0, 1e12)
-_count = _integer(0, 2**63)
+CONTEXT_ID = matching(_CONTEXT_ID, "1 to 64 characters of A-Z a-z 0-9 . _ : -")
 
 # --- client to server --------------------------------------------------------------------------
 
@@ -152,25 +73,25 @@ _count = _integer(0, 2**63)
 class AudioFormat:
     """How a client wants its samples; mono always."""
 
-    encoding: Annotated[str, _or_none(_one_of(ENCODINGS))] = "pcm_s16le"
-    sample_rate: Annotated[int, _or_none(_narrowed(_count, enum=[*SAMPLE_RATES]))] = 24_000
+    encoding: Annotated[str, or_none(one_of(ENCODINGS))] = "pcm_s16le"
+    sample_rate: Annotated[int, or_none(narrowed(COUNT, enum=[*SAMPLE_RATES]))] = 24_000
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of a sample."""
-        return ENCODINGS[self.encoding]
+        """Bytes of a sample. Raises `KeyError` for Opus."""
+        return SAMPLE_BYTES[self.encoding]
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
     """The first message of a connection."""
 
-    protocol: Annotated[int, _narrowed(_integer(0, _U32), const=PROTOCOL)] = PROTOCOL
+    protocol: Annotated[int, narrowed(integer(0, _U32), const=PROTOCOL)] = PROTOCOL
     audio: Annotated[
-        AudioFormat, _or_none(_narrowed(_object(AudioFormat), additionalProperties=False))
+        AudioFormat, or_none(narrowed(object_of(AudioFormat), additionalProperties=False))
     ] = AudioFormat()
     client: Annotated[
-        str | None, _or_none(_matching(_CLIENT_NAME, "1 to 100 visible ASCII characters"))
+        str | None, or_none(matching(_CLIENT_NAME, "1 to 100 visible ASCII characters"))
     ] = None
     """Name and version of the client, for the server's log."""
 
@@ -179,42 +100,56 @@ class Hello:
 class Speak:
     """Text for a context; a field that is None keeps its earlier value, at first the server's."""
 
-    context_id: Annotated[str, _context_id]
-    text: Annotated[str, _string]
-    voice: Annotated[str | None, _maybe_string] = None
+    context_id: Annotated[str, CONTEXT_ID]
+    text: Annotated[str, STRING]
+    voice: Annotated[str | None, MAYBE_STRING] = None
     """A name the server knows, never a path."""
-    language: Annotated[str | None, _maybe_string] = None
+    language: Annotated[str | None, MAYBE_STRING] = None
     """A name the server knows, or a two-letter code."""
-    instruct: Annotated[str | None, _or_none(_short_string(MAX_INSTRUCT_CHARS))] = None
+    instruct: Annotated[str | None, or_none(short_string(MAX_INSTRUCT_CHARS))] = None
     """How to speak, for checkpoints that take it."""
-    temperature: Annotated[float | None, _or_none(_number((int, float), 0, 10))] = None
+    temperature: Annotated[float | None, or_none(number((int, float), 0, 10))] = None
     """Of the talker; 0 takes the most likely code."""
-    top_k: Annotated[int | None, _or_none(_integer(0, 1 << 16))] = None
+    top_k: Annotated[int | None, or_none(integer(0, 1 << 16))] = None
     """Of the talker; 0 keeps all."""
-    seed: Annotated[int | None, _or_none(_integer(0, 2**64 - 1))] = None
-    chunk_frames: Annotated[int | None, _or_none(_integer(1, MAX_CHUNK_FRAMES))] = None
+    seed: Annotated[int | None, or_none(integer(0, 2**64 - 1))] = None
+    chunk_frames: Annotated[int | None, or_none(integer(1, MAX_CHUNK_FRAMES))] = None
     """Frames of 80 ms in one audio message; None begins with one and grows."""
+    top_p: Annotated[float | None, or_none(number((int, float), 0.01, 1))] = None
+    """Of the talker; 1 keeps all."""
+    repetition_penalty: Annotated[float | None, or_none(number((int, float), 0.1, 10))] = None
+    """Of the talker; 1 is none."""
+    predictor_temperature: Annotated[float | None, or_none(number((int, float), 0, 10))] = None
+    """Of the code predictor; 0 takes the most likely codes."""
+    predictor_top_k: Annotated[int | None, or_none(integer(0, 1 << 16))] = None
+    """Of the code predictor; 0 keeps all."""
+    min_frames: Annotated[int | None, or_none(integer(0, MAX_FRAMES))] = None
+    """Frames of 80 ms before which the model cannot end a segment."""
+    max_frames: Annotated[int | None, or_none(integer(1, MAX_FRAMES))] = None
+    """Frames of 80 ms after which a segment is cut off."""
+    streaming: Annotated[bool | None, or_none(FLAG)] = None
+    """Text layout of the prompt; None is the checkpoint's own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flush:
     """The segment's text is complete."""
 
-    context_id: Annotated[str, _context_id]
+    context_id: Annotated[str, CONTEXT_ID]
 
 
 @dataclass(frozen=True, slots=True)
 class End:
     """The context's text is complete."""
 
-    context_id: Annotated[str, _context_id]
+    context_id: Annotated[str, CONTEXT_ID]
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
     """Stop a context; without one, all."""
 
-    context_id: Annotated[str | None, _or_none(_context_id)] = None
+    context_id: Annotated[str | None, or_none(CONTEXT_ID)] = None
 
 
 ClientMessage = Hello | Speak | Flush | End | Cancel
@@ -226,36 +161,41 @@ ClientMessage = Hello | Speak | Flush | End | Cancel
 class Limits:
     """What the server takes of one connection."""
 
-    max_text_chars: Annotated[int, _narrowed(_count, minimum=1)]
+    max_text_chars: Annotated[int, narrowed(COUNT, minimum=1)]
     """Of a context."""
-    max_contexts: Annotated[int, _narrowed(_count, minimum=1)]
+    max_contexts: Annotated[int, narrowed(COUNT, minimum=1)]
     """Open at a time."""
-    max_message_bytes: Annotated[int, _narrowed(_count, minimum=1)]
+    max_message_bytes: Annotated[int, narrowed(COUNT, minimum=1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What the talker draws with where a client chooses nothing."""
+    """What is drawn with where a client chooses nothing; of the talker, if it does not say otherwise."""
 
-    temperature: Annotated[float, _number((int, float), 0, 10)]
-    top_k: Annotated[int, _integer(0, 1 << 16)]
+    temperature: Annotated[float, number((int, float), 0, 10)]
+    top_k: Annotated[int, integer(0, 1 << 16)]
+    top_p: Annotated[float | None, or_none(number((int, float), 0, 1))] = None
+    repetition_penalty: Annotated[float | None, or_none(number((int, float), 0.1, 10))] = None
+    predictor_temperature: Annotated[float | None, or_none(number((int, float), 0, 10))] = None
+    """Of the code predictor. An earlier server does not say these four."""
+    predictor_top_k: Annotated[int | None, or_none(integer(0, 1 << 16))] = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
     """The answer to `Hello`."""
 
-    protocol: Annotated[int, _narrowed(_count, const=PROTOCOL)]
-    encoding: Annotated[str, _one_of(ENCODINGS)]
-    sample_rate: Annotated[int, _narrowed(_count, enum=[*SAMPLE_RATES])]
-    encodings: Annotated[tuple[str, ...], _narrowed(_strings, minItems=1)]
-    sample_rates: Annotated[tuple[int, ...], _narrowed(_list(int, "a list of integers"), minItems=1)]
-    voices: Annotated[tuple[str, ...], _strings]
-    default_voice: Annotated[str | None, _maybe_string]
-    languages: Annotated[tuple[str, ...], _narrowed(_strings, minItems=1)]
-    limits: Annotated[Limits, _object(Limits)]
-    server: Annotated[str, _string]
-    sampling: Annotated[Sampling | None, _or_none(_object(Sampling))] = None
+    protocol: Annotated[int, narrowed(COUNT, const=PROTOCOL)]
+    encoding: Annotated[str, one_of(ENCODINGS)]
+    sample_rate: Annotated[int, narrowed(COUNT, enum=[*SAMPLE_RATES])]
+    encodings: Annotated[tuple[str, ...], narrowed(STRINGS, minItems=1)]
+    sample_rates: Annotated[tuple[int, ...], narrowed(list_of(int, "a list of integers"), minItems=1)]
+    voices: Annotated[tuple[str, ...], STRINGS]
+    default_voice: Annotated[str | None, MAYBE_STRING]
+    languages: Annotated[tuple[str, ...], narrowed(STRINGS, minItems=1)]
+    limits: Annotated[Limits, object_of(Limits)]
+    server: Annotated[str, STRING]
+    sampling: Annotated[Sampling | None, or_none(object_of(Sampling))] = None
     """An earlier server does not say."""
 
 
@@ -263,8 +203,8 @@ class Ready:
 class Started:
     """A context's audio follows, under this stream number."""
 
-    context_id: Annotated[str, _context_id]
-    stream: Annotated[int, _narrowed(_integer(0, _U32), minimum=1)]
+    context_id: Annotated[str, CONTEXT_ID]
+    stream: Annotated[int, narrowed(integer(0, _U32), minimum=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,45 +220,56 @@ class AudioChunk:
 class Progress:
     """A context is open, and nothing else was sent for it recently."""
 
-    context_id: Annotated[str, _context_id]
-    state: Annotated[State, _one_of(get_args(State))]
-    queued: Annotated[int, _count]
+    context_id: Annotated[str, CONTEXT_ID]
+    state: Annotated[State, one_of(get_args(State))]
+    queued: Annotated[int, COUNT]
     """Contexts before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """When a word is heard, by estimate, in seconds of the context's audio."""
+
+    text: Annotated[str, STRING]
+    start_s: Annotated[float, SECONDS]
+    end_s: Annotated[float, SECONDS]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """All audio of a segment was sent; times are seconds of the context's audio."""
 
-    context_id: Annotated[str, _context_id]
-    index: Annotated[int, _count]
-    start_s: Annotated[float, _seconds]
-    duration_s: Annotated[float, _seconds]
-    finish_reason: Annotated[FinishReason, _one_of(_SEGMENT_ENDS)]
+    context_id: Annotated[str, CONTEXT_ID]
+    index: Annotated[int, COUNT]
+    start_s: Annotated[float, SECONDS]
+    duration_s: Annotated[float, SECONDS]
+    finish_reason: Annotated[FinishReason, one_of(_SEGMENT_ENDS)]
+    estimated_words: Annotated[tuple[Word, ...] | None, or_none(objects_of(Word))] = None
+    """An earlier server does not say."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """The last message of a context."""
 
-    context_id: Annotated[str, _context_id]
-    finish_reason: Annotated[FinishReason, _one_of(get_args(FinishReason))]
-    samples: Annotated[int, _count]
-    duration_s: Annotated[float, _seconds]
-    generation_s: Annotated[float, _seconds]
-    ttfc_ms: Annotated[float | None, _or_none(_seconds)]
-    rtf: Annotated[float | None, _or_none(_seconds)]
+    context_id: Annotated[str, CONTEXT_ID]
+    finish_reason: Annotated[FinishReason, one_of(get_args(FinishReason))]
+    samples: Annotated[int, COUNT]
+    duration_s: Annotated[float, SECONDS]
+    generation_s: Annotated[float, SECONDS]
+    ttfc_ms: Annotated[float | None, or_none(SECONDS)]
+    rtf: Annotated[float | None, or_none(SECONDS)]
 
 
 @dataclass(frozen=True, slots=True)
 class Error:
     """Something was refused or failed; if that ends a context, `Done` says so."""
 
-    context_id: Annotated[str | None, _or_none(_narrowed(_string, **_context_id.schema))]
-    code: Annotated[str, _one_of(get_args(ErrorCode))]
-    message: Annotated[str, _narrowed(_string, maxLength=300)]
+    context_id: Annotated[str | None, or_none(narrowed(STRING, **CONTEXT_ID.schema))]
+    code: Annotated[str, one_of(get_args(ErrorCode))]
+    message: Annotated[str, narrowed(STRING, maxLength=300)]
     """One line; `wire.error_line` cuts it."""
-    retry_after_s: Annotated[float | None, _or_none(_seconds)] = None
+    retry_after_s: Annotated[float | None, or_none(SECONDS)] = None
     """Seconds after which it may be tried again, where that is known."""
 
 
@@ -356,10 +307,10 @@ def parse_client_message(data: str | bytes) -> ClientMessage:
         cls = _find(CLIENT_TYPES, values)
         if cls is Hello:
             _check_protocol(values)  # first: another version may have other fields
-        _refuse_unknown(cls, values, "type")
-        message: ClientMessage = _build(cls, values)
+        refuse_unknown(cls, values, "type")
+        message: ClientMessage = build(cls, values)
         if isinstance(message, Hello):
-            _refuse_unknown(AudioFormat, values.get("audio") or {})
+            refuse_unknown(AudioFormat, values.get("audio") or {})
             _check_format(message.audio)
         return message
     except ProtocolError as error:
@@ -379,14 +330,14 @@ def parse_server_message(data: str | bytes) -> ServerMessage:
     values = parse_object(data)
     if get_string(values, "type") not in SERVER_TYPES:
         raise ProtocolError("unsupported", "a message of a type that this client does not know")
-    message: ServerMessage = _build(_find(SERVER_TYPES, values), values)
+    message: ServerMessage = build(_find(SERVER_TYPES, values), values)
     return message
 
 
 def check_values(cls: type, values: dict[str, Any]) -> None:
     """Raise `ProtocolError` where a message of this class could not hold a value."""
     for name in values:
-        _rules(cls)[name].read(values, name)
+        rules_of(cls)[name].read(values, name)
 
 
 def encode(message: ClientMessage | ServerMessage) -> str | bytes:
@@ -414,38 +365,8 @@ def _find(types: dict[str, type], values: dict[str, Any]) -> type:
     return types[name]
 
 
-@cache
-def _rules(cls: type) -> dict[str, _Rule]:
-    hints = get_type_hints(cls, include_extras=True)
-    return {name: hint.__metadata__[0] for name, hint in hints.items()}
-
-
-def object_schema(cls: type) -> dict[str, Any]:
-    """JSON Schema of a message, without its `type`, or of an object in one."""
-    rules = _rules(cls)
-    required = [f.name for f in fields(cls) if f.default is MISSING or not rules[f.name].may_be_absent]
-    properties = {name: rule.schema for name, rule in rules.items()}
-    return {"type": "object", "properties": properties, "required": required}
-
-
-def _build(cls: type, values: dict[str, Any]) -> Any:
-    found = {}
-    for each in fields(cls):
-        value = _rules(cls)[each.name].read(values, each.name)
-        if value is not None or each.default is MISSING:
-            found[each.name] = value
-    return cls(**found)
-
-
-def _refuse_unknown(cls: type, values: dict[str, Any], *more: str) -> None:
-    allowed = [each.name for each in fields(cls)]
-    if not values.keys() <= {*allowed, *more}:
-        # The name of the stranger is the client's text: it is not repeated.
-        raise ProtocolError("bad_request", f"a field is unknown, expected {', '.join(allowed)}")
-
-
 def _check_protocol(values: dict[str, Any]) -> None:
-    version = _integer(0, _U32).read(values, "protocol")
+    version = integer(0, _U32).read(values, "protocol")
     if version != PROTOCOL:
         raise ProtocolError("unsupported_protocol", f"protocol {version}, expected {PROTOCOL}")
 
@@ -458,11 +379,13 @@ def _check_format(audio: AudioFormat) -> None:
     if audio.sample_rate not in SAMPLE_RATES:
         rates = ", ".join(map(str, SAMPLE_RATES))
         raise ProtocolError("unsupported_protocol", f"sample_rate is none of {rates}")
+    if audio.encoding == OPUS and audio.sample_rate != 24_000:
+        raise ProtocolError("unsupported_protocol", "opus has the sample_rate 24000 only")
 
 
 def _readable_context_id(values: dict[str, Any]) -> str | None:
     try:
-        context_id: str = _context_id.read(values, "context_id")
+        context_id: str = CONTEXT_ID.read(values, "context_id")
     except ProtocolError:
         return None
     return context_id

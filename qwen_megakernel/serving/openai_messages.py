@@ -3,6 +3,7 @@
 POST /v1/audio/speech   -> bytes of an audio file, or Server-Sent Events
 GET  /v1/audio/voices   -> {"voices": [{"id", "name"}]}
 GET  /v1/models         -> {"object": "list", "data": [...]}
+GET  /v1/audio/models   -> {"models": [{"id", "name"}]}
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from qwen_megakernel.serving.wire import (
     ProtocolError,
+    SpeechError,
     error_line,
     get_number,
     get_string,
@@ -28,7 +30,9 @@ ResponseFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 RESPONSE_FORMATS: tuple[ResponseFormat, ...] = ("mp3", "opus", "aac", "flac", "wav", "pcm")
 STREAM_FORMATS = ("audio", "sse")
 SPEECH_PATH, VOICES_PATH, MODELS_PATH = "/v1/audio/speech", "/v1/audio/voices", "/v1/models"
-PATHS = frozenset({SPEECH_PATH, VOICES_PATH, MODELS_PATH})
+AUDIO_MODELS_PATH = "/v1/audio/models"
+"""Not of OpenAI: Open WebUI asks here."""
+PATHS = frozenset({SPEECH_PATH, VOICES_PATH, MODELS_PATH, AUDIO_MODELS_PATH})
 VOICE_NAMES = (
     "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage",
     "shimmer", "verse",
@@ -38,15 +42,6 @@ MODEL_NAMES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 """Of OpenAI. Some clients offer only those that are listed."""
 MAX_INSTRUCTIONS_CHARS = 1000
 _MAX_SEED = 2**64 - 1
-
-
-class SpeechError(Exception):
-    """A request that is answered with an error; `str()` of it is one line, fit for the client."""
-
-    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
-        """`status` is HTTP's; `param` is the field that is wrong, where it is one."""
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +120,11 @@ def model_list(names: Iterable[str]) -> Any:
     """The answer to `GET /v1/models`."""
     models = [{"id": n, "object": "model", "created": 0, "owned_by": "qwen-megakernel"} for n in names]
     return {"object": "list", "data": models}
+
+
+def audio_model_list(names: Iterable[str]) -> Any:
+    """The answer to `GET /v1/audio/models`."""
+    return {"models": [{"id": name, "name": name} for name in names]}
 
 
 def voice_list(names: Iterable[str]) -> Any:

@@ -28,6 +28,20 @@ class SpeechOptions:
     """0 .. 2**64 - 1; the server draws one for a context that never names one."""
     chunk_frames: int | None = None
     """Frames of 80 ms in a chunk of audio; the engine's ramp if it was never chosen."""
+    top_p: float | None = None
+    """Of the talker; 1 keeps all."""
+    repetition_penalty: float | None = None
+    """Of the talker; 1 is none."""
+    predictor_temperature: float | None = None
+    """Of the code predictor; 0 takes the most likely codes."""
+    predictor_top_k: int | None = None
+    """Of the code predictor; 0 keeps all."""
+    min_frames: int | None = None
+    """Frames of 80 ms before which the model cannot end a turn."""
+    max_frames: int | None = None
+    """Frames of 80 ms after which a turn is cut off."""
+    streaming: bool | None = None
+    """Text layout of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +54,45 @@ class TurnOptions:
     instruct: str | None = None
     params: GenerationParams = field(default_factory=GenerationParams)
     chunk_frames: int | None = None
+    streaming: bool | None = None
+    """Text layout of the prompt; None is the checkpoint's own."""
 
     def updated(self, choices: SpeechOptions) -> TurnOptions:
         """These options with a client's choices in their place."""
-        params = self.params
-        talker = replace(
-            params.talker,
-            temperature=_either(choices.temperature, params.talker.temperature),
-            top_k=_either(choices.top_k, params.talker.top_k),
-        )
         return TurnOptions(
             voice=_either(choices.voice, self.voice),
             language=_either(choices.language, self.language),
             instruct=_either(choices.instruct, self.instruct),
-            params=replace(params, talker=talker, seed=_either(choices.seed, params.seed)),
+            params=_updated(self.params, choices),
             chunk_frames=_either(choices.chunk_frames, self.chunk_frames),
+            streaming=_either(choices.streaming, self.streaming),
         )
 
     def params_of(self, index: int) -> GenerationParams:
         """The parameters of a context's turn `index`: seeds count on."""
         return replace(self.params, seed=(self.params.seed + index) % 2**64)
+
+
+def _updated(params: GenerationParams, choices: SpeechOptions) -> GenerationParams:
+    talker, predictor = params.talker, params.predictor
+    return replace(
+        params,
+        talker=replace(
+            talker,
+            temperature=_either(choices.temperature, talker.temperature),
+            top_k=_either(choices.top_k, talker.top_k),
+            top_p=_either(choices.top_p, talker.top_p),
+            repetition_penalty=_either(choices.repetition_penalty, talker.repetition_penalty),
+        ),
+        predictor=replace(
+            predictor,
+            temperature=_either(choices.predictor_temperature, predictor.temperature),
+            top_k=_either(choices.predictor_top_k, predictor.top_k),
+        ),
+        seed=_either(choices.seed, params.seed),
+        min_frames=_either(choices.min_frames, params.min_frames),
+        max_frames=_either(choices.max_frames, params.max_frames),
+    )
 
 
 def _either(chosen: T | None, before: T) -> T:

@@ -1,47 +1,81 @@
-"""Samples as a client wants them: resampled without seams, clamped, rounded, little-endian."""
+"""Samples as a client wants them: resampled without seams, clamped, rounded or companded."""
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
+import soundfile
 import soxr
 
 from qwen_megakernel.config import SAMPLE_RATE
-from qwen_megakernel.serving.native_messages import AudioFormat
 
 _NOTHING = np.zeros(0, dtype=np.float32)
+_COMPANDED = {"pcm_mulaw": "ULAW", "pcm_alaw": "ALAW"}
+"""Encodings of 8 bits a sample (G.711), and what libsndfile calls them."""
+
+
+class Resampler:
+    """Brings 24 kHz chunks to another rate.
+
+    `flush` gives out what is held back (up to a tenth of a second) and begins anew. What follows is
+    an utterance of its own, so nothing rings across the seam.
+    """
+
+    def __init__(self, sample_rate: int) -> None:
+        self._sample_rate = sample_rate
+        self._stream: soxr.ResampleStream | None = None
+
+    def resample(self, samples: np.ndarray) -> np.ndarray:
+        """A chunk, float32 [n] at 24 kHz; the result may be longer or shorter than its time."""
+        if self._sample_rate == SAMPLE_RATE:
+            return samples
+        if self._stream is None:
+            self._stream = soxr.ResampleStream(
+                SAMPLE_RATE, self._sample_rate, 1, dtype="float32", quality="HQ"
+            )
+        resampled: np.ndarray = self._stream.resample_chunk(samples)
+        return resampled
+
+    def flush(self) -> np.ndarray:
+        """The rest, float32 [n]. All samples since the last call are then exactly their time."""
+        stream, self._stream = self._stream, None
+        rest: np.ndarray = _NOTHING if stream is None else stream.resample_chunk(_NOTHING, last=True)
+        return rest
 
 
 class PcmEncoder:
     """Turns 24 kHz float32 chunks into the bytes of one format.
 
-    `flush` ends a segment: the resampler gives out what it holds back (up to a tenth of a second)
-    and begins anew. Segments are utterances of their own, so nothing rings across the seam, and
-    the bytes of each are exactly its duration.
+    `flush` ends a segment. Segments are utterances of their own, and the bytes of each are exactly
+    its duration.
     """
 
-    def __init__(self, audio: AudioFormat) -> None:
-        self._audio = audio
-        self._resampler: soxr.ResampleStream | None = None
+    def __init__(self, encoding: str, sample_rate: int) -> None:
+        """`encoding`: pcm_s16le, pcm_f32le, pcm_mulaw or pcm_alaw."""
+        self._encoding = encoding
+        self._resampler = Resampler(sample_rate)
 
     def encode(self, samples: np.ndarray) -> bytes:
         """A chunk, float32 [n]; what comes out may be shorter, or longer, than what went in."""
-        if self._audio.sample_rate == SAMPLE_RATE:
-            return self._to_bytes(samples)
-        if self._resampler is None:
-            self._resampler = soxr.ResampleStream(
-                SAMPLE_RATE, self._audio.sample_rate, 1, dtype="float32", quality="HQ"
-            )
-        return self._to_bytes(self._resampler.resample_chunk(samples))
+        return self._to_bytes(self._resampler.resample(samples))
 
     def flush(self) -> bytes:
         """The rest of a segment."""
-        resampler, self._resampler = self._resampler, None
-        return (
-            b"" if resampler is None else self._to_bytes(resampler.resample_chunk(_NOTHING, last=True))
-        )
+        return self._to_bytes(self._resampler.flush())
 
     def _to_bytes(self, samples: np.ndarray) -> bytes:
         clamped: np.ndarray = np.clip(samples, -1.0, 1.0)
-        if self._audio.encoding == "pcm_f32le":
+        if self._encoding == "pcm_f32le":
             return clamped.astype("<f4", copy=False).tobytes()
-        return np.rint(clamped * 32_767.0).astype("<i2").tobytes()
+        rounded = np.rint(clamped * 32_767.0).astype("<i2")
+        if self._encoding in _COMPANDED:
+            return _compand(rounded, _COMPANDED[self._encoding])
+        return rounded.tobytes()
+
+
+def _compand(samples: np.ndarray, subtype: str) -> bytes:
+    with io.BytesIO() as file:
+        # The rate is in no byte of a raw file.
+        soundfile.write(file, samples, SAMPLE_RATE, format="RAW", subtype=subtype)
+        return file.getvalue()

@@ -3,9 +3,9 @@
     client -> carrier -> dialect --- append, flush, end, cancel --> Session --> turns of the engine
     client <- carrier <- dialect <-- events of `take` ------------- Session <-- their events
 
-A session's contexts are spoken in the order in which they were opened. A context's segments become
-turns, one after the other. The next turn is opened when the one before has finished. Generation
-runs ahead of playback, so the seam is not heard.
+A session's contexts are spoken in the order in which they were opened, or side by side, as the
+dialect's rules say. A context's segments become turns, one after the other. The next turn is opened
+when the one before has finished. Generation runs ahead of playback, so the seam is not heard.
 
 There is no wire here. A carrier takes events when its client has room for them, and the engine
 waits while too much audio is not taken. Everything runs on the event loop, and nothing needs a
@@ -58,6 +58,8 @@ class SessionRules:
     """Told to a client that opens one more."""
     max_lead_s: float = 10.0
     """Seconds of audio that a context may be ahead of its playback."""
+    side_by_side: bool = False
+    """Contexts are spoken at the same time. Otherwise one follows the other."""
     one_turn: bool = False
     """A context is one turn. It is opened before it has text. It ends where its turn ends: when the
     model says so, although more text could come; when the engine has honoured a cancel; or after the
@@ -137,6 +139,10 @@ class Session:
         self.server.check_accepting()
         if len(self._contexts) >= self.rules.max_contexts:
             raise RequestError("overloaded", self.rules.when_full)
+
+    def is_open(self, context_id: str) -> bool:
+        """Whether a context's end was not told, and does not wait to be told."""
+        return context_id in self._contexts
 
     def takes_text(self, context_id: str) -> bool:
         """Whether the context is open and could still speak text that is appended now."""
@@ -338,20 +344,30 @@ class Session:
     # -- turns ------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Let the context whose turn it is go on."""
-        while context := self._next_context():
-            if context.speaking or context.complete:
-                return  # `_deliver`, or `take`, comes here again
-            segment = context.next_segment(even_blank=self.rules.one_turn)
-            if segment is not None:
-                if self._must_wait(context):
-                    return
-                self._open_turn(context, segment)
-            elif not context.ended:
-                return
-            else:
-                context.complete = True
-                self._outbox.put(Output(context, Ended()))
+        """Let the context whose turn it is go on, or all of them if they are spoken side by side."""
+        if self.rules.side_by_side:
+            for context in list(self._contexts.values()):
+                while self._advance_context(context):
+                    pass
+        else:
+            while (first := self._next_context()) and self._advance_context(first):
+                pass
+
+    def _advance_context(self, context: Context) -> bool:
+        """Let a context take a step; False if it has to wait, or is over."""
+        if context.closed or context.speaking or context.complete:
+            return False  # `_deliver`, or `take`, comes here again
+        segment = context.next_segment(even_blank=self.rules.one_turn)
+        if segment is not None:
+            if self._must_wait(context):
+                return False
+            self._open_turn(context, segment)
+        elif not context.ended:
+            return False
+        else:
+            context.complete = True
+            self._outbox.put(Output(context, Ended()))
+        return True
 
     def _next_context(self) -> Context | None:
         contexts = self._contexts.values()
@@ -364,9 +380,12 @@ class Session:
         ahead_s = context.lead_s() - self.rules.max_lead_s
         if ahead_s <= 0:
             return False
+        loop = asyncio.get_running_loop()
         if self._retry is not None:
+            if loop.time() < self._retry.when() <= loop.time() + ahead_s:
+                return True  # another context is due before
             self._retry.cancel()
-        self._retry = asyncio.get_running_loop().call_later(ahead_s, self._advance)
+        self._retry = loop.call_later(ahead_s, self._advance)
         return True
 
     def _open_turn(self, context: Context, segment: WaitingSegment) -> None:
@@ -389,6 +408,7 @@ class Session:
                 instruct=options.instruct,
                 params=options.params_of(context.num_turns),
                 chunk_frames=options.chunk_frames,
+                streaming=options.streaming,
                 max_lead_s=self.rules.max_lead_s - context.lead_s(),
                 owner=self.owner,
             )
@@ -465,6 +485,7 @@ class Session:
                 continue
             context.quiet_since = now
             if not self._outbox.unsent_bytes:  # else the carrier has more than it can take
-                state = "queued" if num_before else context.state
+                queued = bool(num_before) and not self.rules.side_by_side
+                state = "queued" if queued else context.state
                 self._outbox.put(ContextQuiet(context.context_id, state, num_before))
         self._watch()

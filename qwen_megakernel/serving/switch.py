@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from qwen_megakernel.serving.access import client_address
-from qwen_megakernel.serving.connection import Connection, Dialect
+from qwen_megakernel.serving.connection import Connection, Dialect, Work
 from qwen_megakernel.serving.events import ContextEvent, SessionFailed
 from qwen_megakernel.serving.native import NativeDialect
 from qwen_megakernel.serving.open_sessions import OpenSessions
@@ -45,7 +47,7 @@ class DialectSwitch:
             self._chosen = (NativeDialect if _is_native(data) else SimpleDialect)(self._session)
         self._chosen.receive(data)
 
-    def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
+    def translate(self, event: ContextEvent | SessionFailed) -> Sequence[str | bytes | Work]:
         """Hand on; there are no contexts before the choice."""
         return self._chosen.translate(event) if self._chosen is not None else []
 

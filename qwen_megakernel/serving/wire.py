@@ -43,6 +43,15 @@ class ProtocolError(ValueError):
         self.code = code
 
 
+class SpeechError(Exception):
+    """An HTTP request that is answered with an error; `str()` of it is one line, fit for the client."""
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+        """`status` is HTTP's; `param` is the field that is wrong, where it is one."""
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+
 def parse_object(data: str | bytes) -> dict[str, Any]:
     """A JSON object, strictly: no repeated keys, no NaN or Infinity, no binary message.
 

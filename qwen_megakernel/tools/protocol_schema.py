@@ -10,12 +10,8 @@ import inspect
 import json
 from typing import Any
 
-from qwen_megakernel.serving.native_messages import (
-    CLIENT_TYPES,
-    PROTOCOL,
-    SERVER_TYPES,
-    object_schema,
-)
+from qwen_megakernel.serving.message_rules import object_schema
+from qwen_megakernel.serving.native_messages import CLIENT_TYPES, PROTOCOL, SERVER_TYPES
 
 DESCRIPTION = (
     "Text messages of the WebSocket; audio is binary (see PROTOCOL.md). The server refuses a field that "

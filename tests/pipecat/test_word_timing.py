@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipecat_client.word_timing import FIRST_GUESS, LEAD_S, Pace, WordClock, weight
+from qwen_megakernel.serving.word_timing import FIRST_GUESS, LEAD_S, Pace, WordClock, weight
 
 
 def clock(text, pace=None, *, complete=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _KANA_HAN = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
 _UNSPACED = re.compile(_KANA_HAN)
@@ -37,6 +37,8 @@ class TimedWord:
     text: str
     time_s: float
     """In the audio of its context."""
+    end_s: float
+    """When it ends, likewise."""
     spaced: bool
     """Whether the script sets spaces between words."""
 
@@ -93,37 +95,48 @@ class WordClock:
     """The words of one context: text goes in as it is sent, audio positions as they arrive."""
 
     pace: Pace
+    lead_s: float = LEAD_S
+    """So long before the end of a segment its last word has begun."""
     _segments: deque[_Segment] = field(default_factory=deque)
     _start_s: float = 0.0
     _last_s: float = 0.0
+    _ended_early: bool = False
+    """The audio of the open segment is whole, and its text is not."""
 
     def append(self, text: str) -> None:
         """More text of the open segment, or of a new one."""
+        if self._ended_early:
+            return  # it is not spoken
         if not self._segments or self._segments[-1].complete:
             self._segments.append(_Segment())
         self._segments[-1].text += text
 
     def complete_segment(self) -> None:
-        """The open segment's text is whole."""
-        if self._segments:
+        """The open segment's text is whole. One with nothing to say stays open."""
+        if self._ended_early:
+            self._ended_early = False
+        elif self._segments and self._segments[-1].text.strip():
             self._segments[-1].complete = True
 
     def advance(self, position_s: float) -> list[TimedWord]:
         """Words of the first segment that have begun, as far as can be guessed, at a position.
 
-        The segment may end here: but for its first one, words of the last `LEAD_S` wait.
+        The segment may end here: but for its first one, words of the last `lead_s` wait.
         """
         first_s = min(position_s, math.nextafter(self._start_s, math.inf))
-        return self._take(self.pace.units_per_s, max(first_s, position_s - LEAD_S))
+        return self._take(self.pace.units_per_s, max(first_s, position_s - self.lead_s))
 
     def end_segment(self, end_s: float) -> list[TimedWord]:
         """The first segment's audio is whole: its other words, by its true duration."""
         if not self._segments:
             return []
         segment, duration_s = self._segments[0], max(0.0, end_s - self._start_s)
+        self._ended_early = not segment.complete
         segment.complete = True
         units = weight(segment.text)
-        words = self._take(units / duration_s, end_s, end_s - LEAD_S) if duration_s and units else []
+        words = (
+            self._take(units / duration_s, end_s, end_s - self.lead_s) if duration_s and units else []
+        )
         self.pace.learn(units, duration_s)
         self._segments.popleft()
         self._start_s = end_s
@@ -139,7 +152,10 @@ class WordClock:
             time_s = max(self._last_s, self._start_s, time_s)
             if time_s >= until_s:
                 break
-            words.append(TimedWord(match[0], time_s, spaced=not _UNSPACED.match(match[0])))
+            if words and words[-1].time_s < time_s < words[-1].end_s:
+                words[-1] = replace(words[-1], end_s=time_s)
+            end_s = time_s + weight(match[0]) / units_per_s
+            words.append(TimedWord(match[0], time_s, end_s, spaced=not _UNSPACED.match(match[0])))
             segment.give(match)
             self._last_s = time_s
         return words

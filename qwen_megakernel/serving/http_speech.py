@@ -1,0 +1,239 @@
+"""Speech as the answer to an HTTP request, for every dialect: a request is a session of one context.
+
+The answer begins with the first audio, so that a refusal still has its status. Two tasks serve a
+request: one waits for the client to hang up, the other speaks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from qwen_megakernel.serving.access import client_address
+from qwen_megakernel.serving.audio_encoding import AudioEncoder, FileFormat, open_encoder
+from qwen_megakernel.serving.events import (
+    ContextAudio,
+    ContextDone,
+    ContextFailed,
+    SessionEvent,
+    SessionFailed,
+    SessionOver,
+)
+from qwen_megakernel.serving.open_sessions import OpenSessions
+from qwen_megakernel.serving.options import SpeechOptions
+from qwen_megakernel.serving.server_state import ServerState
+from qwen_megakernel.serving.session import Session, SessionRules
+from qwen_megakernel.serving.wire import SpeechError, error_line
+from qwen_megakernel.turn import ErrorCode, RequestError
+
+RULES = SessionRules(max_contexts=1, when_full="a request is one text", max_lead_s=3600.0)
+"""A client that wants a file need not wait as long as it plays. One that reads slowly holds the
+engine by what it leaves unread."""
+_CONTEXT = "speech"
+_STATUS: dict[ErrorCode, int] = {"overloaded": 503, "internal": 500}
+_RETRY_S = 5
+
+
+class EventFraming(Protocol):
+    """Server-Sent Events that carry a file."""
+
+    def delta(self, audio: bytes) -> bytes:
+        """An event with bytes of the file."""
+
+    def done(self) -> bytes:
+        """The last event."""
+
+    def error(self, failure: RequestError) -> bytes:
+        """The last event of speech that breaks off."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpokenFile:
+    """What a client has asked for."""
+
+    text: str
+    choices: SpeechOptions
+    audio: FileFormat
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """More of them, for the answer."""
+    framing: EventFraming | None = None
+    """None answers with the file itself."""
+
+
+class FileDialect(Protocol):
+    """One way of asking for a file of speech."""
+
+    def read(self, request: Request, body: bytes, server: ServerState) -> SpokenFile:
+        """What a request asks for; raises `SpeechError`."""
+
+    def error_body(self, status: int, message: str, code: str | None, param: str | None) -> Any:
+        """The JSON of an answer that says no."""
+
+    def param_of(self, code: ErrorCode) -> str | None:
+        """The field of a request that an error is about."""
+
+
+class FileAnswer(Response):
+    """The answer to one request."""
+
+    def __init__(self, sessions: OpenSessions, dialect: FileDialect) -> None:
+        self._sessions, self._dialect = sessions, dialect
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the request, and answer it."""
+        with self._sessions.admit(client_address(scope["client"]), RULES) as session:
+            try:
+                body = await _read_body(receive, session.server.max_message_bytes)
+                if body is None:
+                    return
+                file = self._dialect.read(Request(scope), body, session.server)
+                _check_encodable(file.audio)
+                session.append(_CONTEXT, file.text, file.choices, ended=True)
+            except (SpeechError, RequestError) as error:
+                await self._refusal(error)(scope, receive, send)
+                return
+            speaking = asyncio.create_task(self._speak(session, file, scope, receive, send))
+            hanging_up = asyncio.create_task(_until_disconnected(receive))
+            tasks = {speaking, hanging_up}
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                session.close()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            if not speaking.cancelled():
+                speaking.result()
+
+    async def _speak(
+        self, session: Session, file: SpokenFile, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Speak. Speech that breaks off leaves the answer without its end, so that clients notice."""
+        encoder = await asyncio.to_thread(open_encoder, file.audio)
+        events = await _first_events(session)
+        if isinstance(events, RequestError):
+            await self._refusal(events)(scope, receive, send)
+            return
+        framing = file.framing
+        media_type = file.audio.media_type if framing is None else "text/event-stream"
+        headers = {"Cache-Control": "no-cache", **file.headers}
+        raw_headers = _without_length(Response(None, 200, headers, media_type).raw_headers)
+        await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
+        try:
+            async for data in _encoded(session, events, encoder):
+                message = data if framing is None else framing.delta(data)
+                await send({"type": "http.response.body", "body": message, "more_body": True})
+        except RequestError as failure:
+            if framing is None:
+                return
+            last = framing.error(failure)
+        else:
+            last = b"" if framing is None else framing.done()
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _refusal(self, error: SpeechError | RequestError) -> Response:
+        message, code, headers = error_line(str(error)), error.code, None
+        if isinstance(error, SpeechError):
+            status, param = error.status, error.param
+        else:
+            status, param = _STATUS.get(error.code, 400), self._dialect.param_of(error.code)
+            if status == 503:
+                headers = {"Retry-After": str(math.ceil(error.retry_after_s or _RETRY_S))}
+        return JSONResponse(self._dialect.error_body(status, message, code, param), status, headers)
+
+
+async def _read_body(receive: Receive, limit: int) -> bytes | None:
+    """All of it; None if the client has left. Raises `SpeechError` beyond a limit in bytes."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise SpeechError(413, f"the body is longer than {limit} bytes", "text_too_long")
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+async def _until_disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _check_encodable(audio: FileFormat) -> None:
+    if not audio.encodable:
+        raise SpeechError(
+            400,
+            f"{audio.encoding} needs PyAV, which the server lacks: its operator can `pip install av`; "
+            "PCM and WAV work without",
+            "unsupported",
+            "response_format",
+        )
+
+
+def _without_length(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in headers if name != b"content-length"]
+
+
+async def _first_events(session: Session) -> list[SessionEvent] | RequestError:
+    """Those with the first audio or the end, or why there is none."""
+    while True:
+        events = await session.take()
+        for event in events:
+            failure = _failure_of(event)
+            if failure is not None:
+                return failure
+            if isinstance(event, (ContextAudio, ContextDone)):
+                return events
+
+
+async def _encoded(
+    session: Session, events: Sequence[SessionEvent], encoder: AudioEncoder
+) -> AsyncIterator[bytes]:
+    """The bytes of the audio file. Raises `RequestError` if the speech breaks off."""
+    while True:
+        for event in events:
+            failure = _failure_of(event)
+            if failure is not None:
+                raise failure
+            if isinstance(event, ContextAudio) and (data := await _encode(encoder, event.samples)):
+                yield data
+            if isinstance(event, ContextDone):
+                if data := await _encode(encoder, None):
+                    yield data
+                return
+        events = await session.take()
+
+
+async def _encode(encoder: AudioEncoder, samples: np.ndarray | None) -> bytes:
+    """Bytes after a chunk; after the last one for None."""
+    # Compression takes a millisecond a frame, and other clients' audio must not wait for it.
+    if encoder.compresses:
+        return await asyncio.to_thread(_encode_now, encoder, samples)
+    return _encode_now(encoder, samples)
+
+
+def _encode_now(encoder: AudioEncoder, samples: np.ndarray | None) -> bytes:
+    return encoder.finish() if samples is None else encoder.encode(samples)
+
+
+def _failure_of(event: SessionEvent) -> RequestError | None:
+    """Why speech ends before its time, if it does."""
+    match event:
+        case ContextFailed(code=code, message=message, retry_after_s=retry_after_s):
+            return RequestError(code, message, retry_after_s)
+        case SessionFailed(code, message):
+            return RequestError(code, message)
+        case ContextDone(reason="cancelled") | SessionOver():
+            return RequestError("overloaded", "the server is shutting down")
+    return None

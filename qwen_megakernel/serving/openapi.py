@@ -1,0 +1,235 @@
+"""The HTTP routes in OpenAPI 3.1, and the same as a page.
+
+A route without a description here is listed with its paths and methods alone. WebSockets are not
+part of OpenAPI: docs/PROTOCOL.md describes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.routing import BaseRoute, Route
+
+from qwen_megakernel import __version__
+from qwen_megakernel.serving import cartesia_messages, deepgram_messages, openai_messages
+
+Schema = dict[str, Any]
+_SECURITY: list[dict[str, list[str]]] = [{"bearer": []}]
+_SCHEMES = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "X-API-Key: TOKEN, Authorization: Token TOKEN and ?token=TOKEN do the same.",
+    }
+}
+_STATUSES = {
+    "400": "A field is wrong, or cannot be served.",
+    "401": "The token is missing or wrong.",
+    "404": "There is no such thing.",
+    "405": "The path has no such method.",
+    "413": "The body is too long.",
+    "429": "This address has enough connections. Retry-After says when to come back.",
+    "500": "The engine has failed.",
+    "503": "The server is loading, draining or full. Retry-After says when to come back.",
+}
+_ANYWHERE = ("401", "405")
+_WHILE_READY = ("503",)
+_SPEAKING = ("400", "413", "429", "500", "503")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a description depends on."""
+
+    max_text_chars: int
+    has_token: bool
+
+
+def describe(routes: Iterable[BaseRoute], facts: ServerFacts) -> Schema:
+    """The OpenAPI description of the HTTP routes among these."""
+    known = _operations(facts)
+    paths: dict[str, Schema] = {}
+    for route in routes:
+        if isinstance(route, Route):
+            for method in sorted((route.methods or {"GET"}) - {"HEAD"}):
+                key = (route.path, method)
+                operation = known.get(key) or _UNDESCRIBED
+                paths.setdefault(route.path, {})[method.lower()] = operation
+    description: Schema = {
+        "openapi": "3.1.0",
+        "info": {"title": "qwen-megakernel", "version": __version__},
+        "paths": paths,
+    }
+    if facts.has_token:
+        description["components"] = {"securitySchemes": _SCHEMES}
+        description["security"] = _SECURITY
+    return description
+
+
+def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
+    """By path and method."""
+    openai_error = _object({"error": _object({"message": _STRING, "type": _STRING})})
+    cartesia_error = _object({"title": _STRING, "message": _STRING, "error_code": _STRING})
+    deepgram_error = _object({"err_code": _STRING, "err_msg": _STRING})
+    speech = _object(_openai_fields(facts), required=["input"])
+    bytes_request = _object(_cartesia_fields(facts), required=["transcript"])
+    text = _object({"text": _text(facts)}, required=["text"])
+    model, voice = _object({"id": _STRING}), _object({"id": _STRING, "name": _STRING})
+    voice_path = [_parameter("voice", "path", {"type": "string", "minLength": 1})]
+    health = _operation("Whether the process can work", _STATE, ("500", "503"))
+    health["security"] = []
+    del health["responses"]["401"]
+    return {
+        ("/health", "GET"): health,
+        ("/ready", "GET"): _operation("The phase, and what is served", _STATE, _WHILE_READY),
+        ("/metrics", "GET"): _operation("Prometheus metrics", None),
+        (openai_messages.SPEECH_PATH, "POST"): _operation(
+            "OpenAI: speak a text", None, _SPEAKING, openai_error, body=speech
+        ),
+        (openai_messages.VOICES_PATH, "GET"): _operation(
+            "Voices", _object({"voices": _array(voice)}), _WHILE_READY, openai_error
+        ),
+        (openai_messages.MODELS_PATH, "GET"): _operation(
+            "OpenAI: models", _object({"data": _array(model)}), _WHILE_READY, openai_error
+        ),
+        (openai_messages.AUDIO_MODELS_PATH, "GET"): _operation(
+            "Models, for Open WebUI", _object({"models": _array(voice)}), _WHILE_READY, openai_error
+        ),
+        (cartesia_messages.BYTES_PATH, "POST"): _operation(
+            "Cartesia: speak a text", None, _SPEAKING, cartesia_error, body=bytes_request
+        ),
+        (cartesia_messages.VOICES_PATH, "GET"): _operation(
+            "Cartesia: voices", _object({"data": _array(voice), "has_more": {"type": "boolean"}}),
+            ("400", *_WHILE_READY), cartesia_error, parameters=_cartesia_page(),
+        ),
+        (cartesia_messages.VOICES_PATH + "/{voice}", "GET"): _operation(
+            "Cartesia: a voice", voice, ("404", *_WHILE_READY), cartesia_error, parameters=voice_path
+        ),
+        (deepgram_messages.PATH, "POST"): _operation(
+            "Deepgram: speak a text", None, _SPEAKING, deepgram_error, body=text,
+            parameters=_deepgram_query(),
+        ),
+        ("/openapi.json", "GET"): _operation("This description", _object({"openapi": _STRING})),
+        ("/docs", "GET"): _operation("This description, as a page", None),
+    }  # fmt: skip
+
+
+def _operation(
+    summary: str,
+    answer: Schema | None = None,
+    statuses: Sequence[str] = (),
+    error: Schema | None = None,
+    *,
+    body: Schema | None = None,
+    parameters: Sequence[Schema] = (),
+) -> Schema:
+    """`answer` is JSON; None is anything else."""
+    content = {"*/*": {}} if answer is None else {"application/json": {"schema": answer}}
+    responses: Schema = {"200": {"description": "It is done.", "content": content}}
+    for status in (*_ANYWHERE, *statuses):
+        refusal = {"application/json": {"schema": error or _object({})}}
+        responses[status] = {"description": _STATUSES[status], "content": refusal}
+    operation: Schema = {"summary": summary, "responses": responses}
+    if body is not None:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    if parameters:
+        operation["parameters"] = list(parameters)
+    return operation
+
+
+_UNDESCRIBED: Schema = {
+    "summary": "",
+    "responses": {"default": {"description": "See docs/PROTOCOL.md."}},
+}
+
+# --- what requests hold ------------------------------------------------------------------------
+
+_STRING: Schema = {"type": "string"}
+_STATE: Schema = {"type": "object"}
+_SEED: Schema = {"type": ["integer", "null"], "minimum": 0, "maximum": 2**64 - 1}
+_MAYBE_STRING: Schema = {"type": ["string", "null"]}
+
+
+def _object(properties: dict[str, Schema], required: Sequence[str] | None = None) -> Schema:
+    """All fields are required, if nothing else is said."""
+    names = list(properties) if required is None else list(required)
+    return {"type": "object", "properties": properties, "required": names}
+
+
+def _array(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _choice(values: Iterable[Any], default: Any = None) -> Schema:
+    schema: Schema = {"enum": [*values, None]}
+    return schema if default is None else {**schema, "default": default}
+
+
+def _text(facts: ServerFacts) -> Schema:
+    return {"type": "string", "pattern": "[^\\s]", "minLength": 1, "maxLength": facts.max_text_chars}
+
+
+def _openai_fields(facts: ServerFacts) -> dict[str, Schema]:
+    longest = openai_messages.MAX_INSTRUCTIONS_CHARS
+    voice = {"type": "object", "properties": {"id": _STRING}, "required": ["id"]}
+    return {
+        "input": _text(facts),
+        "model": _MAYBE_STRING,
+        "voice": {"anyOf": [_MAYBE_STRING, voice]},
+        "instructions": {**_MAYBE_STRING, "maxLength": longest},
+        "response_format": _choice(openai_messages.RESPONSE_FORMATS, "mp3"),
+        "stream_format": _choice(openai_messages.STREAM_FORMATS, "audio"),
+        "speed": _choice([1.0]),
+        "language": _MAYBE_STRING,
+        "seed": _SEED,
+    }
+
+
+def _cartesia_fields(facts: ServerFacts) -> dict[str, Schema]:
+    output = {
+        "type": ["object", "null"],
+        "properties": {
+            "container": _choice(["raw", "wav", "mp3"], "raw"),
+            "encoding": _choice(cartesia_messages.ENCODINGS, "pcm_s16le"),
+            "sample_rate": _choice(cartesia_messages.SAMPLE_RATES, 24_000),
+            "bit_rate": _choice(cartesia_messages.BIT_RATES),
+        },
+    }
+    voice = {"type": "object", "properties": {"id": _MAYBE_STRING, "mode": {"const": "id"}}}
+    return {
+        "transcript": _text(facts),
+        "voice": {"anyOf": [_MAYBE_STRING, voice]},
+        "output_format": output,
+        "model_id": _MAYBE_STRING,
+        "language": _MAYBE_STRING,
+        "seed": _SEED,
+    }
+
+
+def _cartesia_page() -> list[Schema]:
+    limit = {"type": "integer", "minimum": 1, "maximum": cartesia_messages.MAX_PAGE}
+    strings = [_parameter(name, "query", _STRING) for name in ("starting_after", "ending_before", "q")]
+    return [_parameter("limit", "query", limit), *strings]
+
+
+def _deepgram_query() -> list[Schema]:
+    encodings = deepgram_messages.ENCODINGS
+    rates = sorted({rate for each in encodings.values() for rate in each.sample_rates})
+    containers = sorted({name for each in encodings.values() for name in each.containers})
+    low, high = 4_000, 256_000
+    fields: dict[str, Schema] = {
+        "model": _STRING,
+        "encoding": {"enum": list(encodings), "default": "mp3"},
+        "container": {"enum": containers},
+        "sample_rate": {"enum": rates},
+        "bit_rate": {"type": "integer", "minimum": low, "maximum": high},
+        "language": _STRING,
+        "seed": {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
+    }
+    return [_parameter(name, "query", schema) for name, schema in fields.items()]
+
+
+def _parameter(name: str, where: str, schema: Schema) -> Schema:
+    return {"name": name, "in": where, "required": where == "path", "schema": schema}

@@ -1,0 +1,48 @@
+"""The HTTP routes, described for machines and for people."""
+
+import re
+
+import pytest
+from starlette.routing import Route
+
+from qwen_megakernel.serving.app import App, ServerSettings
+from qwen_megakernel.serving.openapi import ServerFacts, describe
+
+
+@pytest.fixture(scope="module")
+def routes():
+    """Of a server that has not loaded a model."""
+    gate = App(ServerSettings(token="t")).asgi
+    return gate._app.routes
+
+
+def test_every_route_is_described_and_nothing_else(routes):
+    served = {
+        (route.path, method.lower())
+        for route in routes
+        if isinstance(route, Route)
+        for method in route.methods - {"HEAD"}
+    }
+    paths = describe(routes, ServerFacts(4096, has_token=True))["paths"]
+    assert {(path, method) for path, methods in paths.items() for method in methods} == served
+    undescribed = [
+        path for path, methods in paths.items() for each in methods.values() if not each["summary"]
+    ]
+    assert undescribed == ["/"]  # it is a WebSocket's
+
+
+def test_limits_and_token_are_this_servers(routes):
+    short = describe(routes, ServerFacts(50, has_token=False))
+    speech = short["paths"]["/v1/audio/speech"]["post"]["requestBody"]["content"]
+    assert speech["application/json"]["schema"]["properties"]["input"]["maxLength"] == 50
+    assert "security" not in short
+
+
+def test_a_server_serves_both(live_server):
+    status, page = live_server.get("/docs")
+    assert status == 200
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)  # nothing from other hosts
+    assert "<script" not in page
+    for path in ("/v1/audio/speech", "/tts/bytes", "/v1/speak", "/voices/{voice}"):
+        assert f"POST {path}" in page or f"GET {path}" in page
+    assert '"openapi":"3.1.0"' in live_server.get("/openapi.json")[1]
