@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.applications import Starlette
@@ -21,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qwen_megakernel.serving import openai_messages, openai_speech, switch
+from qwen_megakernel.serving import openai_messages, openai_speech, switch, voice_library
 from qwen_megakernel.serving.access import AccessRules, check_access
 from qwen_megakernel.serving.admission import Admission, AdmissionLimits, NotAdmitted
 from qwen_megakernel.serving.observe import Metrics, edge_log, log
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 Phase = Literal["starting", "loading", "warming_up", "ready", "draining", "failed"]
 DialectRoutes = Callable[[OpenSessions], Sequence[BaseRoute]]
 """A dialect's routes. They admit their clients to the open sessions, and let `NotAdmitted` pass."""
-DIALECTS: tuple[DialectRoutes, ...] = (switch.routes, openai_speech.routes)
+DIALECTS: tuple[DialectRoutes, ...] = (switch.routes, openai_speech.routes, voice_library.routes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ class ServerSettings:
     drain_s: float = 10.0
     openai_voices: Mapping[str, str] = field(default_factory=dict)
     """OpenAI's names for voices of this server; the other names are its default voice."""
+    voices_folder: Path | None = None
+    """Where voices that clients add are kept; without it they cannot add any."""
 
     @property
     def admission(self) -> AdmissionLimits:
@@ -128,6 +131,7 @@ class App:
             self.settings.max_messages_per_s,
             self.settings.idle_s,
             self.settings.openai_voices,
+            self.settings.voices_folder,
         )
         self.report("ready")
 
@@ -158,6 +162,7 @@ class App:
             body |= {
                 **decoder.description,
                 "voices": sorted(decoder.voices),
+                "voice_uploads": self._server.voices_folder is not None,
                 "active": decoder.num_active,
                 "waiting": decoder.num_waiting,
                 "connections": len(self._sessions),
@@ -182,7 +187,11 @@ class App:
 def _name_paths(routes: Sequence[BaseRoute]) -> str:
     """One sentence for those who ask for a path that no route serves."""
     sockets = [route.path for route in routes if isinstance(route, WebSocketRoute)]
-    others = [r.path for r in routes if isinstance(r, Route) and r.path not in sockets]
+    others = dict.fromkeys(
+        route.path
+        for route in routes
+        if isinstance(route, Route) and "{" not in route.path and route.path not in sockets
+    )
     return (
         f"this path is not served; a WebSocket connects to {', '.join(sockets)}, "
         f"and HTTP has {', '.join(others)}"
@@ -215,7 +224,7 @@ def _refusal(
     """An answer that says no. A refused handshake is told to the operator too."""
     if scope["type"] == "websocket":
         edge_log.info(f"handshake refused with {status}: {message}")
-    is_openai = scope["type"] == "http" and scope["path"] in openai_messages.PATHS
+    is_openai = scope["type"] == "http" and openai_messages.has_error_body(scope["path"])
     body = openai_messages.error_body(status, message) if is_openai else {"error": message}
     return JSONResponse(body, status, headers)
 

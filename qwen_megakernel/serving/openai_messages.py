@@ -1,7 +1,7 @@
 """OpenAI's speech API as data: requests, events of a stream, error bodies. Standard library only.
 
 POST /v1/audio/speech   -> bytes of an audio file, or Server-Sent Events
-GET  /v1/audio/voices   -> {"voices": [{"id", "name"}]}
+GET  /v1/audio/voices   -> {"voices": [{"id", "name", ...}]}
 GET  /v1/models         -> {"object": "list", "data": [...]}
 """
 
@@ -29,6 +29,7 @@ RESPONSE_FORMATS: tuple[ResponseFormat, ...] = ("mp3", "opus", "aac", "flac", "w
 STREAM_FORMATS = ("audio", "sse")
 SPEECH_PATH, VOICES_PATH, MODELS_PATH = "/v1/audio/speech", "/v1/audio/voices", "/v1/models"
 PATHS = frozenset({SPEECH_PATH, VOICES_PATH, MODELS_PATH})
+
 VOICE_NAMES = (
     "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage",
     "shimmer", "verse",
@@ -95,6 +96,11 @@ def parse_speech(body: bytes) -> SpeechRequest:
     )
 
 
+def has_error_body(path: str) -> bool:
+    """Whether errors of this path have OpenAI's shape."""
+    return path in PATHS or path.startswith(f"{VOICES_PATH}/")
+
+
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> Any:
     """The body of an answer that says no, as OpenAI's clients read it."""
     if status == 429:
@@ -125,11 +131,6 @@ def model_list(names: Iterable[str]) -> Any:
     """The answer to `GET /v1/models`."""
     models = [{"id": n, "object": "model", "created": 0, "owned_by": "qwen-megakernel"} for n in names]
     return {"object": "list", "data": models}
-
-
-def voice_list(names: Iterable[str]) -> Any:
-    """The answer to `GET /v1/audio/voices`."""
-    return {"voices": [{"id": name, "name": name} for name in names]}
 
 
 def find_voice(given: str | None, aliases: Mapping[str, str], known: Iterable[str]) -> str | None:

@@ -46,10 +46,10 @@ from qwen_megakernel.serving.openai_messages import (
     find_voice,
     model_list,
     parse_speech,
-    voice_list,
 )
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.session import Session, SessionRules
+from qwen_megakernel.serving.voice_messages import voice_entry
 from qwen_megakernel.serving.wire import error_line
 from qwen_megakernel.turn import ErrorCode, RequestError
 
@@ -73,7 +73,9 @@ def routes(sessions: OpenSessions) -> list[BaseRoute]:
         return _Speech(sessions)
 
     async def list_voices(request: Request) -> Response:
-        return JSONResponse(voice_list(sorted(sessions.get_ready().decoder.voices)))
+        voices = sessions.get_ready().decoder.voices
+        entries = [voice_entry(name, voices[name].mode, voices[name].notes) for name in sorted(voices)]
+        return JSONResponse({"voices": entries})
 
     async def list_models(request: Request) -> Response:
         model = sessions.get_ready().decoder.description["model"]
@@ -86,11 +88,17 @@ def routes(sessions: OpenSessions) -> list[BaseRoute]:
     ]
 
 
+def speak_request(sessions: OpenSessions, request: SpeechRequest) -> Response:
+    """The answer to a request whose body says nothing: the speech that is asked for here."""
+    return _Speech(sessions, request)
+
+
 class _Speech(Response):
     """The answer to one request."""
 
-    def __init__(self, sessions: OpenSessions) -> None:
-        self._sessions = sessions
+    def __init__(self, sessions: OpenSessions, request: SpeechRequest | None = None) -> None:
+        """`request` is what to speak where the body does not say it."""
+        self._sessions, self._request = sessions, request
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,10 +107,10 @@ class _Speech(Response):
                 body = await _read_body(receive, session.server.max_message_bytes)
                 if body is None:
                     return
-                request = parse_speech(body)
+                request = self._request or parse_speech(body)
                 _begin(session, request)
             except (SpeechError, RequestError) as error:
-                await _refusal(error)(scope, receive, send)
+                await refusal_of(error)(scope, receive, send)
                 return
             speaking = asyncio.create_task(_answer(session, request, scope, receive, send))
             hanging_up = asyncio.create_task(_until_disconnected(receive))
@@ -163,7 +171,7 @@ async def _answer(
     encoder = await asyncio.to_thread(open_encoder, request.response_format)
     events = await _first_events(session)
     if isinstance(events, RequestError):
-        await _refusal(events)(scope, receive, send)
+        await refusal_of(events)(scope, receive, send)
         return
     media_type = "text/event-stream" if request.as_events else MEDIA_TYPES[request.response_format]
     headers = Response(None, headers={"Cache-Control": "no-cache"}, media_type=media_type).raw_headers
@@ -239,7 +247,8 @@ def _failure_of(event: SessionEvent) -> RequestError | None:
     return None
 
 
-def _refusal(error: SpeechError | RequestError) -> Response:
+def refusal_of(error: SpeechError | RequestError) -> Response:
+    """The answer that says no, in OpenAI's shape."""
     message, code = error_line(str(error)), error.code
     if isinstance(error, SpeechError):
         return JSONResponse(error_body(error.status, message, code, error.param), error.status)
