@@ -3,6 +3,7 @@
     GET /health    200 while the process can work, 503 once the engine has died; needs no token
     GET /ready     200 when turns are taken, else 503; {"phase": "loading" | "warming_up" | ...}
     GET /metrics   Prometheus
+    GET /          a page for people with a browser; needs no token
 
 Dialects add their routes. Until a model is loaded, while the server drains and while it is full,
 their clients are refused with HTTP 503, a WebSocket's at the handshake.
@@ -22,7 +23,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qwen_megakernel.serving import openai_messages, openai_speech, switch, voice_library
+from qwen_megakernel.serving import (
+    openai_messages,
+    openai_speech,
+    switch,
+    voice_library,
+    web_page,
+)
 from qwen_megakernel.serving.access import AccessRules, check_access
 from qwen_megakernel.serving.admission import Admission, AdmissionLimits, NotAdmitted
 from qwen_megakernel.serving.observe import Metrics, edge_log, log
@@ -103,6 +110,7 @@ class App:
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics_page),
+            *web_page.routes(),
         ]
         for dialect_routes in dialects:
             routes += dialect_routes(self._sessions)
@@ -236,9 +244,10 @@ class _Gate:
         self._app, self._rules = app, rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = check_access(self._rules, scope["path"], scope["headers"], scope["query_string"])
+        path, headers, query = scope["path"], scope["headers"], scope["query_string"]
+        refusal = check_access(self._rules, path, headers, query, kind=scope["type"])
         if refusal is None:
             await self._app(scope, receive, send)
             return
-        headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
-        await _refusal(scope, refusal.message, refusal.status, headers)(scope, receive, send)
+        challenge = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
+        await _refusal(scope, refusal.message, refusal.status, challenge)(scope, receive, send)
