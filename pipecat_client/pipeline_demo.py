@@ -2,7 +2,7 @@
 """A voice agent that speaks through this project's server: listen, think, speak, be interrupted.
 
 python server.py --speaker-ref me.wav
-python pipecat_client/pipeline_demo.py --scripted      # then open http://localhost:7860
+python pipecat_client/pipeline_demo.py --scripted      # then open http://localhost:7860/talk
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ try:
         LLMUserAggregatorParams,
     )
     from pipecat.processors.frame_processor import FrameProcessor
+    from pipecat.runner.run import app
     from pipecat.runner.run import main as run_server
     from pipecat.runner.types import RunnerArguments
     from pipecat.runner.utils import create_transport
@@ -45,6 +46,7 @@ except ImportError as error:
 
 from pipecat_client.megakernel_tts import MegakernelTTSService
 from pipecat_client.scripted import ScriptedLLM, ScriptedSTT
+from pipecat_client.web_page import PATH, talk_page
 
 PROGRAM = Path(__file__).name
 OLLAMA = "http://localhost:11434/v1"
@@ -68,9 +70,10 @@ who listens and thinks:
                     OpenAI-compatible server by --llm-url and --llm-model
 
 where you hear it:
-  http://localhost:7860   the browser, over WebRTC; it cancels echo, so you can interrupt by voice
-  -t websocket            the same page over one TCP port, for machines behind a tunnel:
-                          ssh -L 7860:localhost:7860 user@host (keep --host localhost)
+  http://localhost:7860{PATH}   the browser, over one TCP port, so also through a tunnel
+                          (ssh -L 7860:localhost:7860 user@host, and keep --host localhost);
+                          it cancels echo, so you can interrupt by voice, and needs no network
+  http://localhost:7860   Pipecat's page, over WebRTC; it loads a part from another host
   --local                 microphone and loudspeaker of this machine; no echo cancellation, so
                           wear headphones or add --half-duplex
 
@@ -268,6 +271,7 @@ def main() -> None:
     if options.local:
         asyncio.run(run_local(options))
     else:
+        app.mount(PATH, talk_page())
         run_server(parser)
 
 

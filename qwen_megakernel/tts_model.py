@@ -11,9 +11,13 @@ queue around it.
 
 from __future__ import annotations
 
+import os
 import queue
 import secrets
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -122,7 +126,7 @@ class TTSDecoder:
         checkpoint.load("decoder.", codec, dtype=dtype, device=device)
         self._checkpoint, self._device = checkpoint, device
         small = device.type == "cpu" and _num_weights(talker, codec) < _FEW_WEIGHTS
-        self._cloner: VoiceCloner | None = None
+        self._cloners: dict[torch.device, VoiceCloner] = {}
         for speaker in config.talker.speaker_ids:
             self.add_voice(speaker, Voice.preset(speaker))
         self._designed = Voice.designed()
@@ -247,10 +251,41 @@ class TTSDecoder:
         """
         return self._voice_cloner().clone(data, ref_text)
 
+    def clone_voice_aside(self, data: bytes, ref_text: str | None = None) -> Future[Voice]:
+        """The same while others speak: on the CPU, in a thread that yields to every other.
+
+        A recording that was too loud is refused too. The future raises what `clone_voice` raises.
+        """
+
+        def clone() -> Voice:
+            _yield_to_others()
+            return self._voice_cloner(torch.device("cpu")).clone(data, ref_text, refuse_clipped=True)
+
+        return in_daemon_thread(clone)
+
+    def design_voice(self, description: str) -> Voice:
+        """A voice that a VoiceDesign checkpoint makes up from a description.
+
+        Raises:
+            VoiceError: a description that is blank or too long; RequestError: another checkpoint.
+        """
+        if self.config.mode != "voice_design":
+            raise RequestError(
+                "unsupported",
+                f"a {self.config.mode} checkpoint cannot design voices, only voice_design can",
+            )
+        return Voice.designed(description)
+
     def load_voices(self, folder: Path) -> None:
-        """Add every voice of an operator's folder (see `voice.load_voices`)."""
-        for name, voice in load_voices(folder, self._voice_cloner()).items():
-            self.add_voice(name, voice)
+        """Add every voice of an operator's folder (see `voice.load_voices`).
+
+        The operator's own come first, so that none that a client added becomes the default instead.
+        """
+        designs = self.config.mode == "voice_design"
+        cloner = None if designs else self._voice_cloner()
+        loaded = load_voices(folder, cloner)
+        for name in sorted(loaded, key=lambda name: "origin" in loaded[name].notes):
+            self.add_voice(name, loaded[name])
 
     def add_voice(self, name: str, voice: Voice) -> None:
         """Make a voice available by name; the first becomes the default.
@@ -263,9 +298,19 @@ class TTSDecoder:
         self.voices = {**self.voices, name: voice}
         self.default_voice = self.default_voice or name
 
-    def _voice_cloner(self) -> VoiceCloner:
+    def remove_voice(self, name: str) -> None:
+        """Take a voice away, if it is there; turns that speak with it go on.
+
+        If it was the default, the first of the others is.
+        """
+        self.voices = {other: voice for other, voice in self.voices.items() if other != name}
+        if self.default_voice == name:
+            self.default_voice = next(iter(self.voices), None)
+
+    def _voice_cloner(self, device: torch.device | None = None) -> VoiceCloner:
         """Loaded at the first use: a server with ready-made voices never needs it."""
-        if self._cloner is None:
+        device = device or self._device
+        if device not in self._cloners:
             if self.config.speaker_encoder is None:
                 raise RequestError(
                     "unsupported", f"a {self.config.mode} checkpoint cannot clone voices, only base can"
@@ -277,9 +322,9 @@ class TTSDecoder:
             # In fp32: they run once a voice, and what they make is kept.
             for prefix, module in (("speaker_encoder.", speaker), ("encoder.", codec)):
                 if module is not None:
-                    self._checkpoint.load(prefix, module, dtype=torch.float32, device=self._device)
-            self._cloner = VoiceCloner(speaker, codec)
-        return self._cloner
+                    self._checkpoint.load(prefix, module, dtype=torch.float32, device=device)
+            self._cloners[device] = VoiceCloner(speaker, codec)
+        return self._cloners[device]
 
     def _find_voice(self, voice: str | Voice | None) -> Voice:
         if isinstance(voice, Voice):
@@ -296,7 +341,8 @@ class TTSDecoder:
 
     def check(self, voice: str | Voice | None, language: str, *, instruct: str | None = None) -> None:
         """Whether `open_turn` would take these. Raises `RequestError`."""
-        self._prompts.check(self._find_voice(voice), language, instruct=instruct)
+        found = self._find_voice(voice)
+        self._prompts.check(found, language, instruct=instruct or found.description)
 
     def open_turn(
         self,
@@ -321,7 +367,8 @@ class TTSDecoder:
             ended: whether the text is complete.
             voice: a name of `voices`, a `Voice`, or None for the default.
             language: one of `languages`, in any case.
-            instruct: how to speak (VoiceDesign and 1.7B CustomVoice checkpoints).
+            instruct: how to speak (VoiceDesign and 1.7B CustomVoice checkpoints); None is the
+                voice's description, where it has one.
             streaming: text layout; None is the checkpoint's own. Live text starts early only
                 in the streaming layout.
             params: sampling, seed and limits; None is `default_params` with a random seed.
@@ -332,10 +379,11 @@ class TTSDecoder:
         Raises:
             RequestError: what cannot be served; see its `code`.
         """
+        found = self._find_voice(voice)
         request = TurnRequest(
-            voice=self._find_voice(voice),
+            voice=found,
             language=language,
-            instruct=instruct,
+            instruct=instruct or found.description,
             streaming=streaming,
             params=params or replace(self.default_params, seed=secrets.randbits(64)),
             chunk_frames=chunk_frames,
@@ -430,6 +478,14 @@ def _chunks(turn: Turn, events: queue.SimpleQueue[TurnEvent]) -> Iterator[np.nda
                 return
     finally:
         turn.cancel()
+
+
+def _yield_to_others() -> None:
+    """Compute with this thread alone, at the lowest priority; where threads have none, as all do."""
+    torch.set_num_threads(1)
+    if hasattr(os, "setpriority"):
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _num_weights(*modules: nn.Module) -> int:

@@ -28,7 +28,7 @@ ORDER = (
 SERVING_MAY_IMPORT = {"__init__", "config", "turn"}
 SANS_IO = (
     "access", "wire", "cartesia_messages", "deepgram_messages", "message_rules", "native_messages",
-    "openai_messages", "simple_messages", "word_timing",
+    "openai_messages", "simple_messages", "voice_messages", "word_timing",
 )  # fmt: skip
 """Of `serving`: standard library and each other only, so that clients can use them."""
 CORE = (
@@ -43,6 +43,7 @@ LONGER = {"tests/test_checkpoint.py": 600, "tests/test_server.py": 690}
 CATCH_ALLS = {"utils", "util", "common", "helpers", "misc"}
 
 NEVER_IMPORTED = {
+    "python-multipart": "Starlette reads forms with it",
     "websockets": "the protocol engine that uvicorn loads; the clients import it",
 }
 

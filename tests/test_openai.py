@@ -240,8 +240,9 @@ def test_voices_and_models_are_listed(client, server):
     assert names[1:] == ["tts-1", "tts-1-hd", "gpt-4o-mini-tts"]
     status, _, body = ask(server, "GET", "/v1/audio/voices")
     assert status == 200
-    assert {"id": "slt", "name": "slt"} in json.loads(body)["voices"]
-    assert sorted(v["id"] for v in json.loads(body)["voices"]) == sorted(server_state(server)["voices"])
+    voices = {voice["id"]: voice for voice in json.loads(body)["voices"]}
+    assert voices["slt"]["name"] == "slt"
+    assert sorted(voices) == sorted(server_state(server)["voices"])
 
 
 def test_refusals_are_openais(client):

@@ -45,6 +45,8 @@ from qwen_megakernel.tts_model import choose_device
 INSTANCES = 3
 """Copies of the packed weights. Their addresses move a figure, and with fewer copies the bound is
 too narrow."""
+STREAMS = (1, 8)
+"""Streams of the frames that are timed."""
 REPEATS = 50
 """Frames of a measurement."""
 POSITION = 200

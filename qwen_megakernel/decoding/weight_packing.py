@@ -31,8 +31,8 @@ def fragments(weight: Tensor, *, quads: bool = False) -> Tensor:
 
     Args:
         weight: [rows, k], both multiples of 16.
-        quads: whether a lane's four values of a row are neighbours. They are in down. Its operand comes from
-            strips of eight rows, so that four neighbours come from one CTA.
+        quads: whether a lane's four values of a row are neighbours. They are in down. Its operand comes
+            from strips of eight rows, so that four neighbours come from one CTA.
 
     Returns:
         [rows / 16, k / 16, 256]: lane by lane (g = lane / 4, t = lane % 4) the values of rows g and

@@ -24,6 +24,11 @@ MIN_SOURCE_RATE = 8_000
 MAX_SOURCE_RATE = 192_000
 
 _SILENT_PEAK = 1e-3
+_FULL_SCALE = 0.999
+_CLIPPED_RUN = 3
+"""Samples at full scale in a row. A loud sound touches it with one or two."""
+_MAX_CLIPPED = 0.001
+"""Share of a recording in such runs that is not heard."""
 _MAX_PEAK = 4.0
 """Above full scale by more than any mastering; a float file in another unit, such as 32768."""
 _SUBTYPES = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
@@ -57,11 +62,12 @@ def read_reference(path: Path) -> bytes:
         raise VoiceError(f"{path}: {error}") from None
 
 
-def decode_reference(data: bytes) -> np.ndarray:
+def decode_reference(data: bytes, *, refuse_clipped: bool = False) -> np.ndarray:
     """Samples of a WAV or FLAC file.
 
     Args:
         data: the file; up to 20 MiB, 1 to 30 s, 8 to 192 kHz, mono or stereo (averaged).
+        refuse_clipped: whether a recording that was too loud is an error.
 
     Returns:
         `[samples]` float32 at 24 kHz, full scale 1.
@@ -83,6 +89,8 @@ def decode_reference(data: bytes) -> np.ndarray:
         raise VoiceError(f"reference audio is cut off: {len(frames)} of {expected} samples are there")
     audio = frames.mean(axis=1)
     _check_level(audio)
+    if refuse_clipped:
+        _check_clipping(frames)
     return audio if rate == SAMPLE_RATE else _resample(audio, rate)
 
 
@@ -180,4 +188,18 @@ def _check_level(audio: np.ndarray) -> None:
     if peak > _MAX_PEAK:
         raise VoiceError(
             f"reference audio has a peak of {peak:.4g}, allowed: up to {_MAX_PEAK:g} (full scale is 1)"
+        )
+
+
+def _check_clipping(frames: np.ndarray) -> None:
+    """`[samples, channels]`; each channel for itself, because an average hides it."""
+    full = np.abs(frames) >= _FULL_SCALE
+    inside = full[: 1 - _CLIPPED_RUN].copy()
+    for offset in range(1, _CLIPPED_RUN):
+        inside &= full[offset : len(full) - _CLIPPED_RUN + 1 + offset]
+    share = float(inside.mean(axis=0).max())
+    if share > _MAX_CLIPPED:
+        raise VoiceError(
+            f"reference audio is clipped: {100 * share:.1f} % of it is at full scale; "
+            "record it again, less loud"
         )

@@ -1,15 +1,18 @@
 """Voices: what a prompt needs to know of a speaker, and how that is made from a recording.
 
-A `Voice` is a preset of the checkpoint, a vector, or a vector with the recording's codes and
-transcript. `VoiceCloner` makes the latter two from WAV or FLAC bytes. What a client sends is
-only ever bytes or a name, and names are looked up in the dict that `load_voices` filled at the
-start. No name and no text here becomes a path or an address.
+A `Voice` is a preset of the checkpoint, a vector, a vector with the recording's codes and
+transcript, or a description. `VoiceCloner` makes the second and third from WAV or FLAC bytes. What a
+client sends is only ever bytes, a name or a description. Names are looked up in a dict, and one that
+becomes a file's name has passed `voice_name_ok`.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Literal, Self
@@ -35,9 +38,20 @@ MAX_REF_FRAMES = ceil(MAX_REFERENCE_S / FRAME_S) + 1
 """Resampling may add a sample to the longest reference, and that sample a frame."""
 MAX_VOICE_FILE_BYTES = 1024 * 1024
 """A saved voice is below 100 kB."""
+MAX_DESCRIPTION = 1000
+"""Characters that describe a designed voice."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _FILE_FORMAT = {"format": "qwen-megakernel-voice", "version": "1"}
+_NOTE = "note."
+"""Begins the names of notes in a file's metadata."""
+
+_TENSORS: dict[str, set[str]] = {
+    "x_vector": {"speaker_embedding"},
+    "icl": {"speaker_embedding", "ref_codes"},
+    "designed": set(),
+}
+"""What a voice file has, by its mode."""
 
 VoiceKind = Literal["preset", "x_vector", "icl", "designed"]
 
@@ -57,6 +71,10 @@ class Voice:
     """`[frames, 16]` int64, the codes of the reference recording."""
     ref_text: str | None = None
     """What is said in the reference recording."""
+    description: str | None = None
+    """How a designed voice sounds, where a turn has no instruction of its own."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Where the voice comes from, for people; a saved voice keeps them."""
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -78,9 +96,13 @@ class Voice:
         )
 
     @classmethod
-    def designed(cls) -> Self:
-        """No speaker: a VoiceDesign checkpoint makes one up from the instruction."""
-        return cls()
+    def designed(cls, description: str | None = None) -> Self:
+        """No speaker: a VoiceDesign checkpoint makes one up from the description or instruction."""
+        return cls(description=None if description is None else description.strip())
+
+    def with_notes(self, **notes: str) -> Self:
+        """The same voice with these notes."""
+        return replace(self, notes=notes)
 
     def __post_init__(self) -> None:
         if self.speaker is not None and self.speaker_embedding is not None:
@@ -97,6 +119,8 @@ class Voice:
             _check_codes(self.ref_codes)
         if self.ref_text is not None:
             _check_ref_text(self.ref_text)
+        if self.description is not None:
+            _check_description(self)
 
     @property
     def mode(self) -> VoiceKind:
@@ -108,21 +132,31 @@ class Voice:
         return "x_vector" if self.ref_codes is None else "icl"
 
     def save(self, path: Path) -> None:
-        """Write a cloned voice as safetensors, in full precision.
+        """Write a cloned or described voice as safetensors, in full precision.
+
+        The file is there as a whole or not at all, also after a crash.
 
         Raises:
-            VoiceError: a preset or designed voice, which has nothing to write.
+            VoiceError: a voice that has nothing to write: a preset, or designed without a description.
             OSError: the file cannot be written.
         """
-        if self.speaker_embedding is None:
-            raise VoiceError(f"a {self.mode} voice is not saved, allowed: x_vector or icl")
-        tensors = {"speaker_embedding": self.speaker_embedding}
-        metadata = _FILE_FORMAT | {"mode": self.mode, "hidden_size": str(len(self.speaker_embedding))}
-        if self.ref_codes is not None:
-            tensors["ref_codes"] = self.ref_codes
-        if self.ref_text is not None:
-            metadata["ref_text"] = self.ref_text
-        path.write_bytes(safetensors.torch.save(tensors, metadata))
+        if self.speaker_embedding is None and self.description is None:
+            raise VoiceError(f"a {self.mode} voice is not saved, allowed: x_vector, icl or described")
+        metadata = _FILE_FORMAT | {"mode": self.mode, "hidden_size": str(self.hidden_size)}
+        texts = {"ref_text": self.ref_text, "description": self.description}
+        metadata |= {name: text for name, text in texts.items() if text is not None}
+        metadata |= {_NOTE + name: text for name, text in self.notes.items()}
+        _write_whole(path, safetensors.torch.save(self._tensors, metadata))
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the talker that the voice is for; 0 if it fits any."""
+        return 0 if self.speaker_embedding is None else len(self.speaker_embedding)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"speaker_embedding": self.speaker_embedding, "ref_codes": self.ref_codes}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -147,15 +181,15 @@ class Voice:
             for key, expected in _FILE_FORMAT.items():
                 if metadata.get(key) != expected:
                     raise VoiceError(f"{key} is {metadata.get(key)!r:.80}, expected {expected!r}")
-            expected_names = {"speaker_embedding"}
-            if metadata.get("mode") == "icl":
-                expected_names.add("ref_codes")
+            expected_names = _TENSORS.get(metadata.get("mode", ""), {"speaker_embedding"})
             if set(file.keys()) != expected_names:
                 raise VoiceError(f"its tensors are not {sorted(expected_names)}")
             tensors = {name: file.get_tensor(name) for name in expected_names}
-        voice = cls(**tensors, ref_text=metadata.get("ref_text"))
+        notes = {k.removeprefix(_NOTE): text for k, text in metadata.items() if k.startswith(_NOTE)}
+        texts = {name: metadata.get(name) for name in ("ref_text", "description")}
+        voice = cls(**tensors, **texts, notes=notes)
         stated = (metadata.get("mode"), metadata.get("hidden_size"))
-        actual = (voice.mode, str(len(tensors["speaker_embedding"])))
+        actual = (voice.mode, str(voice.hidden_size))
         if stated != actual:
             raise VoiceError(f"its mode and hidden_size are stated as {stated!r:.80} but are {actual}")
         return voice
@@ -195,6 +229,32 @@ def _check_ref_text(text: str) -> None:
         raise VoiceError("reference text has half of a surrogate pair")
 
 
+def _check_description(voice: Voice) -> None:
+    text = voice.description or ""
+    if voice.mode != "designed":
+        raise VoiceError(f"a description is for designed voices, this one is {voice.mode}")
+    if not text.strip() or len(text) > MAX_DESCRIPTION:
+        raise VoiceError(
+            f"description has {len(text)} characters, allowed: 1 to {MAX_DESCRIPTION}, not blank"
+        )
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise VoiceError("description has half of a surrogate pair")
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its place, hidden, and move it there."""
+    aside = path.with_name(f".{path.stem}-{secrets.token_hex(4)}")
+    try:
+        with aside.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
 def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of {list(tensor.shape)}"
 
@@ -215,12 +275,13 @@ class VoiceCloner:
         """Width of the embeddings it makes, and of the talker that they are for."""
         return self.speaker_encoder.config.enc_dim
 
-    def clone(self, data: bytes, ref_text: str | None = None) -> Voice:
+    def clone(self, data: bytes, ref_text: str | None = None, *, refuse_clipped: bool = False) -> Voice:
         """A voice from a WAV or FLAC file (see `decode_reference`).
 
         Args:
             data: the file's bytes.
             ref_text: what is said in it, which makes an ICL voice; None makes an x-vector voice.
+            refuse_clipped: whether a recording that was too loud is an error.
 
         Raises:
             VoiceError: a recording or a transcript that cannot be used.
@@ -232,7 +293,7 @@ class VoiceCloner:
                     "leave the transcript away"
                 )
             _check_ref_text(ref_text)  # before the expensive part
-        audio = torch.from_numpy(decode_reference(data))
+        audio = torch.from_numpy(decode_reference(data, refuse_clipped=refuse_clipped))
         embedding = self.speaker_encoder.embed(audio)
         if ref_text is None or self.codec_encoder is None:
             return Voice.x_vector(embedding)
@@ -248,12 +309,16 @@ def voice_name_ok(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def load_voices(folder: Path, cloner: VoiceCloner) -> dict[str, Voice]:
+def load_voices(folder: Path, cloner: VoiceCloner | None) -> dict[str, Voice]:
     """All voices of a folder of the operator, by name; read once, so that a lookup touches no file.
 
     `NAME.safetensors` is a saved voice, `NAME.wav` or `NAME.flac` a recording: an x-vector voice,
     or with its transcript beside it in `NAME.txt` an ICL voice. Other files and hidden ones
     are left alone.
+
+    Args:
+        folder: of the operator.
+        cloner: None for a VoiceDesign checkpoint, whose voices are described ones.
 
     Raises:
         VoiceError: the first file that is not usable, by name: a bad or doubled name, a link
@@ -274,16 +339,27 @@ def load_voices(folder: Path, cloner: VoiceCloner) -> dict[str, Voice]:
             voice = Voice.load(_resolve_inside(path, folder))
         else:
             voice = _clone_file(path, folder, cloner)
-        width = 0 if voice.speaker_embedding is None else len(voice.speaker_embedding)
-        if width != cloner.hidden_size:
-            raise VoiceError(
-                f"{path}: a voice for a model of width {width}, this one has {cloner.hidden_size}"
-            )
+        _check_fits(path, voice, cloner)
         voices[path.stem] = voice
     return voices
 
 
-def _clone_file(path: Path, folder: Path, cloner: VoiceCloner) -> Voice:
+def _check_fits(path: Path, voice: Voice, cloner: VoiceCloner | None) -> None:
+    if cloner is None:
+        if voice.mode != "designed":
+            raise VoiceError(f"{path}: a cloned voice, and a VoiceDesign checkpoint has described ones")
+    elif voice.mode == "designed":
+        raise VoiceError(f"{path}: a described voice, which only a VoiceDesign checkpoint can speak")
+    elif voice.hidden_size != cloner.hidden_size:
+        raise VoiceError(
+            f"{path}: a voice for a model of width {voice.hidden_size}, this one has "
+            f"{cloner.hidden_size}"
+        )
+
+
+def _clone_file(path: Path, folder: Path, cloner: VoiceCloner | None) -> Voice:
+    if cloner is None:
+        raise VoiceError(f"{path}: a recording, and a VoiceDesign checkpoint cannot clone voices")
     data = read_reference(_resolve_inside(path, folder))
     transcript = path.with_suffix(".txt")
     ref_text = None

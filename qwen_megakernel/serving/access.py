@@ -74,8 +74,13 @@ def client_address(peer: tuple[str, int] | None) -> str | None:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-def check_access(rules: AccessRules, path: str, headers: Headers, query: bytes) -> Refusal | None:
-    """None if the request may pass; `/health` alone needs no token."""
+def check_access(
+    rules: AccessRules, path: str, headers: Headers, query: bytes, *, kind: str = "websocket"
+) -> Refusal | None:
+    """None if the request may pass; `kind` is ASGI's type, `http` or `websocket`.
+
+    `/health` and the files of the page need no token.
+    """
     values: dict[bytes, list[bytes]] = {}
     for name, value in headers:
         values.setdefault(name, []).append(value)
@@ -85,7 +90,7 @@ def check_access(rules: AccessRules, path: str, headers: Headers, query: bytes) 
     for origin in values.get(b"origin", []):
         if not _is_origin_allowed(rules, origin.decode("latin-1").lower(), host):
             return Refusal(403, "this Origin is not allowed; the server's --allow-origin permits one")
-    if not rules.tokens or path == "/health" or find_token(rules, headers, query) is not None:
+    if not rules.tokens or _is_open(path, kind) or find_token(rules, headers, query) is not None:
         return None
     return Refusal(401, "token missing or wrong; send it as Authorization: Bearer or X-API-Key")
 
@@ -105,6 +110,11 @@ def find_token(rules: AccessRules, headers: Headers, query: bytes) -> str | None
         if any(hmac.compare_digest(token.encode(), value) for value in offered):
             return account
     return None
+
+
+def _is_open(path: str, kind: str) -> bool:
+    is_page = kind == "http" and (path == "/" or path.startswith("/page/"))
+    return is_page or path == "/health"
 
 
 def _is_local_name(host: str) -> bool:

@@ -4,6 +4,7 @@
     GET /ready     200 when turns are taken, else 503; {"phase": "loading" | "warming_up" | ...}
     GET /metrics   Prometheus
     GET /docs      all HTTP routes, described; /openapi.json is the same for machines
+    GET /          a page for people with a browser; needs no token
 
 Dialects add their routes. Until a model is loaded, while the server drains and while it is full,
 their clients are refused with HTTP 503, a WebSocket's at the handshake.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.applications import Starlette
@@ -31,6 +33,8 @@ from qwen_megakernel.serving import (
     openai_messages,
     openai_speech,
     switch,
+    voice_library,
+    web_page,
 )
 from qwen_megakernel.serving.access import AccessRules, check_access, find_token
 from qwen_megakernel.serving.admission import Admission, AdmissionLimits, NotAdmitted
@@ -54,6 +58,7 @@ DIALECTS: tuple[DialectRoutes, ...] = (
     openai_speech.routes,
     cartesia.routes,
     deepgram.routes,
+    voice_library.routes,
 )
 ErrorBody = Callable[[int, str, str | None], Any]
 ERROR_BODIES: Mapping[str, ErrorBody] = {
@@ -98,6 +103,8 @@ class ServerSettings:
     drain_s: float = 10.0
     openai_voices: Mapping[str, str] = field(default_factory=dict)
     """OpenAI's names for voices of this server; the other names are its default voice."""
+    voices_folder: Path | None = None
+    """Where voices that clients add are kept; without it they cannot add any."""
 
     @property
     def admission(self) -> AdmissionLimits:
@@ -139,6 +146,7 @@ class App:
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics_page),
+            *web_page.routes(),
         ]
         for dialect_routes in dialects:
             routes += dialect_routes(self._sessions)
@@ -178,6 +186,7 @@ class App:
             self.settings.max_messages_per_s,
             self.settings.idle_s,
             self.settings.openai_voices,
+            self.settings.voices_folder,
         )
         self.report("ready")
 
@@ -208,6 +217,7 @@ class App:
             body |= {
                 **decoder.description,
                 "voices": sorted(decoder.voices),
+                "voice_uploads": self._server.voices_folder is not None,
                 "active": decoder.num_active,
                 "waiting": decoder.num_waiting,
                 "connections": len(self._sessions),
@@ -232,7 +242,11 @@ class App:
 def _name_paths(routes: Sequence[BaseRoute]) -> str:
     """One sentence for those who ask for a path that no route serves."""
     sockets = [route.path for route in routes if isinstance(route, WebSocketRoute)]
-    others = [r.path for r in routes if isinstance(r, Route) and r.path not in sockets]
+    others = dict.fromkeys(
+        route.path
+        for route in routes
+        if isinstance(route, Route) and "{" not in route.path and route.path not in sockets
+    )
     return (
         f"this path is not served; a WebSocket connects to {', '.join(sockets)}, "
         f"and HTTP has {', '.join(others)}"
@@ -278,8 +292,10 @@ def _refusal(
     path: str = scope["path"]
     if scope["type"] == "websocket":
         error_body = SOCKET_ERROR_BODIES.get(path)
-    else:  # a path below, such as /voices/NAME, is answered alike
-        error_body = ERROR_BODIES.get(path) or ERROR_BODIES.get(path.rpartition("/")[0])
+    else:  # paths below, such as /voices/NAME/preview, are answered alike
+        above = path.rpartition("/")[0]
+        found = (ERROR_BODIES.get(p) for p in (path, above, above.rpartition("/")[0]))
+        error_body = next((body for body in found if body is not None), None)
     body = {"error": message} if error_body is None else error_body(status, message, code)
     return JSONResponse(body, status, headers)
 
@@ -291,10 +307,11 @@ class _Gate:
         self._app, self._rules = app, rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = check_access(self._rules, scope["path"], scope["headers"], scope["query_string"])
+        path, headers, query = scope["path"], scope["headers"], scope["query_string"]
+        refusal = check_access(self._rules, path, headers, query, kind=scope["type"])
         if refusal is None:
             request_token.set(find_token(self._rules, scope["headers"], scope["query_string"]))
             await self._app(scope, receive, send)
             return
-        headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
-        await _refusal(scope, refusal.message, refusal.status, headers)(scope, receive, send)
+        challenge = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
+        await _refusal(scope, refusal.message, refusal.status, challenge)(scope, receive, send)

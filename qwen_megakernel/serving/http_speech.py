@@ -68,17 +68,21 @@ class SpokenFile:
     """None answers with the file itself."""
 
 
-class FileDialect(Protocol):
-    """One way of asking for a file of speech."""
-
-    def read(self, request: Request, body: bytes, server: ServerState) -> SpokenFile:
-        """What a request asks for; raises `SpeechError`."""
+class ErrorDialect(Protocol):
+    """One way of saying no."""
 
     def error_body(self, status: int, message: str, code: str | None, param: str | None) -> Any:
         """The JSON of an answer that says no."""
 
     def param_of(self, code: ErrorCode) -> str | None:
         """The field of a request that an error is about."""
+
+
+class FileDialect(ErrorDialect, Protocol):
+    """One way of asking for a file of speech."""
+
+    def read(self, request: Request, body: bytes, server: ServerState) -> SpokenFile:
+        """What a request asks for; raises `SpeechError`."""
 
 
 class FileAnswer(Response):
@@ -99,7 +103,7 @@ class FileAnswer(Response):
                 _check_encodable(file.audio)
                 session.append(_CONTEXT, file.text, file.choices, ended=True)
             except (SpeechError, RequestError) as error:
-                await self._refusal(error)(scope, receive, send)
+                await refusal_of(self._dialect, error)(scope, receive, send)
                 return
             speaking = asyncio.create_task(self._speak(session, file, scope, receive, send))
             hanging_up = asyncio.create_task(_until_disconnected(receive))
@@ -121,7 +125,7 @@ class FileAnswer(Response):
         encoder = await asyncio.to_thread(open_encoder, file.audio)
         events = await _first_events(session)
         if isinstance(events, RequestError):
-            await self._refusal(events)(scope, receive, send)
+            await refusal_of(self._dialect, events)(scope, receive, send)
             return
         framing = file.framing
         media_type = file.audio.media_type if framing is None else "text/event-stream"
@@ -140,15 +144,17 @@ class FileAnswer(Response):
             last = b"" if framing is None else framing.done()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    def _refusal(self, error: SpeechError | RequestError) -> Response:
-        message, code, headers = error_line(str(error)), error.code, None
-        if isinstance(error, SpeechError):
-            status, param = error.status, error.param
-        else:
-            status, param = _STATUS.get(error.code, 400), self._dialect.param_of(error.code)
-            if status == 503:
-                headers = {"Retry-After": str(math.ceil(error.retry_after_s or _RETRY_S))}
-        return JSONResponse(self._dialect.error_body(status, message, code, param), status, headers)
+
+def refusal_of(dialect: ErrorDialect, error: SpeechError | RequestError) -> Response:
+    """The answer that says no, in a dialect's shape."""
+    message, code, headers = error_line(str(error)), error.code, None
+    if isinstance(error, SpeechError):
+        status, param = error.status, error.param
+    else:
+        status, param = _STATUS.get(error.code, 400), dialect.param_of(error.code)
+        if status == 503:
+            headers = {"Retry-After": str(math.ceil(error.retry_after_s or _RETRY_S))}
+    return JSONResponse(dialect.error_body(status, message, code, param), status, headers)
 
 
 async def _read_body(receive: Receive, limit: int) -> bytes | None:

@@ -1,7 +1,7 @@
 """OpenAI's speech API as data: requests, events of a stream, error bodies. Standard library only.
 
 POST /v1/audio/speech   -> bytes of an audio file, or Server-Sent Events
-GET  /v1/audio/voices   -> {"voices": [{"id", "name"}]}
+GET  /v1/audio/voices   -> {"voices": [{"id", "name", ...}]}
 GET  /v1/models         -> {"object": "list", "data": [...]}
 GET  /v1/audio/models   -> {"models": [{"id", "name"}]}
 """
@@ -125,11 +125,6 @@ def model_list(names: Iterable[str]) -> Any:
 def audio_model_list(names: Iterable[str]) -> Any:
     """The answer to `GET /v1/audio/models`."""
     return {"models": [{"id": name, "name": name} for name in names]}
-
-
-def voice_list(names: Iterable[str]) -> Any:
-    """The answer to `GET /v1/audio/voices`."""
-    return {"voices": [{"id": name, "name": name} for name in names]}
 
 
 def find_voice(given: str | None, aliases: Mapping[str, str], known: Iterable[str]) -> str | None:

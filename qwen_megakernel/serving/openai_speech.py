@@ -25,10 +25,10 @@ from qwen_megakernel.serving.openai_messages import (
     find_voice,
     model_list,
     parse_speech,
-    voice_list,
 )
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.server_state import ServerState
+from qwen_megakernel.serving.voice_messages import voice_entry
 from qwen_megakernel.serving.wire import error_line
 from qwen_megakernel.turn import ErrorCode, RequestError
 
@@ -55,7 +55,9 @@ def routes(sessions: OpenSessions) -> list[BaseRoute]:
         return FileAnswer(sessions, _OpenAI())
 
     async def list_voices(request: Request) -> Response:
-        return JSONResponse(voice_list(sorted(sessions.get_ready().decoder.voices)))
+        voices = sessions.get_ready().decoder.voices
+        entries = [voice_entry(name, voices[name].mode, voices[name].notes) for name in sorted(voices)]
+        return JSONResponse({"voices": entries})
 
     async def list_models(request: Request) -> Response:
         model = sessions.get_ready().decoder.description["model"]
@@ -73,7 +75,19 @@ def routes(sessions: OpenSessions) -> list[BaseRoute]:
     ]
 
 
-class _OpenAI:
+class OpenAIErrors:
+    """How OpenAI's API says no."""
+
+    def error_body(self, status: int, message: str, code: str | None, param: str | None) -> Any:
+        """See `ErrorDialect`."""
+        return error_body(status, message, code, param)
+
+    def param_of(self, code: ErrorCode) -> str | None:
+        """See `ErrorDialect`."""
+        return _PARAMS.get(code)
+
+
+class _OpenAI(OpenAIErrors):
     def read(self, request: Request, body: bytes, server: ServerState) -> SpokenFile:
         asked = parse_speech(body)
         choices = SpeechOptions(
@@ -84,12 +98,6 @@ class _OpenAI:
         )
         framing = _Events() if asked.as_events else None
         return SpokenFile(asked.text, choices, FORMATS[asked.response_format], framing=framing)
-
-    def error_body(self, status: int, message: str, code: str | None, param: str | None) -> Any:
-        return error_body(status, message, code, param)
-
-    def param_of(self, code: ErrorCode) -> str | None:
-        return _PARAMS.get(code)
 
 
 class _Events:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_megakernel.serving.admission import Admission
@@ -35,6 +36,8 @@ class ServerState:
     """A session in which nothing is said for so long is over; 0 is no limit."""
     voice_aliases: Mapping[str, str] = field(default_factory=dict)
     """Voices of this server by names that clients of other services send."""
+    voices_folder: Path | None = None
+    """Where voices that clients add are kept; without it they cannot add any."""
     draining: bool = False
     """The server is going down: turns go on, none may begin."""
     mailbox: Mailbox = field(default_factory=Mailbox)

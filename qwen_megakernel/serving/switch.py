@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from qwen_megakernel.serving.access import client_address
@@ -20,18 +18,13 @@ from qwen_megakernel.serving.wire import ProtocolError, parse_object
 
 
 def routes(sessions: OpenSessions) -> list[BaseRoute]:
-    """The route, and an answer to those who come without a WebSocket."""
+    """The route."""
 
     async def speak(websocket: WebSocket) -> None:
         with sessions.admit(client_address(websocket.client)) as session:
             await Connection(websocket, session, DialectSwitch(session)).run()
 
-    return [Route("/", _explain), WebSocketRoute("/", speak)]
-
-
-async def _explain(request: Request) -> Response:
-    text = 'This is a WebSocket endpoint: connect with ws:// and send {"text": "..."}.\n'
-    return Response(text, 426, {"Upgrade": "websocket"}, "text/plain")
+    return [WebSocketRoute("/", speak)]
 
 
 class DialectSwitch:

@@ -229,7 +229,7 @@ MODEL_OPTIONS = (
 VOICE_OPTIONS = (
     Option("--speaker-ref", None, _file, "recording to clone as the voice 'default'", "PATH"),
     Option("--speaker-ref-text", None, _text, "what is said in it (closer clone, in-context)", "TEXT"),
-    Option("--voices", None, _folder, "folder of saved voices", "DIR"),
+    Option("--voices", None, _folder, "folder of saved voices; clients may add some", "DIR"),
     Option(
         "--openai-voice",
         (),
@@ -465,6 +465,7 @@ def run(args: argparse.Namespace) -> int:
         max_text_chars=options.max_text_chars,
         drain_s=options.drain_s,
         openai_voices=dict(options.openai_voice),
+        voices_folder=options.voices,
     )
 
     def announce(decoder: TTSDecoder) -> None:
