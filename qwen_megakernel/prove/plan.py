@@ -1,0 +1,106 @@
+"""How much is measured, of what, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwen_megakernel.checkpoint import Checkpoint
+from qwen_megakernel.prompt.voice import Voice, load_voices
+from qwen_megakernel.prove.resume import Found, checkpoint_digest, sources_digest
+from qwen_megakernel.prove.subject import load_cloner
+from qwen_megakernel.prove.utterances import ListedText
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much of everything."""
+
+    texts: int
+    """Utterances of the fidelity part."""
+    frames: int
+    """Greedy frames of each."""
+    draws: int
+    """Codes of the predictor that are drawn and ranked, at least; the talker draws a fifteenth."""
+    natural: int
+    """Utterances drawn with the checkpoint's own sampling, until EOS."""
+    pairs: int
+    """Utterances that both sides speak."""
+    turns: int
+    """Of each measurement of speed."""
+    voices_at_once: tuple[int, ...]
+    """Numbers of clients that speak together."""
+
+
+SIZES = {
+    "quick": Size(4, 48, 10_500, 12, 8, 3, (1, 2)),
+    "standard": Size(8, 96, 20_000, 40, 100, 10, (1, 4, 8, 16, 32)),
+    "full": Size(16, 160, 150_000, 120, 720, 20, (1, 2, 4, 8, 16, 32, 64)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One run."""
+
+    folder: Path
+    """Of the checkpoint."""
+    model: str
+    """What to call it: no path."""
+    out: Path
+    size: Size
+    backend: str
+    device: torch.device
+    recogniser: str | None = None
+    similarity: Path | None = None
+    """An independent speaker encoder, an ONNX file."""
+    voices: Path | None = None
+    """A folder of voices; None is the checkpoint's own `voices/`, if it has one."""
+    texts: tuple[ListedText, ...] = ()
+    """Of a list in Seed-TTS-eval's format; empty is the sixty sentences."""
+    language: str = "english"
+
+    @property
+    def dtype(self) -> str:
+        """Of our side: what the server would run."""
+        return "fp32" if self.device.type == "cpu" else "bf16"
+
+    @property
+    def base(self) -> Found:
+        """What every part of the run depends on."""
+        return {
+            "sources": sources_digest(),
+            "checkpoint": checkpoint_digest(self.folder),
+            "backend": self.backend,
+            "device": device_name(self.device),
+            "torch": torch.__version__,
+        }
+
+    def find_voices(self, checkpoint: Checkpoint) -> Mapping[str, Voice]:
+        """The voices to speak with, by name.
+
+        Those of the folder, else the presets of the checkpoint, else none but the model's own choice.
+        """
+        config = checkpoint.config
+        folder = self.voices or self.folder / "voices"
+        if config.mode == "base" and folder.is_dir():
+            return load_voices(folder, load_cloner(checkpoint, self.device))
+        if config.talker.speaker_ids:
+            return {name: Voice.preset(name) for name in config.talker.speaker_ids}
+        if config.mode == "base":
+            return {"random": random_voice(config.talker.hidden_size)}
+        return {"designed": Voice.designed()}
+
+
+def random_voice(hidden_size: int) -> Voice:
+    """A speaker embedding that belongs to nobody: it is enough to compare two implementations."""
+    generator = torch.Generator().manual_seed(0)
+    return Voice.x_vector(torch.randn(hidden_size, generator=generator))
+
+
+def device_name(device: torch.device) -> str:
+    """For the report: the GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
