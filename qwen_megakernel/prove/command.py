@@ -66,6 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="interpreter that has the official package (default: an environment made for it)",
     )  # fmt: skip
     parser.add_argument("--recogniser", metavar="NAME", help="a faster-whisper model, by name or folder")
+    parser.add_argument(
+        "--similarity-model", type=Path, metavar="FILE",
+        help="an independent speaker encoder, ONNX, for the recordings of --list",
+    )  # fmt: skip
     parser.add_argument("--voices", type=Path, metavar="DIR", help="voices to speak with")
     parser.add_argument(
         "--list", type=Path, metavar="FILE",
@@ -96,6 +100,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         backend=args.backend,
         device=choose_device(args.device),
         recogniser=args.recogniser,
+        similarity=args.similarity_model,
         voices=args.voices,
         texts=tuple(read_list(args.list)) if args.list else (),
         language=args.language,

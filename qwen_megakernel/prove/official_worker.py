@@ -355,6 +355,35 @@ class Worker:
         (samples,), rate = model.model.speech_tokenizer.decode([{"audio_codes": codes}])
         return {"seconds": time.perf_counter() - began, "audio_s": len(samples) / rate}
 
+    def peer(
+        self, model: str, device: str, item: dict[str, Any], recording: str, ref_text: str, runs: int
+    ) -> dict[str, Any]:
+        """faster-qwen3-tts, where it is installed, speaking a clone in context of a recording.
+
+        Returns:
+            `version`, None without it; `first_s` to the first chunk, `seconds` in all and `audio_s`, a
+            value a run.
+        """
+        version = _version("faster-qwen3-tts")
+        found: dict[str, Any] = {"version": version, "first_s": [], "seconds": [], "audio_s": []}
+        if version is None:
+            return found
+        cls = import_module("faster_qwen3_tts").FasterQwen3TTS
+        made = cls.from_pretrained(model, device=device, dtype=torch.bfloat16)
+        for run in range(runs + 1):
+            began, first, samples, rate = time.perf_counter(), 0.0, 0, 24_000
+            for chunk, rate, _ in made.generate_voice_clone_streaming(  # noqa: B007
+                text=item["text"], language=item["language"].capitalize(),
+                ref_audio=recording, ref_text=ref_text, chunk_size=1,
+            ):  # fmt: skip
+                first = first or time.perf_counter() - began
+                samples += len(chunk)
+            if run:  # the first one captures graphs
+                found["first_s"].append(first)
+                found["seconds"].append(time.perf_counter() - began)
+                found["audio_s"].append(samples / rate)
+        return found
+
 
 def _judged(
     logits: torch.Tensor,

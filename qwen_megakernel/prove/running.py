@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from qwen_megakernel.prompt.reference_audio import decode_reference
 from qwen_megakernel.prove import draws, fidelity, paths, sound, speech, speed
 from qwen_megakernel.prove.gates import Found
+from qwen_megakernel.prove.independent_encoder import IndependentEncoder
 from qwen_megakernel.prove.session import Session
 from qwen_megakernel.prove.transcripts import Recogniser, RecogniserMissing
 
@@ -55,7 +57,13 @@ def run_speech(session: Session) -> Found:
         missing = str(error)
         session.report(f"no word error rates: {missing}")
     cloner = session.cloner
-    judge = speech.Judge(recogniser, None if cloner is None else cloner.speaker_encoder)
+    plan = session.plan
+    judge = speech.Judge(
+        recogniser,
+        None if cloner is None else cloner.speaker_encoder,
+        IndependentEncoder(plan.similarity) if plan.similarity else None,
+        {text.name: decode_reference(text.recording.read_bytes()) for text in plan.texts},
+    )
     speakers = speech.Speakers(
         session.tts, session.official, session.voices, session.plan.dtype, session.count_tokens
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -151,11 +152,10 @@ class Session:
         """The first of those that both sides speak."""
         plan = self.plan
         if plan.texts:
-            rounds = range(-(-count // len(plan.texts)))
-            every = [
-                Utterance(t.text, t.name, seed, plan.language) for seed in rounds for t in plan.texts
+            return [
+                Utterance(text.text, text.name, seed, plan.language)
+                for seed, text in enumerate(itertools.islice(itertools.cycle(plan.texts), count))
             ]
-            return every[:count]
         return paired(sentences(), sorted(self.voices), count, plan.language)
 
     def item(self, utterance: Utterance) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from qwen_megakernel.prompt.speaker_encoder import SpeakerEncoder
 from qwen_megakernel.prompt.voice import Voice
 from qwen_megakernel.prove import acoustics
 from qwen_megakernel.prove.gates import Found, Section
+from qwen_megakernel.prove.independent_encoder import IndependentEncoder
 from qwen_megakernel.prove.official import OfficialProcess
 from qwen_megakernel.prove.resume import Findings
 from qwen_megakernel.prove.transcripts import Recogniser, character_errors, word_errors
@@ -124,11 +125,29 @@ def official_sampling(params: GenerationParams) -> dict[str, Any]:
 
 
 class Judge:
-    """Figures of one utterance: recogniser, speaker encoder, acoustics."""
+    """Figures of one utterance: recogniser, speaker encoders, acoustics."""
 
-    def __init__(self, recogniser: Recogniser | None, encoder: SpeakerEncoder | None) -> None:
-        """Where either is None, its figures are left out."""
-        self._recogniser, self._encoder = recogniser, encoder
+    def __init__(
+        self,
+        recogniser: Recogniser | None,
+        encoder: SpeakerEncoder | None,
+        independent: IndependentEncoder | None = None,
+        recordings: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Where one is None, its figures are left out.
+
+        Args:
+            recogniser: writes speech down.
+            encoder: the checkpoint's, which made the voices' embeddings.
+            independent: another encoder, for the voices that have a recording.
+            recordings: by voice, float32 [n] at 24 kHz.
+        """
+        self._recogniser, self._encoder, self._independent = recogniser, encoder, independent
+        self._references = (
+            {}
+            if independent is None
+            else {name: independent.embed(samples) for name, samples in (recordings or {}).items()}
+        )
         self.name = recogniser.name if recogniser is not None else None
 
     def figures(self, utterance: Utterance, voice: Voice, spoken: Spoken) -> dict[str, Any]:
@@ -147,6 +166,11 @@ class Judge:
             row["char_errors"], row["chars"] = character_errors(utterance.text, heard)
         if self._encoder is not None and voice.speaker_embedding is not None:
             row["similarity"] = self._similarity(voice.speaker_embedding, spoken.samples)
+        if self._independent is not None and utterance.voice in self._references:
+            row["independent_similarity"] = None
+            if len(spoken.samples) >= MIN_SIMILARITY_S * SAMPLE_RATE:
+                own = self._independent.embed(spoken.samples)
+                row["independent_similarity"] = float(own @ self._references[utterance.voice])
         return row
 
     def _similarity(self, embedding: torch.Tensor, samples: np.ndarray) -> float | None:
@@ -233,8 +257,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     table["early_stop"] = {
         s: np.array([row[s]["s_per_char"] < EARLY * median for row in rows], float) for s in SIDES
     }
-    if all(row[side].get("similarity") is not None for row in rows for side in SIDES):
-        table["similarity"] = {s: np.array([row[s]["similarity"] for row in rows]) for s in SIDES}
+    for name in ("similarity", "independent_similarity"):
+        if all(row[side].get(name) is not None for row in rows for side in SIDES):
+            table[name] = {s: np.array([row[s][name] for row in rows]) for s in SIDES}
     texts = [row["text"] for row in rows]
     ones = np.ones(len(rows))
     found["figures"] = {
@@ -274,18 +299,21 @@ def _compared(
         for name, drawn in samples.items()
     }
     found["upper"], found["lower"] = np.percentile(samples["difference"], (95, 5)).tolist()
+    found["standard_error"] = float(samples["difference"].std())
     return found
 
 
 SHOWN = (
     ("wer", "word error rate"), ("cer", "character error rate"), ("similarity", "speaker similarity"),
+    ("independent_similarity", "the same by the independent encoder"),
     ("s_per_char", "seconds a character"), ("leading_silence_s", "leading silence, s"),
     ("trailing_silence_s", "trailing silence, s"), ("loudness_dbfs", "loudness, dBFS"),
     ("clipped", "clipped samples"), ("runaway", "did not end by EOS"), ("early_stop", "stopped early"),
 )  # fmt: skip
 ENOUGH_PAIRS = 500
-"""From so many on the worse end of an interval is judged, below it the better one: few pairs can show
-that something is wrong, and not that all is right."""
+"""From so many on, the worse end of an interval is judged. Fewer pairs can show that something is wrong,
+and not that all is right: a difference is judged less `FEW_ERRORS` standard errors."""
+FEW_ERRORS = 4
 FEW_DURATION = 0.25
 
 
@@ -294,19 +322,27 @@ def measure(rows: Sequence[Mapping[str, Any]], missing: str) -> Found:
     section, found = Section("speech"), summary(rows)
     figures, enough = found["figures"], len(rows) >= ENOUGH_PAIRS
     section.figures = found
-    which = "upper" if enough else "lower"
-    pairs_of = f"{len(rows)} pairs, {which} bound"
+    pairs_of = f"{len(rows)} pairs, " + (
+        "95 % bound" if enough else f"less {FEW_ERRORS} standard errors"
+    )
+
+    def worse(name: str) -> float:
+        one = figures[name]
+        few = one["difference"]["value"] - FEW_ERRORS * one["standard_error"]
+        return float(one["upper"] if enough else few)
+
     for name, gate in (("wer", "word error rate"), ("cer", "character error rate")):
         if name in figures:
-            section.judge(gate, figures[name][which], detail=pairs_of)
+            section.judge(gate, worse(name), detail=pairs_of)
         else:
             section.skip(gate, missing)
     for name, gate in (("runaway", "runaway"), ("early_stop", "early stop")):
-        section.judge(gate, figures[name][which], detail=pairs_of)
-    if "similarity" in figures:
-        bound = figures["similarity"]["lower" if enough else "upper"]
-        section.judge("speaker similarity", bound, detail=f"{len(rows)} pairs")
-    else:
+        section.judge(gate, worse(name), detail=pairs_of)
+    kinds = [name for name in ("similarity", "independent_similarity") if name in figures]
+    for one in (figures[name] for name in kinds):
+        few = one["difference"]["value"] + FEW_ERRORS * one["standard_error"]
+        section.judge("speaker similarity", one["lower"] if enough else few, detail=pairs_of)
+    if not kinds:
         section.skip("speaker similarity", "no speaker encoder")
     ratio = figures["s_per_char"]["ours"]["value"] / figures["s_per_char"]["official"]["value"]
     section.judge(

@@ -9,11 +9,14 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import soundfile
 
 from qwen_megakernel.bench import parts, turns
+from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.prove.gates import Found, Section
 from qwen_megakernel.prove.plan import Size
 from qwen_megakernel.prove.session import Session
@@ -147,10 +150,37 @@ def of_official(section: Section, session: Session, count: int) -> dict[str, Any
     return {"seconds": seconds, "audio_s": audio, "rtf": rtf}
 
 
+def of_peer(section: Section, session: Session, count: int) -> dict[str, Any] | None:
+    """faster-qwen3-tts, if it is in the official environment and the checkpoint clones."""
+    plan, cloner = session.plan, session.cloner
+    if cloner is None or cloner.codec_encoder is None or plan.device.type != "cuda":
+        return None
+    said, drawn = session.spoken
+    samples = session.subject.decode([frame for d in drawn[:2] for frame in d.codes])
+    with TemporaryDirectory(prefix="prove-") as folder:
+        recording = Path(folder) / "reference.wav"
+        soundfile.write(recording, samples, SAMPLE_RATE)
+        found = session.official.ask(
+            "peer", model=str(plan.folder), device=str(plan.device), recording=str(recording),
+            item=session.item(Utterance(turns.SENTENCE, said[0].voice, 0, plan.language)),
+            ref_text=" ".join(u.text for u in said[:2]), runs=count,
+        )  # fmt: skip
+    if found["version"] is None:
+        section.notes.append("faster-qwen3-tts is not installed beside the official package")
+        return None
+    rtf = np.median(np.array(found["seconds"]) / np.array(found["audio_s"]))
+    section.table(
+        f"faster-qwen3-tts {found['version']}, same sentence", ["figure", "median"],
+        [["first chunk, ms", f"{1000 * np.median(found['first_s']):.0f}"], ["RTF", f"{rtf:.3g}"]],
+    )  # fmt: skip
+    return found
+
+
 def measure(session: Session, report: Report) -> Found:
     """The whole part."""
     section, size = Section("speed"), session.plan.size
     section.figures["parts"] = of_parts(section, session, report)
     section.figures["official"] = of_official(section, session, min(3, size.turns))
+    section.figures["peer"] = of_peer(section, session, min(3, size.turns))
     section.figures["server"] = of_server(section, session.server_options, size, report)
     return section.found()

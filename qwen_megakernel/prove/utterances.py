@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,15 @@ def sentences() -> list[str]:
 
 
 def paired(texts: Sequence[str], voices: Sequence[str], count: int, language: str) -> list[Utterance]:
-    """`count` utterances: each text in each voice once, then again with other seeds."""
+    """`count` utterances: each text in each voice once, then again; no two have the same seed.
 
-    def every() -> Iterator[Utterance]:
-        for seed in itertools.count():
-            for voice, text in itertools.product(voices, texts):
-                yield Utterance(text, voice, seed, language)
-
-    return list(itertools.islice(every(), count))
+    With the same seed, draws of the same frame are alike, and so are the mistakes.
+    """
+    every = itertools.cycle(itertools.product(voices, texts))
+    return [
+        Utterance(text, voice, seed, language)
+        for seed, (voice, text) in enumerate(itertools.islice(every, count))
+    ]
 
 
 def item(utterance: Utterance, voices: Mapping[str, Voice]) -> dict[str, Any]:
