@@ -203,7 +203,7 @@ class Section:
         return asdict(self)
 
 
-def verdict_line(section: Found) -> str:
+def verdict_line(section: Mapping[str, Any]) -> str:
     """One line for a part: how many gates passed, and which failed with what they point to."""
     failed = [gate for gate in section["gates"] if gate["passed"] is False]
     passed = sum(gate["passed"] is True for gate in section["gates"])
@@ -215,7 +215,7 @@ def verdict_line(section: Found) -> str:
     return f"{section['part']}: FAILED, {passed} gates passed{aside}: {named}"
 
 
-def shown(gate: Found) -> str:
+def shown(gate: Mapping[str, Any]) -> str:
     """`0.031, allowed: at most 0.02`."""
     if gate["value"] is None:
         return f"not measured: {gate['detail']}"

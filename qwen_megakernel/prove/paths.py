@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from websockets.sync.client import connect
 
 from qwen_megakernel.config import GenerationParams
@@ -165,11 +164,10 @@ def _pcm_of_wav(data: bytes) -> np.ndarray:
 
 def _pcm_of_flac(data: bytes) -> np.ndarray:
     """The same of a FLAC file."""
-    with soundfile.SoundFile(io.BytesIO(data)) as file:
-        blocks = []
-        while len(block := file.read(1 << 16, dtype="int16")):
-            blocks.append(block)
-    return np.concatenate(blocks)
+    import av
+
+    with av.open(io.BytesIO(data), "r") as file:
+        return np.concatenate([frame.to_ndarray().reshape(-1) for frame in file.decode(audio=0)])
 
 
 def same_bits(samples: np.ndarray, truth: np.ndarray) -> str:

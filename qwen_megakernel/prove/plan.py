@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from qwen_megakernel.checkpoint import Checkpoint
-from qwen_megakernel.prompt.voice import Voice, load_voices
 from qwen_megakernel.prove.resume import Found, checkpoint_digest, sources_digest
-from qwen_megakernel.prove.subject import load_cloner
 from qwen_megakernel.prove.utterances import ListedText
 
 
@@ -78,27 +74,6 @@ class Plan:
             "device": device_name(self.device),
             "torch": torch.__version__,
         }
-
-    def find_voices(self, checkpoint: Checkpoint) -> Mapping[str, Voice]:
-        """The voices to speak with, by name.
-
-        Those of the folder, else the presets of the checkpoint, else none but the model's own choice.
-        """
-        config = checkpoint.config
-        folder = self.voices or self.folder / "voices"
-        if config.mode == "base" and folder.is_dir():
-            return load_voices(folder, load_cloner(checkpoint, self.device))
-        if config.talker.speaker_ids:
-            return {name: Voice.preset(name) for name in config.talker.speaker_ids}
-        if config.mode == "base":
-            return {"random": random_voice(config.talker.hidden_size)}
-        return {"designed": Voice.designed()}
-
-
-def random_voice(hidden_size: int) -> Voice:
-    """A speaker embedding that belongs to nobody: it is enough to compare two implementations."""
-    generator = torch.Generator().manual_seed(0)
-    return Voice.x_vector(torch.randn(hidden_size, generator=generator))
 
 
 def device_name(device: torch.device) -> str:

@@ -15,8 +15,8 @@ from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.model.generation_config import read_generation_config
 from qwen_megakernel.prompt.text_feed import TextTokenizer
 from qwen_megakernel.prompt.tokenizer import load_tokenizer
-from qwen_megakernel.prompt.voice import Voice, VoiceCloner
-from qwen_megakernel.prove import draws
+from qwen_megakernel.prompt.voice import Voice, VoiceCloner, load_voices
+from qwen_megakernel.prove import draws, reference_voices
 from qwen_megakernel.prove.official import OfficialProcess, official_python
 from qwen_megakernel.prove.plan import Plan
 from qwen_megakernel.prove.resume import Findings
@@ -49,7 +49,11 @@ class Session:
 
     @cached_property
     def voices(self) -> Mapping[str, Voice]:
-        """To speak with, by name."""
+        """To speak with, by name.
+
+        Those of a list or of a folder, else the checkpoint's presets or its own choice. A checkpoint
+        that clones and has no folder clones the demonstration voice.
+        """
         if self.plan.texts:
             cloner = self.cloner
             if cloner is None:
@@ -61,7 +65,14 @@ class Session:
                 )
                 for text in self.plan.texts
             }
-        return self.plan.find_voices(self.checkpoint)
+        config, folder = self.checkpoint.config, self.plan.voices or self.plan.folder / "voices"
+        if config.talker.speaker_ids:
+            return {name: Voice.preset(name) for name in config.talker.speaker_ids}
+        if self.cloner is None:
+            return {"designed": Voice.designed()}
+        if folder.is_dir():
+            return load_voices(folder, self.cloner)
+        return reference_voices.cloned(self.cloner, self.report)
 
     @cached_property
     def cloner(self) -> VoiceCloner | None:
