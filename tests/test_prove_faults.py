@@ -24,7 +24,7 @@ from qwen_megakernel.decoding import torch_backend
 from qwen_megakernel.model.fused_layers import rms_norm
 from qwen_megakernel.model.sampling import gather_sampling
 from qwen_megakernel.prompt.voice import load_voices
-from qwen_megakernel.prove import draws, fidelity, sound, speech
+from qwen_megakernel.prove import draws, fidelity, reference_voices, sound, speech
 from qwen_megakernel.prove.gates import GATES, Section, verdict_line
 from qwen_megakernel.prove.official import OfficialProcess
 from qwen_megakernel.prove.subject import Drawn, Subject, load_cloner
@@ -374,3 +374,30 @@ def test_speech_of_another_rate_and_another_voice():
     same = speech.measure([{**row, "ours": row["official"]} for row in rows], "")
     assert all(gate["passed"] for gate in same["gates"])
     assert "16 kHz samples called 24 kHz" in GATES["duration"].suspects
+
+
+# ---------------------------------------------------------------------------- cloning
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_clones_in_context(tiny_base, tmp_path):
+    """Random weights with a codec encoder: rows, codes of a recording and the clone's sound."""
+    if find_spec("qwen_tts") is None:
+        pytest.skip("no official package")
+    checkpoint = Checkpoint(tiny_base)
+    cloner, section = load_cloner(checkpoint, CPU), Section("sound")
+    voices = reference_voices.cloned(cloner, lambda line: None)
+    assert {voice.mode for voice in voices.values()} == {"x_vector", "icl"}
+    subject = Subject(
+        checkpoint, voices, backend="torch", device=CPU, dtype="fp32", report=lambda line: None
+    )
+    said = [replace(SAID[0], voice=name) for name in ("rms", "slt-in-context")]
+    with OfficialProcess(sys.executable, tmp_path) as process:
+        process.ask("load", model=str(tiny_base), device="cpu", dtypes=["fp32"])
+        fidelity.rows(section, subject, process, said)
+        codes = [d.codes for d in draws.natural(subject, said, draws.HOT, 12)]
+        made = sound.samples(section, subject, process, codes)
+        sound.speakers(section, cloner, process, sound.long_recording(made))
+        sound.in_context(section, subject, process, said[0], (SAID[1].text, codes[0]))
+    assert failed(section) == set()
+    assert [gate["name"] for gate in section.gates if gate["passed"] is None] == []

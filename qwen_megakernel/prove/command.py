@@ -146,7 +146,7 @@ def _prove(session: Session, parts: Sequence[str]) -> int:
     sections = [_doctor(examine(str(plan.folder), DOCTOR_PORT))]
     for name in parts:
         tell(f"{name}: begins after {time.monotonic() - began:.0f} s")
-        sections.append(running.section(session, name))
+        sections.append(_section(session, name))
         print(verdict_line(sections[-1]), flush=True)
     passed = _passed(sections)
     about = _about(session, parts)
@@ -160,6 +160,16 @@ def _prove(session: Session, parts: Sequence[str]) -> int:
     word = "passed" if passed else "FAILED"
     print(f"{word} in {time.monotonic() - began:.0f} s: {plan.out / 'report.html'}")
     return 0 if passed else 1
+
+
+def _section(session: Session, name: str) -> Found:
+    """The part's section; of one that could not run, a section that says so."""
+    try:
+        return running.section(session, name)
+    except (OfficialError, DemoError, RuntimeError, OSError, ValueError) as error:
+        section = Section(name)
+        section.judge("ran", 0, detail=" ".join(f"{type(error).__name__}: {error}".split())[:600])
+        return section.found()
 
 
 def _passed(sections: Sequence[Found]) -> bool:

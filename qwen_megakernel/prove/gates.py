@@ -24,6 +24,9 @@ class Gate:
 
 
 GATES: Mapping[str, Gate] = {
+    "ran": Gate(
+        "all", 1, "whether the part could run", "the message, and the doctor's findings", at_least=True,
+    ),
     "prompt rows": Gate(
         "fidelity", 1e-4,
         "largest difference of a prompt or text row to the official one, over the largest value",

@@ -95,7 +95,8 @@ def _gates(gates: Sequence[Found]) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     cells = "".join(f"<th>{escape(str(name))}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{_cell(v)}</td>" for v in row) + "</tr>\n" for row in rows)
-    return f'<div class="scroll"><table><tr>{cells}</tr>\n{body}</table></div>\n'
+    top = f"<tr>{cells}</tr>\n" if any(head) else ""
+    return f'<div class="scroll"><table>{top}{body}</table></div>\n'
 
 
 def _cell(value: Any) -> str:
@@ -110,7 +111,7 @@ def _plot(plot: Found) -> str:
     low, high = min(every), max(every)
     high = high if high > low else low + 1
     most = max(2, max(map(len, series.values())))
-    width, height = _WIDTH - _LEFT - 10, _HEIGHT - _BOTTOM - _TOP
+    width, height = _WIDTH - _LEFT - 20, _HEIGHT - _BOTTOM - _TOP
 
     def x(index: float) -> float:
         return _LEFT + width * index / (most - 1)
@@ -122,11 +123,13 @@ def _plot(plot: Found) -> str:
     for step in range(5):
         value = low + (high - low) * step / 4
         marks.append(
-            f'<line x1="{_LEFT}" x2="{_WIDTH - 10}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
+            f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
             f'stroke="#8884"/><text x="4" y="{y(value) + 4:.1f}">{value:.3g}</text>'
         )
         index = (most - 1) * step / 4
-        marks.append(f'<text x="{x(index):.1f}" y="{_HEIGHT - 18}">{index:.0f}</text>')
+        marks.append(
+            f'<text x="{x(index):.1f}" y="{_HEIGHT - 18}" text-anchor="middle">{index:.0f}</text>'
+        )
     for number, (name, values) in enumerate(series.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(values))

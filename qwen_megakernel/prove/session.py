@@ -104,8 +104,9 @@ class Session:
     @cached_property
     def subjects(self) -> Mapping[str, Subject]:
         """This implementation: as it would serve first, then PyTorch in other precisions."""
-        wanted = [(self.plan.backend, self.plan.dtype)]
-        wanted += [("torch", dtype) for dtype in ("bf16", "fp32") if ("torch", dtype) not in wanted]
+        wanted = [(self.plan.backend, self.plan.dtype), ("torch", "bf16")]
+        if self.plan.dtype != "fp32":
+            wanted.append(("torch", "fp32"))
         found: dict[str, Subject] = {}
         for backend, dtype in wanted:
             subject = Subject(

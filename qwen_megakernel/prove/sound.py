@@ -49,6 +49,7 @@ def samples(
         limit = BF16_SAMPLES * max(float(np.abs(rounded[name] - arrays[name]).max()) for name in arrays)
     longest = max(map(len, wanted))
     window = subject.config.codec.sliding_window
+    section.figures["allowed sample error"] = limit
     section.judge(
         "codec samples", worst, limit=limit,
         detail=f"up to {longest} frames; the codec's window is {window}",
@@ -128,19 +129,14 @@ def in_context(
     # The official cut of the reference rounds to a sample.
     same = 0 <= off <= 1
     difference = float(np.abs(theirs[-len(ours) :] - ours).max()) if same else float("inf")
-    limit = None
-    if subject.dtype == "bf16":
-        limit = 0.05
     section.judge(
-        "clone in context", difference, limit=limit,
+        "clone in context", difference, limit=section.figures["allowed sample error"],
         detail=f"{len(spoken)} frames after a reference of {len(codes)}",
     )  # fmt: skip
-    voices = {**subject.voices, "clone in context": voice}
-    kept, subject.voices = subject.voices, voices
+    subject.voices = {**subject.voices, "clone in context": voice}
     mine = subject.draw(
         [Utterance(utterance.text, "clone in context", 0, utterance.language)], [GREEDY], CLONE_FRAMES
     )[0].codes
-    subject.voices = kept
     equal = sum(a == b for a, b in zip(mine, spoken, strict=False))
     section.notes.append(f"clone in context: {equal} of {len(spoken)} greedy frames equal")
 
