@@ -20,7 +20,7 @@ from qwen_megakernel.prove import acoustics, golden, speech
 from qwen_megakernel.prove.command import GOLDEN_FILE
 from qwen_megakernel.prove.gates import GATES, Section, count_surprise, normal_surprise, verdict_line
 from qwen_megakernel.prove.independent_encoder import IndependentEncoder, features
-from qwen_megakernel.prove.paths import same_bits, words
+from qwen_megakernel.prove.paths import difference, words
 from qwen_megakernel.prove.privacy import scrubbed, secrets, without_sound
 from qwen_megakernel.prove.report import html
 from qwen_megakernel.prove.resume import Findings
@@ -116,12 +116,14 @@ def test_list_of_seed_tts_eval(tmp_path):
         read_list(path)
 
 
-def test_same_bits_of_either_format():
+def test_differences_of_either_format():
     truth = np.array([0.5, -0.25, 1.0], np.float32)
-    assert same_bits(truth.copy(), truth) == ""
-    assert same_bits(np.rint(truth * 32_767).astype("<i2"), truth) == ""
-    assert same_bits(truth[:2], truth) == "2 samples instead of 3"
-    assert same_bits(truth + np.float32(1e-6) * (truth == 0.5), truth).startswith("1 samples from 0 on")
+    assert difference(truth.copy(), truth) == ""
+    assert difference(np.rint(truth * 32_767).astype("<i2"), truth) == ""
+    assert difference(truth[:2], truth) == "2 samples instead of 3"
+    close = truth + np.float32(1e-6) * (truth == 0.5)
+    assert difference(close, truth).startswith("1 samples from 0 on")
+    assert difference(close, truth, 1e-5) == ""
     assert "".join(words("One two, three.")) == "One two, three."
 
 

@@ -162,7 +162,7 @@ def live_is_whole(tts: TTSDecoder, sentences: list[str], voice: str) -> bool:
     """Whether sentences fed word by word sound, to the last bit, as when they are given whole."""
     for seed, text in enumerate(sentences):
         ways = paths.Ways(tts, Utterance(text, voice, seed, "auto"), tts.voices[voice])
-        if paths.same_bits(ways.turn(paths.words(text))(), ways.turn([text])()):
+        if paths.difference(ways.turn(paths.words(text))(), ways.turn([text])()):
             return False
     return True
 

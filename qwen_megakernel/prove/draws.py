@@ -1,8 +1,9 @@
 """Drawn codes, judged by the official distributions: no right sampler is unlikely for long.
 
-Two sets are drawn. The natural one has the checkpoint's own sampling and goes on until EOS. The hot one
+Four sets are drawn. The natural one has the checkpoint's own sampling, until EOS. The hot one
 has a high temperature, so that each candidate of the truncated set is drawn often: one too many or too
-few shows.
+few shows. The wide one truncates nothing, so that a code that should be suppressed is drawn. The
+penalised one goes on after the speech's end with a strong penalty: without it, silence repeats.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ HOT = GenerationParams(
     talker=SamplingParams(6.0, 50, 1.0, 1.3), predictor=SamplingParams(6.0, 50, 1.0), min_frames=10_000
 )
 HOT_FRAMES = 96
+PENALISED = GenerationParams(
+    talker=SamplingParams(1.0, 0, 1.0, 2.0), predictor=SamplingParams(0.9, 50, 1.0), min_frames=10_000
+)
+PENALISED_FRAMES = 64
+WIDE = GenerationParams(
+    talker=SamplingParams(10.0, 0, 1.0, 1.0), predictor=SamplingParams(10.0, 0, 1.0), min_frames=10_000
+)
+WIDE_FRAMES = 24
 MAX_FRAMES = 320
 BF16_SWAPS = 0.25
 """Part of the draws of the last candidate that rounding may give to its neighbours."""
@@ -108,8 +117,7 @@ def of_natural(section: Section, judged: Judged) -> None:
 def of_hot(
     section: Section, judged: Judged, tolerances: tuple[float, float], swaps: float = 0.0
 ) -> None:
-    """Suppression, truncation and repetition penalty."""
-    forbidden = sum(int((judged[f"{part}.allowed"] == 0).sum()) for part in ("talker", "predictor"))
+    """Truncation."""
     beyond, details = 0, []
     for part, tolerance in zip(("talker", "predictor"), tolerances, strict=True):
         allowed = judged[f"{part}.allowed"] > 0
@@ -124,14 +132,24 @@ def of_hot(
         )  # fmt: skip
         counts = np.bincount(ranks.astype(int), minlength=top_k + 4)[1 : top_k + 4]
         section.plot(f"Draws by official rank, {part}", "rank - 1", "draws", {part: counts.tolist()})
+    section.judge("beyond top-k", beyond, detail="; ".join(details))
+
+
+def of_penalised(section: Section, judged: Judged) -> None:
+    """Repetition penalty."""
     p, seen = judged["talker.p_seen"], int(judged["talker.is_seen"].sum())
     variance = float((p * (1 - p)).sum()) + (EFFECT * len(p)) ** 2
     section.judge(
         "repeated codes", normal_surprise(seen, float(p.sum()), variance),
         detail=f"{seen} of {len(p)}, expected {p.sum():.1f}",
     )  # fmt: skip
-    section.judge("suppressed codes", forbidden)
-    section.judge("beyond top-k", beyond, detail="; ".join(details))
+
+
+def of_wide(section: Section, judged: Judged) -> None:
+    """Suppression."""
+    forbidden = [int((judged[f"{part}.allowed"] == 0).sum()) for part in ("talker", "predictor")]
+    count = len(judged["talker.allowed"])
+    section.judge("suppressed codes", sum(forbidden), detail=f"{count} draws of code 0, of all codes")
 
 
 def _nearest(observed: int, expected: float, slack: float) -> float:
@@ -185,5 +203,10 @@ def measure(
         rounding_errors(official, subject.dtype, *sample),
         BF16_SWAPS if subject.dtype == "bf16" else 0.0,
     )
-    used_slot(section, subject, said, min(24, HOT_FRAMES))
+    few = [replace(said[i % len(said)], seed=i) for i in range(2)]
+    drawn = subject.draw(few, [replace(WIDE, seed=u.seed) for u in few], WIDE_FRAMES)
+    of_wide(section, judge(subject, official, few, drawn, WIDE))
+    drawn = subject.draw(few, [replace(PENALISED, seed=u.seed) for u in few], PENALISED_FRAMES)
+    of_penalised(section, judge(subject, official, few, drawn, PENALISED))
+    used_slot(section, subject, said, WIDE_FRAMES)
     return section.found()
