@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,15 +34,16 @@ def sentences() -> list[str]:
 
 
 def paired(texts: Sequence[str], voices: Sequence[str], count: int, language: str) -> list[Utterance]:
-    """`count` utterances: each text in each voice once, then again; no two have the same seed.
+    """`count` utterances: each text in each voice once, then again, neighbours in different voices.
 
-    With the same seed, draws of the same frame are alike, and so are the mistakes.
+    No two have the same seed: with one seed, draws of the same frame are alike, and so are the mistakes.
     """
-    every = itertools.cycle(itertools.product(voices, texts))
-    return [
-        Utterance(text, voice, seed, language)
-        for seed, (voice, text) in enumerate(itertools.islice(every, count))
-    ]
+    found = []
+    for seed in range(count):
+        turn, place = divmod(seed, len(texts))
+        voice = voices[(place + turn) % len(voices)]
+        found.append(Utterance(texts[place], voice, seed, language))
+    return found
 
 
 def item(utterance: Utterance, voices: Mapping[str, Voice]) -> dict[str, Any]:
