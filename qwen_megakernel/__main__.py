@@ -22,6 +22,7 @@ COMMANDS = {
     "doctor": (".tools.doctor", "check this machine, and say how to put right what is wrong"),
     "build": (".tools.build", "compile the CUDA kernels ahead of time"),
     "bench": (".bench_tts", "measure kernel, parts and whole turns on this machine"),
+    "prove": (".prove.command", "measure this machine and checkpoint beside the official package"),
     "tune": (".bench.tune", "find the frame kernel's fastest setting on this GPU, and keep it"),
     "protocol-schema": (".tools.protocol_schema", "print the JSON Schema of the native protocol"),
     "synth-checkpoint": (

@@ -16,7 +16,7 @@ import json
 import queue
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from qwen_megakernel.codec.decoder import CodecStream
 from qwen_megakernel.config import HOP, SAMPLE_RATE, GenerationParams
 from qwen_megakernel.prompt.voice import Voice
+from qwen_megakernel.prove import paths, speech
+from qwen_megakernel.prove.utterances import Utterance
 from qwen_megakernel.tools.demo import VOICE
 from qwen_megakernel.tts_model import TTSDecoder
 from qwen_megakernel.turn import Audio, Finished, TurnEvent
@@ -99,28 +101,15 @@ def _collect(events: queue.SimpleQueue[TurnEvent]) -> tuple[np.ndarray, Finished
     return np.concatenate(chunks), event
 
 
-def speak_all(
-    tts: TTSDecoder, sentences: Sequence[str], voice: str, *, streaming: bool
-) -> list[tuple[np.ndarray, Finished]]:
-    """The same of whole sentences side by side, which changes nothing in them; sentence k has seed k."""
-    queues: list[queue.SimpleQueue[TurnEvent]] = [queue.SimpleQueue() for _ in sentences]
-    for seed, (text, events) in enumerate(zip(sentences, queues, strict=True)):
-        tts.open_turn(
-            text, sink=events.put, ended=True, voice=voice, streaming=streaming,
-            params=GenerationParams(seed=seed),
-        )  # fmt: skip
-    return [_collect(events) for events in queues]
-
-
 def score_synthesis(
     tts: TTSDecoder, listener: Listener, sentences: list[str], voice: str, *, streaming: bool
 ) -> Score:
     """Speak all sentences and listen."""
     score = Score()
-    spoken = speak_all(tts, sentences, voice, streaming=streaming)
-    for text, (audio, end) in zip(sentences, spoken, strict=True):
-        score.reasons[end.reason] += 1
-        score.add(text, listener.write_down(audio))
+    said = [Utterance(t, voice, seed, "auto", streaming) for seed, t in enumerate(sentences)]
+    for text, spoken in zip(sentences, speech.speak(tts, said, tts.voices), strict=True):
+        score.reasons[spoken.reason] += 1
+        score.add(text, listener.write_down(spoken.samples))
     return score
 
 
@@ -172,10 +161,8 @@ def likeness(tts: TTSDecoder, teacher: Teacher, sentences: list[str]) -> dict[st
 def live_is_whole(tts: TTSDecoder, sentences: list[str], voice: str) -> bool:
     """Whether sentences fed word by word sound, to the last bit, as when they are given whole."""
     for seed, text in enumerate(sentences):
-        whole, _ = speak(tts, [text], voice, seed)
-        first, *rest = text.split(" ")
-        live, _ = speak(tts, [first, *(f" {word}" for word in rest)], voice, seed)
-        if not np.array_equal(whole, live):
+        ways = paths.Ways(tts, Utterance(text, voice, seed, "auto"), tts.voices[voice])
+        if paths.difference(ways.turn(paths.words(text))(), ways.turn([text])()):
             return False
     return True
 

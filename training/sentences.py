@@ -7,7 +7,7 @@ ordinary ones of its own.
 
 Needs the Debian packages `wordnet-base` (WordNet licence) and `bible-kjv` (its text is in the public
 domain).
-Nothing of `heldout.txt` is among them.
+Nothing of `qwen_megakernel/prove/sentences.txt` is among them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwen_megakernel.prove import utterances
 from training import dialogue, ordinary
 
-HELDOUT = Path(__file__).with_name("heldout.txt")
 BOOKS = (
     "genesis",
     "exodus",
@@ -48,7 +48,7 @@ _SPEAKABLE = re.compile(r"[A-Za-z0-9 ,.'!?;:-]+")
 
 def heldout() -> list[str]:
     """The sixty sentences that measure the model."""
-    return HELDOUT.read_text(encoding="utf-8").splitlines()
+    return utterances.sentences()
 
 
 def wordnet() -> Iterator[tuple[str, str]]:

@@ -1,0 +1,1 @@
+"""`qwen-megakernel prove`: this implementation beside the official package, measured and judged."""
