@@ -113,7 +113,7 @@ def of_server(
     }
     section.table("At most", ["figure", "value"], [[k, v] for k, v in figures.items() if v is not None])
     section.judge("real time", alone["rtf"]["p50"], detail=f"{size.turns} turns")
-    section.judge("underruns", alone["underruns"])
+    section.judge("underruns", alone["underruns"], detail=f"in {size.turns} turns, one at a time")
     return {"alone": alone, "together": {str(n): s for n, s in together.items()}, **figures}
 
 
