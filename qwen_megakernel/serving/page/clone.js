@@ -13,9 +13,10 @@ export class ClonePanel {
     this.onTry = onTry;
     this.file = null;
     this.recorder = null;
-    $("microphone-why").textContent = whyNoMicrophone();
-    $("microphone-why").hidden = !whyNoMicrophone();
-    $("record").disabled = Boolean(whyNoMicrophone());
+    const why = whyNoMicrophone();
+    $("microphone-why").textContent = `${why} You can choose a recorded file.`;
+    $("microphone-why").hidden = !why;
+    $("record").disabled = Boolean(why);
     $("record").onclick = () => (this.recorder ? this.stop() : this.record());
     $("clone-file").onchange = ({ target }) => target.files.length && this.keep(target.files[0]);
     $("clone-form").onsubmit = (event) => {

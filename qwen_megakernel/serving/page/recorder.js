@@ -10,10 +10,10 @@ export function whyNoMicrophone() {
     return (
       "This browser gives pages the microphone only over https or from localhost. Open the page through a tunnel " +
       `(ssh -L ${location.port || 80}:127.0.0.1:${location.port || 80} user@host, then http://localhost:${location.port || 80}), ` +
-      "put TLS in front of the server, or choose a recorded file."
+      "or put TLS in front of the server."
     );
   }
-  if (!navigator.mediaDevices?.getUserMedia) return "This browser has no microphone for pages. Choose a recorded file.";
+  if (!navigator.mediaDevices?.getUserMedia) return "This browser has no microphone for pages.";
   return "";
 }
 
