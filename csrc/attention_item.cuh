@@ -26,7 +26,9 @@ struct AttentionItem {
     return split() * kSplitPositions + warp_index() * kTilePositions;
   }
   template <class Context>
-  __device__ __forceinline__ const ItemRows& rows(const Context& c) const { return c.scratch.items[place()]; }
+  __device__ __forceinline__ const ItemRows& rows(const Context& c) const {
+    return c.scratch.items[place()];
+  }
 
   // Whether it has the same queries, and the same keys and values of this launch.
   __device__ __forceinline__ bool same_rows(const AttentionItem& other) const {
@@ -60,7 +62,8 @@ struct AttentionItem {
     return p.streams[column].position / kSplitPositions + 1;
   }
 };
-static_assert(kMaxSplits <= 256 && kMaxColumns <= 256 && max_items(kMaxColumns) <= 257, "an item's numbers have eight bits");
+static_assert(kMaxSplits <= 256 && kMaxColumns <= 256 && max_items(kMaxColumns) <= 257,
+              "an item's numbers have eight bits");
 
 // The items of this CTA, which are the same in all layers of a frame. By the first kThreads threads, once.
 template <class D, class Scratch>

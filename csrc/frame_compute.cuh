@@ -96,7 +96,8 @@ struct FrameCompute {
 };
 
 // A frame, or a prefill.
-__device__ __forceinline__ void compute_frame(const FrameParams& p, NarrowForm::Scratch& scratch, NarrowForm::Ring& ring) {
+__device__ __forceinline__ void compute_frame(const FrameParams& p, NarrowForm::Scratch& scratch,
+                                              NarrowForm::Ring& ring) {
   const bool writes_stamps = p.stamps != nullptr && block_index() == 0 && thread_index() == 0;
   const PackedState<kTileColumns> state(columns_of(p), writes_stamps, p.dump_exchanges != nullptr);
   FrameCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}};

@@ -33,8 +33,7 @@ struct FrameFetch : FramePlace {
   __device__ __forceinline__ void strips(int first, const char* from, int64_t kept_bytes) {
     for (int strip = first; strip < Prod::kStrips; strip += gridDim.x)
 #pragma unroll 1
-      for (int part = 0; part < Prod::kSplit; ++part)
-        one_item<Prod>(from, part * Prod::kStrips + strip, kept_bytes);
+      for (int part = 0; part < Prod::kSplit; ++part) one_item<Prod>(from, part * Prod::kStrips + strip, kept_bytes);
   }
   // A product of the current layer, which stands at kFrom among the layer's. What stays in L2 of a predictor's layer
   // begins with its QKV, but for the first layer's, which a frame reads once or twice.

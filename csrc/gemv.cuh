@@ -59,9 +59,8 @@ __device__ __forceinline__ float squares_part(const Scratch& scratch, int norm, 
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < kWarps / 4; ++i)
-    sum +=
-        scratch.sum_of_squares[norm][lane_index() / kTileColumns * (kWarps / 4) + i]
-                              [first + (lane_index() & (kTileColumns - 1))];
+    sum += scratch.sum_of_squares[norm][lane_index() / kTileColumns * (kWarps / 4) + i]
+                                 [first + (lane_index() & (kTileColumns - 1))];
   return sum;
 }
 

@@ -125,12 +125,10 @@ __device__ __forceinline__ void wait_row_packets(HeadRow<kDim> (&rows)[kCount], 
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        v[i][half] = load_word(at(i) + half * (4 * kDim / 2));
+      for (int half = 0; half < 2; ++half) v[i][half] = load_word(at(i) + half * (4 * kDim / 2));
     dog.after(spin, Phase::kAttention, tag);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      lack |= (high_half(v[i][0]) ^ tag) | (high_half(v[i][1]) ^ tag);
+    for (int i = 0; i < kCount; ++i) lack |= (high_half(v[i][0]) ^ tag) | (high_half(v[i][1]) ^ tag);
     if (__all_sync(~0u, lack == 0)) break;
   }
   const bool owns = HeadRow<kDim>::owns();

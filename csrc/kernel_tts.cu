@@ -86,7 +86,8 @@ extern "C" int frame_max_grid() {
 }
 
 extern "C" int frame_max_positions(int grid) {
-  return kSplitPositions * min_of(kMaxSplits, grid * (NarrowForm::Scratch::kMaxItems - 1) / (kTileColumns * T::kKvHeads));
+  return kSplitPositions *
+         min_of(kMaxSplits, grid * (NarrowForm::Scratch::kMaxItems - 1) / (kTileColumns * T::kKvHeads));
 }
 
 extern "C" int64_t frame_num_packets() { return DenseLayout::kTotal; }

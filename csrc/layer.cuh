@@ -100,9 +100,9 @@ __device__ __forceinline__ void gate_up(Context& c, Residual<D>& r) {
         const float scale = rms_scale<D>(squares);
         if (cell.pair >= 4 || !cell.holds(c)) return;
         const float low = rows.x * scale, high = rows.y * scale;
-        const int at = strip / 2 * kStripPackets + 8 * cell.column + 4 * (strip % 2) + cell.pair;  // see weight_packing.py
-        publish_at(c, packets + L::kMlpInner + at,
-                   silu(low) * (up_low * scale), silu(high) * (up_high * scale),
+        const int at =
+            strip / 2 * kStripPackets + 8 * cell.column + 4 * (strip % 2) + cell.pair;  // see weight_packing.py
+        publish_at(c, packets + L::kMlpInner + at, silu(low) * (up_low * scale), silu(high) * (up_high * scale),
                    strip * (kStripRows / 2) + 2 * cell.pair, cell.column);
       });
 }

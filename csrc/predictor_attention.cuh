@@ -14,7 +14,8 @@ struct PredictorAttentionShared {
   float q[S::kGroupSize][S::kDim];
   __nv_bfloat16 v[kWarps][S::kDim + 16];  // rows of neighbouring positions begin in different banks
 };
-static_assert(sizeof(PredictorAttentionShared<P>) <= sizeof(NarrowForm::Scratch::partial[0]), "attention borrows a tile");
+static_assert(sizeof(PredictorAttentionShared<P>) <= sizeof(NarrowForm::Scratch::partial[0]),
+              "attention borrows a tile");
 static_assert(kWarps >= kNumCodebooks, "a warp takes a position");
 
 // The new rows of a pass: the one at `last`, of stream s in column first + s, and where first is

@@ -82,6 +82,6 @@ __device__ __forceinline__ int down_owner_first() {
 
 using NarrowForm = Form<false, kTileColumns, 4>;
 // An item's partial sums of all tiles of columns; twice where there is room.
-using WideForm = Form<true, kMaxColumns, kMaxColumns / kTileColumns * (kSharedBytes >= 160 * 1024 ? 2 : 1)>;
+using WideForm = Form<true, kMaxColumns, kMaxColumns / kTileColumns*(kSharedBytes >= 160 * 1024 ? 2 : 1)>;
 
 }  // namespace qwen_tts

@@ -15,7 +15,7 @@ using WideContext = ContextOf<WideForm>;
 
 constexpr int kMaxColumnTiles = kMaxColumns / kTileColumns;
 constexpr int kSets = WideForm::Scratch::kTiles / kMaxColumnTiles;  // of tiles of partial sums, used in turns
-constexpr int kAsked = 2;  // tiles of an operand that are under way
+constexpr int kAsked = 2;                                           // tiles of an operand that are under way
 static_assert(kMaxColumnTiles * 4 <= kWarps, "a warp finishes a quarter of a tile");
 
 __device__ __forceinline__ int column_tiles(const FrameParams& p) {
@@ -244,9 +244,8 @@ __device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operan
       float acc[kMaxColumnTiles][2][4] = {};
 #pragma unroll 1
       for (int first = 0;;) {
-        for_tiles<Prod, kMaxColumnTiles>(x, tiles, 0, first, [&](int tile, const uint2(&f)[Prod::kHeld]) {
-          multiply(acc[tile], a, f);
-        });
+        for_tiles<Prod, kMaxColumnTiles>(x, tiles, 0, first,
+                                         [&](int tile, const uint2(&f)[Prod::kHeld]) { multiply(acc[tile], a, f); });
         first += Prod::kHeld;
         if (first >= Prod::kChunks) break;
         ask_first(x, tiles, 0, first);

@@ -19,8 +19,8 @@ namespace wide_step {
 
 // Publish a lane's row with those of the three lanes that make a word of it: the odd row of the pair is eight lanes further,
 // the pair eight rows further sixteen lanes.
-__device__ __forceinline__ void publish_rows(const WideContext& c, int vector, int strip, int tile, const WideCell& cell,
-                                             float row, uint32_t tag) {
+__device__ __forceinline__ void publish_rows(const WideContext& c, int vector, int strip, int tile,
+                                             const WideCell& cell, float row, uint32_t tag) {
   const float2 low = make_float2(row, __shfl_down_sync(~0u, row, kTileColumns));
   const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 16), __shfl_down_sync(~0u, low.y, 16));
   const int column = tile * kTileColumns + cell.column;
@@ -62,8 +62,8 @@ __device__ __forceinline__ void gate_up(WideContext& c) {
 
 // Publish a lane's row of the residual: for the product that reads it next, and in fp32 for its strip's other owner.
 template <class D>
-__device__ __forceinline__ void publish_residual(const WideContext& c, int strip, int tile, const WideCell& cell, float x,
-                                                 uint32_t tag, int vector, int64_t handed) {
+__device__ __forceinline__ void publish_residual(const WideContext& c, int strip, int tile, const WideCell& cell,
+                                                 float x, uint32_t tag, int vector, int64_t handed) {
   const float2 low = make_float2(x, __shfl_down_sync(~0u, x, kTileColumns));
   const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 16), __shfl_down_sync(~0u, low.y, 16));
   const int column = tile * kTileColumns + cell.column;
@@ -71,7 +71,8 @@ __device__ __forceinline__ void publish_residual(const WideContext& c, int strip
   if (cell.leads && cell.pair < 4)
     publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low, high,
                  dense_number(c, tag));
-  store_packet(c.p.packets + handed + (strip * kStripRows + cell.row()) * kMaxColumns + column, __float_as_uint(x), tag);
+  store_packet(c.p.packets + handed + (strip * kStripRows + cell.row()) * kMaxColumns + column, __float_as_uint(x),
+               tag);
 }
 
 // Wait for a row that has been asked for.
@@ -154,8 +155,8 @@ __device__ __forceinline__ void feed(WideContext& c, X&& x) {
   if (finished_tile() >= column_tiles(c.p)) return;
 #pragma unroll 1
   for (int strip = down_owner_first<D>(); strip < D::kHidden / kStripRows; strip += gridDim.x)
-    publish_residual<D>(c, strip, finished_tile(), finished_cell(), x(strip, finished_tile(), finished_cell()), c.tag - 1,
-                        DenseLayout::kFed, PacketLayout::kAfterDown);
+    publish_residual<D>(c, strip, finished_tile(), finished_cell(), x(strip, finished_tile(), finished_cell()),
+                        c.tag - 1, DenseLayout::kFed, PacketLayout::kAfterDown);
 }
 
 // What the last frame left, and the text.
@@ -199,8 +200,8 @@ __device__ __forceinline__ void feed_projected(WideContext& c) {
         dense_vector(c.p, tile, DenseLayout::kProjected) + dense_at(strip, cell.column * 4 + (cell.pair & 3));
     const bool uses = c.uses(tile * kTileColumns + cell.column);
     uint64_t word = load_word(from);
-    for (unsigned spin = 0;
-         !__all_sync(~0u, !uses || (dense_differs(word, dense_tag(kOnceTag)) & kTagMask) == 0); ++spin) {
+    for (unsigned spin = 0; !__all_sync(~0u, !uses || (dense_differs(word, dense_tag(kOnceTag)) & kTagMask) == 0);
+         ++spin) {
       c.dog.after(spin, Phase::kInput, c.tag - 1);
       word = load_word(from);
     }

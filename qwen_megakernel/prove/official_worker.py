@@ -99,7 +99,7 @@ class Worker:
             inputs = self._inputs(dtype, item)
             arrays[f"rows.{index}"] = _array(inputs["inputs_embeds"][0])
             arrays[f"trailing.{index}"] = _array(inputs["trailing_text_hidden"][0])
-        np.savez(out, **arrays)
+        _save(out, arrays)
         return {}
 
     def _arguments(self, model: Any, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class Worker:
         for index, (item, frames) in enumerate(zip(items, codes, strict=True)):
             talker, predictor = self._forced(dtype, item, torch.tensor(frames))
             arrays[f"talker.{index}"], arrays[f"predictor.{index}"] = _array(talker), _array(predictor)
-        np.savez(out, **arrays)
+        _save(out, arrays)
         return {}
 
     def _forced(
@@ -227,7 +227,7 @@ class Worker:
             for part, figures in parts.items():
                 for name, values in figures.items():
                     kept.setdefault(f"{part}.{name}", []).append(values)
-        np.savez(out, **{name: np.concatenate(values) for name, values in kept.items()})
+        _save(out, {name: np.concatenate(values) for name, values in kept.items()})
         return {}
 
     @property
@@ -263,7 +263,7 @@ class Worker:
         for index, frames in enumerate(codes):
             (samples,), rate = tokenizer.decode([{"audio_codes": torch.tensor(frames)}])
             arrays[str(index)] = samples
-        np.savez(out, **arrays)
+        _save(out, arrays)
         return {"rate": rate}
 
     def clone(self, recordings: list[str], encode: bool, out: str) -> dict[str, Any]:
@@ -287,7 +287,7 @@ class Worker:
                 arrays[f"embedding.{index}"] = _array(
                     model.model.extract_speaker_embedding(wide, 24_000)
                 )
-        np.savez(out, **arrays)
+        _save(out, arrays)
         return {}
 
     def speak_greedily(
@@ -303,7 +303,7 @@ class Worker:
                 repetition_penalty=repetition_penalty, max_new_tokens=frames + 1,
             )  # fmt: skip
             arrays[str(index)] = samples
-        np.savez(out, **arrays)
+        _save(out, arrays)
         return {}
 
     def sample(
@@ -341,7 +341,7 @@ class Worker:
         seconds = time.perf_counter() - began
         empty = np.zeros(0, np.float32)
         sounds = [next(samples) if len(frames) else empty for frames in codes]
-        np.savez(out, **{str(index): sound for index, sound in enumerate(sounds)})
+        _save(out, {str(index): sound for index, sound in enumerate(sounds)})
         return {"codes": [frames.tolist() for frames in codes], "stopped": stopped, "seconds": seconds}
 
     def time(self, item: dict[str, Any], dtype: str, seed: int) -> dict[str, Any]:
@@ -438,6 +438,10 @@ def _judged(
     if eos is not None:
         found |= {"is_eos": drawn == eos, "p_eos": p[:, eos]}
     return {name: values.float().numpy() for name, values in found.items()}
+
+
+def _save(path: Any, arrays: dict[str, Any]) -> None:
+    np.savez(path, **arrays)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
