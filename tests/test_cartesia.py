@@ -443,7 +443,7 @@ def test_several_contexts_speak_at_a_time(client):
     for name in ("b", "c"):
         speak(client, name)
     lines = hear(client, "b", "c")
-    assert pcm(lines, "b") == pcm(lines, "c") != b""
+    assert len(pcm(lines, "b")) == len(pcm(lines, "c")) > 24_000
     client.send('{"context_id": "open", "cancel": true}')
     assert hear(client, "open")[-1]["type"] == "done"
 

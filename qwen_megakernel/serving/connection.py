@@ -52,9 +52,11 @@ class Connection:
 
     async def run(self) -> None:
         """Serve the client until one side closes."""
-        first = next(iter(self._websocket.scope["subprotocols"]), None)
         # A page that sends its token as a protocol (see `access`) wants the scheme confirmed.
-        await self._websocket.accept(first if first in ("token", "bearer") else None)
+        if (offered := self._websocket.scope.get("subprotocols")) and offered[0] in ("token", "bearer"):
+            await self._websocket.accept(offered[0])
+        else:
+            await self._websocket.accept()
         tasks = {asyncio.create_task(self._read()), asyncio.create_task(self._write())}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
