@@ -29,7 +29,7 @@ from qwen_megakernel.bench import load as bench_load
 from qwen_megakernel.bench import load_options, load_report
 from qwen_megakernel.bench import parts as bench_parts
 from qwen_megakernel.bench import turns as bench_server
-from qwen_megakernel.bench.frame_kernel import PARTS, POSITIONS, REPEATS, STREAMS
+from qwen_megakernel.bench.frame_kernel import MOST_STREAMS, PARTS, POSITIONS, REPEATS, STREAMS
 from qwen_megakernel.build_tts import FORMS
 from qwen_megakernel.checkpoint import Checkpoint
 from qwen_megakernel.config import FRAME_S
@@ -359,8 +359,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _streams(text: str) -> tuple[int, ...]:
     values = _numbers(text)
-    if max(values) > max(STREAMS):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 to {max(STREAMS)} streams")
+    if max(values) > MOST_STREAMS:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 to {MOST_STREAMS} streams")
     return values
 
 

@@ -202,7 +202,7 @@ def test_what_is_cut_short_leaves_what_it_has_and_no_server(tiny_base, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--streams", "1,9"), "'1,9': expected 1 to 8 streams"),
+        (("--streams", "1,33"), "'1,33': expected 1 to 32 streams"),
         (("--positions", "100,x"), "'100,x': expected whole numbers"),
         (("--parts", "kernel,soup"), "'soup': expected some of kernel, parts, server"),
         (("--model", "/no/such/folder"), "/no/such/folder: is not there"),

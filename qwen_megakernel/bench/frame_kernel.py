@@ -28,6 +28,8 @@ from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.tools.machine_code import resources
 
 STREAMS = (1, 2, 4, 8)
+MOST_STREAMS = 32
+"""Of a frame of the kernel."""
 """Measured by default; the last is the largest number that is allowed."""
 POSITIONS = (100, 500, 1000, 2000)
 REPEATS = 200
@@ -146,6 +148,7 @@ class KernelBench:
         self,
         config: ModelConfig,
         talker: Talker,
+        streams: Sequence[int],
         positions: Sequence[int],
         repeats: int,
         form: str,
@@ -156,7 +159,7 @@ class KernelBench:
         Args:
             config: the shape.
             talker: bf16, on the GPU.
-            positions: to be measured; the longest decides the size of the caches.
+            streams, positions: to be measured; the most and the longest decide the size of the caches.
             repeats: timed frames for each figure.
             form: of the kernel, one of `build_tts.FORMS`.
             report: told what is being done.
@@ -172,8 +175,10 @@ class KernelBench:
         self._read = ctypes.CDLL(str(build(READ_LIBRARY, self.arch, report))).read_floor
         most = max(positions) + repeats + 2 * WARM_UP
         shape = (talker, config.talker, config.predictor)
-        self._kernel = MegakernelBackend(*shape, library=self.library, max_positions=most)
-        self._widest = self._kernel.max_batch
+        self._widest = max(streams)
+        self._kernel = MegakernelBackend(
+            *shape, library=self.library, num_slots=self._widest, max_positions=most
+        )
         sizes = {"max_positions": most, "max_batch": self._widest}
         self._torch = TorchBackend(*shape, **sizes)
         self._graphs = GraphBackend(*shape, **sizes, progress=report)
@@ -280,7 +285,7 @@ def run(
         form: of the kernel, one of `build_tts.FORMS`.
         report: told what is being done.
     """
-    bench = KernelBench(config, talker, positions, repeats, form, report)
+    bench = KernelBench(config, talker, streams, positions, repeats, form, report)
     frames: list[dict[str, Any]] = []
     for n in streams:
         for position in positions:
