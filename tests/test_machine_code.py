@@ -68,7 +68,7 @@ def test_the_table_has_all_builds():
     assert parse(TABLE.read_text()).builds() == expected
 
 
-WIDE = "`frame_kernel<Form<1"
+WIDE = "`frame_kernel<Form<true"
 """A wide frame's kernel, which spills at most a few registers over its waits (docs/experiments.md)."""
 MAY_SPILL = {("frame", "1.7b", f"sm_{arch}") for arch in ARCHES if has_ptx(arch)}
 """Before Hopper a thread has 96 registers at most, and 32 of them hold the residual of this shape."""

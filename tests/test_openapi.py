@@ -12,7 +12,7 @@ from qwen_megakernel.serving.openapi import ServerFacts, describe
 @pytest.fixture(scope="module")
 def routes():
     """Of a server that has not loaded a model."""
-    gate = App(ServerSettings(token="t")).asgi
+    gate = App(ServerSettings(tokens={"t": "t"})).asgi
     return gate._app.routes
 
 

@@ -624,7 +624,7 @@ def guarded_server(tiny_base):
 
 def test_token_guards_everything_but_health(guarded_server):
     assert guarded_server.get("/health")[0] == 200
-    for path in ("/ready", "/metrics", "/"):
+    for path in ("/ready", "/metrics", "/v1/audio/voices"):
         assert guarded_server.get(path)[0] == 401
     assert guarded_server.get("/ready", X_API_Key=TOKEN)[0] == 200
     assert guarded_server.get("/ready", Authorization=f"Bearer {TOKEN}")[0] == 200

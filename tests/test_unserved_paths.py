@@ -13,7 +13,7 @@ from pipecat_client.handshake import ServerError, open_connection
 ADVICE = (
     "this path is not served; a WebSocket connects to /, /tts/websocket, /v1/speak, and HTTP has "
     "/health, /ready, /metrics, /v1/audio/speech, /v1/audio/voices, /v1/models, /v1/audio/models, "
-    "/tts/bytes, /voices, /voices/{voice}, /openapi.json, /docs"
+    "/tts/bytes, /voices, /openapi.json, /docs"
 )
 
 

@@ -80,7 +80,7 @@ def test_a_layer_is_its_products_in_order_of_use():
     after = [
         pack_product(layer.self_attn.o_proj.weight, splits=True),
         pack_product(with_norm(gate_up, layer.post_attention_layernorm)),
-        pack_product(layer.mlp.down_proj.weight, splits=True),
+        pack_product(layer.mlp.down_proj.weight, splits=True, quads=True),
     ]
     assert torch.equal(packed[padded:], torch.cat(after))
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 
-from qwen_megakernel.serving.app import App, Phase, ServerSettings
+from qwen_megakernel.serving.app import FEWEST_CONNECTIONS, App, Phase, ServerSettings
 from qwen_megakernel.serving.observe import log
 from qwen_megakernel.serving.protocols import (
     PING_INTERVAL_S,
@@ -164,9 +164,9 @@ def _max_sockets(settings: ServerSettings) -> int:
     """Sockets that may be open at a time: what is asked for, as far as there are descriptors."""
     # Sockets are closed some turns of the event loop later, each of which may accept that many more.
     room = _max_descriptors() - OTHER_FILES - 4 * BACKLOG
-    if settings.max_connections is None:  # known when the model is loaded
-        return max(min(MOST_FOLLOWING + settings.spare_sockets, room), 1)
-    wanted = settings.max_connections + settings.spare_sockets
+    # Where it follows from the slots, it is known when the model is loaded: most of it, until then.
+    most = settings.max_connections or MOST_FOLLOWING
+    wanted = (settings.max_connections or FEWEST_CONNECTIONS) + settings.spare_sockets
     if room < wanted:
         log.warning(
             "the process may have %d files open, so only %d sockets are taken instead of %d; "
@@ -175,7 +175,7 @@ def _max_sockets(settings: ServerSettings) -> int:
             max(room, 1),
             wanted,
         )
-    return max(min(wanted, room), 1)
+    return max(min(most + settings.spare_sockets, room), 1)
 
 
 def _max_descriptors() -> int:
