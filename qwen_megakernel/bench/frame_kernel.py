@@ -179,9 +179,8 @@ class KernelBench:
         self._kernel = MegakernelBackend(
             *shape, library=self.library, num_slots=self._widest, max_positions=most
         )
-        sizes = {"max_positions": most, "max_batch": self._widest}
-        self._torch = TorchBackend(*shape, **sizes)
-        self._graphs = GraphBackend(*shape, **sizes, progress=report)
+        self._torch = TorchBackend(*shape, max_positions=most, max_batch=self._widest)
+        self._graphs = GraphBackend(*shape, max_positions=most, max_batch=self._widest, progress=report)
         self._prompts = Prompts(config, self._device, most)
         self._buffer = torch.zeros(
             frame_bytes(config, self._widest, max(positions)), dtype=torch.uint8, device=self._device
