@@ -16,7 +16,6 @@ from qwen_megakernel.build_tts import (
     Library,
     build,
     compiler_release,
-    has_ptx,
     shared_bytes,
 )
 from qwen_megakernel.installation.build_environment import find_nvcc
@@ -68,17 +67,17 @@ def test_the_table_has_all_builds():
     assert parse(TABLE.read_text()).builds() == expected
 
 
-WIDE = "`frame_kernel<Form<true"
+WIDE = "frame_kernel<Form<true"
 """A wide frame's kernel, which spills at most a few registers over its waits (docs/experiments.md)."""
-MAY_SPILL = {("frame", "1.7b", f"sm_{arch}") for arch in ARCHES if has_ptx(arch)}
-"""Before Hopper a thread has 96 registers at most, and 32 of them hold the residual of this shape."""
+MAY_SPILL = {("frame", "1.7b", f"sm_{arch}") for arch in ARCHES}
+"""32 registers of a thread hold the residual of this shape."""
 
 
 def test_no_other_kernel_of_the_table_spills_or_takes_more_than_its_gpu_has():
     spilling = set()
     for cells in parse(TABLE.read_text()).rows:
         row = dict(zip(machine_code.COLUMNS, cells, strict=True))
-        if row["spills"] != "0" and not row["kernel"].startswith(WIDE):
+        if row["spills"] != "0" and WIDE not in row["kernel"]:
             spilling.add((row["library"], row["shape"], row["arch"]))
         if row["dynamic shared"] != "-":
             assert int(row["dynamic shared"]) <= shared_bytes(row["arch"].removeprefix("sm_")), row

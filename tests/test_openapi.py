@@ -28,7 +28,7 @@ def test_every_route_is_described_and_nothing_else(routes):
     undescribed = [
         path for path, methods in paths.items() for each in methods.values() if not each["summary"]
     ]
-    assert undescribed == ["/"]  # it is a WebSocket's
+    assert undescribed == []
 
 
 def test_limits_and_token_are_this_servers(routes):

@@ -30,6 +30,7 @@ _STATUSES = {
     "404": "There is no such thing.",
     "405": "The path has no such method.",
     "413": "The body is too long.",
+    "426": "This is a WebSocket.",
     "429": "This address has enough connections. Retry-After says when to come back.",
     "500": "The engine has failed.",
     "503": "The server is loading, draining or full. Retry-After says when to come back.",
@@ -78,6 +79,8 @@ def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
     text = _object({"text": _text(facts)}, required=["text"])
     model, voice = _object({"id": _STRING}), _object({"id": _STRING, "name": _STRING})
     voice_path = [_parameter("voice", "path", {"type": "string", "minLength": 1})]
+    name_path = [_parameter("name", "path", {"type": "string", "minLength": 1})]
+    one_voice = openai_messages.VOICES_PATH + "/{name}"
     health = _operation("Whether the process can work", _STATE, ("500", "503"))
     health["security"] = []
     del health["responses"]["401"]
@@ -90,6 +93,20 @@ def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
         ),
         (openai_messages.VOICES_PATH, "GET"): _operation(
             "Voices", _object({"voices": _array(voice)}), _WHILE_READY, openai_error
+        ),
+        (openai_messages.VOICES_PATH, "POST"): _operation(
+            "Add a voice; multipart/form-data", voice, ("400", *_WHILE_READY), openai_error
+        ),
+        (one_voice, "GET"): _operation(
+            "A voice", voice, ("404", *_WHILE_READY), openai_error, parameters=name_path
+        ),
+        (one_voice, "DELETE"): _operation(
+            "Delete a voice that a client added", _object({"id": _STRING}), ("404", *_WHILE_READY),
+            openai_error, parameters=name_path,
+        ),
+        (one_voice + "/preview", "POST"): _operation(
+            "A sentence that a voice speaks, as a WAV file", None, ("404", *_SPEAKING), openai_error,
+            parameters=name_path,
         ),
         (openai_messages.MODELS_PATH, "GET"): _operation(
             "OpenAI: models", _object({"data": _array(model)}), _WHILE_READY, openai_error
@@ -111,6 +128,8 @@ def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
             "Deepgram: speak a text", None, _SPEAKING, deepgram_error, body=text,
             parameters=_deepgram_query(),
         ),
+        ("/", "GET"): _operation("A page for people with a browser", None, ("426",)),
+        ("/page/{name}", "GET"): _operation("A file of the page", None, ("404",), parameters=name_path),
         ("/openapi.json", "GET"): _operation("This description", _object({"openapi": _STRING})),
         ("/docs", "GET"): _operation("This description, as a page", None),
     }  # fmt: skip
