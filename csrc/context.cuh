@@ -9,7 +9,6 @@ namespace qwen_tts {
 __device__ __forceinline__ uint32_t columns_of(const FrameParams& p) { return (1u << p.num_columns) - 1; }
 
 // A warp's place in the frame and a few flags, in one register over all waits.
-template <int kColumnBits>
 class PackedState {
  public:
   __device__ __forceinline__ PackedState(uint32_t columns, bool writes_stamps, bool dumps)
@@ -28,8 +27,8 @@ class PackedState {
 
  private:
   // From bit 0 on: a bit for each column in use, the flags, the layer, the predictor's pass.
-  static constexpr uint32_t kColumns = (1u << kColumnBits) - 1;
-  static constexpr uint32_t kStamps = 1u << kColumnBits, kDumps = 2 * kStamps;
+  static constexpr uint32_t kColumns = (1u << kTileColumns) - 1;
+  static constexpr uint32_t kStamps = 1u << kTileColumns, kDumps = 2 * kStamps;
   static constexpr int kLayerFrom = 16, kPassFrom = 24;
   static_assert(kDumps < 1u << kLayerFrom && max_of(T::kLayers, P::kLayers) < 256, "fields do not overlap");
 
@@ -51,7 +50,7 @@ struct ContextOf {
   RingReader<typename Form::Ring> ring;
   Watchdog dog;
   uint32_t tag;  // of the next exchange
-  PackedState<kTileColumns> state;
+  PackedState state;
 
   __device__ __forceinline__ int layer() const { return state.layer(); }
   __device__ __forceinline__ int pass() const { return state.pass(); }

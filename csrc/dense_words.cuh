@@ -2,8 +2,8 @@
 // packets. From nine streams on, what CTAs poll is more than the weights they read.
 //
 // Values are scaled by 2^-32, which is exact, so that bit 14 of each is 0. The four bits carry the tag: the number of the
-// exchange in its launch, from 1 on, mod 16. A word is written again 4 to 15 exchanges later (DenseReuse), so an old one does not
-// pass for a new one. Before a launch all words are set to a tag that no first write has (launch_frame).
+// exchange in its launch, from 1 on, mod 16. Two writes of a word are never a multiple of 16 exchanges apart (DenseReuse), so an
+// old word does not pass for a new one. Before a launch all words are set to a tag that no first write has (launch_frame).
 // A value that is not a number, or too large, is an error (refuse_number): its bits would be a wait without end.
 #pragma once
 

@@ -99,7 +99,7 @@ struct FrameCompute {
 __device__ __forceinline__ void compute_frame(const FrameParams& p, NarrowForm::Scratch& scratch,
                                               NarrowForm::Ring& ring) {
   const bool writes_stamps = p.stamps != nullptr && block_index() == 0 && thread_index() == 0;
-  const PackedState<kTileColumns> state(columns_of(p), writes_stamps, p.dump_exchanges != nullptr);
+  const PackedState state(columns_of(p), writes_stamps, p.dump_exchanges != nullptr);
   FrameCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}};
   if (!p.prefill) store_noise(compute.c);  // of code 0, while the first weights are on their way
   feed_talker(compute.c, compute.hidden);

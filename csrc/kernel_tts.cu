@@ -1,4 +1,4 @@
-// One frame of Qwen3-TTS for 1 to 8 streams: the table of contents, the only kernel, its launch.
+// One frame of Qwen3-TTS for 1 to 32 streams: the table of contents, the two kernels, their launch.
 //
 //   frame_schedule.cuh   the order of a frame's exchanges, which all below follow
 //   frame_compute.cuh    what computing warps do at each step:  layer.cuh  attention.cuh  predictor_attention.cuh
@@ -6,11 +6,12 @@
 //   frame_fetch.cuh      what the fetching warp does at each step:  ring.cuh
 //   gemv.cuh             a product on the tensor cores;  products.cuh (how it is cut)  residual.cuh (what it reads)
 //   packets.cuh          how CTAs wait for each other
+//   wide_compute.cuh     frame_compute.cuh for more than eight streams:  wide_layer.cuh  wide_gemv.cuh  dense_words.cuh
 //   shared_memory.cuh    what a CTA keeps;  context.cuh  what a warp keeps
 //
 // One persistent CTA per SM, launched cooperatively. Nothing returns to the host inside a frame, and there is no grid
 // barrier. The sum of a frame's 16 embeddings is left for the next frame, which adds its text row. A prefill is the
-// talker's layers alone, over up to eight rows of one stream.
+// talker's layers alone, over up to eight rows of one stream, by the narrow kernel.
 #include "frame_compute.cuh"
 #include "frame_fetch.cuh"
 #include "kernel_tts.h"

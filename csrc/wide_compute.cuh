@@ -77,7 +77,7 @@ static_assert(kMaxColumns == 32, "a lane has a stream's code");
 __device__ __forceinline__ void compute_wide_frame(const FrameParams& p, WideForm::Scratch& scratch,
                                                    WideForm::Ring& ring) {
   const bool writes_stamps = p.stamps != nullptr && block_index() == 0 && thread_index() == 0;
-  const PackedState<kTileColumns> state(0, writes_stamps, p.dump_exchanges != nullptr);
+  const PackedState state(0, writes_stamps, p.dump_exchanges != nullptr);
   WideCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}};
   store_noise(compute.c);  // of code 0, while the first weights are on their way
   wide_step::feed_talker(compute.c);

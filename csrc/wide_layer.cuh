@@ -5,6 +5,11 @@
 // to its strip of the residual, in fp32, and publishes the sum as the next product reads it, rounded. Down's strips belong
 // to other CTAs where there are enough. The two owners of a strip hand it over in packets of fp32, which are there
 // long before they are needed.
+//
+// A vector may be overwritten one layer later, tile by tile. Whoever writes a tile of it in layer l + 1 has waited for all
+// strips of a later vector of layer l in that tile, and these were made by all CTAs that read it: down waits for all of
+// gate-up, which has read what O published; QKV waits for all of down, which has read gate-up; O waits for all heads,
+// which have read QKV.
 #pragma once
 
 #include "predictor.cuh"
@@ -61,7 +66,6 @@ __device__ __forceinline__ void gate_up(WideContext& c) {
 }
 
 // Publish a lane's row of the residual: for the product that reads it next, and in fp32 for its strip's other owner.
-template <class D>
 __device__ __forceinline__ void publish_residual(const WideContext& c, int strip, int tile, const WideCell& cell,
                                                  float x, uint32_t tag, int vector, int64_t handed) {
   const float2 low = make_float2(x, __shfl_down_sync(~0u, x, kTileColumns));
@@ -106,7 +110,7 @@ __device__ __forceinline__ void add(WideContext& c, int first_strip, int input, 
         residual.set(residual.value() + delta);
       },
       [&](int strip, int tile, const WideCell& cell, const Handed& residual) {
-        publish_residual<D>(c, strip, tile, cell, residual.value(), c.tag, vector, to);
+        publish_residual(c, strip, tile, cell, residual.value(), c.tag, vector, to);
       });
 }
 
@@ -155,8 +159,8 @@ __device__ __forceinline__ void feed(WideContext& c, X&& x) {
   if (finished_tile() >= column_tiles(c.p)) return;
 #pragma unroll 1
   for (int strip = down_owner_first<D>(); strip < D::kHidden / kStripRows; strip += gridDim.x)
-    publish_residual<D>(c, strip, finished_tile(), finished_cell(), x(strip, finished_tile(), finished_cell()),
-                        c.tag - 1, DenseLayout::kFed, PacketLayout::kAfterDown);
+    publish_residual(c, strip, finished_tile(), finished_cell(), x(strip, finished_tile(), finished_cell()), c.tag - 1,
+                     DenseLayout::kFed, PacketLayout::kAfterDown);
 }
 
 // What the last frame left, and the text.
