@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +88,14 @@ class LiveServer:
     def connect(self, path: str = "/", **options):
         """A context manager that gives the connection."""
         return connect(f"{self.url}{path}", max_size=None, compression=None, **options)
+
+    def handshake_status(self, path: str = "/", **options) -> int | None:
+        """HTTP status of a WebSocket handshake; None if its refusal has no error in it."""
+        try:
+            with self.connect(path, **options):
+                return 101
+        except InvalidStatus as error:
+            return error.response.status_code if b'"error"' in error.response.body else None
 
     def get(self, path: str, **headers: str) -> tuple[int, str]:
         """Status and body."""

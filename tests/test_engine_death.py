@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from live_server import LONG, LiveServer, RawClient, collect, first_chunk, send
@@ -16,6 +18,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
 from qwen_megakernel.engine.engine import Engine
+from qwen_megakernel.serving.app import App, ServerSettings
 from qwen_megakernel.serving.native_messages import AudioChunk
 from qwen_megakernel.turn import Turn
 
@@ -159,3 +162,34 @@ def test_a_sink_that_raises_keeps_no_other_turn_from_being_told():
     dead._fail_all()
     assert [event.reason for event in told] == ["error"]
     assert all(turn.finished for turn in turns)
+
+
+def test_dead_engine_is_unhealthy_and_takes_no_turns():
+    """The one state that a real engine does not reach when asked to."""
+    app = App(ServerSettings())
+    dead = {
+        "error": RuntimeError("frame 3 hung"),
+        "description": {},
+        "voices": {},
+        "num_active": 0,
+        "num_waiting": 0,
+        "num_slots": 4,
+    }
+    app.start_serving(SimpleNamespace(**dead))
+
+    async def status(path, kind="http"):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": kind, "method": "GET", "path": path, "query_string": b"", "root_path": ""}
+        scope |= {"headers": [(b"host", b"localhost")], "extensions": {"websocket.http.response": {}}}
+        await app.asgi(scope, None, send)
+        return sent[0]["status"], sent[1]["body"]
+
+    assert asyncio.run(status("/health"))[0] == 503
+    code, body = asyncio.run(status("/ready"))
+    assert code == 503
+    assert b'"phase":"failed","detail":"RuntimeError: frame 3 hung"' in body
+    assert asyncio.run(status("/", "websocket"))[0] == 503

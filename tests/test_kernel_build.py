@@ -32,6 +32,10 @@ from qwen_megakernel.tools.machine_code import resources, system_calls
 
 SMALL_BYTES = 99 * 1024
 """Shared memory that a CTA may have on an RTX 30, 40 or 50."""
+NARROW = "FormILb0E"
+"""Part of the mangled name of the frame kernel for up to eight streams: `Form<false, ...>`."""
+MOST_WIDE_SPILLS = 1536
+"""Bytes of the kernel for up to 32 streams; csrc/machine_code.md has those of each GPU."""
 SOURCE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= %s; }\n'
 
 if find_nvcc() is None:
@@ -52,14 +56,17 @@ def test_the_frame_kernel_fits_the_gpu(arch, shared_builds, report):
     started = time.monotonic()
     product = build(frame_library(shape_config("0.6b"), arch), arch)
     lasted = time.monotonic() - started
-    (kernel,) = resources(product)
+    used = resources(product)
+    (narrow,) = (kernel for kernel in used if NARROW in kernel.kernel)
+    (wide,) = (kernel for kernel in used if NARROW not in kernel.kernel)
     shared = ctypes.CDLL(str(product)).frame_shared_bytes()
     report(
-        f"0.6b, sm_{arch}: {kernel.registers} registers, {kernel.spill_bytes} bytes of spills, "
-        f"{shared} bytes of shared memory, compiled in {lasted:.0f} s"
+        f"0.6b, sm_{arch}: {narrow.registers} and {wide.registers} registers, {narrow.spill_bytes} and "
+        f"{wide.spill_bytes} bytes of spills, {shared} bytes of shared memory, in {lasted:.0f} s"
     )
     assert shared <= (227 * 1024 if arch == "90a" else SMALL_BYTES)
-    assert kernel.spill_bytes == 0
+    assert narrow.spill_bytes == 0
+    assert wide.spill_bytes <= MOST_WIDE_SPILLS
     assert system_calls(product) == []
     assert "Performance Loss" not in (product.parent / "kernel_tts.cu.log").read_text()
 

@@ -38,7 +38,7 @@ CORE = (
 """Of `serving`: what every dialect translates for. It knows no wire."""
 
 MAX_LINES = 500
-LONGER = {"tests/test_checkpoint.py": 600, "tests/test_server.py": 690}
+LONGER = {"tests/test_checkpoint.py": 600}
 """Files that are too long today; the numbers may only go down, and no file may be added."""
 CATCH_ALLS = {"utils", "util", "common", "helpers", "misc"}
 
@@ -329,7 +329,7 @@ FAULTS = [
     (training_stays_behind, "qwen_megakernel/model/talker.py", "from training.geometry import config"),
     (names_say_what_is_inside, "csrc/utils.cuh", ""),
     (files_are_short, "qwen_megakernel/model/talker.py", "\n" * 500),
-    (files_are_short, "tests/test_server.py", "\n"),
+    (files_are_short, "tests/test_checkpoint.py", "\n"),
     (imports_are_required, "qwen_megakernel/model/talker.py", "import scipy.signal"),
     (imports_are_required, "qwen_megakernel/config.py", "import numpy.linalg\nimport scipy"),
     (imports_are_required, "requirements.txt", "numpy\nscipy"),

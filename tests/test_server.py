@@ -1,28 +1,21 @@
 """The server as its users meet it: a process, sockets, signals. No mocks."""
 
-import asyncio
 import concurrent.futures
 import contextlib
 import json
 import os
 import random
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live_server import LONG, ROOT, SOON, LiveServer, RawClient, collect, first_chunk, send
-from websockets.exceptions import ConnectionClosed, InvalidStatus
-
-from qwen_megakernel.serving.app import App, ServerSettings
+from live_server import LONG, SOON, RawClient, collect, first_chunk, send
+from websockets.exceptions import ConnectionClosed
 
 SHORT_TEXT = "Hello there."
 TOKEN = "a-secret-for-tests"
@@ -55,15 +48,6 @@ def assert_same_take(one, other):
 def assert_healthy(server):
     assert server.get("/health")[0] == 200
     assert not [line for line in server.err if "Traceback" in line]
-
-
-def handshake_status(server, path="/", **options):
-    """HTTP status of a WebSocket handshake."""
-    try:
-        with server.connect(path, **options):
-            return 101
-    except InvalidStatus as error:
-        return error.response.status_code if b'"error"' in error.response.body else None
 
 
 # --- a turn ------------------------------------------------------------------------------------
@@ -455,37 +439,6 @@ def test_ready_and_health(live_server):
     assert live_server.get("/nothing")[0] == 404
 
 
-def test_dead_engine_is_unhealthy_and_takes_no_turns():
-    """The one state that a real engine does not reach when asked to."""
-    app = App(ServerSettings())
-    dead = {
-        "error": RuntimeError("frame 3 hung"),
-        "description": {},
-        "voices": {},
-        "num_active": 0,
-        "num_waiting": 0,
-        "num_slots": 4,
-    }
-    app.start_serving(SimpleNamespace(**dead))
-
-    async def status(path, kind="http"):
-        sent = []
-
-        async def send(message):
-            sent.append(message)
-
-        scope = {"type": kind, "method": "GET", "path": path, "query_string": b"", "root_path": ""}
-        scope |= {"headers": [(b"host", b"localhost")], "extensions": {"websocket.http.response": {}}}
-        await app.asgi(scope, None, send)
-        return sent[0]["status"], sent[1]["body"]
-
-    assert asyncio.run(status("/health"))[0] == 503
-    code, body = asyncio.run(status("/ready"))
-    assert code == 503
-    assert b'"phase":"failed","detail":"RuntimeError: frame 3 hung"' in body
-    assert asyncio.run(status("/", "websocket"))[0] == 503
-
-
 def test_the_log_says_where_loading_time_went(live_server):
     assert live_server.wait_for_line(r"\d+\.\d s since the start: (?:.+ s; )*importing torch \d")
 
@@ -527,162 +480,11 @@ def test_logs_hold_figures_but_no_text(live_server):
 
 
 def test_web_pages_of_strangers_are_refused(live_server):
-    assert handshake_status(live_server, origin="https://evil.example") == 403
-    assert handshake_status(live_server, origin=f"http://127.0.0.1:{live_server.port}") == 101
+    assert live_server.handshake_status(origin="https://evil.example") == 403
+    assert live_server.handshake_status(origin=f"http://127.0.0.1:{live_server.port}") == 101
 
 
 def test_rebound_names_are_refused(live_server):
     for path in ("/health", "/ready", "/metrics", "/"):
         assert live_server.get(path, Host="evil.example")[0] == 403
     assert live_server.get("/ready", Host="localhost:1")[0] == 200
-
-
-# --- the process -------------------------------------------------------------------------------
-
-
-def start_failing(*arguments, **environ):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "server.py"), *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def test_used_port_is_one_line_at_once(live_server):
-    result = start_failing("--port", str(live_server.port))
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert str(live_server.port) in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "environ", "said"),
-    [
-        (["--host", "0.0.0.0"], {}, "QWEN_MEGAKERNEL_TOKEN"),
-        (["--port", "http"], {}, "--port"),
-        ([], {"QWEN_MEGAKERNEL_PORT": "70000"}, "QWEN_MEGAKERNEL_PORT"),
-        (["--speaker-ref", "/nowhere.wav"], {}, "--speaker-ref"),
-        (["--speaker-ref-text", "Hi"], {}, "--speaker-ref-text"),
-        (["--voices", "/nowhere"], {}, "--voices"),
-        (["--backend", "tpu"], {}, "--backend"),
-        (["--text-cleaning", "some"], {}, "--text-cleaning"),
-        (["--drain-s", "nan"], {}, "--drain-s"),
-        (["--allow-origin", "*"], {}, "--allow-origin"),
-        (["--token", "short"], {}, "--token"),
-        ([], {"QWEN_MEGAKERNEL_OFFLINE": "maybe"}, "QWEN_MEGAKERNEL_OFFLINE"),
-    ],
-)
-def test_wrong_options_are_refused_before_anything_is_loaded(arguments, environ, said):
-    result = start_failing(*arguments, **environ)
-    assert result.returncode == 2
-    assert said in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.stderr
-
-
-def test_load_failure_is_one_line(tmp_path):
-    server = LiveServer("--model", str(tmp_path), "--offline", environ={"QWEN_MEGAKERNEL_PROT": "1"})
-    try:
-        assert server.wait() == 1
-    finally:
-        server.kill()
-    assert "cannot load: CheckpointError" in server.err[-1]
-    assert_no_traceback(server)
-    assert any("QWEN_MEGAKERNEL_PROT" in line for line in server.err)
-
-
-def assert_no_traceback(server):
-    assert not [line for line in server.err if "Traceback" in line]
-
-
-def test_port_answers_while_loading_and_a_signal_ends_it(tiny_base):
-    server = LiveServer("--model", str(tiny_base), "--log-format", "json")
-    try:
-        assert server.get("/health")[0] == 200
-        status, body = server.get("/ready")
-        assert (status, json.loads(body)["phase"]) == (503, "loading")
-        assert handshake_status(server) == 503
-        assert server.stop() == 0
-    finally:
-        server.kill()
-    assert all(json.loads(line)["level"] for line in server.err)
-    assert server.out == []
-
-
-@pytest.fixture(scope="module")
-def guarded_server(tiny_base):
-    environ = {"QWEN_MEGAKERNEL_TOKEN": TOKEN, "QWEN_MEGAKERNEL_DRAIN_S": "99"}
-    options = ("--drain-s", "1.5", "--max-connections", "3", "--log-format", "json")
-    server = LiveServer("--model", str(tiny_base), *options, environ=environ)
-    try:
-        yield server.wait_until_ready()
-    finally:
-        server.kill()
-
-
-def test_token_guards_everything_but_health(guarded_server):
-    assert guarded_server.get("/health")[0] == 200
-    for path in ("/ready", "/metrics", "/v1/audio/voices"):
-        assert guarded_server.get(path)[0] == 401
-    assert guarded_server.get("/ready", X_API_Key=TOKEN)[0] == 200
-    assert guarded_server.get("/ready", Authorization=f"Bearer {TOKEN}")[0] == 200
-    for path in ("/", f"/?token={TOKEN}x"):
-        assert handshake_status(guarded_server, path) == 401
-    assert handshake_status(guarded_server, f"/?token={TOKEN}") == 101
-    assert TOKEN not in "".join(guarded_server.err + guarded_server.out)
-
-
-def test_connections_are_limited(guarded_server):
-    path = f"/?token={TOKEN}"
-    with contextlib.ExitStack() as stack:
-        for _ in range(3):
-            stack.enter_context(guarded_server.connect(path))
-        assert handshake_status(guarded_server, path) == 503
-    assert handshake_status(guarded_server, path) == 101
-
-
-def test_sigterm_drains(guarded_server):
-    """Last of the guarded server: it ends here."""
-    path = f"/?token={TOKEN}"
-    with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(guarded_server.connect(path)) for _ in range(3)]
-        check_drain(guarded_server, path, *clients)
-    assert guarded_server.wait() == 0
-    assert_no_traceback(guarded_server)
-
-
-def check_drain(guarded_server, path, busy, idle, queued):
-    send(busy, **LONG)
-    first_chunk(busy)
-    send(queued, text="Short.", seed=1)
-    send(queued, text="Never spoken.")
-    first_chunk(queued)
-    guarded_server.process.send_signal(signal.SIGTERM)
-    guarded_server.wait_for_line("draining")
-    status, body = guarded_server.get("/ready", X_API_Key=TOKEN)
-    assert (status, json.loads(body)["phase"]) == (503, "draining")
-    assert handshake_status(guarded_server, path) == 503
-    send(idle, text=SHORT_TEXT)
-    assert collect(idle)[1]["code"] == "overloaded"
-    replies = [collect(queued)[1] for _ in range(2)]
-    assert {"code" in reply for reply in replies} == {True, False}
-    assert collect(busy)[1]["finish_reason"] == "cancelled"
-    for client in (busy, idle, queued):
-        with pytest.raises(ConnectionClosed) as closed:
-            client.recv(timeout=10)
-        assert closed.value.rcvd.code == 1001
-
-
-def test_second_signal_ends_at_once(tiny_base):
-    server = LiveServer("--model", str(tiny_base), "--drain-s", "60").wait_until_ready()
-    try:
-        with server.connect() as client:
-            send(client, **LONG)
-            first_chunk(client)
-            server.process.send_signal(signal.SIGTERM)
-            server.wait_for_line("draining")
-            assert server.stop(limit_s=30) == 128 + signal.SIGTERM  # half of the drain's time
-    finally:
-        server.kill()

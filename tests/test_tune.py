@@ -188,11 +188,13 @@ def test_smaller_grids_make_no_cta_compute_more(sms, grids):
 @pytest.mark.slow
 @pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
 @pytest.mark.parametrize(("arch", "slots"), [("90a", 8), ("90a", 30), ("120a", 8)])
-def test_other_rings_compile_without_spills(arch, slots, shared_builds):
+def test_other_rings_compile_the_narrow_kernel_without_spills(arch, slots, shared_builds):
     product = build(frame_library(shape_config("0.6b"), arch, ring_slots=slots), arch)
     sizes = ctypes.CDLL(str(product))
     assert sizes.frame_ring_slots() == slots <= sizes.frame_most_ring_slots()
-    assert [kernel.spill_bytes for kernel in resources(product)] == [0]
+    # The kernel for up to 32 streams spills with every ring (csrc/machine_code.md).
+    narrow = [kernel for kernel in resources(product) if "FormILb0E" in kernel.kernel]
+    assert [kernel.spill_bytes for kernel in narrow] == [0]
 
 
 # ---------------------------------------------------------------------------- the file

@@ -35,11 +35,9 @@ from qwen_megakernel.codec.cuda_tiling import (
 from qwen_megakernel.codec.decoder import CodecDecoder, check_slots
 from qwen_megakernel.codec.interface import CodecState, LaunchedAudio
 from qwen_megakernel.config import HOP, NUM_CODEBOOKS
+from qwen_megakernel.model.copy_events import CopyEvents
 
 __all__ = ["CudaCodecStream", "batch_sizes"]
-
-BLOCKS_FROM = 16
-"""Streams from which the host waits for samples without spinning, as `kernel_backend` does for codes."""
 
 
 # ---------------------------------------------------------------------------- csrc/codec_params.h
@@ -241,15 +239,11 @@ class _HostBuffers:
     def __init__(self, streams: int) -> None:
         self.slots = torch.zeros(streams, dtype=torch.int32, pin_memory=True)
         self.pcm = torch.zeros(streams, HOP, pin_memory=True)
-        self._copied = {blocks: torch.cuda.Event(blocking=blocks) for blocks in (False, True)}
-
-    def copied(self, streams: int) -> torch.cuda.Event:
-        """What says that the samples of so many streams are here."""
-        return self._copied[streams >= BLOCKS_FROM]
+        self.copied = CopyEvents()
 
     def take(self, streams: int) -> np.ndarray:
         """Wait, and copy the samples out."""
-        self.copied(streams).synchronize()
+        self.copied.choose(streams).synchronize()
         return self.pcm[:streams].numpy().copy()
 
 
@@ -342,8 +336,9 @@ class CudaCodecStream:
             self._launcher.input[:streams, 1:].copy_(codes)
             self._graphs[size].replay()
             host.pcm[:streams].copy_(self._plan.pcm[:streams], non_blocking=True)
-            host.copied(streams).record()
-        return LaunchedAudio(host.copied(streams).query, lambda: host.take(streams))
+            copied = host.copied.choose(streams)
+            copied.record()
+        return LaunchedAudio(copied.query, lambda: host.take(streams))
 
     def _write_slots(self, slots: list[int], host: _HostBuffers) -> None:
         if slots != self._slots:

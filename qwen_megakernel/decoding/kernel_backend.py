@@ -37,6 +37,7 @@ from qwen_megakernel.decoding.weight_packing import (
     with_norm,
 )
 from qwen_megakernel.installation.kernel_tuning import DEFAULT_L2_SHARE, Setting
+from qwen_megakernel.model.copy_events import CopyEvents
 from qwen_megakernel.model.sampling import split_seed
 from qwen_megakernel.model.talker import Talker, mrope_tables, rope_tables
 from qwen_megakernel.prompt.shared_rows import SharedRows
@@ -50,9 +51,6 @@ _NOT_A_NUMBER = 2
 """The watchdog's state after a value that an exchange cannot carry (csrc/dense_words.cuh)."""
 _FIRST_EPOCH = 2
 """Cleared packets have the tag 0, and a wide frame's first rows the tag before its epoch."""
-_BLOCKS_FROM = 16
-"""Streams of a frame from which the host waits for its codes without spinning: a core is then worth more
-than the tens of microseconds that it takes to wake up."""
 _MAX_SPINS = 4_000_000
 """Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
 
@@ -164,8 +162,8 @@ class MegakernelBackend:
         self._max_spins = max_spins
         self._epoch, self._num_tags = _FIRST_EPOCH, self._ops.num_tags()
         self._codes_host = torch.zeros(self.max_batch, NUM_CODEBOOKS, dtype=torch.int32, pin_memory=True)
-        self._copied = {blocks: torch.cuda.Event(blocking=blocks) for blocks in (False, True)}
-        """When the codes of a frame are on the host; by whether the host's wait for it blocks."""
+        self._copied = CopyEvents()
+        """When the codes of a frame are on the host."""
         self.load_kernel(library, Setting(grid=grid, l2_share=l2_share))
 
     def load_kernel(self, library: Path, setting: Setting) -> None:
@@ -349,7 +347,7 @@ class MegakernelBackend:
                 dumps=dumps,
             )
             host.copy_(codes, non_blocking=True)
-            copied = self._copied[len(slots) >= _BLOCKS_FROM]
+            copied = self._copied.choose(len(slots))
             copied.record(torch.cuda.current_stream(self._device))
         for stream in streams:
             stream.position += 1

@@ -26,8 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 
-MIN_FRAMES = 2
-"""`min_new_tokens` of the official talker."""
 NUM_CONTROL_CODES = 1024
 
 

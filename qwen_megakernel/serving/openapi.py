@@ -27,13 +27,16 @@ _SCHEMES = {
 _STATUSES = {
     "400": "A field is wrong, or cannot be served.",
     "401": "The token is missing or wrong.",
+    "403": "It is the operator's, or the server keeps no voices.",
     "404": "There is no such thing.",
     "405": "The path has no such method.",
+    "409": "The name is taken, or there are too many.",
     "413": "The body is too long.",
     "426": "This is a WebSocket.",
     "429": "This address has enough connections. Retry-After says when to come back.",
     "500": "The engine has failed.",
     "503": "The server is loading, draining or full. Retry-After says when to come back.",
+    "507": "The folder cannot be written.",
 }
 _ANYWHERE = ("401", "405")
 _WHILE_READY = ("503",)
@@ -95,14 +98,15 @@ def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
             "Voices", _object({"voices": _array(voice)}), _WHILE_READY, openai_error
         ),
         (openai_messages.VOICES_PATH, "POST"): _operation(
-            "Add a voice; multipart/form-data", voice, ("400", *_WHILE_READY), openai_error
+            "Add a voice; multipart/form-data", voice, ("400", "403", "409", "413", "503", "507"),
+            openai_error,
         ),
         (one_voice, "GET"): _operation(
             "A voice", voice, ("404", *_WHILE_READY), openai_error, parameters=name_path
         ),
         (one_voice, "DELETE"): _operation(
-            "Delete a voice that a client added", _object({"id": _STRING}), ("404", *_WHILE_READY),
-            openai_error, parameters=name_path,
+            "Delete a voice that a client added", _object({"id": _STRING}),
+            ("403", "404", *_WHILE_READY), openai_error, parameters=name_path,
         ),
         (one_voice + "/preview", "POST"): _operation(
             "A sentence that a voice speaks, as a WAV file", None, ("404", *_SPEAKING), openai_error,

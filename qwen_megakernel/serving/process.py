@@ -164,7 +164,7 @@ def _max_sockets(settings: ServerSettings) -> int:
     """Sockets that may be open at a time: what is asked for, as far as there are descriptors."""
     # Sockets are closed some turns of the event loop later, each of which may accept that many more.
     room = _max_descriptors() - OTHER_FILES - 4 * BACKLOG
-    # Where it follows from the slots, it is known when the model is loaded: most of it, until then.
+    # A number that follows from the slots is not known before the model is loaded.
     most = settings.max_connections or MOST_FOLLOWING
     wanted = (settings.max_connections or FEWEST_CONNECTIONS) + settings.spare_sockets
     if room < wanted:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_megakernel.config import SAMPLINGS
+from qwen_megakernel.installation.build_environment import ARCH_VARIABLE, PREBUILT_VARIABLE
 from qwen_megakernel.serving.access import is_loopback
 from qwen_megakernel.serving.app import Phase, ServerSettings
 from qwen_megakernel.serving.observe import configure_logging, log
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 _STARTED = time.monotonic()
 PREFIX = "QWEN_MEGAKERNEL_"
-OTHER_VARIABLES = {f"{PREFIX}CACHE"}
+OTHER_VARIABLES = {f"{PREFIX}CACHE", ARCH_VARIABLE, PREBUILT_VARIABLE}
 """Read elsewhere in the project."""
 MAX_REFERENCE_BYTES = 20 << 20
 TOKEN_NAME = "token"
@@ -290,7 +291,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for option in options:
             default = "none" if option.default in (None, (), {}) else option.default
-            shown = "" if option.default is False else f" (default: {default})"
+            says_itself = option.default is False or "default:" in option.help
+            shown = "" if says_itself else f" (default: {default})"
             text = f"{option.help}{shown} [{option.variable}]"
             if option.convert is _flag:
                 group.add_argument(option.flag, help=text, action="store_const", const="1")

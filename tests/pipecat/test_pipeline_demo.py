@@ -117,16 +117,6 @@ def test_greeting_is_understood(listener):
 
 
 @pytest.fixture(scope="module")
-def talker(tiny_base, recording):
-    """A server whose sentences do not end; it can be interrupted at any time."""
-    server = LiveServer("--model", str(tiny_base), "--speaker-ref", str(recording))
-    try:
-        yield server.wait_until_ready()
-    finally:
-        server.kill()
-
-
-@pytest.fixture(scope="module")
 def talker_port(talker):
     with scripted_demo(talker.url) as port:
         yield port

@@ -9,7 +9,6 @@ import pytest
 pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client/requirements.txt")
 
 from browser import open_browser, take_picture, watched_page
-from live_server import LiveServer
 from pipecat.frames.protobufs import frames_pb2
 from rtvi_client import VOICE_RATE, voice
 from test_pipeline_demo import cancelled_turns, scripted_demo
@@ -17,16 +16,6 @@ from test_pipeline_demo import cancelled_turns, scripted_demo
 from pipecat_client.scripted import REPLIES
 
 QUIET_S, VOICE_S = 8, 1.2
-
-
-@pytest.fixture(scope="module")
-def talker(tiny_base, recording):
-    """A server whose sentences do not end, so that each can be interrupted."""
-    server = LiveServer("--model", str(tiny_base), "--speaker-ref", str(recording))
-    try:
-        yield server.wait_until_ready()
-    finally:
-        server.kill()
 
 
 @pytest.fixture(scope="module")
