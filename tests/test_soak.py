@@ -62,7 +62,9 @@ def speak_all(server: LiveServer, numbers: range, failures: list[str]) -> None:
 
 @pytest.mark.slow
 def test_many_turns_leave_nothing_behind(brief_base, recording, report):
-    server = LiveServer("--model", str(brief_base), "--speaker-ref", str(recording))
+    # A slow machine makes turns wait: here they may wait, and none is refused.
+    options = ("--speaker-ref", str(recording), "--max-queue-s", "600")
+    server = LiveServer("--model", str(brief_base), *options)
     try:
         server.wait_until_ready()
         failures: list[str] = []
