@@ -34,6 +34,15 @@ DEMO_TOKEN = "a-secret-for-tests"
 SOON = 80
 """Frames, half of these 13 s: a turn that stops for another reason than its end has spoken fewer."""
 
+VOICES_OFTEN = """
+import sys
+from qwen_megakernel.serving import voice_library
+voice_library.MAX_PER_MINUTE = 10_000
+from server import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""The server without its limit on how often voices are added: some tests add too many."""
+
 
 class LiveServer:
     """`python server.py`, or another program with its options, on a free port."""

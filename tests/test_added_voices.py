@@ -1,14 +1,16 @@
 """Voices that clients add: their requests as data, and what is kept of them on disk."""
 
 import asyncio
+import encodings.aliases
 import os
 import threading
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from qwen_megakernel import GenerationParams, TTSDecoder
 from qwen_megakernel.prompt.voice import Voice, VoiceCloner, VoiceError
@@ -93,6 +95,56 @@ def test_any_fields_are_a_request_or_an_error_with_a_code(fields):
         assert new.description or new.consent
         return
     assert answer == (400, "bad_request")
+
+
+def read_form(content_type, body):
+    """What the fields of a body are, as the server reads them."""
+
+    async def receive():
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    headers = [(b"content-type", content_type.encode("latin-1"))]
+    scope = {"type": "http", "method": "POST", "headers": headers, "app": None}
+    return asyncio.run(voice_library._read_form(Request(scope, receive)))
+
+
+PARTS = st.builds(
+    lambda name, options, value: (
+        f'--b\r\nContent-Disposition: form-data; name="{name}"{options}\r\n\r\n{value}\r\n'.encode()
+    ),
+    st.sampled_from(FIELDS) | st.text(max_size=5),
+    st.sampled_from(
+        ["", '; filename="a.wav"', "; filename*=x", "; name=", "\r\nContent-Type: audio/wav"]
+    ),
+    st.text(max_size=20),
+)
+BODIES = st.binary(max_size=100) | st.builds(
+    lambda parts, end: b"".join(parts) + end,
+    st.lists(PARTS | st.binary(max_size=10), max_size=10),
+    st.sampled_from([b"--b--\r\n", b"--b", b""]),
+)
+NAME_PART = b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\nanna\r\n--b--\r\n'
+CONTENT_TYPES = st.builds(
+    "multipart/form-data{}".format,
+    st.sampled_from(["; boundary=b"] * 4 + ["", "x", "; boundary=", f"; boundary={'b' * 300}"])
+    | st.sampled_from(sorted({*encodings.aliases.aliases.values(), "undefined", "idna", "?"})).map(
+        "; boundary=b; charset={}".format
+    ),
+)
+
+
+@given(CONTENT_TYPES, BODIES)
+@example("multipart/form-data; boundary=b; charset=undefined", NAME_PART)
+@settings(max_examples=500, deadline=None)
+def test_any_form_has_fields_or_an_error_with_a_code(content_type, body):
+    try:
+        fields = read_form(content_type, body)
+    except SpeechError as refused:
+        answer = (refused.status, refused.code, bool(str(refused)))
+    else:
+        assert all(isinstance(value, (str, bytes)) for value in fields.values())
+        return
+    assert answer == (400, "bad_request", True)
 
 
 def test_voices_are_added_so_often_and_so_many_at_a_time():

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import soundfile
-from live_server import LONG, LiveServer, collect, first_chunk, send
+from live_server import LONG, VOICES_OFTEN, LiveServer, collect, first_chunk, send
 
 from qwen_megakernel.prompt.voice import Voice
 
@@ -21,14 +21,6 @@ VOICES = "/v1/audio/voices"
 TOKEN = "a-secret-for-tests"
 RATE = 24_000
 CONSENT = "my own voice"
-OFTEN = """
-import sys
-from qwen_megakernel.serving import voice_library
-voice_library.MAX_PER_MINUTE = 10_000
-from server import main
-sys.exit(main(sys.argv[1:]))
-"""
-"""The server without its limit on how often voices are added; one file of tests adds too many."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +34,7 @@ def folder(tmp_path_factory, recording):
 
 @pytest.fixture(scope="module")
 def server(brief_base, folder):
-    server = start(brief_base, folder, program=OFTEN)
+    server = start(brief_base, folder, program=VOICES_OFTEN)
     try:
         yield server.wait_until_ready()
     finally:

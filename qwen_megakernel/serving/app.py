@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.routing import BaseRoute, Match, Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from qwen_megakernel.serving import (
@@ -269,7 +269,19 @@ async def _refuse_speech(request: Request, refusal: Exception) -> Response:
 async def _refuse_http(request: Request, refusal: Exception) -> Response:
     """The answer to a method that a path does not have."""
     assert isinstance(refusal, HTTPException)
-    return _refusal(request.scope, refusal.detail, refusal.status_code, refusal.headers)
+    headers = dict(refusal.headers or {})
+    if refusal.status_code == 405:
+        headers["Allow"] = _name_methods(request)
+    return _refusal(request.scope, refusal.detail, refusal.status_code, headers)
+
+
+def _name_methods(request: Request) -> str:
+    """Of all routes of its path. Starlette names those of the first one alone."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 def _unserved(message: str) -> ASGIApp:

@@ -57,10 +57,11 @@ def _page(description: dict[str, Any]) -> str:
 
 def _section(path: str, method: str, operation: dict[str, Any]) -> str:
     fields = [(p["name"], p["in"], p["schema"], p["required"]) for p in operation.get("parameters", [])]
-    body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
-    schema = body.get("schema", {})
-    for name, field in schema.get("properties", {}).items():
-        fields.append((name, "body", field, name in schema.get("required", [])))
+    for media_type, body in operation.get("requestBody", {}).get("content", {}).items():
+        schema = body["schema"]
+        where = "body" if media_type == "application/json" else media_type
+        for name, field in schema["properties"].items():
+            fields.append((name, where, field, name in schema["required"]))
     responses = "".join(
         f"<tr><td>{status}<td>{escape(response['description'])}"
         for status, response in sorted(operation["responses"].items())

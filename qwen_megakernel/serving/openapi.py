@@ -13,7 +13,12 @@ from typing import Any
 from starlette.routing import BaseRoute, Route
 
 from qwen_megakernel import __version__
-from qwen_megakernel.serving import cartesia_messages, deepgram_messages, openai_messages
+from qwen_megakernel.serving import (
+    cartesia_messages,
+    deepgram_messages,
+    openai_messages,
+    voice_messages,
+)
 
 Schema = dict[str, Any]
 _SECURITY: list[dict[str, list[str]]] = [{"bearer": []}]
@@ -85,8 +90,16 @@ def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
     name_path = [_parameter("name", "path", {"type": "string", "minLength": 1})]
     one_voice = openai_messages.VOICES_PATH + "/{name}"
     health = _operation("Whether the process can work", _STATE, ("500", "503"))
-    health["security"] = []
-    del health["responses"]["401"]
+    new_voice = _operation(
+        "Add a voice", voice, ("403", "409", "507", *_SPEAKING), openai_error,
+        body=_new_voice(), media_type="multipart/form-data", done="201",
+    )  # fmt: skip
+    page = _operation("A page for people with a browser", None, ("426",))
+    page["responses"]["426"]["content"] = {"text/plain": {}}
+    page_file = _operation("A file of the page", None, ("404",), parameters=name_path)
+    for operation in (health, page, page_file):  # they need no token
+        operation["security"] = []
+        del operation["responses"]["401"]
     return {
         ("/health", "GET"): health,
         ("/ready", "GET"): _operation("The phase, and what is served", _STATE, _WHILE_READY),
@@ -97,10 +110,7 @@ def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
         (openai_messages.VOICES_PATH, "GET"): _operation(
             "Voices", _object({"voices": _array(voice)}), _WHILE_READY, openai_error
         ),
-        (openai_messages.VOICES_PATH, "POST"): _operation(
-            "Add a voice; multipart/form-data", voice, ("400", "403", "409", "413", "503", "507"),
-            openai_error,
-        ),
+        (openai_messages.VOICES_PATH, "POST"): new_voice,
         (one_voice, "GET"): _operation(
             "A voice", voice, ("404", *_WHILE_READY), openai_error, parameters=name_path
         ),
@@ -132,8 +142,8 @@ def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
             "Deepgram: speak a text", None, _SPEAKING, deepgram_error, body=text,
             parameters=_deepgram_query(),
         ),
-        ("/", "GET"): _operation("A page for people with a browser", None, ("426",)),
-        ("/page/{name}", "GET"): _operation("A file of the page", None, ("404",), parameters=name_path),
+        ("/", "GET"): page,
+        ("/page/{name}", "GET"): page_file,
         ("/openapi.json", "GET"): _operation("This description", _object({"openapi": _STRING})),
         ("/docs", "GET"): _operation("This description, as a page", None),
     }  # fmt: skip
@@ -146,17 +156,19 @@ def _operation(
     error: Schema | None = None,
     *,
     body: Schema | None = None,
+    media_type: str = "application/json",
     parameters: Sequence[Schema] = (),
+    done: str = "200",
 ) -> Schema:
-    """`answer` is JSON; None is anything else."""
+    """`answer` is JSON; None is anything else. `media_type` is of the body, `done` of success."""
     content = {"*/*": {}} if answer is None else {"application/json": {"schema": answer}}
-    responses: Schema = {"200": {"description": "It is done.", "content": content}}
+    responses: Schema = {done: {"description": "It is done.", "content": content}}
     for status in (*_ANYWHERE, *statuses):
         refusal = {"application/json": {"schema": error or _object({})}}
         responses[status] = {"description": _STATUSES[status], "content": refusal}
     operation: Schema = {"summary": summary, "responses": responses}
     if body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+        operation["requestBody"] = {"required": True, "content": {media_type: {"schema": body}}}
     if parameters:
         operation["parameters"] = list(parameters)
     return operation
@@ -228,6 +240,23 @@ def _cartesia_fields(facts: ServerFacts) -> dict[str, Schema]:
         "model_id": _MAYBE_STRING,
         "language": _MAYBE_STRING,
         "seed": _SEED,
+    }
+
+
+def _new_voice() -> Schema:
+    """A form with a recording or with a description."""
+    consent = {"type": "string", "minLength": 1, "maxLength": voice_messages.MAX_CONSENT_CHARS}
+    fields: dict[str, Schema] = {
+        "name": {"type": "string", "pattern": f"^{voice_messages.NAME.pattern}$"},
+        "recording": {"type": "string", "format": "binary"},
+        "consent": consent,
+        "transcript": _STRING,
+        "description": {"type": "string", "minLength": 1},
+    }
+    recorded, described = ["name", "recording", "consent"], ["name", "description"]
+    return {
+        **_object(fields, required=["name"]),
+        "anyOf": [{"required": recorded}, {"required": described}],
     }
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -148,16 +149,21 @@ def _folder_of(server: ServerState) -> Path:
 
 
 async def _read_form(request: Request) -> dict[str, str | bytes]:
-    """The fields of a multipart body, files as bytes."""
+    """The fields of a multipart body, files as bytes; raises `SpeechError`."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise SpeechError(400, "the body must be multipart/form-data", "bad_request")
     request = Request(request.scope, _limited(request.receive))
     form = request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES)
-    async with form as fields:
-        return {
-            name: await value.read() if isinstance(value, UploadFile) else value
-            for name, value in fields.items()
-        }
+    try:
+        async with form as fields:
+            return {
+                name: await value.read() if isinstance(value, UploadFile) else value
+                for name, value in fields.items()
+            }
+    except HTTPException as error:
+        raise SpeechError(400, f"the form cannot be read: {error.detail}", "bad_request") from None
+    except UnicodeError as error:  # some encodings that a form can name decode nothing
+        raise SpeechError(400, f"the form's charset cannot be read: {error}", "bad_request") from None
 
 
 def _limited(receive: Receive) -> Receive:

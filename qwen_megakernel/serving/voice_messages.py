@@ -14,7 +14,8 @@ UPLOADED = "upload"
 ALIASES = {"audio_sample": "recording", "ref_text": "transcript"}
 """Names of fields that clients of other servers send."""
 MAX_CONSENT_CHARS = 500
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+"""Of a voice that a client adds."""
 _NO_CONSENT = {"", "false", "0", "no", "off", "none", "null"}
 
 
@@ -40,7 +41,7 @@ def parse_new_voice(fields: Mapping[str, str | bytes]) -> NewVoice:
     """
     given = {ALIASES.get(name, name): value for name, value in fields.items()}
     name = _text(given, "name")
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise _wrong("name", "name must be 1 to 64 letters, digits, - and _, a letter or digit first")
     recording, description = given.get("recording"), _text(given, "description")
     if description:
