@@ -68,6 +68,8 @@ class Reply:
     end_sent: bool = False
     num_segments_spoken: int = 0
     """In this context of the server."""
+    goes_on: bool = False
+    """A segment was spoken in an earlier context of the server."""
 
     @property
     def finished(self) -> bool:
@@ -104,6 +106,7 @@ class Reply:
             segment.rewind()
         self.wire_id = wire_id
         self.is_open = self.end_sent = False
+        self.goes_on = self.goes_on or self.num_segments_spoken > 0
         self.num_segments_spoken = 0
 
 
@@ -111,6 +114,7 @@ class Journal:
     """All replies in the order in which they were begun."""
 
     def __init__(self) -> None:
+        self.trims = False
         self.limits = Limits(max_text_chars=4096, max_contexts=8, max_message_bytes=65_536)
         """The server's, once it is connected."""
         self.on_hold = False
@@ -205,8 +209,11 @@ class Journal:
                 if segment.num_sent > 1:
                     return Speak(reply.wire_id, text)
                 # The server adds the index of a segment to its seed; here each has its own.
-                seed = (segment.options["seed"] - index) % 2**64
-                return Speak(reply.wire_id, text, **segment.options | {"seed": seed})
+                options = segment.options | {"seed": (segment.options["seed"] - index) % 2**64}
+                if reply.goes_on and (self.trims or options.get("trim_leading_silence")):
+                    # Its silence was a pause within the reply. The same samples are to come again.
+                    options["trim_leading_silence"] = False
+                return Speak(reply.wire_id, text, **options)
             if segment.complete and not segment.flushed and segment is not self._last_of(reply):
                 segment.flushed = True
                 return Flush(reply.wire_id)
@@ -238,9 +245,12 @@ class Journal:
         reply.rewind(self._wire_id(reply.context_id))
         self.on_hold = True
 
-    def restart(self, limits: Limits) -> None:
-        """A new connection: the server knows nothing of what was said."""
-        self.limits = limits
+    def restart(self, limits: Limits, *, trims: bool = False) -> None:
+        """A new connection: the server knows nothing of what was said.
+
+        `trims`: it leaves out the silence before a context's first sound, if it is not told otherwise.
+        """
+        self.limits, self.trims = limits, trims
         self.on_hold = False
         self._cancels.clear()
         for reply in self:

@@ -107,7 +107,7 @@ class JournalTTSService(WebsocketTTSService):
         websocket, ready = await open_connection(
             self._websocket_connect, self._url, self._token, self._requested_sample_rate
         )
-        self._journal.restart(ready.limits)
+        self._journal.restart(ready.limits, trims=bool(ready.trim_leading_silence))
         self._websocket = websocket
         logger.debug(f"{self}: connected to {ready.server} at {self._url}")
         await self._call_event_handler("on_connected")

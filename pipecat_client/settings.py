@@ -30,6 +30,8 @@ class MegakernelTTSSettings(TTSSettings):
     """The same seed, text and voice give the same speech; None draws one for each sentence."""
     chunk_frames: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
     """Frames of 80 ms in one audio message, 1 to 8; None begins with one and grows."""
+    trim_leading_silence: bool | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    """Whether the silence before a reply's first sound is left out, up to 1 s."""
 
     @classmethod
     def defaults(cls) -> MegakernelTTSSettings:
@@ -57,7 +59,10 @@ class MegakernelTTSSettings(TTSSettings):
 
     def speak_fields(self) -> dict[str, Any]:
         """For `messages.Speak`."""
-        names = ("voice", "language", "instruct", "temperature", "top_k", "seed", "chunk_frames")
+        names = (
+            "voice", "language", "instruct", "temperature", "top_k", "seed", "chunk_frames",
+            "trim_leading_silence",
+        )  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not NOT_GIVEN}
 
 

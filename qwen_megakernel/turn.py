@@ -96,9 +96,9 @@ class TokenFeed(Protocol):
 class Turn:
     """Handle of one utterance, made by `Engine.open_turn`.
 
-    `append`, `flush`, `end`, `hold` and `cancel` may be called from any thread and never block on
-    decoding. Text is tokenised on the caller's thread, once: the engine takes tokens, a bounded number
-    at a time. `take_text` and `mark_finished` are the engine's side.
+    `append`, `flush`, `end`, `hold`, `skip` and `cancel` may be called from any thread and never block
+    on decoding. Text is tokenised on the caller's thread, once: the engine takes tokens, a bounded
+    number at a time. `take_text` and `mark_finished` are the engine's side.
     """
 
     def __init__(self, wake: Callable[[], None], feed: TokenFeed) -> None:
@@ -116,6 +116,8 @@ class Turn:
         self._cancelled = False
         self._held = False
         self._finished = False
+        self.skipped_s = 0.0
+        """Seconds of audio that were handed out and that nobody plays."""
         self.first_text_at: float | None = None
         """`time.monotonic()` of the first text: where the turn's clocks start."""
 
@@ -162,6 +164,10 @@ class Turn:
         """Hold this turn, or let it go on: for a client that cannot take more yet."""
         self._held = on
         self._wake()
+
+    def skip(self, seconds: float) -> None:
+        """So much more of the audio is not played: the next frames are needed earlier."""
+        self.skipped_s += seconds
 
     @property
     def held(self) -> bool:

@@ -32,7 +32,8 @@ SANS_IO = (
 )  # fmt: skip
 """Of `serving`: standard library and each other only, so that clients can use them."""
 CORE = (
-    "session", "context", "account", "events", "options", "outbox", "server_state", "open_sessions",
+    "session", "context", "account", "events", "leading_silence", "options", "outbox", "server_state",
+    "open_sessions",
     "admission", "message_rate", "mailbox",
 )  # fmt: skip
 """Of `serving`: what every dialect translates for. It knows no wire."""

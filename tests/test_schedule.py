@@ -44,6 +44,15 @@ def test_a_first_frame_goes_before_spare_lead_but_not_before_who_runs_dry():
     assert order(turns, 3) == [2, 3, 1]
 
 
+def test_audio_that_nobody_plays_is_no_lead():
+    turns = [make_turn(0.5), make_turn(0.8)]
+    assert order(turns, 1) == [0]
+    turns[1].turn.skip(0.3)
+    turns[1].turn.skip(0.3)
+    assert order(turns, 1) == [1]
+    assert turns[1].lead_s(time.monotonic()) == pytest.approx(0.2, abs=0.05)
+
+
 def test_a_turn_that_is_far_enough_ahead_waits_until_it_is_not():
     schedule, turns = Schedule(8), [make_turn(10.05), make_turn(1.0)]
     schedule.note(*turns)

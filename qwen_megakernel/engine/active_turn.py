@@ -215,7 +215,7 @@ class ActiveTurn:
             return now + first_frame_s
         if self._first_audio_at is None:
             return now + self.num_fed * FRAME_S
-        return self._first_audio_at + self.num_fed * FRAME_S
+        return self._first_audio_at + self.num_fed * FRAME_S - self.turn.skipped_s
 
     @property
     def idle(self) -> bool:
@@ -237,7 +237,7 @@ class ActiveTurn:
         if not self.begun:
             return -math.inf
         played_s = 0.0 if self._first_audio_at is None else now - self._first_audio_at
-        return self.num_fed * FRAME_S - played_s
+        return self.num_fed * FRAME_S - self.turn.skipped_s - played_s
 
     @property
     def begun(self) -> bool:

@@ -16,7 +16,11 @@ class Account:
         self.num_chars = 0
         self.num_frames = 0
         self.num_samples = 0
-        """Generated, at 24 kHz."""
+        """For the client, at 24 kHz."""
+        self.num_generated = 0
+        """Those and what is left out, at 24 kHz."""
+        self.num_trimmed: int | None = None
+        """Samples that were left out before the first sound; None where none may be."""
         self._num_samples_sent = 0
         self._generation_s = 0.0
         """Of turns that have finished."""
@@ -31,9 +35,10 @@ class Account:
         if self._clock_from is None:
             self._clock_from = time.monotonic()
 
-    def add_audio(self, audio: Audio) -> None:
-        """A chunk was generated."""
-        self.num_samples += len(audio.samples)
+    def add_audio(self, audio: Audio, num_samples: int) -> None:
+        """A chunk was generated, after which there are so many more samples for the client."""
+        self.num_samples += num_samples
+        self.num_generated += len(audio.samples)
         self._turn_generation_s = audio.generation_s
 
     def add_turn(self, finished: Finished) -> None:
@@ -51,10 +56,11 @@ class Account:
     def figures(self) -> Figures:
         """As it stands."""
         generation_s = self._generation_s + self._turn_generation_s
-        duration_s = self.num_samples / SAMPLE_RATE
+        duration_s = self.num_generated / SAMPLE_RATE
         return Figures(
             num_samples=self._num_samples_sent,
             generation_s=generation_s,
             ttfc_s=self._ttfc_s,
             rtf=generation_s / duration_s if duration_s else None,
+            trimmed_s=None if self.num_trimmed is None else self.num_trimmed / SAMPLE_RATE,
         )

@@ -105,6 +105,8 @@ class ServerSettings:
     """OpenAI's names for voices of this server; the other names are its default voice."""
     voices_folder: Path | None = None
     """Where voices that clients add are kept; without it they cannot add any."""
+    trim_leading_silence: bool = False
+    """Where a client does not say."""
 
     @property
     def admission(self) -> AdmissionLimits:
@@ -187,6 +189,7 @@ class App:
             self.settings.idle_s,
             self.settings.openai_voices,
             self.settings.voices_folder,
+            self.settings.trim_leading_silence,
         )
         self.report("ready")
 

@@ -11,6 +11,7 @@ from collections import deque
 from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.account import Account
 from qwen_megakernel.serving.events import ContextDone, ContextFailed, ContextState, SegmentDone
+from qwen_megakernel.serving.leading_silence import LeadingSilence
 from qwen_megakernel.serving.observe import TurnRecord
 from qwen_megakernel.serving.options import TurnOptions
 from qwen_megakernel.turn import Audio, Finished, FinishReason, RequestError, Turn
@@ -98,6 +99,7 @@ class Context:
         self.quiet_since = time.monotonic()
         self._segment_start = 0
         self._first_audio_at = 0.0
+        self._leading: LeadingSilence | None = None
 
     # -- text -------------------------------------------------------------------------------
 
@@ -163,7 +165,9 @@ class Context:
 
     def begin_turn(self, turn: Turn) -> None:
         """The turn of `next_segment` was opened."""
-        self.waiting.popleft()
+        options = self.waiting.popleft().options
+        if not self.num_turns and options.trim_leading_silence:
+            self._leading, self.account.num_trimmed = LeadingSilence(), 0
         self.spoken = SpokenSegment(turn)
         self.num_turns += 1
 
@@ -195,14 +199,25 @@ class Context:
 
     # -- audio ------------------------------------------------------------------------------
 
-    def add_audio(self, audio: Audio) -> None:
-        """A chunk was generated."""
+    def add_audio(self, audio: Audio) -> Audio:
+        """A chunk was generated; what of it and of those before it is for the client now."""
+        samples = audio.samples
+        if self._leading is not None:
+            samples = self._leading.pass_on(samples)
+            self._count_trimmed(self._leading.num_cut)
         now = time.monotonic()
         if not self.account.num_samples:
             self._first_audio_at = now
         elif not self.lead_s():  # playback ran dry: it goes on from here
             self._first_audio_at = now - self.account.num_samples / SAMPLE_RATE
-        self.account.add_audio(audio)
+        self.account.add_audio(audio, len(samples))
+        return Audio(samples, audio.generation_s)
+
+    def _count_trimmed(self, num_samples: int) -> None:
+        more = num_samples - (self.account.num_trimmed or 0)
+        self.account.num_trimmed = num_samples
+        if more and self.spoken is not None:
+            self.spoken.turn.skip(more / SAMPLE_RATE)
 
     def lead_s(self) -> float:
         """Seconds of generated audio that a client cannot have played yet."""
@@ -213,6 +228,9 @@ class Context:
 
     def end_segment(self, finished: Finished) -> SegmentDone:
         """A turn has finished in good order."""
+        if self._leading is not None:
+            self._leading.end_segment()
+            self._count_trimmed(self._leading.num_cut)
         start, self._segment_start = self._segment_start, self.account.num_samples
         duration = self.account.num_samples - start
         if self.reason == "stop":
@@ -266,4 +284,5 @@ class Context:
             frames=self.account.num_frames,
             finish_reason=self.reason,
             error=str(self.failure) if internal else None,
+            trimmed_s=None if figures.trimmed_s is None else round(figures.trimmed_s, 4),
         )

@@ -32,6 +32,8 @@ class Figures:
     carrier; None without audio."""
     rtf: float | None
     """Work over all audio that was generated, lower is better; None without audio."""
+    trimmed_s: float | None = None
+    """Seconds of silence before the first sound that were left out; None where none may be."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,6 +222,7 @@ class NativeDialect:
                     predictor.temperature,
                     predictor.top_k,
                 ),
+                trim_leading_silence=server.trim_leading_silence or None,
             )
         )
 
@@ -252,6 +253,7 @@ class NativeDialect:
             generation_s=round(figures.generation_s, 4),
             ttfc_ms=None if ttfc_s is None else round(ttfc_s * 1000, 2),
             rtf=None if rtf is None else round(rtf, 4),
+            trimmed_s=None if figures.trimmed_s is None else round(figures.trimmed_s, 4),
         )
 
     def _reply(self, message: Ready | Error) -> None:
@@ -279,4 +281,5 @@ def _choices(message: Speak) -> SpeechOptions:
         min_frames=message.min_frames,
         max_frames=message.max_frames,
         streaming=message.streaming,
+        trim_leading_silence=message.trim_leading_silence,
     )

@@ -129,6 +129,8 @@ class Speak:
     """Frames of 80 ms after which a segment is cut off."""
     streaming: Annotated[bool | None, or_none(FLAG)] = None
     """Text layout of the prompt; None is the checkpoint's own."""
+    trim_leading_silence: Annotated[bool | None, or_none(FLAG)] = None
+    """Whether the silence before the context's first sound is left out. Its first segment decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,8 @@ class Ready:
     server: Annotated[str, STRING]
     sampling: Annotated[Sampling | None, or_none(object_of(Sampling))] = None
     """An earlier server does not say."""
+    trim_leading_silence: Annotated[bool | None, or_none(FLAG)] = None
+    """Of a context that does not say; None is no."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +263,8 @@ class Done:
     generation_s: Annotated[float, SECONDS]
     ttfc_ms: Annotated[float | None, or_none(SECONDS)]
     rtf: Annotated[float | None, or_none(SECONDS)]
+    trimmed_s: Annotated[float | None, or_none(SECONDS)] = None
+    """Silence before the first sound that was left out; None where none may be."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,8 @@ class TurnRecord:
     frames: int
     finish_reason: str
     error: str | None = None
+    trimmed_s: float | None = None
+    """Silence before the first sound that was not sent; None where none is left out."""
 
     def line(self) -> str:
         """For people."""
@@ -52,6 +54,8 @@ class TurnRecord:
             f"turn {self.turn}: {self.finish_reason}, chars {self.chars}, voice {self.voice or '-'}, "
             f"seed {self.seed}, ttfc {ttfc}, rtf {rtf}, frames {self.frames}"
         )
+        if self.trimmed_s is not None:
+            text += f", trimmed {self.trimmed_s * 1000:.0f} ms"
         return f"{text}, error: {self.error}" if self.error else text
 
 
@@ -93,6 +97,12 @@ class Metrics:
             f"{name}_rtf", "Wall time over audio time", buckets=_RTF_BUCKETS, registry=self.registry
         )
 
+        self._trimmed = Counter(
+            f"{name}_trimmed_seconds",
+            "Silence before the first sound of replies that was not sent",
+            registry=self.registry,
+        )
+
     def record(self, turn: TurnRecord) -> None:
         """Count a finished turn and log its line."""
         self._turns.labels(turn.finish_reason).inc()
@@ -100,6 +110,7 @@ class Metrics:
             self._ttfc.observe(turn.ttfc_ms / 1000)
         if turn.rtf is not None:
             self._rtf.observe(turn.rtf)
+        self._trimmed.inc(turn.trimmed_s or 0.0)
         level = logging.ERROR if turn.error else logging.INFO
         log.log(level, "%s", turn.line(), extra={"fields": asdict(turn)})
 

@@ -18,6 +18,7 @@ from qwen_megakernel.serving.wire import (
     ProtocolError,
     SpeechError,
     error_line,
+    get_flag,
     get_number,
     get_string,
     kind,
@@ -59,6 +60,8 @@ class SpeechRequest:
     response_format: ResponseFormat
     as_events: bool
     """Whether the answer is Server-Sent Events, not an audio file."""
+    trim_leading_silence: bool | None = None
+    """Not of OpenAI; None leaves it to the server."""
 
 
 def parse_speech(body: bytes) -> SpeechRequest:
@@ -83,6 +86,9 @@ def parse_speech(body: bytes) -> SpeechRequest:
         instructions=_field("instructions", lambda: _instructions(fields)),
         language=None if language is None else language_name(language),
         seed=_field("seed", lambda: get_number(fields, "seed", (int,), 0, _MAX_SEED)),
+        trim_leading_silence=_field(
+            "trim_leading_silence", lambda: _flag(fields, "trim_leading_silence")
+        ),
         response_format=_field(
             "response_format", lambda: _choice(fields, "response_format", RESPONSE_FORMATS)
         ),
@@ -187,6 +193,10 @@ def _choice(fields: dict[str, Any], key: str, known: tuple[Any, ...]) -> Any:
     if value is not None and value not in known:
         raise ProtocolError("bad_request", f"{key} is unknown; known: {', '.join(known)}")
     return known[0] if value is None else value
+
+
+def _flag(fields: dict[str, Any], key: str) -> bool | None:
+    return None if fields.get(key) is None else get_flag(fields, key)
 
 
 def _event(fields: dict[str, Any]) -> bytes:

@@ -95,6 +95,7 @@ class _OpenAI(OpenAIErrors):
             language=asked.language,
             instruct=asked.instructions,
             seed=asked.seed,
+            trim_leading_silence=asked.trim_leading_silence,
         )
         framing = _Events() if asked.as_events else None
         return SpokenFile(asked.text, choices, FORMATS[asked.response_format], framing=framing)

@@ -219,6 +219,7 @@ def _openai_fields(facts: ServerFacts) -> dict[str, Schema]:
         "speed": _choice([1.0]),
         "language": _MAYBE_STRING,
         "seed": _SEED,
+        "trim_leading_silence": {"type": ["boolean", "null"]},
     }
 
 

@@ -42,6 +42,8 @@ class SpeechOptions:
     """Frames of 80 ms after which a turn is cut off."""
     streaming: bool | None = None
     """Text layout of the prompt."""
+    trim_leading_silence: bool | None = None
+    """Whether the silence before the first sound of a context is left out. Its first text decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class TurnOptions:
     chunk_frames: int | None = None
     streaming: bool | None = None
     """Text layout of the prompt; None is the checkpoint's own."""
+    trim_leading_silence: bool = False
 
     def updated(self, choices: SpeechOptions) -> TurnOptions:
         """These options with a client's choices in their place."""
@@ -66,6 +69,7 @@ class TurnOptions:
             params=_updated(self.params, choices),
             chunk_frames=_either(choices.chunk_frames, self.chunk_frames),
             streaming=_either(choices.streaming, self.streaming),
+            trim_leading_silence=_either(choices.trim_leading_silence, self.trim_leading_silence),
         )
 
     def params_of(self, index: int) -> GenerationParams:

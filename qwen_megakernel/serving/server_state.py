@@ -38,6 +38,8 @@ class ServerState:
     """Voices of this server by names that clients of other services send."""
     voices_folder: Path | None = None
     """Where voices that clients add are kept; without it they cannot add any."""
+    trim_leading_silence: bool = False
+    """Where a client does not say: whether the silence before a context's first sound is left out."""
     draining: bool = False
     """The server is going down: turns go on, none may begin."""
     mailbox: Mailbox = field(default_factory=Mailbox)

@@ -299,7 +299,10 @@ class Session:
 
     def _open(self, context_id: str) -> Context:
         number = context_id if self.rules.own_ids else next(self._numbers)
-        options = TurnOptions(params=self.server.decoder.default_params)
+        options = TurnOptions(
+            params=self.server.decoder.default_params,
+            trim_leading_silence=self.server.trim_leading_silence,
+        )
         context = Context(context_id, f"{self.name}-{number}", options)
         self._used_ids.append(context_id)
         self._contexts[context_id] = context
@@ -422,9 +425,9 @@ class Session:
         if isinstance(event, Started):
             context.mark_started()
         elif isinstance(event, Audio):
-            context.add_audio(event)
-            if not (context.closed or context.cancelled):
-                self._outbox.put(Output(context, event))
+            audio = context.add_audio(event)
+            if len(audio.samples) and not (context.closed or context.cancelled):
+                self._outbox.put(Output(context, audio))
                 self._hold(context)
         else:
             context.finish_turn(event)

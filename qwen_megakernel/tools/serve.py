@@ -274,6 +274,13 @@ SERVER_OPTIONS = (
     Option("--max-messages-per-s", 500, _count, "messages of a connection; twice as many at once", "N"),
     Option("--idle-s", 600.0, _seconds, "silence that closes a connection; 0 is no limit", "SECONDS"),
     Option("--max-text-chars", 4096, _count, "characters of one turn's text", "N"),
+    Option(
+        "--trim-leading-silence",
+        False,
+        _flag,
+        "leave out silence before the first sound of a reply, up to 1 s, where a client does not say",
+        "",
+    ),
     Option("--drain-s", 10.0, _seconds, "seconds that running turns get on SIGTERM", "SECONDS"),
     Option("--log-format", "text", _choice("text", "json"), "text or json", "NAME"),
 )
@@ -468,6 +475,7 @@ def run(args: argparse.Namespace) -> int:
         drain_s=options.drain_s,
         openai_voices=dict(options.openai_voice),
         voices_folder=options.voices,
+        trim_leading_silence=options.trim_leading_silence,
     )
 
     def announce(decoder: TTSDecoder) -> None:

@@ -75,6 +75,19 @@ def test_restart_sends_what_was_not_spoken_and_drops_what_was_heard():
     assert reply.num_samples == 100 + 30 + 2
 
 
+def test_a_reply_that_goes_on_in_another_context_keeps_the_silence_between_its_sentences():
+    for trims, chosen, told in ((True, None, False), (False, True, False), (False, None, None)):
+        journal = connected()
+        for text in ("One.", "Two."):
+            reply = journal.speak("a", text, complete=True, trim_leading_silence=chosen)
+        assert [speak.trim_leading_silence for speak in sent(journal)[::2]] == [chosen, chosen]
+        journal.restart(LIMITS, trims=trims)  # nothing was spoken: it begins as before
+        assert sent(journal)[0].trim_leading_silence is chosen
+        reply.end_segment(0)
+        journal.restart(LIMITS, trims=trims)
+        assert sent(journal)[0].trim_leading_silence is told
+
+
 def test_restart_after_the_last_segment_finishes_the_reply():
     journal = connected()
     reply = journal.speak("a", "One.", complete=True)

@@ -1,0 +1,50 @@
+"""Leave out the silence before the first sound of a reply: nobody waits for it then.
+
+What is sent is exactly the end of what was generated. The cut lies where all samples are quieter than
+`THRESHOLD`, so it makes no click, and `MARGIN_S` before the sound, so a soft first consonant stays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qwen_megakernel.config import SAMPLE_RATE
+
+THRESHOLD = 10 ** (-46 / 20)
+"""A sample beyond this is sound: -46 dBFS."""
+MARGIN_S = 0.03
+"""Seconds before the first sound that are kept."""
+LIMIT_S = 1.0
+"""Seconds that are left out at most. A longer silence is meant."""
+_MARGIN, _LIMIT = int(MARGIN_S * SAMPLE_RATE), int(LIMIT_S * SAMPLE_RATE)
+_NOTHING = np.zeros(0, dtype=np.float32)
+
+
+class LeadingSilence:
+    """The beginning of one reply, chunk by chunk. How it is split changes nothing."""
+
+    def __init__(self) -> None:
+        self.num_cut = 0
+        """Samples that were left out, at 24 kHz."""
+        self._held = _NOTHING
+        """Silence that is sent if sound follows: the margin."""
+        self._over = False
+
+    def pass_on(self, samples: np.ndarray) -> np.ndarray:
+        """What is to be sent now that a chunk has come, float32 [n]; nothing while all is silent."""
+        if self._over:
+            return samples
+        held = np.concatenate([self._held, samples])
+        loud = np.abs(held) > THRESHOLD
+        num_quiet = int(loud.argmax()) if loud.any() else len(held)
+        left = _LIMIT - self.num_cut
+        kept = held[max(0, min(num_quiet, left) - _MARGIN) :]
+        self.num_cut += len(held) - len(kept)
+        self._over = num_quiet < len(held) or num_quiet >= left
+        self._held, sent = (_NOTHING, kept) if self._over else (kept, _NOTHING)
+        return sent
+
+    def end_segment(self) -> None:
+        """No sound follows the margin that is held: it is left out too."""
+        self.num_cut += len(self._held)
+        self._held = _NOTHING
