@@ -188,8 +188,8 @@ def test_texts_that_never_end_keep_no_slot_from_others(server, dialect):
 # --- frames -----------------------------------------------------------------------------------------
 
 
-def close_code(client):
-    """Of the close frame, after whatever comes before it."""
+def close_frame(client):
+    """Code and reason of the close frame, after whatever comes before it."""
     data = b""
     with contextlib.suppress(ConnectionResetError):
         while part := client.socket.recv(65_536):
@@ -197,24 +197,26 @@ def close_code(client):
     while data and data[0] != 0x88:
         length, head = (data[1], 2) if data[1] < 126 else (int.from_bytes(data[2:4], "big"), 4)
         data = data[head + length :]
-    return int.from_bytes(data[2:4], "big")
+    return int.from_bytes(data[2:4], "big"), data[4:].decode()
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
-    ("frames", "code"),
+    ("frames", "code", "reason"),
     [
-        (b"\x01\x81\0\0\0\0{" + b"\0\x80\0\0\0\0" * 128, 1008),
-        (b"\x89\x80\0\0\0\0" * 65, 1008),
-        (b"\x81\xff" + (MAX_MESSAGE_BYTES + 1).to_bytes(8, "big") + bytes(4), 1009),
+        (b"\x01\x81\0\0\0\0{" + b"\0\x80\0\0\0\0" * 128, 1008, "more than 128 fragments"),
+        (b"\x89\x80\0\0\0\0" * 65, 1008, "more than 64 pings"),
+        (b"\x81\xff" + (MAX_MESSAGE_BYTES + 1).to_bytes(8, "big") + bytes(4), 1009, "65537 bytes"),
     ],
     ids=["fragments", "pings", "a long message"],
 )
-def test_a_socket_that_breaks_a_limit_is_closed(server, path, frames, code):
+def test_a_socket_that_breaks_a_limit_is_closed(server, path, frames, code, reason):
     client = RawClient(server, path=path)
     try:
         client.socket.sendall(frames)
-        assert close_code(client) == code
+        closed_with, because = close_frame(client)
+        assert closed_with == code
+        assert reason in because
     finally:
         client.hang_up()
 
