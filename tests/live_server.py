@@ -182,6 +182,7 @@ class RawClient:
         server: LiveServer,
         receive_buffer: int | None = None,
         headers: dict[str, str] | None = None,
+        path: str = "/",
     ) -> None:
         """`headers`: more of them, for the handshake."""
         self.socket = socket.socket()
@@ -198,7 +199,7 @@ class RawClient:
             "Sec-WebSocket-Version": "13",
         }
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
-        self.socket.sendall(f"GET / HTTP/1.1\r\n{''.join(lines)}\r\n".encode())
+        self.socket.sendall(f"GET {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode())
         self.handshake = b""
         """The server's answer to it."""
         while b"\r\n\r\n" not in self.handshake:
