@@ -86,7 +86,8 @@ def summarise(rows: list[dict]) -> dict:
         found["worse"], found["better"] = (
             sum(sign * (row["errors"][1] - row["errors"][0]) > 0 for row in rows) for sign in (1, -1)
         )
-        found["first_word_lost"] = sum(row["first"] == [True, False] for row in rows)
+        lost = [row for row in rows if row["first"] == [True, False]]
+        found["first_word_lost"] = [[row["text"], row["voice"], *row["heard"]] for row in lost]
         found["first_word_gained"] = sum(row["first"] == [False, True] for row in rows)
     found["loudest_cut"] = max(row["loudest_cut"] for row in rows)
     return found
@@ -115,6 +116,7 @@ def main() -> None:
             heard = [listener.write_down(side) for side in (before, after)]
             counts = [word_errors(text, one) for one in heard]
             row |= {"errors": [count[0] for count in counts], "words": counts[0][1]}
+            row |= {"text": text, "voice": voice, "heard": heard}
             row["first"] = [first_word(one) == first_word(text) for one in heard]
             rows.append(row)
             if len(rows) % 20 == 0:
