@@ -17,6 +17,8 @@ class Account:
         self.num_frames = 0
         self.num_samples = 0
         """Generated, at 24 kHz."""
+        self.num_dry = 0
+        """Times that playback ran dry within an utterance."""
         self._num_samples_sent = 0
         self._generation_s = 0.0
         """Of turns that have finished."""
@@ -35,6 +37,11 @@ class Account:
         """A chunk was generated."""
         self.num_samples += len(audio.samples)
         self._turn_generation_s = audio.generation_s
+
+    def mark_dry(self) -> None:
+        """All audio so far has been played before the next chunk came."""
+        if self._turn_generation_s:  # the first chunk of an utterance has none to continue
+            self.num_dry += 1
 
     def add_turn(self, finished: Finished) -> None:
         """A turn has finished, however it ended."""

@@ -202,6 +202,7 @@ class Context:
             self._first_audio_at = now
         elif not self.lead_s():  # playback ran dry: it goes on from here
             self._first_audio_at = now - self.account.num_samples / SAMPLE_RATE
+            self.account.mark_dry()
         self.account.add_audio(audio)
 
     def lead_s(self) -> float:
@@ -266,4 +267,5 @@ class Context:
             frames=self.account.num_frames,
             finish_reason=self.reason,
             error=str(self.failure) if internal else None,
+            dry=self.account.num_dry,
         )

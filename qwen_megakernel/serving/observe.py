@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,6 +26,7 @@ edge_log = logging.getLogger("qwen_megakernel.server.edge")
 """For what peers do that are not clients yet or break rules. Anybody can cause such a line at any
 rate."""
 
+Refused = Literal["connection", "turn"]
 _TTFC_BUCKETS_S = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 _RTF_BUCKETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 5.0)
 
@@ -43,6 +44,8 @@ class TurnRecord:
     frames: int
     finish_reason: str
     error: str | None = None
+    dry: int = 0
+    """See `Account.num_dry`."""
 
     def line(self) -> str:
         """For people."""
@@ -62,6 +65,7 @@ class Metrics:
         self,
         *,
         num_sessions: Callable[[], float],
+        num_slots: Callable[[], float],
         num_active: Callable[[], float],
         num_waiting: Callable[[], float],
         num_unsent_bytes: Callable[[], float],
@@ -72,6 +76,7 @@ class Metrics:
         name = "qwen_megakernel"
         for suffix, text, source in (
             ("connections", "Clients that are connected", num_sessions),
+            ("slots", "Turns that may hold a slot at a time", num_slots),
             ("turns_active", "Turns in a slot", num_active),
             ("turns_waiting", "Turns waiting for a slot", num_waiting),
             ("unsent_bytes", "Bytes held for clients that have not taken them", num_unsent_bytes),
@@ -83,6 +88,19 @@ class Metrics:
         )
         for reason in get_args(FinishReason):
             self._turns.labels(reason)  # exists from the start, so that rates begin at 0
+        self._refused = Counter(
+            f"{name}_refused",
+            "Connections and turns that were not let in",
+            ["what"],
+            registry=self.registry,
+        )
+        for what in get_args(Refused):
+            self._refused.labels(what)
+        self._dry = Counter(
+            f"{name}_playback_dry",
+            "Times that playback ran dry within an utterance; late text and slow readers count too",
+            registry=self.registry,
+        )
         self._ttfc = Histogram(
             f"{name}_ttfc_seconds",
             "Turn opened to first audio handed to the socket",
@@ -96,12 +114,17 @@ class Metrics:
     def record(self, turn: TurnRecord) -> None:
         """Count a finished turn and log its line."""
         self._turns.labels(turn.finish_reason).inc()
+        self._dry.inc(turn.dry)
         if turn.ttfc_ms is not None:
             self._ttfc.observe(turn.ttfc_ms / 1000)
         if turn.rtf is not None:
             self._rtf.observe(turn.rtf)
         level = logging.ERROR if turn.error else logging.INFO
         log.log(level, "%s", turn.line(), extra={"fields": asdict(turn)})
+
+    def count_refusal(self, what: Refused) -> None:
+        """Somebody was told to come back later."""
+        self._refused.labels(what).inc()
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""
