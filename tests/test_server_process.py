@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,6 +118,9 @@ def test_connections_are_limited(guarded_server):
             stack.enter_context(guarded_server.connect(path))
         assert guarded_server.handshake_status(path) == 503
     assert guarded_server.handshake_status(path) == 101
+    page = guarded_server.get("/metrics", X_API_Key=DEMO_TOKEN)[1]
+    refused = re.search(r'^qwen_megakernel_refused_total{what="connection"} (\S+)$', page, re.M)
+    assert float(refused[1]) >= 1
 
 
 def test_sigterm_drains(guarded_server):

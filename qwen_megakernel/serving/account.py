@@ -21,6 +21,8 @@ class Account:
         """Those and what is left out, at 24 kHz."""
         self.num_trimmed: int | None = None
         """Samples that were left out before the first sound; None where none may be."""
+        self.num_dry = 0
+        """Times that playback ran dry within an utterance."""
         self._num_samples_sent = 0
         self._generation_s = 0.0
         """Of turns that have finished."""
@@ -40,6 +42,11 @@ class Account:
         self.num_samples += num_samples
         self.num_generated += len(audio.samples)
         self._turn_generation_s = audio.generation_s
+
+    def mark_dry(self) -> None:
+        """All audio so far has been played before the next chunk came."""
+        if self._turn_generation_s:  # the first chunk of an utterance has none to continue
+            self.num_dry += 1
 
     def add_turn(self, finished: Finished) -> None:
         """A turn has finished, however it ended."""

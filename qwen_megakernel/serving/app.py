@@ -139,6 +139,7 @@ class App:
         self._sessions = OpenSessions(self._admission, self._get_ready)
         self._metrics = Metrics(
             num_sessions=lambda: len(self._sessions),
+            num_slots=lambda: self._server.decoder.num_slots if self._server else 0,
             num_active=lambda: self._server.decoder.num_active if self._server else 0,
             num_waiting=lambda: self._server.decoder.num_waiting if self._server else 0,
             num_unsent_bytes=lambda: self._sessions.unsent_bytes,
@@ -158,7 +159,7 @@ class App:
         starlette = Starlette(
             routes=routes,
             exception_handlers={
-                NotAdmitted: _refuse,
+                NotAdmitted: self._refuse,
                 SpeechError: _refuse_speech,
                 HTTPException: _refuse_http,
             },
@@ -230,6 +231,13 @@ class App:
     async def _metrics_page(self, request: Request) -> Response:
         return Response(self._metrics.page(), media_type="text/plain; version=0.0.4")
 
+    async def _refuse(self, request: Request, refusal: Exception) -> Response:
+        """The answer to a client that is not admitted. Of a WebSocket it refuses the handshake."""
+        assert isinstance(refusal, NotAdmitted)
+        self._metrics.count_refusal("connection")
+        status = 429 if refusal.own_limit else 503
+        return _refusal(request.scope, str(refusal), status, {"Retry-After": str(refusal.retry_after_s)})
+
     def _get_ready(self) -> ServerState:
         phase = self._current_phase()
         if self._server is None or phase != "ready":
@@ -254,13 +262,6 @@ def _name_paths(routes: Sequence[BaseRoute]) -> str:
         f"this path is not served; a WebSocket connects to {', '.join(sockets)}, "
         f"and HTTP has {', '.join(others)}"
     )
-
-
-async def _refuse(request: Request, refusal: Exception) -> Response:
-    """The answer to a client that is not admitted. Of a WebSocket it refuses the handshake."""
-    assert isinstance(refusal, NotAdmitted)
-    status = 429 if refusal.own_limit else 503
-    return _refusal(request.scope, str(refusal), status, {"Retry-After": str(refusal.retry_after_s)})
 
 
 async def _refuse_speech(request: Request, refusal: Exception) -> Response:

@@ -210,6 +210,7 @@ class Context:
             self._first_audio_at = now
         elif not self.lead_s():  # playback ran dry: it goes on from here
             self._first_audio_at = now - self.account.num_samples / SAMPLE_RATE
+            self.account.mark_dry()
         self.account.add_audio(audio, len(samples))
         return Audio(samples, audio.generation_s)
 
@@ -285,4 +286,5 @@ class Context:
             finish_reason=self.reason,
             error=str(self.failure) if internal else None,
             trimmed_s=None if figures.trimmed_s is None else round(figures.trimmed_s, 4),
+            dry=self.account.num_dry,
         )

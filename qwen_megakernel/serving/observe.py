@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,6 +26,7 @@ edge_log = logging.getLogger("qwen_megakernel.server.edge")
 """For what peers do that are not clients yet or break rules. Anybody can cause such a line at any
 rate."""
 
+Refused = Literal["connection", "turn"]
 _TTFC_BUCKETS_S = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 _RTF_BUCKETS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 5.0)
 
@@ -45,6 +46,8 @@ class TurnRecord:
     error: str | None = None
     trimmed_s: float | None = None
     """Silence before the first sound that was not sent; None where none is left out."""
+    dry: int = 0
+    """See `Account.num_dry`."""
 
     def line(self) -> str:
         """For people."""
@@ -66,6 +69,7 @@ class Metrics:
         self,
         *,
         num_sessions: Callable[[], float],
+        num_slots: Callable[[], float],
         num_active: Callable[[], float],
         num_waiting: Callable[[], float],
         num_unsent_bytes: Callable[[], float],
@@ -76,6 +80,7 @@ class Metrics:
         name = "qwen_megakernel"
         for suffix, text, source in (
             ("connections", "Clients that are connected", num_sessions),
+            ("slots", "Turns that may hold a slot at a time", num_slots),
             ("turns_active", "Turns in a slot", num_active),
             ("turns_waiting", "Turns waiting for a slot", num_waiting),
             ("unsent_bytes", "Bytes held for clients that have not taken them", num_unsent_bytes),
@@ -87,6 +92,19 @@ class Metrics:
         )
         for reason in get_args(FinishReason):
             self._turns.labels(reason)  # exists from the start, so that rates begin at 0
+        self._refused = Counter(
+            f"{name}_refused",
+            "Connections and turns that were not let in",
+            ["what"],
+            registry=self.registry,
+        )
+        for what in get_args(Refused):
+            self._refused.labels(what)
+        self._dry = Counter(
+            f"{name}_playback_dry",
+            "Times that playback ran dry within an utterance; late text and slow readers count too",
+            registry=self.registry,
+        )
         self._ttfc = Histogram(
             f"{name}_ttfc_seconds",
             "Turn opened to first audio handed to the socket",
@@ -106,6 +124,7 @@ class Metrics:
     def record(self, turn: TurnRecord) -> None:
         """Count a finished turn and log its line."""
         self._turns.labels(turn.finish_reason).inc()
+        self._dry.inc(turn.dry)
         if turn.ttfc_ms is not None:
             self._ttfc.observe(turn.ttfc_ms / 1000)
         if turn.rtf is not None:
@@ -113,6 +132,10 @@ class Metrics:
         self._trimmed.inc(turn.trimmed_s or 0.0)
         level = logging.ERROR if turn.error else logging.INFO
         log.log(level, "%s", turn.line(), extra={"fields": asdict(turn)})
+
+    def count_refusal(self, what: Refused) -> None:
+        """Somebody was told to come back later."""
+        self._refused.labels(what).inc()
 
     def page(self) -> bytes:
         """The text that Prometheus scrapes."""

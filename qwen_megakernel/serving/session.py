@@ -416,6 +416,8 @@ class Session:
                 owner=self.owner,
             )
         except RequestError as failure:
+            if failure.code == "overloaded":
+                self.server.metrics.count_refusal("turn")
             self._stop(context, failure)
         else:
             context.begin_turn(turn)

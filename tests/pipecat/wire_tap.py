@@ -79,8 +79,9 @@ class Line:
 class WireTap:
     """`async with WireTap(port) as tap: MegakernelTTSService(url=tap.url)`."""
 
-    def __init__(self, server_port: int) -> None:
-        self.server_port = server_port
+    def __init__(self, server_port: int, headers: dict[str, str] | None = None) -> None:
+        """`headers`: of the handshake with the server."""
+        self.server_port, self._headers = server_port, headers
         self.lines: list[Line] = []
         self.cut_when: Callable[[Line], bool] | None = None
         """Asked after each message of the server: whether to drop the line before handing it on."""
@@ -125,7 +126,10 @@ class WireTap:
     async def _dial(self, client: ServerConnection, request: Request) -> Response | None:
         try:
             upstream = await connect(
-                f"ws://127.0.0.1:{self.server_port}", max_size=None, compression=None
+                f"ws://127.0.0.1:{self.server_port}",
+                max_size=None,
+                compression=None,
+                additional_headers=self._headers,
             )
         except Exception:
             self.num_refused += 1
