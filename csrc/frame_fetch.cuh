@@ -13,8 +13,8 @@ struct FrameFetch : FramePlace {
   const ItemRows* attended;     // this CTA's items
   uint64_t once, kept, normal;  // L2 policies
 
-  // An item of a product, which begins at `from`; the product's first kept_bytes shall stay in L2. A lane fetches for the
-  // warps that share a piece.
+  // An item of a product, which begins at `from`; the product's first kept_bytes shall stay in L2. A lane fetches for
+  // the warps that share a piece.
   template <class Prod>
   __device__ __forceinline__ void one_item(const char* from, int item, int64_t kept_bytes) {
     from += lane_index() * (Prod::kOwners * Prod::kPieces * Prod::kWarpPieceBytes);

@@ -37,7 +37,8 @@ __device__ __forceinline__ void wait_fragments(const Context& c, const uint64_t*
 // without this layer's.
 namespace layer_step {
 
-// `first_position()`: whether this is the QKV with which pass 0 ends, which is read an exchange kFirstPositionDelay later.
+// `first_position()`: whether this is the QKV with which pass 0 ends, which is read an exchange kFirstPositionDelay
+// later.
 template <class D, class FirstPosition>
 __device__ __forceinline__ void qkv(Context& c, Residual<D>& r, FirstPosition&& first_position) {
   using L = PacketLayout;

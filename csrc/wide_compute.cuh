@@ -1,5 +1,5 @@
-// The visitor of the frame's schedule (frame_schedule.cuh) that computes a wide frame, of more than kTileColumns streams.
-// attention.cuh, predictor_attention.cuh, talker.cuh and sampling.cuh are those of a narrow frame.
+// The visitor of the frame's schedule (frame_schedule.cuh) that computes a wide frame, of more than kTileColumns
+// streams. attention.cuh, predictor_attention.cuh, talker.cuh and sampling.cuh are those of a narrow frame.
 #pragma once
 
 #include "frame_compute.cuh"

@@ -1,6 +1,6 @@
-// Products of a wide frame: the weights of gemv.cuh for up to four tiles of eight columns. A CTA reads each weight once, and
-// only tiles in use are paid for. All tiles' results of an item meet in shared memory at one barrier, and then each warp
-// finishes a quarter of a tile.
+// Products of a wide frame: the weights of gemv.cuh for up to four tiles of eight columns. A CTA reads each weight
+// once, and only tiles in use are paid for. All tiles' results of an item meet in shared memory at one barrier, and
+// then each warp finishes a quarter of a tile.
 //
 // Sums are those of gemv.cuh, in the same order: each warp takes the same part of k, in the same two chains, and the
 // warps' parts are added in the order of the warps.
@@ -75,8 +75,8 @@ struct DenseOperand {
   }
 };
 
-// The row of a finished strip that one lane sums, of one column; pairs stand as in a narrow frame's Cell. A quarter of a
-// strip is a warp's.
+// The row of a finished strip that one lane sums, of one column; pairs stand as in a narrow frame's Cell. A quarter of
+// a strip is a warp's.
 struct WideCell {
   int column, pair;
   bool leads;  // whether this lane has the even row of its pair
