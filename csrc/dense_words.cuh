@@ -77,7 +77,7 @@ __device__ __noinline__ void refuse_number(const FrameParams& p, uint32_t tag) {
 // Publish four values: the rows {0, 1, 8, 9} of a chunk, less twice the word's place in it.
 template <class Context>
 __device__ __forceinline__ void publish_word(const Context& c, uint64_t* to, float2 low, float2 high, uint32_t tag) {
-  // A sum, so that what is not a number stays it.
+  // One comparison of the sum: a NaN in any value makes it false.
   if (!(fabsf(low.x) + fabsf(low.y) + fabsf(high.x) + fabsf(high.y) < kDenseLimit)) refuse_number(c.p, c.tag);
   const uint2 bits = dense_tag(tag);
   const uint32_t a = pack_bf16(low.x * kDenseScale, low.y * kDenseScale) | bits.x;

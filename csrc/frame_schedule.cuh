@@ -59,7 +59,7 @@ QWEN_TTS_BOTH constexpr void walk_layer(Visitor& v) {
     v.template qkv<D>();
     v.advance(Step::kQkv);
   }
-  // Asked only now: an answer from before would take a register over the waits of QKV.
+  // Evaluated here, because an earlier result would take a register over the waits of QKV.
   if (kPredictor && ends_with_qkv(v.pass(), v.layer())) {
     v.skip_to_next_pass();
     return;

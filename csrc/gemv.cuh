@@ -143,9 +143,9 @@ __device__ __forceinline__ int multiply_group(Context& c, int& item, uint4 (&a)[
 //   finish(strip, split, cell, rows, packets, squares): takes two finished rows. Whole warps call it together. `packets`
 //     is the exchange memory. `squares` is this lane's part of the sum of squares, if kNorm names a norm.
 // With kAhead, a warp loads the weights of one or two items from the ring before it waits for the operand, and further
-// weights while it multiplies. This shortens the time from the operand's arrival to the results.
-// Partial sums are in `Tiles` (shared_memory.cuh). Every CTA passes a barrier, even one without items. Memory that was
-// read before the call is free after the barrier.
+// weights while it multiplies. This shortens the time from the operand's arrival to the results. Partial sums are in
+// `Tiles` (shared_memory.cuh). Every CTA passes a barrier, even one without items. Memory that was read before the call
+// is free after the barrier.
 template <class Prod, class Tiles, int kNorm = -1, class Fragments, class Finish>
 __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&& finish) {
   int item = block_index();

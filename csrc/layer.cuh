@@ -13,7 +13,7 @@
 
 namespace qwen_tts {
 
-// x / (1 + exp(-x)). Where the exponential is cut off the result has long been nothing in bf16.
+// x / (1 + exp(-x)). The exponent is limited to 80, where the result is negligible in bf16.
 __device__ __forceinline__ float silu(float x) { return divide(x, 1.f + expf(fminf(-x, 80.f))); }
 
 // The B operand of a product whose input is a published vector, from chunk `first` of this warp's.

@@ -60,7 +60,7 @@ struct WideCompute {
     wide_step::feed_hidden(c);
     wide_step::projection(c);
   }
-  // All streams' codes, a lane each; every warp keeps them.
+  // The codes of all streams, one in each lane. Every warp keeps a copy.
   __device__ __forceinline__ int code() {
     free_tiles(c);  // the sampler borrows one
     sample_own(c);

@@ -154,7 +154,8 @@ __device__ __forceinline__ void projection(WideContext& c) {
   });
 }
 
-// Feed a model, before its first layer, as if a layer before it had ended: down's owners publish x(strip, tile, cell).
+// Publishes a model's input in the form of a preceding layer's output: the owners of down's strips publish
+// x(strip, tile, cell).
 template <class D, class X>
 __device__ __forceinline__ void feed(WideContext& c, X&& x) {
   if (finished_tile() >= column_tiles(c.p)) return;
@@ -164,7 +165,7 @@ __device__ __forceinline__ void feed(WideContext& c, X&& x) {
                      DenseLayout::kFed, PacketLayout::kAfterDown);
 }
 
-// What the last frame left, and the text.
+// Feeds the talker: the stored sum of the last frame's embeddings plus the text row.
 __device__ __forceinline__ void feed_talker(WideContext& c) {
   feed<T>(c, [&](int strip, int tile, const WideCell& cell) {
     const int row = strip * kStripRows + cell.row(), column = tile * kTileColumns + cell.column;
@@ -198,7 +199,7 @@ __device__ __forceinline__ void feed_hidden(WideContext& c) {
   }
 }
 
-// What the projection has made of it.
+// Feeds the predictor the output of the projection.
 __device__ __forceinline__ void feed_projected(WideContext& c) {
   feed<P>(c, [&](int strip, int tile, const WideCell& cell) {
     const uint64_t* from =
