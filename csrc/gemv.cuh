@@ -140,8 +140,8 @@ __device__ __forceinline__ int multiply_group(Context& c, int& item, uint4 (&a)[
 // at each use, to save registers.
 //   fragments(split, first, f): fills f[kHeld] with the B operand of this warp's part of k, from
 //     chunk `first` of that part. A CTA without items does not call it.
-//   finish(strip, split, cell, rows, packets, squares): takes two finished rows. Whole warps call it together. `packets`
-//     is the exchange memory. `squares` is this lane's part of the sum of squares, if kNorm names a norm.
+//   finish(strip, split, cell, rows, packets, squares): takes two finished rows. Whole warps call it together.
+//     `packets` is the exchange memory. `squares` is this lane's part of the sum of squares, if kNorm names a norm.
 // With kAhead, a warp loads the weights of one or two items from the ring before it waits for the operand, and further
 // weights while it multiplies. This shortens the time from the operand's arrival to the results. Partial sums are in
 // `Tiles` (shared_memory.cuh). Every CTA passes a barrier, even one without items. Memory that was read before the call
