@@ -1,10 +1,10 @@
-// The talker's attention of new rows over a long cache, split over positions: each CTA's items, one after the other,
-// sixteen positions a warp. Splits are cut by position alone, so a stream's sums do not depend on its company or the
-// grid.
+// The talker's attention: the queries of new rows over a long KV cache, split by position. A CTA processes its items
+// one after the other, and each warp takes sixteen positions. Positions alone define the splits, so a stream's sums
+// depend neither on the other streams nor on the grid.
 //
-// Keys and values of the cache come through the weight ring, in the order in which items use them, so that they are on
-// their way long before: memory is slow to answer while weights stream. Keys and values of this launch (one row a
-// frame; up to eight in a prefill) come from the exchange, through shared memory.
+// Cached keys and values come through the weight ring, in the order in which the items use them. The ring requests them
+// early, because memory latency is high while weights stream. Keys and values of this launch (one row a frame, up to
+// eight in a prefill) come from the QKV exchange, through shared memory.
 #pragma once
 
 #include "attention_tile.cuh"
@@ -15,8 +15,8 @@ namespace qwen_tts {
 constexpr int kAtOnce = 2;  // splits that a lane polls together
 static_assert(kWarps == 16, "a lane's share of a merge is four warps of sixteen");
 
-// The query rows and this launch's keys and values of the item's stream, normed, rotated and
-// rounded as the cache rounds, into shared memory.
+// Writes the query rows and this launch's keys and values of the item's stream to shared memory. Queries and keys are
+// normed and rotated. All are rounded to bf16, as in the cache.
 template <class D, class Context>
 __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, const AttentionItem& item) {
   using S = HeadShape<D>;
@@ -24,7 +24,7 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
   const int warp = warp_index();
   const Stream& own = p.streams[item.column()];
   const __nv_bfloat16* qk_norm = p.talker_qk_norms + c.layer() * 2 * S::kDim;
-  // By the last warps, whose tiles are the last to fill.
+  // The last warps do this: their tiles are the last to fill.
   const int g = kWarps - 2 - warp;
   if (g >= 0 && g < S::kGroupSize) {
     HeadRow<S::kDim> q[1];
@@ -45,7 +45,7 @@ __device__ __forceinline__ void read_new_rows(Context& c, NewRowsShared<D>& sh, 
   }
 }
 
-// The item's own row, now whole in shared memory, into the cache, by the CTA that has its split.
+// Copies the new row of the item's column from shared memory to the cache. The CTA that has the row's split does this.
 template <class D, class Context>
 __device__ __forceinline__ void keep_new_row(const Context& c, const NewRowsShared<D>& sh, const AttentionItem& item) {
   constexpr int kWords = D::kHeadDim / 8;
@@ -63,8 +63,8 @@ __device__ __forceinline__ void keep_new_row(const Context& c, const NewRowsShar
       reinterpret_cast<const uint4*>((of_keys ? sh.k : sh.v)[row])[word];
 }
 
-// Merge the warps, always in their order, and publish the heads' output; with several splits this
-// split's part of it.
+// Merges the results of the warps, always in warp order, and publishes the output of the heads. If the stream has
+// several splits, publishes this split's partial result.
 template <class D, class Context>
 __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>& sh, const AttentionItem& item) {
   using S = HeadShape<D>;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
       p.packets + PacketLayout::kPartials +
       (int64_t(item.column() * D::kKvHeads + item.kv_head()) * kMaxSplits + item.split()) * PacketLayout::kPartial;
   constexpr int kPairs = S::kGroupSize * S::kDim / 2;
-  constexpr int kParts = 4, kPerPart = kWarps / kParts;  // neighbouring lanes share out the warps
+  constexpr int kParts = 4, kPerPart = kWarps / kParts;  // four neighbouring lanes each merge a quarter of the warps
   static_assert(S::kDim / 2 % (32 / kParts) == 0, "a warp's pairs are of one head");
   const int i = thread_index() / kParts;
   if (i >= kPairs) return;
@@ -109,20 +109,21 @@ __device__ __forceinline__ void finish_item(Context& c, const AttentionShared<D>
   }
 }
 
-// In the tile that O uses next: it is free before attention, and again when its last item's warps have met.
+// The new rows lie in the tile that O uses next. The tile is free before attention, and again after the barrier in the
+// last item.
 template <class D, class Context>
 __device__ __forceinline__ NewRowsShared<D>& new_rows(const Context& c) {
   return *reinterpret_cast<NewRowsShared<D>*>(c.scratch.partial[LastTile::kFirst]);
 }
 
-// The keys of the item at a place in the list; of none, no rows.
+// Reads the keys of the item at `place` in the list. The entry that ends the list has no rows.
 template <class D, class Context>
 __device__ __forceinline__ void read_item_keys(Context& c, Tile<D>& tile, int place) {
   const ItemRows rows = c.scratch.items[place];
   tile.read_keys(c.ring, cached_rows(rows, AttentionItem{rows.bits}.begin()));
 }
 
-// One item, whose keys are in registers and whose new rows are there.
+// Computes one item. Its keys are in registers and its new rows in shared memory.
 template <class D, class Context>
 __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, AttentionItem item) {
   using S = HeadShape<D>;
@@ -146,8 +147,8 @@ __device__ __forceinline__ void attend_item(Context& c, Tile<D>& tile, Attention
   finish_item<D>(c, sh, item);
 }
 
-// Merge the splits of one column's head group and publish: four neighbouring lanes take every fourth split of
-// two dims, each in order.
+// Merges the splits of one column's head group and publishes the output. Four neighbouring lanes share two dims. Each
+// of them takes every fourth split, in order.
 template <class D, class Context>
 __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_head) {
   using S = HeadShape<D>;
@@ -195,7 +196,7 @@ __device__ __forceinline__ void combine_splits(Context& c, int column, int kv_he
   }
 }
 
-// One layer's attention, this CTA's part; reads c.tag - 1, publishes c.tag.
+// This CTA's part of one layer's attention. Reads the exchange c.tag - 1 and publishes c.tag.
 template <class D, class Context>
 __device__ __forceinline__ void attend_talker(Context& c) {
   free_tiles(c);
@@ -213,7 +214,7 @@ __device__ __forceinline__ void attend_talker(Context& c) {
     attend_item<D>(c, tile, item);
     read_item_keys<D>(c, tile, item.place() + 1);
   }
-  // From the last CTA on, which has the fewest items.
+  // Merging starts with the last CTA, because it has the fewest items.
   for (int i = gridDim.x - 1 - block_index(); i < c.p.num_columns * D::kKvHeads; i += gridDim.x)
     if (c.p.streams[i / D::kKvHeads].position >= kSplitPositions)
       combine_splits<D>(c, i / D::kKvHeads, i % D::kKvHeads);

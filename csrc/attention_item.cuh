@@ -1,6 +1,6 @@
-// What the talker's attention is cut into: an item is a column, a key-value head and a split of kSplitPositions
-// positions, which one CTA computes. Which items a CTA has is worked out once a frame, for those that compute and for
-// the warp that fetches.
+// The work items of the talker's attention. An item is a column, a key-value head and a split of kSplitPositions
+// positions. One CTA computes an item. A CTA lists its items once a frame. Computing warps and the fetching warp both
+// use the list.
 #pragma once
 
 #include "context.cuh"
@@ -14,13 +14,13 @@ struct AttentionItem {
   uint32_t bits;  // one register over all waits: column, key-value head, split, place in the CTA's list
 
   __device__ __forceinline__ bool exists() const { return bits != kNone; }
-  __device__ __forceinline__ void forget_derived() { opaque(bits); }  // computed from it: not kept in registers
+  __device__ __forceinline__ void forget_derived() { opaque(bits); }  // frees registers that hold derived values
   __device__ __forceinline__ int column() const { return bits & 0xff; }
   __device__ __forceinline__ int kv_head() const { return bits >> 8 & 0xff; }
   __device__ __forceinline__ int split() const { return bits >> 16 & 0xff; }
   __device__ __forceinline__ int place() const { return bits >> 24; }
 
-  // Of the item, and of this warp's part. Computed where it is needed, and not kept.
+  // The first position of the item, and of this warp's part. Computed at each use, to save registers.
   __device__ __forceinline__ int begin() const { return split() * kSplitPositions; }
   __device__ __forceinline__ int first_position() const {
     return split() * kSplitPositions + warp_index() * kTilePositions;
@@ -30,12 +30,12 @@ struct AttentionItem {
     return c.scratch.items[place()];
   }
 
-  // Whether it has the same queries, and the same keys and values of this launch.
+  // Whether both items have the same queries and the same new keys and values.
   __device__ __forceinline__ bool same_rows(const AttentionItem& other) const {
     return ((bits ^ other.bits) & 0xffff) == 0;
   }
 
-  // Whether this CTA has a split of the same head from here on, in its list.
+  // Whether this CTA's list has split `other_split` of the same column and head, at this place or later.
   template <int kMaxItems>
   __device__ __forceinline__ bool leads_to(const ItemRows (&items)[kMaxItems], int other_split) const {
     if (other_split < split()) return false;
@@ -43,8 +43,8 @@ struct AttentionItem {
     return other.exists() && same_rows(other);
   }
 
-  // The one at a place in this CTA's list, or kNone. Each CTA has a run of them, the splits of one head first:
-  // their queries are read once.
+  // The item at `place` in this CTA's list, or kNone. A CTA has consecutive items. Splits of one head are neighbours,
+  // so that their queries are read once.
   static __device__ __forceinline__ uint32_t find(const FrameParams& p, int kv_heads, int place) {
     int total = 0;
     for (int column = 0; column < p.num_columns; ++column) total += kv_heads * splits(p, column);
@@ -65,7 +65,7 @@ struct AttentionItem {
 static_assert(kMaxSplits <= 256 && kMaxColumns <= 256 && max_items(kMaxColumns) <= 257,
               "an item's numbers have eight bits");
 
-// The items of this CTA, which are the same in all layers of a frame. By the first kThreads threads, once.
+// Lists the items of this CTA, which are the same in all layers of a frame. The first kThreads threads call it once.
 template <class D, class Scratch>
 __device__ __forceinline__ void list_items(const FrameParams& p, Scratch& scratch) {
   for (int place = thread_index(); place < Scratch::kMaxItems; place += kThreads) {
@@ -82,14 +82,15 @@ __device__ __forceinline__ void list_items(const FrameParams& p, Scratch& scratc
   }
 }
 
-// Where an item's keys and values begin in their caches: a page holds them.
+// The first element of an item's page. The index is the same in the key cache and in the value cache.
 template <class D>
 __device__ __forceinline__ int64_t cache_at(const FrameParams& p, int layer, const ItemRows& rows) {
   return (layer * p.num_pages * D::kKvHeads + rows.page) * int64_t(kSplitPositions * D::kHeadDim);
 }
 
-// Of the positions from `first` on, an item's or a warp's: those that the stream has, and those of them that are in the cache
-// and come through the ring. Either may be negative, or more than the item or the warp has.
+// Both count rows of the item from position `first` on. used_rows counts all rows that the stream has. cached_rows
+// counts those that are in the cache and come through the ring. Both may be negative or, for a warp, more than its tile
+// holds.
 __device__ __forceinline__ int used_rows(const ItemRows& rows, int first) { return rows.end - first; }
 __device__ __forceinline__ int cached_rows(const ItemRows& rows, int first) {
   return min(rows.end, rows.first_new) - first;

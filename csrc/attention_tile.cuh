@@ -1,8 +1,8 @@
-// A warp's part of an item of the talker's attention: sixteen positions, on the tensor cores. Scores = K q, then
-// out^T = V^T p, both with the heads of the group in the n dimension.
+// A warp's part of an item of the talker's attention: sixteen positions, on the tensor cores. It computes scores = K q
+// and then out^T = V^T p. Both have the heads of the group in the n dimension.
 //
-// A row's words are swizzled in the cache already, so a piece is one copy. Which dims of a head a lane takes for which
-// k of K q is free, as long as both operands agree: so it reads 16 bytes at once.
+// The words of a row are already swizzled in the cache, so a piece is one copy. The k order of K q may be any order
+// that both operands share. The one used here lets a lane read 16 bytes at once.
 #pragma once
 
 #include <cfloat>
@@ -30,8 +30,7 @@ struct AttentionShared {
   float out[kWarps][S::kGroupSize][S::kDim];
 };
 
-// Queries of a head group, and the keys and values of this launch's rows of a stream: for all splits of a head
-// that a CTA has.
+// The queries of a head group, and this launch's keys and values of a stream. All splits of the head in a CTA use them.
 template <class D>
 struct NewRowsShared {
   using S = HeadShape<D>;
@@ -43,8 +42,8 @@ static_assert(sizeof(AttentionShared<T>) <= sizeof(NarrowForm::Scratch::partial[
               "attention borrows the tiles of partial sums");
 static_assert(sizeof(AttentionShared<T>) % 16 == 0, "rows are read 16 bytes at once");
 
-// One warp's sixteen positions. Lane (g, t) = (lane / 4, lane % 4) holds of the keys rows g and g + 8,
-// of each block of 32 dims the t-th eight. Values stay in the ring until they are used.
+// One warp's sixteen positions. Lane (g, t) = (lane / 4, lane % 4) holds the t-th eight dims of each block of 32, for
+// the key rows g and g + 8. Values stay in the ring until they are used.
 template <class D>
 struct Tile {
   using S = HeadShape<D>;
@@ -52,8 +51,8 @@ struct Tile {
 
   static __device__ __forceinline__ int key_row(int r) { return (lane_index() >> 2) + 8 * r; }
 
-  // This warp's rows, from the ring; `cached` rows of the whole item come through it. Of rows that are not there, keys may
-  // be anything: their scores are not used.
+  // Reads this warp's rows from the ring. `cached` rows of the whole item come through the ring. The keys of missing
+  // rows may have any value, because their scores are not used.
   template <class Ring>
   __device__ __forceinline__ void read_keys(RingReader<Ring>& ring, int cached) {
     const int warp = warp_index(), lane = lane_index(), tiles = warps_with_rows(cached);
@@ -81,7 +80,7 @@ struct Tile {
     ring.next.skip(tiles);
   }
 
-  // The rows at positions from `begin` on, below `end`, from this launch's (whose first is at `begin`).
+  // Takes the rows at positions begin..end - 1 from this launch's new rows, the first of which is at `begin`.
   __device__ __forceinline__ void take_new_keys(const NewRowsShared<D>& sh, int first, int begin, int end) {
     if (first + kTilePositions <= begin) return;
 #pragma unroll
@@ -98,7 +97,7 @@ struct Tile {
   // Dot products with the queries, through shared memory: [group][position], not yet scaled.
   __device__ __forceinline__ void scores(const NewRowsShared<D>& sh, float (*to)[kTilePositions]) const {
     const int g = lane_index() >> 2, t = lane_index() & 3;
-    // The columns beyond the heads repeat them, and are not used.
+    // Columns beyond the heads of the group repeat those heads. Their results are not used.
     const uint4* queries = reinterpret_cast<const uint4*>(sh.q[g % S::kGroupSize]);
     float part[4][4] = {};  // short chains, as in multiply
 #pragma unroll
@@ -115,8 +114,9 @@ struct Tile {
   }
 };
 
-// The order in which a warp's weighed values lie, of each head: lane g of a tile has dims g, g + 8, g + 16, ..., and
-// eight lanes store, as the lanes of finish_item read, to as many banks as can be.
+// The order of a warp's weighted values in shared memory, for each head. Lane g of a tile has dims g, g + 8, g + 16,
+// ... The order spreads the stores of eight lanes over as many banks as possible, and likewise the loads of
+// finish_item.
 template <class D>
 struct ValueOrder {
   using S = HeadShape<D>;
@@ -130,8 +130,8 @@ struct ValueOrder {
   }
 };
 
-// Make a warp's tile of values in the ring whole. Its rows of the cache are there, `cached` of them; then come this
-// launch's, up to `used`. Beyond them nobody wrote, and what is multiplied by a weight of zero must be a number.
+// Completes a warp's tile of values in the ring. Its first `cached` rows come from the cache. The rows up to `used`
+// come from this launch. The rows after them are filled with zeros: their weights are zero, and zero times NaN is NaN.
 template <class D>
 __device__ __forceinline__ void complete_values(uint32_t tile, int cached, int used,
                                                 const __nv_bfloat16 (*fresh)[D::kHeadDim]) {
@@ -178,7 +178,7 @@ __device__ __forceinline__ void attend_values(Context& c, const ItemRows& rows, 
             make_float4(out[2 * i][n], out[2 * i][n + 2], out[2 * i + 1][n], out[2 * i + 1][n + 2]);
 }
 
-// The softmax of a tile's scores: maximum and sum of each head into shared memory, weights as bf16 to
+// The softmax of a tile's scores. The maximum and the sum of each head go to shared memory. The weights go, as bf16, to
 // the lanes that need them.
 template <class D>
 __device__ __forceinline__ void softmax(AttentionShared<D>& sh, int first, int end, uint32_t& p_low, uint32_t& p_high) {
@@ -193,12 +193,12 @@ __device__ __forceinline__ void softmax(AttentionShared<D>& sh, int first, int e
       if (first + row < end) s[i] = sh.score[warp][g][row] * scale;
     }
   const float maximum = max_of_four(fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3])));
-  const float from = fmaxf(maximum, -FLT_MAX);  // of no rows, a number
+  const float from = fmaxf(maximum, -FLT_MAX);  // finite even without rows
 #pragma unroll
   for (int i = 0; i < 4; ++i) s[i] = expf(s[i] - from);
   p_low = pack_bf16(s[0], s[1]);
   p_high = pack_bf16(s[2], s[3]);
-  const float2 low = unpack_bf16(p_low), high = unpack_bf16(p_high);  // the sum of what is weighed with
+  const float2 low = unpack_bf16(p_low), high = unpack_bf16(p_high);  // the sum is over the rounded weights
   float total = low.x + low.y + high.x + high.y;
   total = sum_of_four(total);
   if (g < S::kGroupSize && t == 0) {

@@ -1,8 +1,8 @@
 // One query per stream and head against the keys of the last `window` frames.
 //
-// Keys are kept before RoPE. Scores depend on distances only, so a key is turned back by its
-// distance and the query not at all; no position grows with the stream. The new key and value come
-// from `qkv`; the ring row they go to is the one that has just left the window, which nobody reads.
+// Keys are stored before RoPE. Scores depend on distances only, so the kernel rotates a key back by its distance and
+// does not rotate the query. No position grows with the stream. The new key and value come from `qkv`. They go to the
+// ring row that has just left the window, which no CTA reads.
 #pragma once
 
 #include "codec_rows.cuh"
@@ -31,8 +31,8 @@ __device__ __forceinline__ float score_piece(const float* q, const bf16* key, co
   return sum;
 }
 
-// The exponentials of the scores, each summed over its pieces, and their sum. Every warp works them
-// out for itself, in the same order.
+// Sums each score over its pieces, replaces the scores by their exponentials and returns the sum of these. Every warp
+// computes its own copy, in the same order.
 __device__ __forceinline__ float softmax(float* scores, const float* parts, int pieces, int lived, int window) {
   float largest = -INFINITY, total = 0.f;
   const int lane = threadIdx.x & 31;

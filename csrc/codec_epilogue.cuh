@@ -31,7 +31,7 @@ __device__ __forceinline__ float4 load_segment(uint32_t address, int rank, int o
   }
 }
 
-// All loads of four rows first: a remote one takes hundreds of cycles.
+// Starts all loads of four rows before it adds: a load from another CTA takes hundreds of cycles.
 template <int kSegments>
 __device__ __forceinline__ void sum_segments(uint32_t address, float (&v)[8]) {
 #pragma unroll
@@ -60,7 +60,7 @@ __device__ __forceinline__ void sum_segments(int segments, uint32_t address, flo
   }
 }
 
-// What eight rows of weights come with; a thread keeps its rows through a tile.
+// The scale, bias and activation parameters of eight rows. A thread has the same rows throughout a tile.
 struct Vectors {
   float mul[8], add[8], act_a[8], act_b[8];
   int phase, channel;

@@ -5,9 +5,9 @@
 // stacked in m. Weights come in fragment order by bulk copies, the first of them before the
 // previous kernel has finished; activations by 16-byte copies, swizzled for ldmatrix.
 //
-// The order of all sums is fixed: within a segment of k, each group of warps adds up its half of
-// every block in steps of 16; then the two groups, then the segments. How many columns a tile has
-// does not enter, so it is free to follow the batch.
+// The order of all sums is fixed: within a segment of k, each group of warps adds up its half of every block in steps
+// of 16. Then the two groups are added, then the segments. The number of columns of a tile does not change the order,
+// so it may follow the batch.
 #pragma once
 
 #include "codec_epilogue.cuh"
@@ -19,9 +19,9 @@ constexpr int kBlock = 64;                    // k of one pipeline stage
 constexpr int kStripBytes = 2 * 16 * kBlock;  // one strip of 16 rows of weights in a stage
 constexpr int kGroups = 2;                    // of warps, that share out the k of a stage
 
-// Two CTAs share an SM: one loads while the other multiplies, and the next kernel's begin beside them.
+// Two CTAs share an SM: one loads while the other multiplies. CTAs of the next kernel can start beside them.
 constexpr int kCtasAnSm = 2;
-// What a CTA of them may use, less what the driver and static variables take.
+// Shared memory for the pipeline of one CTA, without the part that the driver and static variables take.
 constexpr int kPipelineLimit = kSmSharedBytes / kCtasAnSm - 1536;
 
 template <int kN_, int kWarpsM_, int kWarpsN_, int kMostStages>
@@ -126,7 +126,7 @@ __device__ __forceinline__ void multiply(float (&acc)[T::kMi][T::kNi][4], uint32
   }
 }
 
-// The accumulators as [column][row] in shared memory, on top of what lies there or instead of it.
+// Writes the accumulators to shared memory as [column][row]. With kAdd it adds them to the values there.
 template <class T, bool kAdd>
 __device__ __forceinline__ void spread(const float (&acc)[T::kMi][T::kNi][4], float* tile) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

@@ -8,7 +8,7 @@
 
 namespace codec {
 
-// A form for less shared memory than the GPU has: the SM gets no more than that.
+// A build may be for less shared memory than the GPU has. This limits the SM to the build's amount.
 inline cudaError_t limit_shared_memory(const void* kernel) {
   int device, most;
   cudaError_t error = cudaGetDevice(&device);
@@ -57,7 +57,7 @@ cudaError_t launch_unit(const Gemm& p, int stages, void* stream) {
 
 extern "C" {
 
-// Whether segments meet in device memory, for want of clusters.
+// Whether the sums of segments are exchanged in device memory, because the GPU has no clusters.
 int codec_meets_in_memory() { return !kHopper; }
 
 // 8, 16, 32, 64 or 128 columns a CTA. `partial` and `arrived` are SegmentedGemm's, of no use where there are clusters.
@@ -135,7 +135,7 @@ int codec_last_conv(const codec::LastConv* p, int streams, void* stream) {
 // Shared memory of an SM that the tiles are cut for, in bytes.
 int codec_sm_shared_bytes() { return codec::kSmSharedBytes; }
 
-// For the host to see that it mirrors the structures as they are.
+// The total size of the parameter structures. The host compares it with its own mirror of them.
 int codec_param_bytes() {
   using namespace codec;
   return sizeof(Gemm) + sizeof(Embed) + sizeof(Attention) + sizeof(DepthwiseNorm) + sizeof(LastConv);

@@ -16,8 +16,8 @@ __device__ __forceinline__ void prefetch(const void* data, int bytes) {
   for (int at = threadIdx.x * 128; at < bytes; at += blockDim.x * 128) prefetch_l2(from + at);
 }
 
-// Weights of a pipeline's stage, whose barrier counts kStageArrivals. On Hopper one thread tells the copy engine, ahead of
-// the previous kernel's end; before, all threads of the block copy together.
+// Weights of a pipeline's stage, whose barrier counts kStageArrivals. On Hopper one thread tells the copy engine, ahead
+// of the previous kernel's end; before, all threads of the block copy together.
 template <int kThreads>
 constexpr int kStageArrivals = kHopper ? 1 : kThreads;
 __device__ __forceinline__ void expect_stage(uint32_t barrier, int bytes) {

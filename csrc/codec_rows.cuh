@@ -10,7 +10,7 @@
 
 namespace codec {
 
-// The stream's slot and age, where `r` needs them: a load less on the way to everything else.
+// The stream's slot and age. Skips the load where `r` is not indexed by slot, because all other loads wait for it.
 __device__ __forceinline__ Call call_of(const Rows& r, const Call* calls, int stream) {
   if (r.by_slot) return calls[stream];
   return {stream, 0};

@@ -2,8 +2,8 @@
 // residual, where all channels fit one tile (96 and 192, the widest in time and so in values).
 //
 // The columns of a tile are steps of one stream, so the rows that all taps look at are one slab,
-// fetched once. Between the two products the slab's place is taken by the values between them. The
-// weights of both are one stream through the stages. The sums are those of codec_gemm.cuh.
+// fetched once. The input of the second product overwrites the slab. The weights of both products pass through the
+// pipeline stages as one sequence. The order of sums is that of codec_gemm.cuh.
 #pragma once
 
 #include "codec_gemm.cuh"

@@ -1,4 +1,5 @@
-// What a computing warp carries through the frame: the tag of the next exchange, its place in the schedule, its ring.
+// The state that a computing warp keeps through a frame: the tag of the next exchange, its place in the schedule, its
+// ring position.
 #pragma once
 
 #include "shared_memory.cuh"
@@ -8,7 +9,7 @@ namespace qwen_tts {
 // A bit for each column that holds a row of a stream.
 __device__ __forceinline__ uint32_t columns_of(const FrameParams& p) { return (1u << p.num_columns) - 1; }
 
-// A warp's place in the frame and a few flags, in one register over all waits.
+// A warp's place in the frame and a few flags, packed into one register.
 class PackedState {
  public:
   __device__ __forceinline__ PackedState(uint32_t columns, bool writes_stamps, bool dumps)
@@ -32,7 +33,7 @@ class PackedState {
   static constexpr int kLayerFrom = 16, kPassFrom = 24;
   static_assert(kDumps < 1u << kLayerFrom && max_of(T::kLayers, P::kLayers) < 256, "fields do not overlap");
 
-  // What is computed from the bits is not kept over a wait.
+  // Makes the compiler compute fields again at each use, so that they take no registers over a wait.
   __device__ __forceinline__ uint32_t fresh() const {
     uint32_t x = bits_;
     opaque(x);
@@ -60,8 +61,8 @@ struct ContextOf {
   __device__ __forceinline__ bool uses(int column) const {
     return Form::kWide ? column < p.num_columns : state.uses(column);
   }
-  // The lane whose values this one takes from the exchanges: its own, or one of column 0 where its column is
-  // not in use. Products keep columns apart, so what an unused one holds does not matter.
+  // The lane whose packets this lane polls: its own or, if its column is not in use, one of column 0. Products keep
+  // columns apart, so the values of an unused column do not matter.
   __device__ __forceinline__ int polled_lane() const { return uses(column()) ? lane_index() : lane_index() & 3; }
 
   // This CTA has done its part of an exchange.

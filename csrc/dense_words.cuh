@@ -1,10 +1,11 @@
-// The exchanges of wide frames: 64-bit words of four bf16 with a tag of four bits and nothing beside them, half the bytes of
-// packets. From nine streams on, what CTAs poll is more than the weights they read.
+// The exchanges of wide frames: 64-bit words of four bf16 with a tag of four bits and nothing beside them, half the
+// bytes of packets. From nine streams on, what CTAs poll is more than the weights they read.
 //
-// Values are scaled by 2^-32, which is exact, so that bit 14 of each is 0. The four bits carry the tag: the number of the
-// exchange in its launch, from 1 on, mod 16. Two writes of a word are never a multiple of 16 exchanges apart (DenseReuse), so an
-// old word does not pass for a new one. Before a launch all words are set to a tag that no first write has (launch_frame).
-// A value that is not a number, or too large, is an error (refuse_number): its bits would be a wait without end.
+// Values are scaled by 2^-32, which is exact, so that bit 14 of each is 0. The four bits carry the tag: the number of
+// the exchange in its launch, from 1 on, mod 16. Two writes of a word are never a multiple of 16 exchanges apart
+// (DenseReuse), so an old word does not pass for a new one. Before a launch all words are set to a tag that no first
+// write has (launch_frame). A value that is not a number, or too large, is an error (refuse_number): its bits would be
+// a wait without end.
 #pragma once
 
 #include "context.cuh"
@@ -22,8 +23,8 @@ constexpr uint32_t kOnceTag = 5;  // of words that a launch writes once
 constexpr int kFirstNumber = 1;   // of a launch's first exchange; what the first layer is fed has 0
 
 // Where vectors lie, in words, of one tile of columns. Of a vector, two chunks of 16 values stand together, in mma
-// B-fragment order: lane n * 4 + t has two words. The first has values {2t, 2t + 1, 2t + 8, 2t + 9} of the first chunk and
-// of column n.
+// B-fragment order: lane n * 4 + t has two words. The first has values {2t, 2t + 1, 2t + 8, 2t + 9} of the first chunk
+// and of column n.
 constexpr int dense_words(int k) { return ceil_div(k, 2 * kChunk) * 64; }
 
 struct DenseLayout {
@@ -76,7 +77,7 @@ __device__ __noinline__ void refuse_number(const FrameParams& p, uint32_t tag) {
 // Publish four values: the rows {0, 1, 8, 9} of a chunk, less twice the word's place in it.
 template <class Context>
 __device__ __forceinline__ void publish_word(const Context& c, uint64_t* to, float2 low, float2 high, uint32_t tag) {
-  // A sum, so that what is not a number stays it.
+  // One comparison of the sum: a NaN in any value makes it false.
   if (!(fabsf(low.x) + fabsf(low.y) + fabsf(high.x) + fabsf(high.y) < kDenseLimit)) refuse_number(c.p, c.tag);
   const uint2 bits = dense_tag(tag);
   const uint32_t a = pack_bf16(low.x * kDenseScale, low.y * kDenseScale) | bits.x;
@@ -93,8 +94,8 @@ __device__ __forceinline__ void publish_half(const Context& c, uint64_t* to, int
                   pack_bf16(low * kDenseScale, high * kDenseScale) | dense_tag(tag).x);
 }
 
-// The tag of gate-up's result, whose words come in halves: each has two bits of it. It never equals kClearedTag's in the
-// first layer, and two writes of a word are no multiple of four exchanges apart (DenseReuse).
+// The tag of gate-up's result, whose words come in halves: each has two bits of it. It never equals kClearedTag's in
+// the first layer, and two writes of a word are no multiple of four exchanges apart (DenseReuse).
 __device__ __forceinline__ uint32_t inner_tag(uint32_t number) { return (number & 3) * 5; }
 
 // The tag of an exchange of this launch.

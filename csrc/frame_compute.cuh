@@ -59,7 +59,7 @@ struct FrameCompute {
   __device__ __forceinline__ void down() {
     layer_step::down<D>(c);
   }
-  // What follows is a QKV again, with the same sum of squares.
+  // The next product is a QKV too and uses the same array for its sums of squares, hence the barrier.
   __device__ __forceinline__ void skip_to_next_pass() { sync_compute(); }
 
   // Talker: the hidden row is left in the residual, normed.
@@ -84,7 +84,7 @@ struct FrameCompute {
 
   __device__ __forceinline__ int code() {
     sample_own(c);
-    // This lane's stream, or where its column has none, one that is there.
+    // This lane's stream. A lane whose column has no stream takes the last stream.
     const int own = min(c.column() % (new_rows(c).first > 0 ? kPairedStreams : kTileColumns), c.p.num_columns - 1);
     return sampled_code(c, pass() - 1, own);
   }

@@ -13,8 +13,8 @@ struct FrameFetch : FramePlace {
   const ItemRows* attended;     // this CTA's items
   uint64_t once, kept, normal;  // L2 policies
 
-  // An item of a product, which begins at `from`; the product's first kept_bytes shall stay in L2. A lane fetches for the
-  // warps that share a piece.
+  // An item of a product, which begins at `from`; the product's first kept_bytes shall stay in L2. A lane fetches for
+  // the warps that share a piece.
   template <class Prod>
   __device__ __forceinline__ void one_item(const char* from, int item, int64_t kept_bytes) {
     from += lane_index() * (Prod::kOwners * Prod::kPieces * Prod::kWarpPieceBytes);
@@ -75,7 +75,8 @@ struct FrameFetch : FramePlace {
   __device__ __forceinline__ void down() {
     added_items<D, typename Products<D>::Down, Products<D>::kDownFrom>(down_owner_first<D>());
   }
-  // What a talker layer's attention needs of the caches. The predictor's stays in the CTA.
+  // The cached keys and values that a talker layer's attention needs. The predictor's keys and values do not come
+  // through the ring.
   template <class D>
   __device__ __forceinline__ void attention() {
     if constexpr (std::is_same_v<D, T>) keys_and_values();
@@ -91,7 +92,7 @@ struct FrameFetch : FramePlace {
       const int bytes = max(0, min(kTilePositions, cached_rows(*rows, first))) * kRowBytes;
       ring.push(warps_with_rows(cached_rows(*rows, begin)), reinterpret_cast<const char*>(p.k_cache) + at, bytes,
                 normal);
-      // Rows of this launch find room in a tile of values.
+      // A tile of values also has room for rows of this launch (complete_values).
       ring.push(warps_with_rows(used_rows(*rows, begin)), reinterpret_cast<const char*>(p.v_cache) + at, bytes, normal);
     }
   }

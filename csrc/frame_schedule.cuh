@@ -1,6 +1,6 @@
-// The order of a frame's exchanges, written once. Everybody who must agree on it walks the frame with walk_frame and says
-// what to do at each step: the warp that fetches weights, the warps that compute, and the host, which counts and names
-// exchanges (frame_exchanges in kernel_tts.h). A mismatch between two of them would hang.
+// The order of a frame's exchanges, written once. Everybody who must agree on it walks the frame with walk_frame and
+// says what to do at each step: the warp that fetches weights, the warps that compute, and the host, which counts and
+// names exchanges (frame_exchanges in kernel_tts.h). A mismatch between two of them would hang.
 //
 //   talker layers ─ codec head ─ projection ─ [pass 0] ─ code 0 ─ pass 1 ─ code 1 ─ ... ─ pass 15 ─ code 15
 //
@@ -36,8 +36,8 @@ constexpr int kLastPass = kNumCodebooks - 1;
 
 QWEN_TTS_BOTH constexpr int first_pass(int streams) { return streams <= kPairedStreams ? 1 : 0; }
 
-// Whether a layer's queries, keys and values come from a table (FrameParams::predictor_first_qkv): the first layer's input
-// is a code's embedding, from position 2 on in all columns.
+// Whether a layer's queries, keys and values come from a table (FrameParams::predictor_first_qkv): the first layer's
+// input is a code's embedding, from position 2 on in all columns.
 QWEN_TTS_BOTH constexpr bool qkv_from_table(int pass, int layer) { return layer == 0 && pass > 1; }
 
 // Whether a layer ends with its QKV.
@@ -59,7 +59,7 @@ QWEN_TTS_BOTH constexpr void walk_layer(Visitor& v) {
     v.template qkv<D>();
     v.advance(Step::kQkv);
   }
-  // Asked only now: an answer from before would take a register over the waits of QKV.
+  // Evaluated here, because an earlier result would take a register over the waits of QKV.
   if (kPredictor && ends_with_qkv(v.pass(), v.layer())) {
     v.skip_to_next_pass();
     return;

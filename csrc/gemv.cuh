@@ -1,9 +1,9 @@
 // Products of the frame: 16-row weight strips (mma A operand, from the ring) with the columns in
 // the n dimension (B operand, in registers), so that 1 to 8 streams cost the same.
 //
-// Every warp takes a sixteenth of k. Partial sums of the warps meet in shared memory, and 64
-// threads an item finish two rows each for one column, always in the order of the warps: the same
-// bits for every grid and every company.
+// Each warp takes a sixteenth of k. The warps store their partial sums in shared memory. Then 64 threads finish an
+// item: each sums two rows of one column, always in warp order. So the bits depend neither on the grid nor on the
+// number of streams.
 #pragma once
 
 #include "context.cuh"
@@ -24,7 +24,7 @@ struct Cell {
 };
 static_assert(kTileColumns == 8 && kStripRows == 16, "a cell's lanes are those of an 8-column tile");
 
-// All that the epilogue can know before the warps have met: afterwards each step is waited for.
+// The indices of the epilogue, computed before the barrier. After the barrier every step adds to the latency.
 __device__ __forceinline__ Cell epilogue_cell(const float (*partial)[kWarps][kTileFloats]) {
   const int lane = lane_index(), warp = warp_index();
   Cell cell;
@@ -52,8 +52,8 @@ __device__ __forceinline__ float2 sum_rows(const Cell& cell) {
   return make_float2(sum, __shfl_down_sync(~0u, sum, kTileColumns));
 }
 
-// A quarter of the sum of squares of a column of the tile that begins at `first`: the four lanes of a column share it out
-// (rms_scale).
+// A quarter of the sum of squares of a column, in the tile of columns that begins at `first`. The four lanes of a
+// column have a quarter each, and rms_scale adds them.
 template <class Scratch>
 __device__ __forceinline__ float squares_part(const Scratch& scratch, int norm, int first = 0) {
   float sum = 0.f;
@@ -79,7 +79,8 @@ __device__ __forceinline__ void load_weights(RingReader<Ring>& ring, uint4 (&to)
   ring.next.skip(kWarps / Prod::kOwners);
 }
 
-// What one warp multiplies: two chains of mma, for each takes as long as thirty other instructions.
+// The multiplications of one warp. Two independent chains of mma hide latency: an mma takes as long as thirty other
+// instructions.
 template <int kHeld>
 __device__ __forceinline__ void multiply(float (&acc)[2][4], const uint4 (&a)[kHeld], const uint2 (&f)[kHeld]) {
 #pragma unroll
@@ -92,13 +93,14 @@ __device__ __forceinline__ void store_tile(const Context& c, int tile, const flo
       make_float4(acc[0][0] + acc[1][0], acc[0][1] + acc[1][1], acc[0][2] + acc[1][2], acc[0][3] + acc[1][3]);
 }
 
-// A group of items whose first two's weights are in registers; `item` moves on. How many there were.
+// Multiplies a group of items, advances `item` past it and returns the number of items. The weights of the first two
+// items are in registers already.
 template <class Prod, class Tiles>
 __device__ __forceinline__ int multiply_two_ahead(Context& c, int& item, uint4 (&a)[2][Prod::kHeld],
                                                   const uint2 (&f)[Prod::kHeld]) {
   int n = 0;
 #pragma unroll
-  for (int i = 0; i < Tiles::kCount; ++i) {  // not a loop: which registers are next is known
+  for (int i = 0; i < Tiles::kCount; ++i) {  // unrolled, so that a[i % 2] stays in registers
     if (i > 0 && item >= Prod::kItems) break;
     item += gridDim.x;
     ++n;
@@ -110,7 +112,7 @@ __device__ __forceinline__ int multiply_two_ahead(Context& c, int& item, uint4 (
   return n;
 }
 
-// The same where one item's weights are ahead, or none.
+// The same for products that load the weights of at most one item ahead.
 template <class Prod, class Tiles, class Fragments>
 __device__ __forceinline__ int multiply_group(Context& c, int& item, uint4 (&a)[Prod::kHeld], uint2 (&f)[Prod::kHeld],
                                               Fragments&& fragments) {
@@ -134,16 +136,16 @@ __device__ __forceinline__ int multiply_group(Context& c, int& item, uint4 (&a)[
   return n;
 }
 
-// Run all items of a product that fall to this CTA, in steps of as much of k as registers hold. Threads' numbers are
-// read anew where they are needed, for registers' sake.
+// Computes this CTA's items of a product. One step covers as much of k as registers hold. Thread indices are read again
+// at each use, to save registers.
 //   fragments(split, first, f): fills f[kHeld] with the B operand of this warp's part of k, from
-//     chunk `first` of it; not called in a CTA without items
-//   finish(strip, split, cell, rows, packets, squares): takes two finished rows (whole warps together), and what
-//     was read beside them: where the exchanges lie, and where kNorm names a norm, this lane's part of its sum
-// Where it can (kAhead), the weights of an item or two are read from the ring before their operand is waited for, and
-// later ones while products are made: what is left between an operand's arrival and the results is short.
-// Partial sums meet in `Tiles` (shared_memory.cuh). Every CTA passes a barrier, even without items: what was read before is
-// free after it.
+//     chunk `first` of that part. A CTA without items does not call it.
+//   finish(strip, split, cell, rows, packets, squares): takes two finished rows. Whole warps call it together.
+//     `packets` is the exchange memory. `squares` is this lane's part of the sum of squares, if kNorm names a norm.
+// With kAhead, a warp loads the weights of one or two items from the ring before it waits for the operand, and further
+// weights while it multiplies. This shortens the time from the operand's arrival to the results. Partial sums are in
+// `Tiles` (shared_memory.cuh). Every CTA passes a barrier, even one without items. Memory that was read before the call
+// is free after the barrier.
 template <class Prod, class Tiles, int kNorm = -1, class Fragments, class Finish>
 __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&& finish) {
   int item = block_index();

@@ -48,8 +48,8 @@ __device__ __forceinline__ void wait_rows(const Context& c, HeadRow<kDim> (&rows
   }
 }
 
-// Publish the heads' output: rows {row, row + 1} of a column, the same in four neighbouring lanes. Whole warps, each with
-// sixteen rows from a multiple of sixteen on.
+// Publish the heads' output: rows {row, row + 1} of a column, the same in four neighbouring lanes. Whole warps, each
+// with sixteen rows from a multiple of sixteen on.
 template <class Context>
 __device__ __forceinline__ void publish_heads(const Context& c, int row, int column, float low, float high) {
   if constexpr (!Context::Form::kWide) {

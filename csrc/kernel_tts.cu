@@ -9,9 +9,9 @@
 //   wide_compute.cuh     frame_compute.cuh for more than eight streams:  wide_layer.cuh  wide_gemv.cuh  dense_words.cuh
 //   shared_memory.cuh    what a CTA keeps;  context.cuh  what a warp keeps
 //
-// One persistent CTA per SM, launched cooperatively. Nothing returns to the host inside a frame, and there is no grid
-// barrier. The sum of a frame's 16 embeddings is left for the next frame, which adds its text row. A prefill is the
-// talker's layers alone, over up to eight rows of one stream, by the narrow kernel.
+// One persistent CTA runs on each SM, launched cooperatively. A frame has no host round trip and no grid barrier. Each
+// frame stores the sum of its 16 embeddings. The next frame adds its text row to this sum. A prefill runs the talker's
+// layers alone, over up to eight rows of one stream, in the narrow kernel.
 #include "frame_compute.cuh"
 #include "frame_fetch.cuh"
 #include "kernel_tts.h"
@@ -22,8 +22,8 @@ namespace qwen_tts {
 template <class Form>
 struct Shared {
   typename Form::Ring ring;
-  // A copy, for registers' sake: what is read from here is not kept over a wait, while addresses
-  // computed from the kernel's constants would be, and be spilled.
+  // A copy of the kernel's parameters, to save registers. The compiler reads this copy again after each wait. It would
+  // keep addresses computed from the constant parameters over waits, and spill them.
   FrameParams params;
   typename Form::Scratch scratch;
 };
@@ -32,8 +32,8 @@ static_assert(max_of(sizeof(Shared<NarrowForm>), sizeof(Shared<WideForm>)) <= kS
 static_assert(offsetof(Shared<NarrowForm>, ring.data) == 0 && offsetof(Shared<WideForm>, ring.data) == 0,
               "tiles are aligned as the memory is");
 
-// Four warps beside those that compute, though one fetches: registers are given to warps by fours,
-// and four can hand theirs over.
+// Four warps run beside the computing warps, although only one fetches: setmaxnreg reassigns registers by groups of
+// four warps.
 constexpr int kAllThreads = kThreads + 128;
 
 template <class Form>

@@ -16,8 +16,8 @@ int frame_dump_rows();              // of FrameParams::dump_exchanges, an exchan
 int frame_shared_bytes();           // of dynamic shared memory, a CTA
 int frame_ring_slots();             // of the weight ring
 int frame_most_ring_slots();        // that shared memory has room for
-// A line for each exchange of a frame of so many streams, in order: "talker|predictor PASS LAYER STEP", where PASS is -1
-// for the talker. The text is valid until the thread's next call.
+// A line for each exchange of a frame of so many streams, in order: "talker|predictor PASS LAYER STEP", where PASS is
+// -1 for the talker. The text is valid until the thread's next call.
 const char* frame_exchanges(int streams);
 // A line for each Phase that a wait can be in.
 const char* frame_phases();

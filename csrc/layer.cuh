@@ -13,7 +13,7 @@
 
 namespace qwen_tts {
 
-// x / (1 + exp(-x)). Where the exponential is cut off the result has long been nothing in bf16.
+// x / (1 + exp(-x)). The exponent is limited to 80, where the result is negligible in bf16.
 __device__ __forceinline__ float silu(float x) { return divide(x, 1.f + expf(fminf(-x, 80.f))); }
 
 // The B operand of a product whose input is a published vector, from chunk `first` of this warp's.
@@ -37,7 +37,8 @@ __device__ __forceinline__ void wait_fragments(const Context& c, const uint64_t*
 // without this layer's.
 namespace layer_step {
 
-// `first_position()`: whether this is the QKV with which pass 0 ends, which is read an exchange kFirstPositionDelay later.
+// `first_position()`: whether this is the QKV with which pass 0 ends, which is read an exchange kFirstPositionDelay
+// later.
 template <class D, class FirstPosition>
 __device__ __forceinline__ void qkv(Context& c, Residual<D>& r, FirstPosition&& first_position) {
   using L = PacketLayout;

@@ -5,17 +5,16 @@
 // needed; relaxed gpu-scope loads never come from L1. PTX promises single-copy atomicity for a
 // 64-bit scalar and none between the elements of a vector, so each packet carries its own tag.
 //
-// Tags rise by one with each exchange of a launch and from launch to launch (the host passes the
-// first), so nothing is ever reset. Each kind of exchange has its own buffer, and a buffer may be
-// overwritten one layer later. Why that is safe: whoever writes layer l + 1 has (through the
-// chain of exchanges) waited for all QKV and all gate-up rows of the layer before, and a CTA
-// publishes its rows of those only after it has read what came earlier. So every CTA must own rows
-// of both: the grid is limited (frame_max_grid). Where the predictor's first layer has no QKV exchange, the
-// code stands for it: it is known only when all gate-up rows of the pass before have been used.
-// Position 0's own pass ends with a QKV, which has a buffer of its own; whoever goes on has read all rows of the down
-// projection before it, so of that layer nothing is still to be read.
+// Tags rise by one with each exchange of a launch and from launch to launch (the host passes the first), so nothing is
+// ever reset. Each kind of exchange has its own buffer, and a buffer may be overwritten one layer later. This is safe:
+// before a CTA writes in layer l + 1, the chain of exchanges has made it wait for all QKV rows and all gate-up rows of
+// layer l. A CTA publishes its rows of these two only after it has read all earlier exchanges. So every CTA must own
+// rows of both, which limits the grid (frame_max_grid). In the predictor's first layer without a QKV exchange, the
+// exchange of the code takes its role: the code is known only after all gate-up rows of the previous pass have been
+// used. Pass 0 ends with a QKV that has its own buffer. A CTA that goes on to pass 1 has read all rows of the down
+// projection before that QKV, so no read of that layer is outstanding.
 //
-// The alternative that lost: grid barriers, 2.3 us each while weights stream (docs/experiments.md).
+// Grid barriers are slower: 2.3 us each while weights stream (docs/experiments.md).
 #pragma once
 
 #include "encodings.cuh"
@@ -67,12 +66,12 @@ struct Watchdog {
   }
 };
 
-// All waits are for whole warps, which leave them together: a warp whose lanes leave one by one runs what
-// follows several times over, once for each group of lanes. A lane with nothing to wait for waits for what
-// another does. The watchdog is asked while the answers are under way.
+// Whole warps wait, and their lanes leave a wait together. If lanes left one by one, the warp would run the following
+// code once for each group of lanes. A lane with nothing to wait for polls another lane's packets. The watchdog check
+// runs while the loads are in flight.
 
 // Poll kCount chunks (64 packets each, of which a lane has two) of each of kVectors vectors, until all
-// carry `tag`. All are asked for again until then: to leave out what has come gained nothing, and took registers.
+// carry `tag`. Each poll loads all of them again: skipping those that have arrived saves no time and costs registers.
 template <int kVectors, int kCount>
 __device__ __forceinline__ void wait_pairs(const uint64_t* p, int vector_stride, uint32_t tag,
                                            TwoPackets (&v)[kVectors][kCount], const Watchdog& dog, Phase phase) {

@@ -18,9 +18,9 @@ static_assert(sizeof(PredictorAttentionShared<P>) <= sizeof(NarrowForm::Scratch:
               "attention borrows a tile");
 static_assert(kWarps >= kNumCodebooks, "a warp takes a position");
 
-// The new rows of a pass: the one at `last`, of stream s in column first + s, and where first is
-// not 0 also the one before it, in column s. Where that one had a pass of its own, its last layer left keys and
-// values to this one (`first_position`).
+// The new rows of a pass. The row at position `last` of stream s is in column first + s. If first is not 0, the row
+// before it is new too, in column s. If `first_position` is set, pass 0 processed position 0, and the last layer's keys
+// and values of that position are read in this pass.
 struct NewRows {
   int last, first;
   bool first_position;
@@ -54,13 +54,13 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
   __nv_bfloat16* v_rows = k_rows + kNumCodebooks * S::kDim;
   const __nv_bfloat16* qk_norm = p.predictor_qk_norms + c.layer() * 2 * S::kDim;
 
-  // Each query by a warp without a new position, for all.
+  // A warp without a new position prepares each query, and all warps use it.
   const int g = (warp - rows.last - 1) & (kWarps - 1);
   const bool known = qkv_from_table(rows.last, c.layer()), is_new = warp <= rows.last && rows.holds(warp);
   Row k, v;
   if (is_new) {
     const NormRope<S::kDim> by(qk_norm + S::kDim, p.predictor_rope + warp * S::kDim);
-    Row kv[2];  // polled together, for a wait costs a trip
+    Row kv[2];  // polled together, because each wait costs a memory round trip
     if (known) {
       const __nv_bfloat16* from = known_qkv<D>(c, stream, rows.last) + S::kQRows + kv_head * S::kDim;
       kv[0].load(from);
@@ -146,7 +146,7 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
   }
 }
 
-// All items of one layer that fall to this CTA; reads c.tag - 1, publishes c.tag.
+// All items of this CTA in one layer. Reads the exchange c.tag - 1 and publishes c.tag.
 template <class D, class Context>
 __device__ __forceinline__ void attend_predictor(Context& c, const NewRows& rows) {
   free_tiles(c);

@@ -11,8 +11,8 @@ namespace qwen_tts {
 constexpr int kStripRows = 16, kChunk = 16;
 constexpr int kChunkBytes = 2 * kStripRows * kChunk;
 
-// A piece of weights is one copy and takes a slot of the ring (ring.cuh). It has as many chunks of a warp as divide the
-// warp's evenly and fit; if they are all of the warp's, those of its neighbours too, as far as they fit.
+// A piece of weights is one copy and takes one slot of the ring (ring.cuh). Its number of chunks divides a warp's
+// chunks evenly. A piece that holds all chunks of a warp also holds those of neighbouring warps, as far as they fit.
 constexpr int kSlotBytes = 4096;
 constexpr int kSlotChunks = kSlotBytes / kChunkBytes;
 constexpr int kMaxOwners = 8;  // warps that a piece is for

@@ -1,6 +1,6 @@
-// Every instruction that C++ has no word for, and what the machine gives a CTA: for both kernels, the frame's and the
-// codec's. Names are PTX's. Shared memory is addressed in 32 bits, half the registers of a generic pointer. What only Hopper
-// has (architecture.h) is done otherwise on older GPUs, or left out where nothing is lost but time.
+// Wrappers for PTX instructions without a C++ equivalent, for the frame kernel and the codec kernels. Names follow PTX.
+// Shared memory addresses have 32 bits, which takes half the registers of a generic pointer. Older GPUs replace the
+// instructions that only Hopper and newer have (architecture.h), or omit them where only speed is lost.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ namespace ptx {
 
 // ------------------------------------------------------------------ threads and registers
 
-// Read anew at each use: what is computed from it would else be kept in registers, and spilled, from
-// one end of the frame to the other.
+// Read again at each use. Otherwise the compiler keeps values computed from them in registers for the whole frame, and
+// spills them.
 __device__ __forceinline__ int thread_index() {
   int x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
@@ -27,7 +27,8 @@ __device__ __forceinline__ int block_index() {
   return x;
 }
 
-// What is computed from x is computed anew after this: not kept in registers instead.
+// Hides the value of x from the optimizer: values that depend on x are computed again after this, not kept in
+// registers.
 __device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
@@ -207,7 +208,7 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
-// What this thread stored to shared memory comes before what the copy engine is told to write there after it.
+// Orders this thread's earlier stores to shared memory before later writes there by the copy engine.
 __device__ __forceinline__ void fence_copy_engine() {
   if constexpr (kHopper) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -271,7 +272,8 @@ __device__ __forceinline__ float divide(float a, float b) {
 
 // ------------------------------------------------------------------ launches and clusters
 
-// The next kernel of the stream may start now; and wait until the ones before have ended. Before Hopper they always have.
+// The next kernel of the stream may start now; and wait until the ones before have ended. Before Hopper they always
+// have.
 __device__ __forceinline__ void launch_dependents() {
   if constexpr (kHopper) asm volatile("griddepcontrol.launch_dependents;");
 }

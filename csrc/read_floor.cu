@@ -1,5 +1,5 @@
-// The floor under a frame: its bytes read once, in order, by a kernel that does nothing else. For
-// the bench (bench/frame_kernel.py), so that a frame is compared with the memory of the GPU it ran on.
+// A lower bound for the time of a frame: a kernel that only reads the frame's bytes, once and in order. The bench
+// (bench/frame_kernel.py) compares a frame with it on the same GPU.
 #include <cstdint>
 
 #include <cuda_runtime.h>

@@ -1,7 +1,7 @@
 // The residual rows, in fp32, spread over the registers of every CTA's warps; and their RMSNorm.
 //
-// RMSNorm is deferred: its weight is in the product that follows (weight_packing.py). That product runs on x, and its rows
-// are scaled by 1 / rms(x) when they are finished, so nothing waits for the sum of squares.
+// RMSNorm is deferred: its weight is in the product that follows (weight_packing.py). That product runs on x, and its
+// rows are scaled by 1 / rms(x) when they are finished, so nothing waits for the sum of squares.
 #pragma once
 
 #include "gemv.cuh"
@@ -67,8 +67,8 @@ struct Residual {
   }
 };
 
-// This warp's part of the sums of squares for a norm, of the tile of columns that begins at `first`. Of the rounded rows, as
-// the official model has it: the diagonal of what the tensor cores make of the tile and its transpose.
+// This warp's part of the sums of squares for a norm, of the tile of columns that begins at `first`. Of the rounded
+// rows, as the official model has it: the diagonal of what the tensor cores make of the tile and its transpose.
 template <class Scratch, int kCount>
 __device__ __forceinline__ void store_squares(Scratch& scratch, int norm, int first, const uint2 (&f)[kCount]) {
   float products[4] = {};  // of columns lane / 4 and 2 * (lane % 4), + 1

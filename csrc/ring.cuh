@@ -1,17 +1,17 @@
 // The weight ring. One warp of the CTA fetches weights, keys and values for the sixteen others. It never stops at a
 // dependency, so the memory system stays busy while those wait for packets.
 //
-// The ring has kSlots slots of kSlotBytes. A piece is one copy by the bulk copy engine and takes one slot. A copy costs the
-// fetching warp some fifty cycles whatever its size, so a piece serves as many warps as fill a slot, its owners. Before
-// Hopper there is no such engine: the fetching warp's lanes copy a piece together, 16 bytes each at a time. A piece
-// holds mma A fragments of one 16-row strip for a few 16-wide chunks of k: 512 bytes a chunk, lane by lane 16 bytes, so a
-// lane's load is its operand. Or it holds one warp's rows of keys or values (kv_tile.cuh). All warps know the order of all
-// pieces: each reads its own and steps over those of others. Each slot has two mbarriers: one says that a piece has
-// arrived, the other that its owners have read it.
+// The ring has kSlots slots of kSlotBytes. A piece is one copy by the bulk copy engine and takes one slot. A copy costs
+// the fetching warp some fifty cycles whatever its size, so a piece serves as many warps as fill a slot, its owners.
+// Before Hopper there is no such engine: the fetching warp's lanes copy a piece together, 16 bytes each at a time. A
+// piece holds mma A fragments of one 16-row strip for a few 16-wide chunks of k: 512 bytes a chunk, lane by lane 16
+// bytes, so a lane's load is its operand. Or it holds one warp's rows of keys or values (kv_tile.cuh). All warps know
+// the order of all pieces: each reads its own and steps over those of others. Each slot has two mbarriers: one says
+// that a piece has arrived, the other that its owners have read it.
 //
-// The sanitizer's racecheck takes what the copy engine writes for a race, and a word that is polled too. It does not see
-// that lanes which meet at __syncwarp have read. For it (QWEN_TTS_RACECHECK) lanes copy, each says itself that it has
-// read, and the polled words are in device memory, which it does not watch.
+// The sanitizer's racecheck reports false races for writes of the copy engine and for polled words. It does not see
+// that __syncwarp orders the reads of lanes. In a build for racecheck (QWEN_TTS_RACECHECK), lanes copy, each lane
+// arrives at the barrier after its own reads, and polled words are in device memory, which racecheck does not watch.
 #pragma once
 
 #include "packets.cuh"
@@ -28,15 +28,15 @@ constexpr bool kRacecheck = true;
 constexpr bool kRacecheck = false;
 #endif
 
-// Threads of a warp that say that it has read a piece.
+// Threads of a warp that arrive at a slot's `empty` barrier after the warp has read a piece.
 constexpr int kReaders = kRacecheck ? 32 : 1;
 
-// Whether the lanes copy a piece together; each then says when its part is there.
+// Whether the lanes copy a piece together. Each lane then arrives when its part has been copied.
 constexpr bool kLanesCopy = !kHopper && !kRacecheck;
 constexpr int kFillers = kLanesCopy ? 32 : 1;
 
-// The round in which each slot was filled last. A warp reads only some of a slot's pieces, so it can be more than one piece
-// ahead of the slot. The parity of a barrier cannot tell that.
+// The round in which each slot was filled last. A warp reads only some of a slot's pieces, so it can be more than one
+// piece ahead of the slot. The parity of a barrier cannot tell that.
 template <int kSlots>
 struct FilledRounds {
   uint32_t round[kSlots];
@@ -121,9 +121,10 @@ struct RingReader {
     return smem_address(sh.data[place.slot]);
   }
 
-  // This warp, one of kOwners, has read a piece. `loaded` depends on all that was loaded from it: loads are on their way
-  // when the next instruction runs, and the copy engine, which fills the slot again, does not wait for them. So the
-  // barrier's address is made to depend on them too; no round reaches 2^31.
+  // Tells the ring that this warp, one of kOwners, has read a piece. `loaded` depends on all words loaded from the
+  // piece. Loads may still be in flight when the next instruction runs, and the copy engine, which fills the slot
+  // again, does not wait for them. So the barrier's address depends on `loaded` too. The added value is 0: no round
+  // reaches 2^31.
   template <int kOwners>
   __device__ __forceinline__ void release(const Place& place, uint32_t loaded) {
     const uint32_t nothing = loaded & uint32_t(int(place.round) >> 31);
@@ -141,8 +142,8 @@ struct RingWriter {
   Shared& sh;
   Place next;
 
-  // The next `count` pieces, at most kWarps, by as many lanes: this lane's is the next but lane_index(), of `bytes` bytes
-  // from `from` on.
+  // Fetches the next `count` pieces, at most kWarps, one for each lane. Lane i has the i-th of them: `bytes` bytes from
+  // `from` on.
   __device__ __forceinline__ void push(int count, const char* from, int bytes, uint64_t policy) {
     if constexpr (kLanesCopy) return push_together(count, from, bytes, policy);
     const Place place = next.after(lane_index() & (kWarps - 1));
@@ -163,8 +164,8 @@ struct RingWriter {
   }
 
  private:
-  // Pieces that are fetched side by side. No two of them may have the same slot: the parity of a barrier tells only whether
-  // the last piece has been read, not the last but one.
+  // Pieces that are fetched side by side. No two of them may share a slot: a barrier's parity tells only whether the
+  // last piece of the slot has been read, not the piece before it.
   static constexpr int kAtOnce = Shared::kSlots >= kWarps ? kWarps : kWarps / 2;
   static_assert(Shared::kSlots >= kAtOnce, "more pieces at once than slots");
 

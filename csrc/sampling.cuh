@@ -1,10 +1,10 @@
 // One code from its logits, by one CTA for one stream, in the order of Hugging Face `generate`:
 // repetition penalty, suppression, temperature, top-k (ties kept), top-p; then Gumbel-max.
 //
-// Top-k needs no sort: take the winner of score + noise; if fewer than k scores are larger it is
-// the winner of the truncated race too, else everything up to its score is out and the race is run
-// again. Top-p (rare) finds its thresholds by bisection over the logits' order-preserving bits. The
-// twin is qwen_megakernel/model/sampling.py.
+// Top-k needs no sort. The sampler takes the code with the largest score + noise. If fewer than k scores are larger
+// than this code's score, the code is in the top k and wins there too. Otherwise the sampler excludes all scores up to
+// this one and tries again. Top-p, which is rare, finds its thresholds by bisection over the order-preserving bits of
+// the logits. qwen_megakernel/model/sampling.py is the PyTorch version.
 #pragma once
 
 #include "context.cuh"
@@ -37,8 +37,7 @@ struct Draw {
   int codebook, frame;
 };
 
-// Both models' draws, by one piece of code: instructions come from memory too, and the talker's
-// would be cold every frame.
+// Talker and predictor share this code. A separate copy for the talker would miss the instruction cache in every frame.
 struct Sampler {
   static constexpr int kQuads = ceil_div(PacketLayout::kVocab / 4, kThreads);  // of a thread
   static constexpr int kNoise = kQuads * kThreads;                             // quads of a column's noise
@@ -50,16 +49,16 @@ struct Sampler {
   uint32_t seen[kQuads];  // four bits each: codes that the stream has produced
 
   static __device__ __forceinline__ int quad(int i) { return thread_index() + i * kThreads; }
-  // The loops below pass over quads that no thread has: a uniform branch.
+  // Lets the loops below skip quads that no thread has, by a uniform branch.
   __device__ __forceinline__ bool any_owns(int i) const { return i * kThreads < vocab / 4; }
   __device__ __forceinline__ bool owns(int i) const { return quad(i) < vocab / 4; }
 
-  // Drawn while the logits are still being made, for they do not need them, and laid aside until then: each
-  // thread reads what it wrote.
+  // Draws the noise while the logits are still being computed, and stores it. Later each thread reads the noise that it
+  // stored itself.
   static __device__ __forceinline__ void store_noise(const Draw& d, int vocab, float4* aside) {
 #pragma unroll 1
     for (int i = 0; i * kThreads < vocab / 4; ++i) {
-      uint2 key = d.key;  // the rounds' keys are not to be kept in registers over the loop
+      uint2 key = d.key;  // opaque, so that the keys of the rounds take no registers over the loop
       opaque(key.x);
       opaque(key.y);
       const uint4 words = philox(make_uint4(quad(i), d.codebook, d.frame, 0), key);
@@ -190,7 +189,7 @@ struct Sampler {
 
   __device__ __forceinline__ uint32_t key(int i, int j) const { return ordered_bits(__float_as_uint(score[i][j])); }
 
-  // Put codes outside top-k and top-p out, explicitly.
+  // Sets the scores of codes outside top-k and top-p to minus infinity.
   __device__ __forceinline__ void truncate(const Draw& d) {
     uint32_t kth = 0;  // largest key that at least k reach
 #pragma unroll 1
@@ -223,9 +222,9 @@ struct Sampler {
     const float each = expf(from_ordered_bits(edge) - top);
     const int ties = count_if([&](int i, int j) { return key(i, j) == edge; });
     const int last = edge == top_key ? ties - 1 : ties;
-    int removed = 0;  // of equals the lowest indices go first
+    int removed = 0;  // among equal scores, the lowest indices are removed first
     while (removed < last && below + each * (removed + 1) <= limit) ++removed;
-    int from = 0;  // the first index of the equals that stays
+    int from = 0;  // the first index that stays among the equal scores
 #pragma unroll 1
     for (int bit = 12; bit >= 0; --bit) {
       const int candidate = from | 1 << bit;

@@ -8,8 +8,8 @@ namespace qwen_tts {
 
 constexpr int kTileFloats = kStripRows * kTileColumns;  // of one warp's result
 
-// Tiles of partial sums that a product uses. It brings as many items to one barrier. Between a barrier and the next, slow
-// warps still read what the product before it left, so products that follow each other use different tiles:
+// Tiles of partial sums that a product uses. It brings as many items to one barrier. Between a barrier and the next,
+// slow warps still read what the product before it left, so products that follow each other use different tiles:
 //   QKV 0 1    attention 0 1 2 and 3 (talker), 2 (predictor)    O 3    gate-up 0 1 2    down 3    head 0 1
 //   projection 3    draws 3
 // One item a CTA is what O and down have on 128 SMs and more.
@@ -60,8 +60,8 @@ constexpr int most_ring_slots(int scratch_bytes) {
 }
 
 // The two kernels. A frame of up to kTileColumns streams has one tile of columns; its exchanges are packets, and every
-// CTA keeps the residual. A wide frame has up to four tiles; its exchanges are dense words (dense_words.cuh), and a strip of
-// the residual is kept by the CTA that makes it (wide_layer.cuh). Both draw the same codes, bit for bit.
+// CTA keeps the residual. A wide frame has up to four tiles; its exchanges are dense words (dense_words.cuh), and a
+// strip of the residual is kept by the CTA that makes it (wide_layer.cuh). Both draw the same codes, bit for bit.
 template <bool kWide_, int kColumns, int kTiles>
 struct Form {
   static constexpr bool kWide = kWide_;

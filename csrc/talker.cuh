@@ -1,4 +1,4 @@
-// What comes before and after the layers: the rows fed, final norm and head, the draw.
+// The steps before and after the layers: the input rows, the final norm and head, the draw.
 #pragma once
 
 #include "layer.cuh"
@@ -32,7 +32,7 @@ __device__ __forceinline__ void for_own_streams(const FrameParams& p, F&& f) {
   }
 }
 
-// The noise of the draws that this pass leads to, before their logits are waited for.
+// Draws the noise for the code that this pass leads to, before the wait for the logits.
 template <class Context>
 __device__ __forceinline__ void store_noise(const Context& c) {
   const FrameParams& p = c.p;

@@ -1,6 +1,6 @@
 // The kernel as a torch class. Tensors are checked once when it is made, and kept. A launch fills in what changes from
-// frame to frame, and checks that. QWEN_TTS_LIBRARY is a name of its own for each build, so that kernels of several shapes
-// can live in one process.
+// frame to frame, and checks that. QWEN_TTS_LIBRARY is a name of its own for each build, so that kernels of several
+// shapes can live in one process.
 #include <cstring>
 #include <optional>
 #include <string>

@@ -1,5 +1,5 @@
-// The visitor of the frame's schedule (frame_schedule.cuh) that computes a wide frame, of more than kTileColumns streams.
-// attention.cuh, predictor_attention.cuh, talker.cuh and sampling.cuh are those of a narrow frame.
+// The visitor of the frame's schedule (frame_schedule.cuh) that computes a wide frame, of more than kTileColumns
+// streams. attention.cuh, predictor_attention.cuh, talker.cuh and sampling.cuh are those of a narrow frame.
 #pragma once
 
 #include "frame_compute.cuh"
@@ -60,7 +60,7 @@ struct WideCompute {
     wide_step::feed_hidden(c);
     wide_step::projection(c);
   }
-  // All streams' codes, a lane each; every warp keeps them.
+  // The codes of all streams, one in each lane. Every warp keeps a copy.
   __device__ __forceinline__ int code() {
     free_tiles(c);  // the sampler borrows one
     sample_own(c);

@@ -1,6 +1,6 @@
-// Products of a wide frame: the weights of gemv.cuh for up to four tiles of eight columns. A CTA reads each weight once, and
-// only tiles in use are paid for. All tiles' results of an item meet in shared memory at one barrier, and then each warp
-// finishes a quarter of a tile.
+// Products of a wide frame: the weights of gemv.cuh for up to four tiles of eight columns. A CTA reads each weight
+// once, and only tiles in use are paid for. All tiles' results of an item meet in shared memory at one barrier, and
+// then each warp finishes a quarter of a tile.
 //
 // Sums are those of gemv.cuh, in the same order: each warp takes the same part of k, in the same two chains, and the
 // warps' parts are added in the order of the warps.
@@ -39,7 +39,7 @@ struct DenseOperand {
   __device__ __forceinline__ int polled_lane(int tile) const {
     return c.uses(tile * kTileColumns + c.column()) ? lane_index() : lane_index() & 3;
   }
-  // Ask for the words of this warp's chunks of a part of k, from `first` on; they come to a place of `words`.
+  // Starts the loads of this warp's chunks of a part of k, from chunk `first` on. They go to words[place].
   __device__ __forceinline__ void ask(int place, int tile, int part, int first) {
     if (!Prod::real(warp_index())) return;
     const uint64_t* from = dense_vector(c.p, tile, vector);
@@ -75,8 +75,8 @@ struct DenseOperand {
   }
 };
 
-// The row of a finished strip that one lane sums, of one column; pairs stand as in a narrow frame's Cell. A quarter of a
-// strip is a warp's.
+// The row of a finished strip that one lane sums, of one column; pairs stand as in a narrow frame's Cell. A quarter of
+// a strip is a warp's.
 struct WideCell {
   int column, pair;
   bool leads;  // whether this lane has the even row of its pair
@@ -101,7 +101,7 @@ __device__ __forceinline__ float sum_row(const WideContext& c, int tile, const W
   return sum;
 }
 
-// The first tiles of a part of k.
+// Starts the loads of the first tiles of a part of k.
 template <class Operand>
 __device__ __forceinline__ void ask_first(Operand& x, int tiles, int part, int first = 0) {
 #pragma unroll
@@ -142,7 +142,7 @@ struct Handed {
   __device__ __forceinline__ void set(float x) { packet = packet & ~uint64_t(0xffffffffu) | __float_as_uint(x); }
 };
 
-// What a warp finishes: a quarter of a strip, of one tile of columns.
+// A warp finishes a quarter of a strip, for one tile of columns.
 __device__ __forceinline__ int finished_tile() { return warp_index() >> 2; }
 __device__ __forceinline__ WideCell finished_cell() { return wide_cell(warp_index() & 3); }
 __device__ __forceinline__ float finished_row(const WideContext& c, int set) {

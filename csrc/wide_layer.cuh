@@ -1,15 +1,15 @@
 // A decoder layer of a wide frame: the five exchanges of layer.cuh, with another owner of the residual.
 //
-// In a narrow frame every CTA adds the deltas of O and down to its own copy of the residual. 32 columns of it would fill the
-// registers and the shared memory of an SM. So here one CTA makes all of a strip of O, with both parts of k. It adds them
-// to its strip of the residual, in fp32, and publishes the sum as the next product reads it, rounded. Down's strips belong
-// to other CTAs where there are enough. The two owners of a strip hand it over in packets of fp32, which are there
-// long before they are needed.
+// In a narrow frame every CTA adds the deltas of O and down to its own copy of the residual. 32 columns of it would
+// fill the registers and the shared memory of an SM. So here one CTA makes all of a strip of O, with both parts of k.
+// It adds them to its strip of the residual, in fp32, and publishes the sum as the next product reads it, rounded.
+// Down's strips belong to other CTAs where there are enough. The two owners of a strip hand it over in packets of fp32,
+// which are there long before they are needed.
 //
-// A vector may be overwritten one layer later, tile by tile. Whoever writes a tile of it in layer l + 1 has waited for all
-// strips of a later vector of layer l in that tile, and these were made by all CTAs that read it: down waits for all of
-// gate-up, which has read what O published; QKV waits for all of down, which has read gate-up; O waits for all heads,
-// which have read QKV.
+// A vector may be overwritten one layer later, tile by tile. Whoever writes a tile of it in layer l + 1 has waited for
+// all strips of a later vector of layer l in that tile, and these were made by all CTAs that read it: down waits for
+// all of gate-up, which has read what O published; QKV waits for all of down, which has read gate-up; O waits for all
+// heads, which have read QKV.
 #pragma once
 
 #include "predictor.cuh"
@@ -22,8 +22,8 @@ __device__ __forceinline__ uint32_t hidden_tag(const FrameParams& p) { return p.
 
 namespace wide_step {
 
-// Publish a lane's row with those of the three lanes that make a word of it: the odd row of the pair is eight lanes further,
-// the pair eight rows further sixteen lanes.
+// Publish a lane's row with those of the three lanes that make a word of it: the odd row of the pair is eight lanes
+// further, the pair eight rows further sixteen lanes.
 __device__ __forceinline__ void publish_rows(const WideContext& c, int vector, int strip, int tile,
                                              const WideCell& cell, float row, uint32_t tag) {
   const float2 low = make_float2(row, __shfl_down_sync(~0u, row, kTileColumns));
@@ -88,8 +88,8 @@ __device__ __forceinline__ void wait_handed(const WideContext& c, Handed& x, con
   }
 }
 
-// Add a product to the residual: from the packets of `from`, which have `tag`, to those of `to`, and to the vector that the
-// next product reads.
+// Add a product to the residual: from the packets of `from`, which have `tag`, to those of `to`, and to the vector that
+// the next product reads.
 template <class D, class Prod>
 __device__ __forceinline__ void add(WideContext& c, int first_strip, int input, uint32_t input_tag, Phase phase,
                                     int64_t from, uint32_t tag, int64_t to, int vector) {
@@ -117,7 +117,8 @@ __device__ __forceinline__ void add(WideContext& c, int first_strip, int input, 
 template <class D>
 __device__ __forceinline__ void out(WideContext& c) {
   using L = PacketLayout;
-  // What is fed has the tag of the exchange before the layer; where QKV comes from a table, a layer has one exchange less.
+  // What is fed has the tag of the exchange before the layer; where QKV comes from a table, a layer has one exchange
+  // less.
   const uint32_t before = c.tag - (std::is_same_v<D, P> && qkv_from_table(c.pass(), c.layer()) ? 2 : 3);
   add<D, typename Products<D>::Out>(c, out_owner_first(), DenseLayout::kHeadsOut, dense_number(c, c.tag - 1),
                                     Phase::kOut, L::kAfterDown, before, L::kAfterOut, DenseLayout::kAfterOut);
@@ -153,7 +154,8 @@ __device__ __forceinline__ void projection(WideContext& c) {
   });
 }
 
-// Feed a model, before its first layer, as if a layer before it had ended: down's owners publish x(strip, tile, cell).
+// Publishes a model's input in the form of a preceding layer's output: the owners of down's strips publish
+// x(strip, tile, cell).
 template <class D, class X>
 __device__ __forceinline__ void feed(WideContext& c, X&& x) {
   if (finished_tile() >= column_tiles(c.p)) return;
@@ -163,7 +165,7 @@ __device__ __forceinline__ void feed(WideContext& c, X&& x) {
                      DenseLayout::kFed, PacketLayout::kAfterDown);
 }
 
-// What the last frame left, and the text.
+// Feeds the talker: the stored sum of the last frame's embeddings plus the text row.
 __device__ __forceinline__ void feed_talker(WideContext& c) {
   feed<T>(c, [&](int strip, int tile, const WideCell& cell) {
     const int row = strip * kStripRows + cell.row(), column = tile * kTileColumns + cell.column;
@@ -197,7 +199,7 @@ __device__ __forceinline__ void feed_hidden(WideContext& c) {
   }
 }
 
-// What the projection has made of it.
+// Feeds the predictor the output of the projection.
 __device__ __forceinline__ void feed_projected(WideContext& c) {
   feed<P>(c, [&](int strip, int tile, const WideCell& cell) {
     const uint64_t* from =

@@ -38,10 +38,10 @@ class LaunchedFrame:
 
 
 class DecoderBackend(Protocol):
-    """What the engine drives; `TorchBackend` is the specification.
+    """The decoder that the engine drives. `TorchBackend` is the specification.
 
-    Work is done in the order of the calls. On a GPU, `prefill` and `launch` may return before theirs
-    is done.
+    A backend does its work in the order of the calls. On a GPU, `prefill` and `launch` may return
+    before their work is done.
     """
 
     num_slots: int
@@ -51,8 +51,8 @@ class DecoderBackend(Protocol):
     max_positions: int
     """Prompt rows plus frames that a slot can hold."""
     kv_cache: KvCache
-    """A slot's pages may be reserved before its stream begins; they are the slot's until they are freed.
-    A stream without a reservation takes pages for `max_positions`, until its release."""
+    """A slot's pages may be reserved before its stream begins. The slot keeps them until they are freed.
+    A stream without a reservation takes pages for `max_positions` and keeps them until its release."""
 
     def prefill(
         self, slot: int, rows: Tensor, params: GenerationParams, shared: SharedRows | None = None
@@ -63,7 +63,7 @@ class DecoderBackend(Protocol):
             slot: 0 .. num_slots - 1.
             rows: [p, hidden] prompt rows in the model's dtype, 1 <= p < max_positions.
             params: sampling of talker and predictor, seed, minimum length.
-            shared: how many of the first rows other prompts share, at most p - 1; None is none.
+            shared: how many of the first rows other prompts share, at most p - 1. None: no shared rows.
         """
 
     def launch(
@@ -73,7 +73,7 @@ class DecoderBackend(Protocol):
 
         Args:
             slots: 1 to `max_batch` different live slots.
-            text_rows: [n, hidden], added to the rows that this frame runs; zeros for a slot's first.
+            text_rows: [n, hidden], added to the input rows of this frame; zeros in a slot's first.
             noise: fp32 [n, 16, talker vocabulary] to use instead of the slots' own draws (tests).
         """
 

@@ -1,8 +1,8 @@
 """The decoder backend that runs one persistent CUDA kernel a frame (csrc/kernel_tts.cu).
 
-Between frames a stream's state is on the device, by slot: keys and values, the codes it has
-produced, the sum of its last frame's embeddings. The host keeps each stream's position, frame count
-and sampling parameters, and passes them with every launch.
+Between frames the device holds a stream's state in its slot: keys and values, the codes that the
+stream has produced, and the sum of its last frame's embeddings. The host keeps each stream's position,
+frame count and sampling parameters, and passes them with every launch.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from qwen_megakernel.prompt.shared_rows import SharedRows
 MAX_POSITIONS = 8192
 """Positions that the kernel's attention can split (kMaxSplits in csrc/params.h)."""
 _LONG_PROMPT = 49
-"""Rows from which a prompt goes through PyTorch, which takes 2.9 ms for up to 128 of them; the kernel
-takes 0.46 ms for every eight (H200, 0.6B shape; docs/experiments.md)."""
+"""A prompt of at least this many rows goes through PyTorch, which takes 2.9 ms for up to 128 rows. The
+kernel takes 0.46 ms for every eight rows (H200, 0.6B shape; docs/experiments.md)."""
 _NOT_A_NUMBER = 2
 """The watchdog's state after a value that an exchange cannot carry (csrc/dense_words.cuh)."""
 _FIRST_EPOCH = 2
@@ -88,14 +88,14 @@ class FrameDumps:
     exchanges: Tensor | None = None
     """fp32 [exchanges, rows, max_batch], all published values; see `MegakernelBackend.exchange_dump`."""
     stamps: Tensor | None = None
-    """int64 [`num_exchanges`], when CTA 0 had done its part of each, ns."""
+    """int64 [`num_exchanges`]: the time in ns at which CTA 0 finished its part of each exchange."""
 
 
 class MegakernelBackend:
     """`DecoderBackend` on one CUDA GPU; weights and caches in bf16, sums in fp32.
 
-    A stream's codes are the same, bit for bit, alone and in any company, in every slot, and for
-    every grid. One instance may launch at a time on a GPU: its CTAs wait for each other.
+    A stream's codes are the same, bit for bit, in every slot, for every grid, and whichever other
+    streams run beside it. Only one instance may launch on a GPU at a time: its CTAs wait for each other.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class MegakernelBackend:
         self.load_kernel(library, Setting(grid=grid, l2_share=l2_share))
 
     def load_kernel(self, library: Path, setting: Setting) -> None:
-        """Run the frames from now on with another build; weights, caches and live slots stay.
+        """Use another build for all later frames. Weights, caches and live slots stay.
 
         Args:
             library: built for the same shape and form, with the setting's `ring_slots`.
@@ -188,7 +188,7 @@ class MegakernelBackend:
 
     @property
     def max_grid(self) -> int:
-        """CTAs of the largest launch: one an SM, as far as the shape has work for them."""
+        """CTAs of the largest launch: one on each SM, limited by the work that the shape has."""
         sms = torch.cuda.get_device_properties(self._device).multi_processor_count
         return min(sms, self._ops.max_grid())
 

@@ -45,11 +45,11 @@ class CachedRows:
         self._layers, self._layout = layers, layout
 
     def extend(self, layer: int, position: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store rows at `position` and after; the keys and values of all positions up to them.
+        """Store rows from `position` on. Return the keys and values of all positions up to their end.
 
         Args:
             layer: of the model.
-            position: of the first row; those before it are stored.
+            position: of the first row. The rows before it are stored already.
             keys, values: [n, count, kv_heads, head_dim].
 
         Returns:
@@ -120,7 +120,7 @@ class BatchRows:
         self._read = (first_pages[:, None] + read[:, None]).flatten()
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the slots' next rows; their keys and values at the first `reach` positions.
+        """Store the next row of each slot. Return the keys and values of the first `reach` positions.
 
         Args:
             layer: of the model.
