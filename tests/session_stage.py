@@ -100,7 +100,9 @@ class Stage:
     def __init__(self, rules=None, decoder=None, **limits):
         self.decoder = decoder or FakeDecoder()
         self.records = []
-        self.server = ServerState(self.decoder, SimpleNamespace(record=self.records.append), **limits)
+        self.refused: list[str] = []
+        metrics = SimpleNamespace(record=self.records.append, count_refusal=self.refused.append)
+        self.server = ServerState(self.decoder, metrics, **limits)
         self.session = Session(self.server, "1", rules)
 
     @property

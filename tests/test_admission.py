@@ -191,6 +191,7 @@ def test_a_full_server_refuses_a_context_and_says_when_to_come_back():
         stage.decoder.load = Capacity(num_slots=4, num_free=0, num_queued=3, slot_s=2.0)
         stage.session.append("b", "Word.")
         assert len(stage.turns) == 1
+        assert stage.refused == ["turn"]
 
     asyncio.run(play())
 
