@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from session_stage import Stage
 
@@ -52,6 +52,8 @@ def chunks_of(samples, cuts):
     sound=st.integers(0, 3000),
     cuts=st.lists(st.integers(0, LIMIT + 8000), max_size=12),
 )
+@example(silence=LIMIT + 4000, sound=0, cuts=[LIMIT - 100, LIMIT + 1000])
+@example(silence=LIMIT + 4000, sound=100, cuts=[LIMIT + 1000])
 def test_however_it_is_split_what_is_sent_is_the_end_of_what_was_generated(silence, sound, cuts):
     samples = utterance(silence, sound)
     beginning = LeadingSilence()
