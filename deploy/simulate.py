@@ -47,7 +47,7 @@ class Result:
     refused: int = 0
     replicas: int = 0
     fullest: float = 0.0
-    """The largest share of its connections that a replica had, once three mean lengths of a call have passed."""
+    """The largest share of its connections that a replica had, after three mean lengths of a call."""
 
 
 def choose(load: Load, open_calls: list[int], tried: set[int], number: int, rng: random.Random) -> int:

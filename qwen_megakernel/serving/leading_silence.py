@@ -1,7 +1,7 @@
 """Leave out the silence before the first sound of a reply, so that the caller does not wait for it.
 
 What is sent is exactly the end of what was generated. The cut lies where all samples are quieter than
-`THRESHOLD`, so it makes no click. `MARGIN_S` before the sound is kept for the sake of soft first consonants.
+`THRESHOLD`, so it makes no click. `MARGIN_S` before the sound is kept, for soft first consonants.
 """
 
 from __future__ import annotations
