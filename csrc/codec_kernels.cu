@@ -1,5 +1,5 @@
-// The codec's launches, as the host calls them: each returns a cudaError_t and is asynchronous.
-// A frame is a fixed sequence of them, see codec/cuda_plan.py.
+// The codec's launches, as the host calls them. Each is asynchronous and returns a cudaError_t. A frame is a fixed
+// sequence of launches (codec/cuda_plan.py).
 #include "codec_attention.cuh"
 #include "codec_convnext.cuh"
 #include "codec_ends.cuh"
@@ -60,7 +60,8 @@ extern "C" {
 // Whether the sums of segments are exchanged in device memory, because the GPU has no clusters.
 int codec_meets_in_memory() { return !kHopper; }
 
-// 8, 16, 32, 64 or 128 columns a CTA. `partial` and `arrived` are SegmentedGemm's, of no use where there are clusters.
+// tile_n: columns of a CTA: 8, 16, 32, 64 or 128. `partial` and `arrived` are those of SegmentedGemm; GPUs with
+// clusters do not use them.
 int codec_gemm(const codec::Gemm* gemm, int tile_n, float* partial, int* arrived, void* stream) {
   using namespace codec;
   GemmLaunch launch;
@@ -83,7 +84,7 @@ int codec_gemm(const codec::Gemm* gemm, int tile_n, float* partial, int* arrived
   }
 }
 
-// A residual unit of 96 or 192 channels (p->m), 16, 32, 64 or 128 columns a CTA, 2 to 8 stages.
+// A residual unit of 96 or 192 channels (p->m). tile_n: columns of a CTA: 16, 32, 64 or 128. stages: 2 to 8.
 int codec_unit(const codec::Gemm* p, int tile_n, int stages, void* stream) {
   using namespace codec;
   switch (p->m * 1000 + tile_n) {
@@ -132,7 +133,7 @@ int codec_last_conv(const codec::LastConv* p, int streams, void* stream) {
                 stream);
 }
 
-// Shared memory of an SM that the tiles are cut for, in bytes.
+// The shared memory of an SM, in bytes, for which the sizes of tiles are chosen.
 int codec_sm_shared_bytes() { return codec::kSmSharedBytes; }
 
 // The total size of the parameter structures. The host compares it with its own mirror of them.

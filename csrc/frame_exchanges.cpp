@@ -4,13 +4,13 @@
 #include "frame_schedule.cuh"
 #include "kernel_tts.h"
 
-// Host sources are compiled with hidden symbols; tests look these up by name.
+// Host sources are compiled with hidden symbols. Tests look these up by name.
 #define QWEN_TTS_VISIBLE __attribute__((visibility("default")))
 
 namespace qwen_tts {
 namespace {
 
-// Writes a line an exchange.
+// Writes a line for each exchange.
 struct ExchangeLister : FramePlace {
   std::string& lines;
 

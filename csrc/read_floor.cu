@@ -1,5 +1,5 @@
-// A lower bound for the time of a frame: a kernel that only reads the frame's bytes, once and in order. The bench
-// (bench/frame_kernel.py) compares a frame with it on the same GPU.
+// A kernel that only reads a frame's bytes, once and in order. Its time is a lower bound for the time of a frame on the
+// same GPU. The bench (bench/frame_kernel.py) compares a frame with it.
 #include <cstdint>
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kCtasPerSm = 2;
-constexpr int kUnroll = 8;  // 16-byte loads a thread has in flight
+constexpr int kUnroll = 8;  // 16-byte loads that a thread has in flight
 
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) read_kernel(const uint4* from, int64_t count, uint32_t* out) {
   uint32_t bits = 0;
@@ -23,12 +23,12 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) read_kernel(const uint4*
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) bits |= v[i].x | v[i].y | v[i].z | v[i].w;
   }
-  if (bits != 0) *out = bits;  // or the compiler would leave out the loads
+  if (bits != 0) *out = bits;  // without this the compiler would drop the loads
 }
 
 }  // namespace
 
-// Read `bytes`, a multiple of 16, from device memory; `out` takes a word that says nothing.
+// Reads `bytes` bytes, a multiple of 16, from device memory. `out` gets a word without meaning. Returns a cudaError_t.
 extern "C" int read_floor(const void* from, int64_t bytes, uint32_t* out, int sms, cudaStream_t stream) {
   read_kernel<<<sms * kCtasPerSm, kThreads, 0, stream>>>(static_cast<const uint4*>(from), bytes / 16, out);
   return int(cudaGetLastError());

@@ -1,7 +1,7 @@
 """The codec on the GPU: each frame is one CUDA graph of hand-written kernels, for any slots.
 
-`CudaCodecStream` takes the place of `CodecStream`. The kernels are in csrc/codec_*; `CodecPlan` lists
-their launches. This module mirrors their parameters and captures the graphs.
+`CudaCodecStream` replaces `CodecStream`. The kernels are in csrc/codec_*. `CodecPlan` lists their
+launches. This module mirrors the kernels' parameters and captures the graphs.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _exchange_size(op: GemmOp, streams: int) -> tuple[int, int]:
-    """(floats, tiles) that a product of at most so many streams exchanges where there are no clusters:
-    `partial` and `arrived` of csrc/codec_segments.cuh, for whichever tile it chooses."""
+    """The floats of `partial` and the tiles of `arrived` (csrc/codec_segments.cuh) that a product needs
+    on a GPU without clusters, for up to `streams` streams and any tile that it chooses."""
     if op.middle or op.segments == 1:
         return 0, 0
     columns = streams * op.source.rows
@@ -155,7 +155,7 @@ class Launcher:
         self._arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
 
     def launch(self, op: Op, streams: int) -> None:
-        """One launch for the first `streams` rows of `input`; raises RuntimeError."""
+        """Queue a launch for the first `streams` rows of `input`. Raises `RuntimeError`."""
         error = self._launch(op, streams, torch.cuda.current_stream(self.input.device).cuda_stream)
         if error:
             text = self._library.codec_error(error).decode()
@@ -226,7 +226,8 @@ class Launcher:
 
 
 def batch_sizes(max_streams: int) -> list[int]:
-    """The numbers of streams that get a graph: powers of two up to the first that is enough."""
+    """The numbers of streams that get a graph: powers of two, up to the first that is at least
+    `max_streams`."""
     sizes = [1]
     while sizes[-1] < max_streams:
         sizes.append(2 * sizes[-1])
@@ -234,7 +235,8 @@ def batch_sizes(max_streams: int) -> list[int]:
 
 
 class _HostBuffers:
-    """Host memory that a launch owns until the second next launch; pinned, so that no copy waits."""
+    """Host memory that a launch owns until the second next launch. It is pinned, so that no copy
+    waits."""
 
     def __init__(self, streams: int) -> None:
         self.slots = torch.zeros(streams, dtype=torch.int32, pin_memory=True)
@@ -242,18 +244,18 @@ class _HostBuffers:
         self.copied = CopyEvents()
 
     def take(self, streams: int) -> np.ndarray:
-        """Wait, and copy the samples out."""
+        """Wait for the samples, and return a copy of them."""
         self.copied.choose(streams).synchronize()
         return self.pcm[:streams].numpy().copy()
 
 
 class CudaCodecStream:
-    """Decodes the codes of many slots as they come; each slot goes on where it stopped.
+    """Decodes the codes of many slots as they come. Each slot continues where it stopped.
 
-    It computes what `CodecStream` computes in bf16. A slot's samples are the same bit for bit however
-    its frames are split over calls and whichever slots share them, because each layer fixes the order
-    of its sums. The constructor allocates all state and buffers. Launches must come from one CUDA
-    stream at a time.
+    It computes what `CodecStream` computes in bf16. Each layer fixes the order of its sums, so a slot's
+    samples are the same, bit for bit, however its frames are split over calls and whichever slots share
+    them. The constructor allocates all state and buffers. Launches must come from one CUDA stream at a
+    time.
     """
 
     @torch.no_grad()
@@ -263,14 +265,14 @@ class CudaCodecStream:
         """Pack the weights, and run and capture a graph for each of `batch_sizes`.
 
         Args:
-            decoder: on CUDA with its weights loaded, of any dtype; not needed afterwards.
+            decoder: on CUDA with its weights loaded, of any dtype. It is not needed afterwards.
             num_slots: how many streams have state.
             library: `codec_library`, built for the decoder's GPU.
-            max_streams: the most slots that one launch will name; None is all of them.
+            max_streams: the most slots that one launch will name. None is `num_slots`.
 
         Raises:
             ValueError: `num_slots` or `max_streams` is below 1.
-            RuntimeError: the library is of other sources, or CUDA refuses a launch.
+            RuntimeError: the library was built from other sources, or CUDA refuses a launch.
         """
         self.max_streams = num_slots if max_streams is None else min(max_streams, num_slots)
         if self.max_streams < 1:
@@ -284,26 +286,26 @@ class CudaCodecStream:
         self._launcher = Launcher(self._plan, library)
         self._launcher.input[:, 0] = num_slots
         self._slots: list[int] | None = None
-        """The slots that the first column of the input holds; None before the first launch."""
+        """The slots that the first column of `input` names. None if it must be written again."""
         with torch.cuda.device(self._device):
             self._graphs = {size: self._capture(size) for size in self._sizes}
             self._hosts = tuple(_HostBuffers(self._sizes[-1]) for _ in range(2))
 
     def reset(self, slot: int) -> None:
-        """Make `slot` as new."""
+        """Reset `slot` to the state of a new one."""
         check_slots([slot], self.num_slots)
         self._plan.state[slot].zero_()
         self._plan.frame_counts[slot] = 0
 
     @torch.no_grad()
     def state_after(self, codes: Tensor) -> CodecState:
-        """See `FrameCodec.state_after`. The frames go through the slot of streams that nobody reads."""
+        """See `FrameCodec.state_after`. The frames are decoded in the scratch slot."""
         spare = self.num_slots
         with torch.cuda.device(self._device):
             self._plan.state[spare].zero_()
             self._plan.frame_counts[spare] = 0
             self._launcher.input[0, 0] = spare
-            self._slots = None  # the next launch writes its own
+            self._slots = None  # so that the next launch writes its own
             for frame in codes.to(self._device):
                 self._launcher.input[0, 1:].copy_(frame)
                 self._graphs[1].replay()
@@ -321,8 +323,8 @@ class CudaCodecStream:
         """See `FrameCodec.launch`.
 
         Raises:
-            ValueError: a slot out of range or twice, or more than `max_streams` slots. No slot
-                has moved.
+            ValueError: a slot is out of range or repeats, or there are more than `max_streams` slots. No
+                slot has changed.
         """
         check_slots(slots, self.num_slots)
         streams = len(slots)
@@ -352,10 +354,10 @@ class CudaCodecStream:
             self._launcher.launch(op, streams)
 
     def _capture(self, streams: int) -> torch.cuda.CUDAGraph:
-        self._launch_all(streams)  # loads the kernels, which a capture must not
+        self._launch_all(streams)  # loads the kernels, which is not allowed in a capture
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use CUDA meanwhile.
+        # Other threads may use CUDA during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._launch_all(streams)
         return graph
