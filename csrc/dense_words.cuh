@@ -2,13 +2,13 @@
 // packets. From nine streams on, CTAs poll more bytes than they read of weights.
 //
 // Values are scaled by 2^-32. The scaling is exact and leaves bit 14 of each value 0, so these four bits can carry the
-// tag: the number of the exchange in its launch, from 1 on, mod 16. Two writes of a word are never a multiple of 16
-// exchanges apart (DenseReuse), so no reader takes an old word for a new one. Before a launch, all words are set to a
-// tag that no first write has (launch_frame). A value that is too large or not a number is an error (refuse_number),
-// because its bits would change the tag, and readers would wait forever.
+// tag (dense_tags.h). Before a launch, all words are set to a tag that no first write has (launch_frame). A value that is
+// too large or not a number is an error (refuse_number), because its bits would change the tag, and readers would wait
+// forever.
 #pragma once
 
 #include "context.cuh"
+#include "dense_tags.h"
 
 namespace qwen_tts {
 
@@ -16,11 +16,6 @@ constexpr uint32_t kTagMask = 0x40004000u;  // bit 14 of both values of half a w
 constexpr float kDenseScale = 0x1p-32f;
 constexpr uint32_t kDenseUnscale = 0x4f804f80u;  // 2^32 twice, bf16
 constexpr float kDenseLimit = 0x1p32f;
-constexpr int kDenseTags = 16;
-constexpr int kClearedTag = kDenseTags - 1;  // of words whose bits are all ones (kClearedByte)
-constexpr int kClearedByte = 0xff;
-constexpr uint32_t kOnceTag = 5;  // of words that a launch writes once
-constexpr int kFirstNumber = 1;   // of a launch's first exchange; the first layer's input has 0
 
 // Where the vectors of one tile of columns lie, in words. Two chunks of 16 values of a vector stand together, in mma
 // B-fragment order: lane n * 4 + t has two words, one for each chunk. A word has values {2t, 2t + 1, 2t + 8, 2t + 9} of
@@ -94,11 +89,6 @@ __device__ __forceinline__ void publish_half(const Context& c, uint64_t* to, int
                   pack_bf16(low * kDenseScale, high * kDenseScale) | dense_tag(tag).x);
 }
 
-// The tag of gate-up's result. Two warps each write half of a word, and each half carries the same two bits. The first
-// write's tag differs from kClearedTag, and two writes of a word are never a multiple of four exchanges apart
-// (DenseReuse).
-__device__ __forceinline__ uint32_t inner_tag(uint32_t number) { return (number & 3) * 5; }
-
 // The number of an exchange in this launch, from its packet tag.
 template <class Context>
 __device__ __forceinline__ uint32_t dense_number(const Context& c, uint32_t tag) {
@@ -114,39 +104,5 @@ __device__ __forceinline__ void dump_pair(const Context& c, int row, int column,
   at[0] = rounded.x;
   at[kMaxColumns] = rounded.y;
 }
-
-// Walks a wide frame and checks the number of exchanges between two writes of a buffer.
-struct DenseReuse : FramePlace {
-  int total = 0;
-  int last[5] = {-1, -1, -1, -1, -1};  // of Step::kQkv to Step::kDown
-  int last_fed = 0;
-  bool distinct = true;
-
-  constexpr void begin_pass(int pass) {
-    FramePlace::begin_pass(pass);
-    if (pass == 0) feed(0);
-  }
-  constexpr void feed(int) {
-    if ((total - last_fed) % kDenseTags == 0) distinct = false;
-    last_fed = total;
-  }
-  constexpr void advance(Step step) {
-    const int buffer = int(step);
-    const bool once = step == Step::kQkv && at_pass == 0 && at_layer == P::kLayers - 1;
-    if (buffer < 5 && !once) {
-      const int tags = step == Step::kGateUp ? 4 : kDenseTags;
-      if (last[buffer] >= 0 && (total - last[buffer]) % tags == 0) distinct = false;
-      if (last[buffer] < 0 && (total + kFirstNumber) % tags == tags - 1) distinct = false;
-      last[buffer] = total;
-    }
-    ++total;
-  }
-};
-constexpr bool dense_tags_are_distinct() {
-  DenseReuse reuse{};
-  walk_frame(reuse, kMaxColumns, false);
-  return reuse.distinct;
-}
-static_assert(dense_tags_are_distinct(), "a word's tag must differ from the one that it has");
 
 }  // namespace qwen_tts

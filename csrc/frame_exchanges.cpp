@@ -1,6 +1,7 @@
 // The frame's schedule as text, for the host.
 #include <string>
 
+#include "dense_tags.h"
 #include "frame_schedule.cuh"
 #include "kernel_tts.h"
 

@@ -40,7 +40,9 @@ __device__ __forceinline__ void qkv(WideContext& c) {
   using Qkv = typename Products<D>::Qkv;
   using L = DenseLayout;
   const bool first_position = std::is_same_v<D, P> && ends_with_qkv(c.pass(), c.layer());
-  DenseOperand<Qkv> x{c, c.layer() == 0 ? L::kFed : L::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
+  const bool fed = c.layer() == 0;
+  DenseOperand<Qkv> x{c, fed ? L::kFed : L::kAfterDown, fed ? fed_tag<D>(c.pass()) : dense_number(c, c.tag - 1),
+                      Phase::kInput};
   wide_gemv<D, Qkv, 0>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
     publish_rows(c, first_position ? L::kFirstPositionQkv : L::kQkv, strip, tile, cell, row * scale,
                  first_position ? kOnceTag : dense_number(c, c.tag));
@@ -61,20 +63,20 @@ __device__ __forceinline__ void gate_up(WideContext& c) {
     // Four neighbouring rows share a word (weight_packing.py). Two warps write a half each.
     const int lane = cell.column * 4 + 2 * (strip & 1) + cell.pair / 2;
     publish_half(c, dense_vector(c.p, tile, DenseLayout::kMlpInner) + dense_at(strip / 2, lane), cell.pair & 1, inner,
-                 next, inner_tag(dense_number(c, c.tag)));
+                 next, inner_tag<D>(c.pass(), c.layer()));
   });
 }
 
 // Publishes a lane's row of the residual: rounded for the next product, and in fp32 for the strip's other owner.
 __device__ __forceinline__ void publish_residual(const WideContext& c, int strip, int tile, const WideCell& cell,
-                                                 float x, uint32_t tag, int vector, int64_t handed) {
+                                                 float x, uint32_t tag, int64_t handed, int vector, uint32_t word_tag) {
   const float2 low = make_float2(x, __shfl_down_sync(~0u, x, kTileColumns));
   const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 16), __shfl_down_sync(~0u, low.y, 16));
   const int column = tile * kTileColumns + cell.column;
   if (!c.uses(column)) return;
   if (cell.leads && cell.pair < 4)
     publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low, high,
-                 dense_number(c, tag));
+                 word_tag);
   store_packet(c.p.packets + handed + (strip * kStripRows + cell.row()) * kMaxColumns + column, __float_as_uint(x),
                tag);
 }
@@ -110,7 +112,7 @@ __device__ __forceinline__ void add(WideContext& c, int first_strip, int input, 
         residual.set(residual.value() + delta);
       },
       [&](int strip, int tile, const WideCell& cell, const Handed& residual) {
-        publish_residual(c, strip, tile, cell, residual.value(), c.tag, vector, to);
+        publish_residual(c, strip, tile, cell, residual.value(), c.tag, to, vector, dense_number(c, c.tag));
       });
 }
 
@@ -128,7 +130,7 @@ template <class D>
 __device__ __forceinline__ void down(WideContext& c) {
   using L = PacketLayout;
   add<D, typename Products<D>::Down>(c, down_owner_first<D>(), DenseLayout::kMlpInner,
-                                     inner_tag(dense_number(c, c.tag - 1)), Phase::kMlp, L::kAfterOut, c.tag - 2,
+                                     inner_tag<D>(c.pass(), c.layer()), Phase::kMlp, L::kAfterOut, c.tag - 2,
                                      L::kAfterDown, DenseLayout::kAfterDown);
 }
 
@@ -162,7 +164,7 @@ __device__ __forceinline__ void feed(WideContext& c, X&& x) {
 #pragma unroll 1
   for (int strip = down_owner_first<D>(); strip < D::kHidden / kStripRows; strip += gridDim.x)
     publish_residual(c, strip, finished_tile(), finished_cell(), x(strip, finished_tile(), finished_cell()), c.tag - 1,
-                     DenseLayout::kFed, PacketLayout::kAfterDown);
+                     PacketLayout::kAfterDown, DenseLayout::kFed, fed_tag<D>(c.pass()));
 }
 
 // Feeds the talker: the stored sum of the last frame's embeddings plus the text row.

@@ -39,6 +39,23 @@ def schedule(tmp_path_factory):
     return exchanges
 
 
+@pytest.mark.parametrize("tiny", ["tiny", "tiny-1.7b"])
+@pytest.mark.parametrize(("talker", "predictor"), [(6, 1), (3, 2), (1, 3), (28, 5)])
+def test_words_of_wide_frames_never_repeat_a_tag_whatever_the_layers(
+    tiny, talker, predictor, tmp_path, monkeypatch
+):
+    """csrc/dense_tags.h asserts it; a shape for which it does not hold has no kernel."""
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path))
+    config = shape_config(tiny)
+    config = replace(
+        config,
+        talker=replace(config.talker, num_layers=talker),
+        predictor=replace(config.predictor, num_layers=predictor),
+    )
+    whole = frame_library(config, "90a")
+    build(replace(whole, name="schedule", cuda_sources=(), cpp_sources=("frame_exchanges.cpp",)), "90a")
+
+
 def described(config: ModelConfig, streams: int) -> list[Exchange]:
     """The frame in words of its own."""
     talker, predictor = config.talker, config.predictor
