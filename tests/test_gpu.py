@@ -21,8 +21,8 @@ from qwen_megakernel.codec.cuda_stream import CudaCodecStream
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.config import HOP, Guards
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
-from qwen_megakernel.synth.checkpoint import write_checkpoint
 from qwen_megakernel.prompt.voice import Voice
+from qwen_megakernel.synth.checkpoint import write_checkpoint
 from qwen_megakernel.turn import Audio
 
 pytestmark = pytest.mark.gpu
