@@ -1,10 +1,10 @@
 """`python -m qwen_megakernel bench`: how fast it is on this machine, as tables and as JSON.
 
 Three parts: the frame kernel beside what bounds it (`bench.frame_kernel`), decode and codec alone
-(`bench.parts`), and turns through a real server and socket (`bench.turns`). A fourth is measured only
-when it is named: a server under load (`bench.load`). Weights are random unless a checkpoint is named:
-speed does not depend on them. With `--against` it compares this tree with another version instead
-(`bench.against`).
+(`bench.parts`), and turns through a real server and socket (`bench.turns`). Two are measured only when
+they are named: a server under load (`bench.load`), and one that shares its GPU (`bench.shared`).
+Weights are random unless a checkpoint is named: speed does not depend on them. With `--against` it
+compares this tree with another version instead (`bench.against`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qwen_megakernel.bench import frame_kernel as bench_kernel
 from qwen_megakernel.bench import load as bench_load
 from qwen_megakernel.bench import load_options, load_report
 from qwen_megakernel.bench import parts as bench_parts
+from qwen_megakernel.bench import shared as bench_shared
 from qwen_megakernel.bench import turns as bench_server
 from qwen_megakernel.bench.frame_kernel import MOST_STREAMS, PARTS, POSITIONS, REPEATS, STREAMS
 from qwen_megakernel.build_tts import FORMS
@@ -40,7 +41,8 @@ from qwen_megakernel.tools.machine import usable_cores
 from qwen_megakernel.tts_model import choose_device
 
 WHAT = ("kernel", "parts", "server")
-"""Measured where `--parts` names none; `load` must be named."""
+"""Measured where `--parts` names none; the others must be named."""
+NAMED = ("load", "shared")
 SLOW_TURNS = 5
 """Of each kind for the torch backend on a GPU, whose frames take ten times as long as the kernel's."""
 ORIGINAL = {"ttfc": "50", "rtf": "0.15-0.25", "step": "55"}
@@ -139,6 +141,14 @@ def run_load(
         yield found
 
 
+def run_shared(
+    args: argparse.Namespace, device: torch.device, folder: Path, backend: str
+) -> Iterator[dict[str, Any]]:
+    """The server beside another program on its GPU, row by row."""
+    plan = bench_shared.plan_of(args)
+    return bench_shared.run(folder, backend, device=str(device), plan=plan, report=tell)
+
+
 def run_against(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """The comparison with another version, row by row."""
     if args.model is not None:
@@ -178,7 +188,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
             yield found
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if not {"parts", "server", "load"} & set(args.parts):
+    if not {"parts", "server", *NAMED} & set(args.parts):
         return
     with checkpoint_folder(args) as folder:
         if "parts" in args.parts:
@@ -193,6 +203,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
                 yield found
         if "load" in args.parts:
             for found["load"] in run_load(args, device, folder, args.backends[0]):
+                yield found
+        if "shared" in args.parts:
+            for found["shared"] in run_shared(args, device, folder, args.backends[0]):
                 yield found
 
 
@@ -288,6 +301,14 @@ def load_table(load: dict[str, Any]) -> str:
     return "\n\n".join([table(load_report.HEADER, load_report.rows(load)), *load_report.notes(load)])
 
 
+def shared_table(shared: dict[str, Any]) -> str:
+    """Rows of the shared part, or why there are none."""
+    if "skipped" in shared:
+        return f"Shared GPU: not measured, {shared['skipped']}."
+    rows = bench_shared.rows(shared)
+    return "\n\n".join([table(bench_shared.HEADER, rows), *bench_shared.notes(shared)])
+
+
 def dialects_table(servers: Sequence[dict[str, Any]]) -> str:
     """First audio by backend and dialect, and what each takes beyond the native one."""
     rows = [
@@ -344,6 +365,8 @@ def tables(found: dict[str, Any]) -> str:
         blocks.append(dialects_table(found["server"]))
     if found.get("load"):
         blocks.append(load_table(found["load"]))
+    if found.get("shared"):
+        blocks.append(shared_table(found["shared"]))
     return "\n\n".join(blocks)
 
 
@@ -374,16 +397,6 @@ def _instances(text: str) -> int:
     return _count(text)
 
 
-def _names(*allowed: str) -> Any:
-    def convert(text: str) -> tuple[str, ...]:
-        names = tuple(name.strip() for name in text.split(","))
-        if unknown := [name for name in names if name not in allowed]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {', '.join(allowed)}")
-        return names
-
-    return convert
-
-
 def _existing(text: str) -> Path:
     if not Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text}: is not there")
@@ -399,14 +412,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--parts",
-        type=_names(*WHAT, "load"),
+        type=load_options.names(*WHAT, *NAMED),
         default=WHAT,
         metavar="LIST",
-        help=f"of {','.join(WHAT)},load; default: all but load",
+        help=f"of {','.join((*WHAT, *NAMED))}; default: {','.join(WHAT)}",
     )
     parser.add_argument(
         "--backends",
-        type=_names("auto", "torch", "megakernel"),
+        type=load_options.names("auto", "torch", "megakernel"),
         metavar="LIST",
         help="for parts and server; default: auto,torch, on a CPU torch",
     )
@@ -430,6 +443,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     load_options.add_arguments(parser)
+    bench_shared.add_arguments(parser)
     against = parser.add_argument_group(
         "comparison", "Exit status 1 if codes differ or a figure is beyond a limit."
     )
@@ -442,7 +456,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", choices=bench_against.PARTS, help="compare only the codes, or only the speed"
     )
     against.add_argument(
-        "--against-shapes", type=_names(*SHAPES), metavar="LIST",
+        "--against-shapes", type=load_options.names(*SHAPES), metavar="LIST",
         help="shapes whose codes are compared; default: tiny,0.6b,1.7b, on a CPU tiny",
     )  # fmt: skip
     against.add_argument(

@@ -97,6 +97,7 @@ class TTSDecoder:
         max_positions: int,
         params: GenerationParams,
         text_cleaning: bool,
+        sms: int | None,
         name: str,
         progress: Progress,
     ) -> None:
@@ -116,7 +117,7 @@ class TTSDecoder:
         checkpoint.verify()
         # Seconds of imports, while weights are read.
         tokenizer = in_daemon_thread(load_tokenizer, checkpoint.folder, config.talker.text_vocab_size)
-        backends = Backends(backend, config, device, dtype, progress)
+        backends = Backends(backend, config, device, dtype, progress, sms)
         progress("laying out the modules")
         with torch.device("meta"):
             talker, codec = Talker(config.talker, config.predictor), CodecDecoder(config.codec)
@@ -165,6 +166,7 @@ class TTSDecoder:
         dtype: str = "auto",
         num_slots: int | None = None,
         memory: int | None = None,
+        sms: int | None = None,
         max_positions: int = 3072,
         sampling: str = "original",
         text_cleaning: bool = True,
@@ -182,6 +184,7 @@ class TTSDecoder:
             num_slots: turns that can speak at a time; None is as many as fit, on a CPU 16.
             memory: bytes for keys, values and the codec's state; None is 5.8 GB. A turn begins when
                 there is memory for all that it may come to need.
+            sms: streaming multiprocessors that a frame takes (frame kernel only); None is all.
             max_positions: prompt rows plus frames of one turn (12.5 frames a second).
             sampling: what turns draw with that choose nothing: `original` (the talker at temperature
                 0.3 and top-k 15) or `checkpoint` (its `generation_config.json`; the released ones say
@@ -231,6 +234,7 @@ class TTSDecoder:
                 max_positions=max_positions,
                 params=params,
                 text_cleaning=text_cleaning,
+                sms=sms,
                 name=str(model),
                 progress=report,
             )

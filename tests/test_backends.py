@@ -78,10 +78,10 @@ def nvcc(hopper, tmp_path):
     return make
 
 
-def make_both(name: str, config: ModelConfig, talker: Talker, dtype=BF16, device=GPU):
+def make_both(name: str, config: ModelConfig, talker: Talker, dtype=BF16, device=GPU, sms=None):
     """Decoder, codec, description and progress of a backend choice; the weights are on the CPU."""
     lines: list[str] = []
-    backends = Backends(name, config, device, dtype, lines.append)
+    backends = Backends(name, config, device, dtype, lines.append, sms)
     decoder = backends.make_decoder(talker, num_slots=2, max_positions=64)
     codec = backends.make_codec(CodecDecoder(config.codec), 2, 2)
     return decoder, codec, backends.description, lines
@@ -180,16 +180,56 @@ def keep_tuning(config: ModelConfig, **changes: str) -> Tuning:
     return tuning
 
 
-def test_a_tuning_is_used_and_named(config, talker, nvcc, monkeypatch):
-    nvcc(MAKES_JUNK)
-    tuning, made = keep_tuning(config), []
+@pytest.fixture
+def made(monkeypatch) -> list[dict]:
+    """What the frame kernel is made with; PyTorch stands in for it."""
+    options_of_all: list[dict] = []
 
     def make(*shape, **options):
-        made.append(options)
+        options_of_all.append(options)
         return TorchBackend(*shape, num_slots=2, max_positions=64)
 
     monkeypatch.setattr(backends_module, "MegakernelBackend", make)
     monkeypatch.setattr(backends_module, "_forget_layers", lambda talker: None)
+    return options_of_all
+
+
+def test_the_kernel_takes_the_sms_that_were_chosen(config, talker, nvcc, made):
+    nvcc(MAKES_JUNK)
+    keep_tuning(config)
+    _, _, description, _ = make_both("auto", config, talker, sms=66)
+    assert (made[0]["grid"], made[0]["l2_share"]) == (66, 0.25)
+    assert description["sms"] == "a frame takes 66 of 132"
+    assert "expect" not in description
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "reason"),
+    [
+        ("auto", CPU, "the kernels need a CUDA GPU"),
+        ("torch", GPU, "backend is torch"),
+        ("auto", GPU, "nvcc is not found"),
+    ],
+)
+def test_sms_without_the_frame_kernel_are_an_error(name, device, reason, config, talker, hopper):
+    with pytest.raises(CheckpointError, match="sms is 66, and only the frame kernel") as error:
+        make_both(name, config, talker, device=device, sms=66)
+    assert reason in str(error.value)
+
+
+def test_sms_that_the_gpu_does_not_have_are_an_error(config, talker, nvcc, monkeypatch):
+    def refuse(*_, grid, **options):
+        raise ValueError(f"grid is {grid}, allowed: 8 to 132")
+
+    nvcc(MAKES_JUNK)
+    monkeypatch.setattr(backends_module, "MegakernelBackend", refuse)
+    with pytest.raises(CheckpointError, match=r"sms is 133, .*: grid is 133, allowed: 8 to 132"):
+        make_both("auto", config, talker, sms=133)
+
+
+def test_a_tuning_is_used_and_named(config, talker, nvcc, made):
+    nvcc(MAKES_JUNK)
+    tuning = keep_tuning(config)
     _, _, description, _ = make_both("auto", config, talker)
     assert description["tuning"] == str(tuning)
     assert (made[0]["grid"], made[0]["l2_share"]) == (128, 0.25)

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -332,9 +332,14 @@ class LoadBench:
 
 @contextmanager
 def loaded_server(
-    checkpoint: Path, backend: str, device: str, plan: LoadPlan, report: Report
+    checkpoint: Path,
+    backend: str,
+    device: str,
+    plan: LoadPlan,
+    report: Report,
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """The URL of a server for the plan: the one that the plan names, or a new one.
+    """The URL of a server for the plan: the one that it names, or a new one with variables of `environ`.
 
     If the checkpoint has a folder of voices, these speak. Otherwise a buzz is cloned.
     """
@@ -355,6 +360,7 @@ def loaded_server(
             "--log-format", "json", "--max-connections", str(8 * most + 64),
             *plan.server_options,
             show=lambda line: None if ready.is_set() else report(line),
+            environ=environ,
         ) as port:  # fmt: skip
             ready.set()
             yield f"ws://127.0.0.1:{port}/"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from qwen_megakernel.bench.bad_network import Network
@@ -20,6 +21,18 @@ def _numbers(text: str) -> tuple[float, ...]:
     if not values or not all(0 < value < 1e6 for value in values):
         raise argparse.ArgumentTypeError(f"{text!r}: expected numbers above 0, such as 20,32.5")
     return values
+
+
+def names(*allowed: str) -> Callable[[str], tuple[str, ...]]:
+    """A converter of a list with commas, whose words are among those allowed."""
+
+    def convert(text: str) -> tuple[str, ...]:
+        words = tuple(word.strip() for word in text.split(","))
+        if unknown := [word for word in words if word not in allowed]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {', '.join(allowed)}")
+        return words
+
+    return convert
 
 
 def _voices(text: str) -> tuple[int, ...] | None:

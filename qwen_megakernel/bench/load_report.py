@@ -50,8 +50,8 @@ def _row(load: str, run: dict[str, Any]) -> list[str]:
     return [
         load,
         str(run["turns"]),
-        _spread(run["ttfb_ms"]),
-        _spread(run["ttfa_ms"]),
+        spread_cell(run["ttfb_ms"]),
+        spread_cell(run["ttfa_ms"]),
         f"{run['audio_per_s']:.1f}",
         str(underruns["turns"]),
         f"{underruns['events']} ({underruns['seconds']:.2f})",
@@ -62,7 +62,8 @@ def _row(load: str, run: dict[str, Any]) -> list[str]:
     ]
 
 
-def _spread(values: dict[str, float] | None) -> str:
+def spread_cell(values: dict[str, float] | None) -> str:
+    """A cell of percentiles and the largest value."""
     return (
         "-" if values is None else " / ".join(f"{values[p]:.1f}" for p in ("p50", "p95", "p99", "max"))
     )

@@ -95,7 +95,9 @@ class MegakernelBackend:
     """`DecoderBackend` on one CUDA GPU; weights and caches in bf16, sums in fp32.
 
     A stream's codes are the same, bit for bit, in every slot, for every grid, and whichever other
-    streams run beside it. Only one instance may launch on a GPU at a time: its CTAs wait for each other.
+    streams run beside it. The CTAs of a frame wait for each other, so each launch is cooperative: it
+    begins once all of its CTAs have room. Several instances, of one process or of several, may therefore
+    share a GPU; `tests/test_shared_gpu.py` runs them side by side.
     """
 
     def __init__(

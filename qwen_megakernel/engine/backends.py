@@ -108,6 +108,7 @@ class Backends:
         device: torch.device,
         dtype: torch.dtype,
         progress: Progress,
+        sms: int | None = None,
     ) -> None:
         """Begin to build missing libraries in threads, so that weights can be read meanwhile.
 
@@ -116,19 +117,22 @@ class Backends:
             config: the checkpoint's.
             device, dtype: where and in what it will run.
             progress: called with a line for each step, from any thread.
+            sms: streaming multiprocessors that a frame takes; None is all, or what `tune` has chosen.
 
         Raises:
-            CheckpointError: an unknown backend, or `megakernel` where the kernels cannot run.
+            CheckpointError: an unknown backend; `megakernel` or `sms` where the kernels cannot run.
         """
         if name not in BACKENDS:
             raise CheckpointError(f"backend is {name!r}, allowed: {', '.join(BACKENDS)}")
-        self._name, self._config, self._progress = name, config, progress
+        self._name, self._config, self._progress, self._sms = name, config, progress, sms
         self._device, self._on_gpu = device, device.type == "cuda"
         self._builds: dict[str, Future[Path]] = {}
         self._runs: dict[str, str] = {}
         self._notes: list[str] = []
         self._tuning: Tuning | None = None
         if name == "torch":
+            if sms is not None:
+                self._refuse(_KERNELS["backend"], "backend is torch")
             return
         if reason := why_no_kernels(device, dtype):
             self._refuse("the kernels", reason)
@@ -149,7 +153,7 @@ class Backends:
         """The decoder backend; if it is the kernel, `talker` keeps only the weights that prompts need.
 
         Raises:
-            CheckpointError: `megakernel` was named and cannot run.
+            CheckpointError: `megakernel` or `sms` was named and cannot run.
         """
         shape = (talker, self._config.talker, self._config.predictor)
         sizes: dict[str, Any] = {
@@ -161,12 +165,16 @@ class Backends:
         def kernel(library: Path) -> DecoderBackend:
             self._progress("packing the weights for the frame kernel")
             setting = self._setting
+            grid = setting.grid if self._sms is None else self._sms
             made: DecoderBackend = MegakernelBackend(
-                *shape, library=library, grid=setting.grid, l2_share=setting.l2_share, **sizes
+                *shape, library=library, grid=grid, l2_share=setting.l2_share, **sizes
             )
             if self._tuning is not None:
                 self._runs["tuning"] = str(self._tuning)
-            if expected := self._expected_frames():
+            if self._sms is not None:
+                num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
+                self._runs["sms"] = f"a frame takes {self._sms} of {num_sms}"
+            elif expected := self._expected_frames():
                 self._runs["expect"] = expected
             _forget_layers(talker)
             return made
@@ -206,8 +214,9 @@ class Backends:
 
     @property
     def description(self) -> dict[str, str]:
-        """What runs: `backend`, `codec`; `tuning` where the frame kernel has one; `expect`, how long a
-        frame takes, where the GPU is known; `note` where not the fastest that was asked for."""
+        """What runs: `backend`, `codec`; `tuning` where the frame kernel has one; `sms` where they were
+        chosen; `expect`, how long a frame takes, where the GPU is known; `note` where not the fastest
+        that was asked for."""
         return self._runs | ({"note": "; ".join(self._notes)} if self._notes else {})
 
     def _expected_frames(self) -> str | None:
@@ -260,11 +269,13 @@ class Backends:
         return build.result()
 
     def _refuse(self, what: str, reason: str) -> None:
-        """Note why the kernels do not run; raise, if they were asked for by name."""
+        """Note why the kernels do not run; raise, if what was asked for needs them."""
         if self._name == "megakernel":
             raise CheckpointError(
                 f"backend megakernel cannot run: {reason} (--backend auto runs without it)"
             )
+        if self._sms is not None and what != _KERNELS["codec"]:
+            raise CheckpointError(f"sms is {self._sms}, and only the frame kernel has them: {reason}")
         self._note(f"PyTorch instead of {what}: {reason}")
 
     def _note(self, line: str) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,12 +69,17 @@ def _print(line: str) -> None:
 
 
 @contextmanager
-def running_server(*arguments: str | Path, show: Callable[[str], None] = _print) -> Iterator[int]:
+def running_server(
+    *arguments: str | Path,
+    show: Callable[[str], None] = _print,
+    environ: Mapping[str, str] | None = None,
+) -> Iterator[int]:
     """A server on a free port, ready; gives the port. Stopped at the end, whatever happens.
 
     Args:
         arguments: of the command `serve`.
         show: takes the command line and the lines of the server's log, from any thread.
+        environ: variables of the server beside ours.
 
     Raises:
         DemoError: it did not get ready, or did not stop cleanly.
@@ -83,7 +88,7 @@ def running_server(*arguments: str | Path, show: Callable[[str], None] = _print)
     show(_shown(command))
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
-        env=_environment(),
+        env={**_environment(), **(environ or {})},
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

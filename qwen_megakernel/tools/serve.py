@@ -226,6 +226,13 @@ MODEL_OPTIONS = (
         "for keys, values and the codec's state of all turns; default: 5.8GB",
         "SIZE",
     ),
+    Option(
+        "--sms",
+        None,
+        _count,
+        "streaming multiprocessors that a frame takes, where others share the GPU; default: all",
+        "N",
+    ),
 )
 VOICE_OPTIONS = (
     Option("--speaker-ref", None, _file, "recording to clone as the voice 'default'", "PATH"),
@@ -377,6 +384,7 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
         dtype=options.dtype,
         num_slots=options.num_slots,
         memory=options.memory,
+        sms=options.sms,
         sampling=options.sampling,
         text_cleaning=options.text_cleaning == "on",
         revision=options.revision,
