@@ -78,9 +78,10 @@ def segments_for(m: int, k_blocks: int, rows: int) -> int:
 
 
 def choose_tile(m: int, columns: int, segments: int, num_sms: int) -> int:
-    """Columns of a CTA's tile: the most with which all SMs still get a tile.
+    """Columns of a CTA's tile. One tile holds up to 32 columns.
 
-    More columns read the weights less often. The results do not depend on the choice.
+    For more columns it is the widest tile with which every SM gets one, or 32. Wide tiles read the
+    weights less often. The results do not depend on the choice.
     """
     if columns <= 32:
         return next(n for n in GEMM_TILES if columns <= n)
