@@ -60,11 +60,11 @@ class FileFormat:
     @property
     def encodable(self) -> bool:
         """Whether it can be written here: a compressed format needs PyAV."""
-        return self.encoding not in _CODECS or _has_av()
+        return self.encoding not in _CODECS or pyav_is_installed()
 
 
 @cache
-def _has_av() -> bool:
+def pyav_is_installed() -> bool:
     """Whether PyAV is installed. Looking for it takes a millisecond, and each greeting asks."""
     return importlib.util.find_spec("av") is not None
 
