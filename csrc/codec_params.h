@@ -1,13 +1,12 @@
-// What the host fills in for the codec's launches; mirrored field by field in codec/cuda_stream.py.
+// What the host fills in for the codec's launches; mirrored field by field in codec/cuda_params.py.
 //
 // Everything of one frame is [column][channel], channels innermost and padded with zeros to a
 // multiple of 8 (one 16-byte piece). A column is one time step of one stream of the call: stream i's
 // step t of a layer with `rows` steps a frame is column i * rows + t.
 #pragma once
 
-#include <cstdint>
-
 #include "geometry.h"
+#include "standard.h"
 
 namespace codec {
 

@@ -25,7 +25,7 @@ constexpr int kFirstNumber = 1;   // of a launch's first exchange; what the firs
 // Where vectors lie, in words, of one tile of columns. Of a vector, two chunks of 16 values stand together, in mma
 // B-fragment order: lane n * 4 + t has two words. The first has values {2t, 2t + 1, 2t + 8, 2t + 9} of the first chunk
 // and of column n.
-constexpr int dense_words(int k) { return ceil_div(k, 2 * kChunk) * 64; }
+__device__ constexpr int dense_words(int k) { return ceil_div(k, 2 * kChunk) * 64; }
 
 struct DenseLayout {
   using L = PacketLayout;
@@ -121,15 +121,15 @@ struct DenseReuse : FramePlace {
   int last_fed = 0;
   bool distinct = true;
 
-  constexpr void begin_pass(int pass) {
+  __device__ constexpr void begin_pass(int pass) {
     FramePlace::begin_pass(pass);
     if (pass == 0) feed(0);
   }
-  constexpr void feed(int) {
+  __device__ constexpr void feed(int) {
     if ((total - last_fed) % kDenseTags == 0) distinct = false;
     last_fed = total;
   }
-  constexpr void advance(Step step) {
+  __device__ constexpr void advance(Step step) {
     const int buffer = int(step);
     const bool once = step == Step::kQkv && at_pass == 0 && at_layer == P::kLayers - 1;
     if (buffer < 5 && !once) {
@@ -141,7 +141,7 @@ struct DenseReuse : FramePlace {
     ++total;
   }
 };
-constexpr bool dense_tags_are_distinct() {
+__device__ constexpr bool dense_tags_are_distinct() {
   DenseReuse reuse{};
   walk_frame(reuse, kMaxColumns, false);
   return reuse.distinct;

@@ -1,9 +1,9 @@
 // Numbers as bits: pairs of bf16 in a word, floats as integers of the same order.
 #pragma once
 
-#include <cstdint>
-
 #include <cuda_bf16.h>
+
+#include "standard.h"
 
 namespace qwen_tts {
 

@@ -39,11 +39,11 @@ struct FrameFetch : FramePlace {
   // begins with its QKV, but for the first layer's, which a frame reads once or twice.
   template <class D, int64_t kFrom>
   __device__ __forceinline__ const char* product() const {
-    return (std::is_same_v<D, T> ? p.talker_layers : p.predictor_layers) + layer() * Products<D>::kLayerBytes + kFrom;
+    return (is_same<D, T> ? p.talker_layers : p.predictor_layers) + layer() * Products<D>::kLayerBytes + kFrom;
   }
   template <class D, int64_t kFrom>
   __device__ __forceinline__ int64_t kept_bytes() const {
-    if constexpr (std::is_same_v<D, T>) return 0;
+    if constexpr (is_same<D, T>) return 0;
     return p.predictor_kept_bytes + (layer() > 0 ? 0 : Products<D>::Qkv::kBytes) - kFrom;
   }
   template <class D, class Prod, int64_t kFrom>
@@ -79,7 +79,7 @@ struct FrameFetch : FramePlace {
   // through the ring.
   template <class D>
   __device__ __forceinline__ void attention() {
-    if constexpr (std::is_same_v<D, T>) keys_and_values();
+    if constexpr (is_same<D, T>) keys_and_values();
   }
   // A lane fetches for a warp.
   __device__ __forceinline__ void keys_and_values() {
@@ -98,7 +98,7 @@ struct FrameFetch : FramePlace {
   }
   template <class D>
   __device__ __forceinline__ void head() {
-    if constexpr (std::is_same_v<D, T>) {
+    if constexpr (is_same<D, T>) {
       items<TalkerProducts::Head>(p.talker_head);
     } else {
       items<PredictorProducts::Head>(p.predictor_heads + (pass() - 1) * PredictorProducts::Head::kBytes);

@@ -31,8 +31,8 @@ struct alignas(16) ItemRows {
 };
 
 // Of a CTA, where all streams are as long as can be on 64 CTAs; and an end. Fewer CTAs hold shorter streams
-// (frame_max_positions).
-constexpr int max_items(int columns) { return columns * T::kKvHeads * kMaxSplits / 64 + 1; }
+// (max_positions in decoding/frame_launcher.py).
+__device__ constexpr int max_items(int columns) { return columns * T::kKvHeads * kMaxSplits / 64 + 1; }
 
 template <int kColumns_, int kTiles_>
 struct alignas(16) ScratchOf {  // of float4s
@@ -55,7 +55,7 @@ struct SamplerShared {
 #ifndef QWEN_TTS_RING_SLOTS  // geometry.h may have another number, which `tune` found better on its GPU
 #define QWEN_TTS_RING_SLOTS 22
 #endif
-constexpr int most_ring_slots(int scratch_bytes) {
+__device__ constexpr int most_ring_slots(int scratch_bytes) {
   return ring_slots(kSharedBytes - scratch_bytes - int(sizeof(FrameParams)));
 }
 

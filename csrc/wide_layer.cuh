@@ -39,7 +39,7 @@ template <class D>
 __device__ __forceinline__ void qkv(WideContext& c) {
   using Qkv = typename Products<D>::Qkv;
   using L = DenseLayout;
-  const bool first_position = std::is_same_v<D, P> && ends_with_qkv(c.pass(), c.layer());
+  const bool first_position = is_same<D, P> && ends_with_qkv(c.pass(), c.layer());
   DenseOperand<Qkv> x{c, c.layer() == 0 ? L::kFed : L::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
   wide_gemv<D, Qkv, 0>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
     publish_rows(c, first_position ? L::kFirstPositionQkv : L::kQkv, strip, tile, cell, row * scale,
@@ -119,7 +119,7 @@ __device__ __forceinline__ void out(WideContext& c) {
   using L = PacketLayout;
   // What is fed has the tag of the exchange before the layer; where QKV comes from a table, a layer has one exchange
   // less.
-  const uint32_t before = c.tag - (std::is_same_v<D, P> && qkv_from_table(c.pass(), c.layer()) ? 2 : 3);
+  const uint32_t before = c.tag - (is_same<D, P> && qkv_from_table(c.pass(), c.layer()) ? 2 : 3);
   add<D, typename Products<D>::Out>(c, out_owner_first(), DenseLayout::kHeadsOut, dense_number(c, c.tag - 1),
                                     Phase::kOut, L::kAfterDown, before, L::kAfterOut, DenseLayout::kAfterOut);
 }
