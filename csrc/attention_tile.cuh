@@ -5,8 +5,6 @@
 // that both operands share. The one used here lets a lane read 16 bytes at once.
 #pragma once
 
-#include <cfloat>
-
 #include "attention_item.cuh"
 #include "head_row.cuh"
 

@@ -55,12 +55,8 @@ __device__ __forceinline__ float softmax(float* scores, const float* parts, int 
 }
 
 // Floats of shared memory that a CTA needs: the query, the pieces of the scores, the softmax of every warp, the sums.
-__host__ __device__ constexpr int attention_floats(int head_dim, int window) {
-  return head_dim + window * (head_dim / 16) + kAttentionThreads / 32 * window + kAttentionThreads * 8;
-}
-
 // grid (heads, streams)
-__global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __grid_constant__ Attention p) {
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) codec_attention(const __grid_constant__ Attention p) {
   extern __shared__ __align__(16) float sums[];
   launch_dependents();
   const int head = blockIdx.x, stream = blockIdx.y, tid = threadIdx.x, dim = p.head_dim;

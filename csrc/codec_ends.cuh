@@ -9,7 +9,7 @@ constexpr int kEndThreads = 128;
 constexpr int kCodebooks = 16;
 
 // grid (streams). Only this kernel counts the age of a slot. Later launches read `calls`.
-__global__ void __launch_bounds__(kEndThreads) embed_kernel(const __grid_constant__ Embed p) {
+extern "C" __global__ void __launch_bounds__(kEndThreads) codec_embed(const __grid_constant__ Embed p) {
   launch_dependents();
   wait_for_previous();
   const int* const input = p.input + blockIdx.x * (kCodebooks + 1);
@@ -63,8 +63,8 @@ __device__ __forceinline__ void convolve_run(const LastConv& p, const bf16* in, 
 }
 
 // grid (rows / samples, streams)
-__global__ void __launch_bounds__(kEndThreads) last_conv_kernel(const __grid_constant__ LastConv p) {
-  constexpr int kPieces = kEndThreads / kRuns;  // that a CTA takes at a time
+extern "C" __global__ void __launch_bounds__(kEndThreads) codec_last_conv(const __grid_constant__ LastConv p) {
+  constexpr int kPieces = kEndThreads / kRuns;  // at a time
   __shared__ float parts[kPieces][kSamples];
   launch_dependents();
   prefetch(p.weights, kLastTaps * p.source.channels * 4);

@@ -264,7 +264,7 @@ __device__ __forceinline__ void share_tile(bool alone) {
 
 // grid (segments * m tiles, n tiles), clusters of `segments`.
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, kCtasAnSm) gemm_kernel(const __grid_constant__ GemmLaunch p) {
+__device__ __forceinline__ void gemm(const GemmLaunch& p) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint64_t full[T::kStages];
   __shared__ float scale[T::kN];

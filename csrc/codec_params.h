@@ -1,13 +1,12 @@
-// The parameters that the host fills in for the codec's launches. codec/cuda_stream.py mirrors them field by field.
+// What the host fills in for the codec's launches; mirrored field by field in codec/cuda_params.py.
 //
 // Activations of a frame are [column][channel]. Channels are padded with zeros to a multiple of 8, which is one 16-byte
 // piece. A column is one time step of one stream of the call. In a layer with `rows` steps a frame, step t of stream i
 // is column i * rows + t.
 #pragma once
 
-#include <cstdint>
-
 #include "geometry.h"
+#include "standard.h"
 
 namespace codec {
 

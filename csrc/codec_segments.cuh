@@ -4,8 +4,6 @@
 // does, so the bits are the same. No CTA waits for another.
 #pragma once
 
-#include <type_traits>
-
 #include "codec_rows.cuh"
 
 namespace codec {
@@ -15,9 +13,7 @@ struct SegmentedGemm : Gemm {
   float* partial;  // [tile of columns][tile of rows][segment][column][row]
   int* arrived;    // [tile of columns][tile of rows]
 };
-using GemmLaunch = std::conditional_t<kHopper, Gemm, SegmentedGemm>;
-inline void set_exchange(Gemm&, float*, int*) {}
-inline void set_exchange(SegmentedGemm& p, float* partial, int* arrived) { p.partial = partial, p.arrived = arrived; }
+using GemmLaunch = Conditional<kHopper, Gemm, SegmentedGemm>::Type;
 
 // Returns whether this CTA is the last of its tile. Only then does `tile`, in shared memory, have the sums of all
 // segments.

@@ -11,6 +11,7 @@
 namespace codec {
 
 constexpr int kMaxUnitStages = 8;
+constexpr int kSlabAlign = 128;  // of the stages that follow a slab
 
 template <int kChannels_, int kN_, int kWarpsM_, int kWarpsN_>
 struct UnitTile {
@@ -25,7 +26,9 @@ struct UnitTile {
   static constexpr int kBlocksPerTap = kTapSteps / kSteps;
   static constexpr int kStripBytes = kSteps * 512, kBlockBytes = kM / 16 * kStripBytes;
   static constexpr int kSlabPitch = 2 * kM + 16;  // an odd number of pieces: no bank conflicts
-  __host__ __device__ static constexpr int slab_bytes(int history) { return (kN + history) * kSlabPitch + 127 & ~127; }
+  __device__ static constexpr int slab_bytes(int history) {
+    return (kN + history) * kSlabPitch + kSlabAlign - 1 & -kSlabAlign;
+  }
   static constexpr int kAtOnce = kN <= 32 ? 1 : 2;
   static_assert(kThreads % kParts == 0, "a thread keeps its rows");
 };
@@ -109,7 +112,7 @@ struct Middle {
 
 // grid (n tiles)
 template <class T>
-__global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant__ UnitLaunch launch) {
+__device__ __forceinline__ void unit(const UnitLaunch& launch) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint64_t full[kMaxUnitStages];
   const Gemm& p = launch.gemm;

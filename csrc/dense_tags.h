@@ -18,15 +18,15 @@ constexpr int kFirstNumber = 1;   // of a launch's first exchange
 
 // The tag of gate-up's result. Its two halves, of two bits each, are equal.
 template <class D>
-QWEN_TTS_BOTH constexpr uint32_t inner_tag(int pass, int layer) {
-  const int number = std::is_same_v<D, T> ? layer : T::kLayers + pass * P::kLayers + layer;
+__device__ __forceinline__ constexpr uint32_t inner_tag(int pass, int layer) {
+  const int number = is_same<D, T> ? layer : T::kLayers + pass * P::kLayers + layer;
   return (number & 3) * 5;
 }
 
 // The tag of what is fed to a model before its first layer.
 template <class D>
-QWEN_TTS_BOTH constexpr uint32_t fed_tag(int pass) {
-  return std::is_same_v<D, T> ? 0 : (pass + 1) % kDenseTags;
+__device__ __forceinline__ constexpr uint32_t fed_tag(int pass) {
+  return is_same<D, T> ? 0 : (pass + 1) % kDenseTags;
 }
 
 // Walks a wide frame and compares each tag of a buffer with the one before it.
@@ -36,28 +36,28 @@ struct DenseTags : FramePlace {
   uint32_t last_fed = fed_tag<T>(kTalkerPass);
   bool distinct = last_fed != kClearedTag;
 
-  constexpr void begin_pass(int pass) {
+  __device__ constexpr void begin_pass(int pass) {
     FramePlace::begin_pass(pass);
     if (pass == 0) feed(0);
   }
-  constexpr void feed(int) { write(last_fed, fed_tag<P>(at_pass)); }
-  constexpr void advance(Step step) {
+  __device__ constexpr void feed(int) { write(last_fed, fed_tag<P>(at_pass)); }
+  __device__ constexpr void advance(Step step) {
     const bool once = step == Step::kQkv && at_pass == 0 && at_layer == P::kLayers - 1;
     if (step <= Step::kDown && !once) write(last[int(step)], tag_of(step));
     ++total;
   }
 
  private:
-  constexpr uint32_t tag_of(Step step) const {
+  __device__ constexpr uint32_t tag_of(Step step) const {
     if (step != Step::kGateUp) return (total + kFirstNumber) % kDenseTags;
     return at_pass == kTalkerPass ? inner_tag<T>(at_pass, at_layer) : inner_tag<P>(at_pass, at_layer);
   }
-  constexpr void write(uint32_t& before, uint32_t tag) {
+  __device__ constexpr void write(uint32_t& before, uint32_t tag) {
     if (before == tag) distinct = false;
     before = tag;
   }
 };
-constexpr bool dense_tags_are_distinct() {
+__device__ constexpr bool dense_tags_are_distinct() {
   DenseTags tags{};
   walk_frame(tags, kMaxColumns, false);
   return tags.distinct;

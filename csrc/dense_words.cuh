@@ -20,7 +20,7 @@ constexpr float kDenseLimit = 0x1p32f;
 // Where the vectors of one tile of columns lie, in words. Two chunks of 16 values of a vector stand together, in mma
 // B-fragment order: lane n * 4 + t has two words, one for each chunk. A word has values {2t, 2t + 1, 2t + 8, 2t + 9} of
 // its chunk, of column n.
-constexpr int dense_words(int k) { return ceil_div(k, 2 * kChunk) * 64; }
+__device__ constexpr int dense_words(int k) { return ceil_div(k, 2 * kChunk) * 64; }
 
 struct DenseLayout {
   using L = PacketLayout;

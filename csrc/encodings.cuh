@@ -1,9 +1,9 @@
 // Numbers as bits: pairs of bf16 in a word, and floats as integers that sort the same way.
 #pragma once
 
-#include <cstdint>
-
 #include <cuda_bf16.h>
+
+#include "standard.h"
 
 namespace qwen_tts {
 

@@ -29,7 +29,7 @@ struct FrameCompute {
 
   template <class D>
   __device__ __forceinline__ Residual<D>& residual() {
-    if constexpr (std::is_same_v<D, T>) {
+    if constexpr (is_same<D, T>) {
       return hidden;
     } else {
       return row;
@@ -37,11 +37,11 @@ struct FrameCompute {
   }
   template <class D>
   __device__ __forceinline__ void qkv() {
-    layer_step::qkv<D>(c, residual<D>(), [&] { return std::is_same_v<D, P> && ends_with_qkv(pass(), layer()); });
+    layer_step::qkv<D>(c, residual<D>(), [&] { return is_same<D, P> && ends_with_qkv(pass(), layer()); });
   }
   template <class D>
   __device__ __forceinline__ void attention() {
-    if constexpr (std::is_same_v<D, T>) {
+    if constexpr (is_same<D, T>) {
       attend_talker<T>(c);
     } else {
       attend_predictor<P>(c, new_rows(c));
@@ -65,7 +65,7 @@ struct FrameCompute {
   // The talker's head also norms the residual, which then holds the hidden row.
   template <class D>
   __device__ __forceinline__ void head() {
-    if constexpr (std::is_same_v<D, T>) {
+    if constexpr (is_same<D, T>) {
       head_logits<T>(c, hidden, [] { return 0; });
       norm_hidden(c, hidden);
       if constexpr (!kProjects) {

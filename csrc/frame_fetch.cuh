@@ -38,13 +38,13 @@ struct FrameFetch : FramePlace {
   // The weights of a product of the current layer. They begin kFrom bytes after the layer's first.
   template <class D, int64_t kFrom>
   __device__ __forceinline__ const char* product() const {
-    return (std::is_same_v<D, T> ? p.talker_layers : p.predictor_layers) + layer() * Products<D>::kLayerBytes + kFrom;
+    return (is_same<D, T> ? p.talker_layers : p.predictor_layers) + layer() * Products<D>::kLayerBytes + kFrom;
   }
   // How many of the product's first bytes should stay in L2. The kept part of a predictor layer begins with its QKV. In
   // the first layer QKV does not count, because a frame reads it only once or twice.
   template <class D, int64_t kFrom>
   __device__ __forceinline__ int64_t kept_bytes() const {
-    if constexpr (std::is_same_v<D, T>) return 0;
+    if constexpr (is_same<D, T>) return 0;
     return p.predictor_kept_bytes + (layer() > 0 ? 0 : Products<D>::Qkv::kBytes) - kFrom;
   }
   template <class D, class Prod, int64_t kFrom>
@@ -79,7 +79,7 @@ struct FrameFetch : FramePlace {
   // Fetches the cached keys and values for a talker layer's attention. The predictor's do not come through the ring.
   template <class D>
   __device__ __forceinline__ void attention() {
-    if constexpr (std::is_same_v<D, T>) keys_and_values();
+    if constexpr (is_same<D, T>) keys_and_values();
   }
   // Each lane fetches for one warp.
   __device__ __forceinline__ void keys_and_values() {
@@ -98,7 +98,7 @@ struct FrameFetch : FramePlace {
   }
   template <class D>
   __device__ __forceinline__ void head() {
-    if constexpr (std::is_same_v<D, T>) {
+    if constexpr (is_same<D, T>) {
       items<TalkerProducts::Head>(p.talker_head);
     } else {
       items<PredictorProducts::Head>(p.predictor_heads + (pass() - 1) * PredictorProducts::Head::kBytes);

@@ -1,6 +1,6 @@
-// The order of a frame's exchanges, written once. The fetching warp, the computing warps and the host must agree on it.
-// Each of them walks the frame with walk_frame and defines what to do at each step. The host counts and names exchanges
-// (frame_exchanges in kernel_tts.h). A mismatch between two of them would hang.
+// The order of a frame's exchanges, written once. Everybody who must agree on it walks the frame with walk_frame and
+// says what to do at each step: the warp that fetches weights, the warps that compute, and the list for the host, which
+// counts and names exchanges (frame_exchanges.cuh). A mismatch between two of them would hang.
 //
 //   talker layers ─ codec head ─ projection ─ [pass 0] ─ code 0 ─ pass 1 ─ code 1 ─ ... ─ pass 15 ─ code 15
 //
@@ -25,23 +25,25 @@ constexpr bool kProjects = T::kHidden != P::kHidden;
 
 // What an exchange publishes.
 enum class Step : int { kQkv, kAttention, kOut, kGateUp, kDown, kHead, kProjection, kCode };
-constexpr const char* kStepNames[] = {"qkv", "attention", "out", "gate_up", "down", "head", "projection", "code"};
+#define QWEN_TTS_STEP_NAMES "qkv\nattention\nout\ngate_up\ndown\nhead\nprojection\ncode\n"
 
 // What a wait is for. The watchdog reports it. The names are in the same order.
 enum class Phase : int { kInput, kAttention, kCombine, kOut, kMlp, kLogits, kCode };
-constexpr char kPhaseNames[] = "input\nattention\ncombine\nO\nMLP\nlogits\ncode\n";
+#define QWEN_TTS_PHASE_NAMES "input\nattention\ncombine\nO\nMLP\nlogits\ncode\n"
 
 constexpr int kPairedStreams = kTileColumns / 2;  // streams that fit into a tile with two columns each
 constexpr int kLastPass = kNumCodebooks - 1;
 
-QWEN_TTS_BOTH constexpr int first_pass(int streams) { return streams <= kPairedStreams ? 1 : 0; }
+__device__ __forceinline__ constexpr int first_pass(int streams) { return streams <= kPairedStreams ? 1 : 0; }
 
 // Whether a layer's queries, keys and values come from a table (FrameParams::predictor_first_qkv). This is so in the
 // first layer from position 2 on, because there the input of every column is a code's embedding.
-QWEN_TTS_BOTH constexpr bool qkv_from_table(int pass, int layer) { return layer == 0 && pass > 1; }
+__device__ __forceinline__ constexpr bool qkv_from_table(int pass, int layer) { return layer == 0 && pass > 1; }
 
 // Whether a layer ends with its QKV.
-QWEN_TTS_BOTH constexpr bool ends_with_qkv(int pass, int layer) { return pass == 0 && layer == P::kLayers - 1; }
+__device__ __forceinline__ constexpr bool ends_with_qkv(int pass, int layer) {
+  return pass == 0 && layer == P::kLayers - 1;
+}
 
 // A visitor of the walks has a place in the frame, and a member for each step:
 //   layer(), next_layer(), pass(), begin_pass(p)    the place. layer() is 0 at the start and after begin_pass
@@ -52,10 +54,9 @@ QWEN_TTS_BOTH constexpr bool ends_with_qkv(int pass, int layer) { return pass ==
 //   code()                                          sample code pass() - 1, and return it
 //   feed(code)                                      that code becomes the input of pass()
 //   advance(Step)                                   the exchange of a step is published: the next one begins
-#pragma nv_exec_check_disable  // visitors are of the host or of the device
 template <class D, class Visitor>
-QWEN_TTS_BOTH constexpr void walk_layer(Visitor& v) {
-  constexpr bool kPredictor = std::is_same_v<D, P>;
+__device__ __forceinline__ constexpr void walk_layer(Visitor& v) {
+  constexpr bool kPredictor = is_same<D, P>;
   if (!kPredictor || !qkv_from_table(v.pass(), v.layer())) {
     v.template qkv<D>();
     v.advance(Step::kQkv);
@@ -76,9 +77,8 @@ QWEN_TTS_BOTH constexpr void walk_layer(Visitor& v) {
 }
 
 // Walks a frame of `streams` streams, or a prefill, which has only the talker's layers.
-#pragma nv_exec_check_disable
 template <class Visitor>
-QWEN_TTS_BOTH constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
+__device__ __forceinline__ constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
 #pragma unroll 1
   for (; v.layer() < T::kLayers; v.next_layer()) walk_layer<T>(v);
   if (prefill) return;
@@ -111,30 +111,30 @@ constexpr int kTalkerPass = -1;  // FramePlace::pass() before the first pass
 struct FramePlace {
   int at_layer = 0, at_pass = kTalkerPass;
 
-  QWEN_TTS_BOTH constexpr int layer() const { return at_layer; }
-  QWEN_TTS_BOTH constexpr int pass() const { return at_pass; }
-  QWEN_TTS_BOTH constexpr void next_layer() { ++at_layer; }
-  QWEN_TTS_BOTH constexpr void begin_pass(int pass) {
+  __device__ __forceinline__ constexpr int layer() const { return at_layer; }
+  __device__ __forceinline__ constexpr int pass() const { return at_pass; }
+  __device__ __forceinline__ constexpr void next_layer() { ++at_layer; }
+  __device__ __forceinline__ constexpr void begin_pass(int pass) {
     at_pass = pass;
     at_layer = 0;
   }
   template <class D>
-  QWEN_TTS_BOTH constexpr void qkv() {}
+  __device__ __forceinline__ constexpr void qkv() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void attention() {}
+  __device__ __forceinline__ constexpr void attention() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void out() {}
+  __device__ __forceinline__ constexpr void out() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void gate_up() {}
+  __device__ __forceinline__ constexpr void gate_up() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void down() {}
+  __device__ __forceinline__ constexpr void down() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void head() {}
-  QWEN_TTS_BOTH constexpr void projection() {}
-  QWEN_TTS_BOTH constexpr void skip_to_next_pass() {}
-  QWEN_TTS_BOTH constexpr int code() { return 0; }
-  QWEN_TTS_BOTH constexpr void feed(int) {}
-  QWEN_TTS_BOTH constexpr void advance(Step) {}
+  __device__ __forceinline__ constexpr void head() {}
+  __device__ __forceinline__ constexpr void projection() {}
+  __device__ __forceinline__ constexpr void skip_to_next_pass() {}
+  __device__ __forceinline__ constexpr int code() { return 0; }
+  __device__ __forceinline__ constexpr void feed(int) {}
+  __device__ __forceinline__ constexpr void advance(Step) {}
 };
 
 // Counts exchanges, and finds the number of one.
@@ -143,18 +143,18 @@ struct ExchangeCounter : FramePlace {
   int wanted_pass = 0, wanted_layer = 0;
   int total = 0, found = -1;
 
-  constexpr void advance(Step step) {
+  __device__ constexpr void advance(Step step) {
     if (step == wanted && at_pass == wanted_pass && at_layer == wanted_layer) found = total;
     ++total;
   }
 };
 // How many exchanges of a frame come before the named one.
-constexpr int exchange_of(Step step, int pass, int layer, int streams) {
+__device__ constexpr int exchange_of(Step step, int pass, int layer, int streams) {
   ExchangeCounter counter{{}, step, pass, layer};
   walk_frame(counter, streams, false);
   return counter.found;
 }
-constexpr int num_exchanges(int streams) {
+__device__ constexpr int num_exchanges(int streams) {
   ExchangeCounter counter{};
   walk_frame(counter, streams, false);
   return counter.total;

@@ -9,10 +9,10 @@
 // ever reset. Each kind of exchange has its own buffer, and a buffer may be overwritten one layer later. This is safe:
 // before a CTA writes in layer l + 1, the chain of exchanges has made it wait for all QKV rows and all gate-up rows of
 // layer l. A CTA publishes its rows of these two only after it has read all earlier exchanges. So every CTA must own
-// rows of both, which limits the grid (frame_max_grid). In the predictor's first layer without a QKV exchange, the
-// exchange of the code takes its role: the code is known only after all gate-up rows of the previous pass have been
-// used. Pass 0 ends with a QKV that has its own buffer. A CTA that goes on to pass 1 has read all rows of the down
-// projection before that QKV, so no read of that layer is outstanding.
+// rows of both, which limits the grid (the fact max_grid in kernel_tts.cu). In the predictor's first layer without a
+// QKV exchange, the exchange of the code takes its role: the code is known only after all gate-up rows of the previous
+// pass have been used. Pass 0 ends with a QKV that has its own buffer. A CTA that goes on to pass 1 has read all rows
+// of the down projection before that QKV, so no read of that layer is outstanding.
 //
 // Grid barriers are slower: 2.3 us each while weights stream (docs/experiments.md).
 #pragma once
@@ -102,7 +102,7 @@ __device__ __forceinline__ uint32_t wait_packet(const uint64_t* p, uint32_t tag,
 // packets, in mma B-fragment order: lane n * 4 + t has two packets, values {2t, 2t + 1} and {2t + 8, 2t + 9} of column
 // n.
 constexpr int kStripPackets = 64;  // of sixteen values, for all columns
-constexpr int vector_packets(int k) { return (k + 15) / 16 * kStripPackets; }
+__device__ constexpr int vector_packets(int k) { return (k + 15) / 16 * kStripPackets; }
 
 struct PacketLayout {
   static constexpr int kQkvRows =

@@ -5,25 +5,16 @@
 //   kNumControlCodes, kEosCode, kSharedBytes (the shared memory that a CTA may have on the target GPU)
 #pragma once
 
-#include <cstdint>
-#include <type_traits>
-
 #include <cuda_bf16.h>
 
 #include "geometry.h"
-
-// Marks functions that the host and the device call.
-#ifdef __CUDACC__
-#define QWEN_TTS_BOTH __host__ __device__ __forceinline__
-#else
-#define QWEN_TTS_BOTH inline
-#endif
+#include "standard.h"
 
 namespace qwen_tts {
 
-constexpr int max_of(int a, int b) { return a > b ? a : b; }
-constexpr int min_of(int a, int b) { return a < b ? a : b; }
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
+__device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
+__device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 constexpr int kTileColumns = 8;  // the n columns of one mma tile
 constexpr int kMaxColumns = 32;  // of a frame: four tiles. A frame of one tile has its own kernel.

@@ -20,13 +20,13 @@ constexpr int kMaxOwners = 8;  // warps that a piece is for
 // If a warp's chunks do not fit one piece, a piece has at most six. More would spill registers at the 1.7B shape.
 constexpr int kMaxPartChunks = 6;
 
-constexpr int piece_chunks(int chunks) {
+__device__ constexpr int piece_chunks(int chunks) {
   if (chunks <= kSlotChunks) return chunks;
   for (int n = kMaxPartChunks; n > 1; --n)
     if (chunks % n == 0) return n;
   return 1;
 }
-constexpr int piece_owners(int chunks) {
+__device__ constexpr int piece_owners(int chunks) {
   int owners = 1;
   while (2 * owners * chunks <= kSlotChunks && 2 * owners <= kMaxOwners) owners *= 2;
   return owners;
@@ -63,7 +63,7 @@ struct Product {
   static_assert((kK / kSplit) % kChunk == 0, "k comes in whole chunks");
 };
 
-constexpr int split_of(int rows, int k) { return rows <= 64 * 16 && k >= 1024 ? 2 : 1; }
+__device__ constexpr int split_of(int rows, int k) { return rows <= 64 * 16 && k >= 1024 ? 2 : 1; }
 
 template <class D>
 struct Products {

@@ -3,11 +3,10 @@
 // instructions that only Hopper and newer have (architecture.h), or omit them where only speed is lost.
 #pragma once
 
-#include <cstdint>
-
 #include <cuda_bf16.h>
 
 #include "architecture.h"
+#include "standard.h"
 
 namespace ptx {
 

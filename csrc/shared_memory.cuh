@@ -30,9 +30,9 @@ struct alignas(16) ItemRows {
   int first_new;  // the first position whose row comes from the exchange
 };
 
-// The most items of a CTA, plus one entry that ends the list. The maximum is for 64 CTAs and streams of full length.
-// With fewer CTAs, streams must be shorter (frame_max_positions).
-constexpr int max_items(int columns) { return columns * T::kKvHeads * kMaxSplits / 64 + 1; }
+// Of a CTA, where all streams are as long as can be on 64 CTAs; and an end. Fewer CTAs hold shorter streams
+// (max_positions in decoding/frame_launcher.py).
+__device__ constexpr int max_items(int columns) { return columns * T::kKvHeads * kMaxSplits / 64 + 1; }
 
 template <int kColumns_, int kTiles_>
 struct alignas(16) ScratchOf {  // read as float4
@@ -55,7 +55,7 @@ struct SamplerShared {
 #ifndef QWEN_TTS_RING_SLOTS  // geometry.h defines it if `tune` found a better number for this GPU
 #define QWEN_TTS_RING_SLOTS 22
 #endif
-constexpr int most_ring_slots(int scratch_bytes) {
+__device__ constexpr int most_ring_slots(int scratch_bytes) {
   return ring_slots(kSharedBytes - scratch_bytes - int(sizeof(FrameParams)));
 }
 

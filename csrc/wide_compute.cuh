@@ -31,7 +31,7 @@ struct WideCompute {
   }
   template <class D>
   __device__ __forceinline__ void attention() {
-    if constexpr (std::is_same_v<D, T>) {
+    if constexpr (is_same<D, T>) {
       attend_talker<T>(c);
     } else {
       attend_predictor<P>(c, new_rows(c));
@@ -52,7 +52,7 @@ struct WideCompute {
   __device__ __forceinline__ void skip_to_next_pass() {}
   template <class D>
   __device__ __forceinline__ void head() {
-    if constexpr (std::is_same_v<D, P>) store_noise(c);
+    if constexpr (is_same<D, P>) store_noise(c);
     wide_step::head<D>(c);
   }
   __device__ __forceinline__ void projection() {

@@ -39,7 +39,7 @@ template <class D>
 __device__ __forceinline__ void qkv(WideContext& c) {
   using Qkv = typename Products<D>::Qkv;
   using L = DenseLayout;
-  const bool first_position = std::is_same_v<D, P> && ends_with_qkv(c.pass(), c.layer());
+  const bool first_position = is_same<D, P> && ends_with_qkv(c.pass(), c.layer());
   const bool fed = c.layer() == 0;
   DenseOperand<Qkv> x{c, fed ? L::kFed : L::kAfterDown, fed ? fed_tag<D>(c.pass()) : dense_number(c, c.tag - 1),
                       Phase::kInput};
@@ -121,7 +121,7 @@ __device__ __forceinline__ void out(WideContext& c) {
   using L = PacketLayout;
   // The residual has the tag of the exchange before the layer. A layer whose QKV comes from a table has one exchange
   // less.
-  const uint32_t before = c.tag - (std::is_same_v<D, P> && qkv_from_table(c.pass(), c.layer()) ? 2 : 3);
+  const uint32_t before = c.tag - (is_same<D, P> && qkv_from_table(c.pass(), c.layer()) ? 2 : 3);
   add<D, typename Products<D>::Out>(c, out_owner_first(), DenseLayout::kHeadsOut, dense_number(c, c.tag - 1),
                                     Phase::kOut, L::kAfterDown, before, L::kAfterOut, DenseLayout::kAfterOut);
 }

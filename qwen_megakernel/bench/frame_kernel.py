@@ -6,7 +6,6 @@ and PyTorch as CUDA graphs.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import torch
 from qwen_megakernel.bench.worker import WARM_UP, device_times, host_times
 from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
+from qwen_megakernel.cuda_driver import Launch, load_module
 from qwen_megakernel.decoding.frame_schedule import Exchange
 from qwen_megakernel.decoding.graph_backend import GraphBackend
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
@@ -174,7 +174,7 @@ class KernelBench:
         self._gpu = torch.cuda.get_device_properties(self._device)
         self.arch = detect_arch(self._device)
         self.library = build(frame_library(config, self.arch, form), self.arch, report)
-        self._read = ctypes.CDLL(str(build(READ_LIBRARY, self.arch, report))).read_floor
+        self._read = load_module(build(READ_LIBRARY, self.arch, report), self._device)
         most = max(positions) + repeats + 2 * WARM_UP
         shape = (talker, config.talker, config.predictor)
         self._widest = max(streams)
@@ -233,16 +233,15 @@ class KernelBench:
     def _floor_us(self, num_bytes: int) -> float:
         out = torch.zeros(1, dtype=torch.int32, device=self._device)
         stream = torch.cuda.current_stream(self._device).cuda_stream
-
-        def read() -> None:
-            error = self._read(
-                c_void_p(self._buffer.data_ptr()), c_int64(num_bytes // 16 * 16),
-                c_void_p(out.data_ptr()), self._gpu.multi_processor_count, c_void_p(stream),
-            )  # fmt: skip
-            if error:
-                raise BenchError(f"the streaming read was not launched: CUDA error {error}")
-
-        return float(np.median(device_times(read, self._repeats // 4 + 1)))
+        facts = self._read.facts
+        params = (
+            c_void_p(self._buffer.data_ptr()), c_int64(num_bytes // 16), c_void_p(out.data_ptr()),
+        )  # fmt: skip
+        read = Launch(
+            self._read, self._read.kernel("read_kernel"), params, threads=facts["threads"],
+            grid=(self._gpu.multi_processor_count * facts["ctas_per_sm"], 1),
+        )  # fmt: skip
+        return float(np.median(device_times(lambda: read(stream), self._repeats // 4 + 1)))
 
 
 @dataclass(slots=True)

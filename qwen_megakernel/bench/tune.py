@@ -7,7 +7,6 @@ the default, both for one stream and for as many as share a frame.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import sys
 import time
@@ -35,6 +34,7 @@ from qwen_megakernel.checkpoint import CheckpointError
 from qwen_megakernel.config import ConfigError, ModelConfig
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
 from qwen_megakernel.engine.backends import tuning_target
+from qwen_megakernel.installation.cubin import read_cubin
 from qwen_megakernel.installation.kernel_tuning import Setting, Target, Tuning
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.synth.checkpoint import random_talker
@@ -125,8 +125,8 @@ def build_rings(config: ModelConfig, target: Target) -> dict[int | None, Path]:
         BuildError: the default cannot be built. Others that cannot be built are left out.
     """
     default = build(frame_library(config, target.arch, target.form), target.arch, tell)
-    sizes = ctypes.CDLL(str(default))
-    slots = ring_candidates(sizes.frame_ring_slots(), LEAST_RING_SLOTS, sizes.frame_most_ring_slots())
+    sizes = read_cubin(default).facts
+    slots = ring_candidates(sizes["ring_slots"], LEAST_RING_SLOTS, sizes["most_ring_slots"])
 
     def build_ring(count: int) -> Path | None:
         try:

@@ -10,6 +10,7 @@ from qwen_megakernel.config import CodecConfig
 __all__ = [
     "UNIT_CHANNELS",
     "UNIT_TILES",
+    "attention_bytes",
     "choose_tile",
     "choose_unit_shape",
     "num_tiles",
@@ -127,3 +128,9 @@ def choose_unit_shape(
     tile = min(tiles, key=clocks)
     alone = 2 * rows * streams // tile <= num_sms or stages(tile, 2) < 2
     return tile, stages(tile, 1 if alone else 2)
+
+
+def attention_bytes(head_dim: int, window: int, threads: int) -> int:
+    """Shared memory of a CTA of csrc/codec_attention.cuh: eight sums a thread, the query, the pieces of
+    the scores, and every warp's softmax, all fp32."""
+    return 4 * (8 * threads + head_dim + window * (head_dim // 16) + threads // 32 * window)
