@@ -354,9 +354,11 @@ class Engine:
         """Prefill the next part of a turn that speaks, else the turn that gets a free slot. The turn
         that was served, if there was one."""
         active = next((a for a in self._speaking if not a.prefilled and a.ready), None)
-        ready = [a for a in self._waiting if a.ready]
-        if active is None and self._schedule.may_begin(ready, self._speaking, self._num_prefilled):
-            active = self._slot_order.choose(ready, self._num_free())
+        # A long queue costs a tick nothing while no slot is free.
+        if active is None and self._waiting and (num_free := self._num_free()):
+            ready = [a for a in self._waiting if a.ready]
+            if self._schedule.may_begin(ready, self._speaking, self._num_prefilled):
+                active = self._slot_order.choose(ready, num_free)
         if active is None:
             return None
         self._num_prefilled += active.num_prompt_rows
