@@ -1,4 +1,4 @@
-"""The checks of `doctor` that ask whether kernels can be built and run here. Standard library only."""
+"""The checks of `doctor` on whether kernels can be built and run here. Standard library only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLACKWELL = (12, 0)
 
 
 def check_nvcc(found: Gpus, torch: Torch) -> Check:
-    """A CUDA compiler of torch's major version that knows the GPU."""
+    """A CUDA compiler has torch's major version and knows the GPU."""
     path = find_nvcc()
     if path is None:
         fix = "install the CUDA toolkit of torch's version, 12.8 or newer"
@@ -70,8 +70,8 @@ def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None
 
     Args:
         found: the GPUs.
-        tools: what was found of the build tools.
-        cache: where builds are kept; None is the prebuilt ones' folder, or the cache.
+        tools: the results for the build tools.
+        cache: the folder of builds; None is the folder of prebuilt ones, or else the cache.
     """
     if not found.gpus:
         return Check("kernels", "skipped", "no GPU: PyTorch decodes")
@@ -99,11 +99,11 @@ def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None
 
 
 def check_tuning(found: Gpus, cache: Path | None = None) -> Check:
-    """Whether `tune` has found settings for this GPU, and for the present kernels.
+    """Whether `tune` has found settings for this GPU and for the current kernels.
 
     Args:
         found: the GPUs.
-        cache: where builds are kept.
+        cache: the folder of builds.
     """
     if not found.gpus or found.gpus[0].capability < MIN_CAPABILITY:
         return Check("tuning", "skipped", "no GPU that runs the kernels")
@@ -130,13 +130,13 @@ def check_tuning(found: Gpus, cache: Path | None = None) -> Check:
 def _is_of_present_kernels(target: kernel_tuning.Target) -> bool:
     try:
         from qwen_megakernel.build_tts import frame_digest
-    except (ImportError, OSError):  # torch is not installed, or not whole
+    except (ImportError, OSError):  # torch is not installed, or only half
         return True
     return target.digest == frame_digest(target.geometry, target.arch)
 
 
 def _absent(name: str, found: Gpus, fix: str) -> Check:
-    """A missing build tool, which only a machine with a GPU has a use for."""
+    """The result for a missing build tool, which only a machine with a GPU needs."""
     if not found.gpus:
         return Check(name, "skipped", "not found, and not needed without a GPU")
     return Check(name, "warn", "not found: needed to build the megakernel", fix)
