@@ -140,7 +140,7 @@ class MegakernelBackend:
         self._device = talker.codec_head.weight.device
         self._streams: dict[int, _Stream] = {}
         self._stream_params = np.zeros(num_slots, dtype=_STREAM)
-        """By slot; each launch fills in position, first, frame and suppress_eos."""
+        """The parameters of each slot. A launch fills in position, first, frame and suppress_eos."""
         if self._ops.stream_bytes() != _STREAM.itemsize:
             raise ValueError(
                 f"the kernel's streams have {self._ops.stream_bytes()} bytes, not {_STREAM.itemsize}"
@@ -435,6 +435,6 @@ class MegakernelBackend:
         return parse_exchanges(self._ops.exchanges(num_streams))
 
     def _describe(self, exchange: int, num_streams: int) -> str:
-        """Where in the frame an exchange is."""
+        """The place of an exchange in the frame."""
         known = self.exchanges(num_streams)
         return str(known[exchange]) if exchange < len(known) else "after the frame"

@@ -97,8 +97,8 @@ def parse_message(data: str | bytes) -> Generate | Cancel:
     """Parse a client's WebSocket message. Unknown fields are ignored.
 
     Raises:
-        ProtocolError: the message is malformed, whatever the bytes. Its `context_id` is the message's,
-            if that could be read.
+        ProtocolError: the message is malformed. No bytes raise anything else. Its `context_id` is the
+            message's, if that could be read.
     """
     fields = parse_object(data)
     context_id = _context_id(fields)
@@ -120,7 +120,7 @@ def parse_bytes(body: bytes) -> Generate:
     """Parse the body of `POST /tts/bytes`. Unknown fields are ignored.
 
     Raises:
-        SpeechError: 400 if the body is malformed, whatever the bytes.
+        SpeechError: 400 if the body is malformed. No bytes raise anything else.
     """
     try:
         request = _generate(parse_object(body.decode()), None)

@@ -143,7 +143,7 @@ def parse_text(body: bytes) -> str:
     """The text of a request's body.
 
     Raises:
-        SpeechError: 400 if the body is malformed, whatever the bytes.
+        SpeechError: 400 if the body is malformed. No bytes raise anything else.
     """
     try:
         text = get_string(parse_object(body.decode()), "text")
@@ -160,7 +160,7 @@ def parse_message(data: str | bytes) -> Message:
     """Parse a client's WebSocket message. Unknown fields are ignored.
 
     Raises:
-        ProtocolError: the message is malformed, whatever the bytes.
+        ProtocolError: the message is malformed. No bytes raise anything else.
     """
     fields = parse_object(data)
     kind = get_string(fields, "type")

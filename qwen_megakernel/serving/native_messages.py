@@ -305,8 +305,8 @@ def parse_client_message(data: str | bytes) -> ClientMessage:
     """Parse a client's WebSocket message. An unknown field is an error.
 
     Raises:
-        ProtocolError: the message is malformed, whatever the bytes. Its `context_id` is the message's,
-            if that could be read.
+        ProtocolError: the message is malformed. No bytes raise anything else. Its `context_id` is the
+            message's, if that could be read.
     """
     values = parse_object(data)
     try:

@@ -68,7 +68,7 @@ def parse_speech(body: bytes) -> SpeechRequest:
     """Parse the body of `POST /v1/audio/speech`. Unknown fields are ignored.
 
     Raises:
-        SpeechError: 400 if the body is malformed, whatever the bytes.
+        SpeechError: 400 if the body is malformed. No bytes raise anything else.
     """
     try:
         fields = parse_object(body.decode())

@@ -75,7 +75,7 @@ def parse_client_message(data: str | bytes) -> Speak | Cancel:
     """Parse one WebSocket message.
 
     Raises:
-        ProtocolError: the message is malformed, whatever the bytes.
+        ProtocolError: the message is malformed. No bytes raise anything else.
     """
     fields = parse_object(data)
     if get_flag(fields, "cancel"):

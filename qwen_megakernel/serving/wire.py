@@ -56,7 +56,7 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
     """Parse a JSON object strictly: no repeated keys, no NaN or Infinity, no binary message.
 
     Raises:
-        ProtocolError: it is anything else, whatever the bytes.
+        ProtocolError: it is anything else. No bytes raise another error.
     """
     if not isinstance(data, str):
         raise ProtocolError("bad_request", "binary message; expected a JSON object as text")
