@@ -1,4 +1,4 @@
-"""Which backend runs, and what is said where the kernels cannot: no GPU needed, compilers are played."""
+"""Which backend runs, and the reason if no kernels can. Stand-ins replace GPU and compiler."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def hopper(monkeypatch, tmp_path):
 
 @pytest.fixture
 def nvcc(hopper, tmp_path):
-    """A compiler that does what is asked: `nvcc(body of a shell script)`."""
+    """A compiler that runs what a test gives it: `nvcc(body of a shell script)`."""
 
     def make(body: str) -> Path:
         path = tmp_path / "bin" / "nvcc"
