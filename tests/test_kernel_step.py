@@ -369,7 +369,7 @@ except KernelError as error:
 
 
 def test_a_withheld_cta_is_an_error_that_names_frame_and_phase():
-    """In a process of its own, because the CUDA context is lost."""
+    """In a process of its own: the CUDA context is lost."""
     child = subprocess.run(
         [sys.executable, "-c", HANG],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

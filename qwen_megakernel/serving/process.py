@@ -41,7 +41,7 @@ SEND_BUFFER_BYTES = 65_536
 BACKLOG = 64
 """Connections that the kernel holds before the server accepts them. asyncio accepts as many at once."""
 FAILURE_POLL_S = 0.1
-"""Seconds between checks that the engine is alive: its thread has no event loop to report to."""
+"""How often the engine is asked whether it lives: its thread knows no event loop to tell."""
 MOST_FOLLOWING = 512
 """Sockets for connections if their number follows from the slots, which are not known yet."""
 OTHER_FILES = 64
