@@ -1,10 +1,10 @@
 """`python -m qwen_megakernel bench`: the speed on this machine, as tables and as JSON.
 
-It has three parts: the frame kernel beside its lower bounds (`bench.frame_kernel`), decode and codec
-alone (`bench.parts`), and turns through a real server and socket (`bench.turns`). A fourth part runs
-only if it is named: a server under load (`bench.load`). Weights are random unless a checkpoint is
-named: speed does not depend on them. With `--against` it compares this tree with another version
-instead (`bench.against`).
+Three parts: the frame kernel beside what bounds it (`bench.frame_kernel`), decode and codec alone
+(`bench.parts`), and turns through a real server and socket (`bench.turns`). A fourth is measured only
+when it is named: a server under load (`bench.load`). Weights are random unless a checkpoint is named:
+speed does not depend on them. With `--against` it compares this tree with another version instead
+(`bench.against`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from qwen_megakernel.tools.machine import usable_cores
 from qwen_megakernel.tts_model import choose_device
 
 WHAT = ("kernel", "parts", "server")
-"""The parts that are measured if `--parts` names none. `load` must be named."""
+"""Measured where `--parts` names none; `load` must be named."""
 SLOW_TURNS = 5
 """Turns of each kind for the torch backend on a GPU, whose frames take ten times the kernel's time."""
 ORIGINAL = {"ttfc": "50", "rtf": "0.15-0.25", "step": "55"}

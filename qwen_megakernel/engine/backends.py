@@ -206,11 +206,8 @@ class Backends:
 
     @property
     def description(self) -> dict[str, str]:
-        """What runs, by name.
-
-        `backend` and `codec` are always there. `tuning` is there if the frame kernel has a tuning.
-        `expect` says how long a frame takes on a known GPU. `note` says why something slower runs.
-        """
+        """What runs: `backend`, `codec`; `tuning` where the frame kernel has one; `expect`, how long a
+        frame takes, where the GPU is known; `note` where not the fastest that was asked for."""
         return self._runs | ({"note": "; ".join(self._notes)} if self._notes else {})
 
     def _expected_frames(self) -> str | None:
@@ -263,7 +260,7 @@ class Backends:
         return build.result()
 
     def _refuse(self, what: str, reason: str) -> None:
-        """Note why the kernels do not run. Raises `CheckpointError` if they were named."""
+        """Note why the kernels do not run; raise, if they were asked for by name."""
         if self._name == "megakernel":
             raise CheckpointError(
                 f"backend megakernel cannot run: {reason} (--backend auto runs without it)"

@@ -70,11 +70,11 @@ def _print(line: str) -> None:
 
 @contextmanager
 def running_server(*arguments: str | Path, show: Callable[[str], None] = _print) -> Iterator[int]:
-    """Run a server on a free port. Yields the port once it is ready, and stops it at the end.
+    """A server on a free port, ready; gives the port. Stopped at the end, whatever happens.
 
     Args:
         arguments: of the command `serve`.
-        show: called with the command line and with each line of the server's log, from any thread.
+        show: takes the command line and the lines of the server's log, from any thread.
 
     Raises:
         DemoError: the server does not get ready, or does not stop cleanly.
