@@ -58,7 +58,7 @@ class FileFormat:
 
     @property
     def encodable(self) -> bool:
-        """Whether this server can write the format. A compressed one needs PyAV."""
+        """Whether it can be written here: a compressed format needs PyAV."""
         return self.encoding not in _CODECS or importlib.util.find_spec("av") is not None
 
 
