@@ -1,7 +1,7 @@
-"""Read the machine code of kernels from an object file of nvcc.
+"""Read the machine code of kernels out of an object file that nvcc made.
 
-nvcc puts a cubin, which is an ELF file of the GPU's machine type, into the host's object file. This
-module reads only the sections and symbols of that inner file. It needs no disassembler.
+nvcc puts a cubin, which is an ELF file of the GPU's own machine type, into the host's object file.
+The sections and symbols of that inner file are all that is read here. No disassembler is needed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MAGIC = b"\x7fELF\x02\x01"
-"""How a 64-bit little-endian ELF file begins."""
+"""ELF, 64 bits, little endian."""
 _EM_CUDA = 190
 _SHT_NOBITS = 8
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -21,7 +21,7 @@ _SYMBOL = struct.Struct("<IBBHQQ")
 
 
 class CubinError(RuntimeError):
-    """The file holds no machine code that this module can read; one line says why."""
+    """The file holds no machine code that can be read; one line says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Cubin:
     """Sections and symbols of one cubin."""
 
     sections: dict[str, bytes]
-    """Contents by section name, such as `.text.KERNEL`. Sections without contents are left out."""
+    """Contents by name, such as `.text.KERNEL`. Sections without contents in the file are left out."""
     undefined: tuple[str, ...]
-    """Sorted names of the symbols that the cubin uses and does not define."""
+    """Names of the symbols that the cubin uses and does not define, sorted."""
 
     def code(self, function: str) -> bytes:
         """The instructions of a kernel, or of a function that has a section of its own.
@@ -45,7 +45,7 @@ class Cubin:
             raise CubinError(f"the cubin has no function {function}") from None
 
     def constants(self, function: str) -> bytes:
-        """The constant banks of a kernel: room for its parameters, jump tables, literals."""
+        """The constant banks of a kernel: room for its parameters, tables of jumps, literals."""
         return b"".join(
             content
             for name, content in sorted(self.sections.items())
@@ -55,10 +55,10 @@ class Cubin:
 
 
 def read_cubin(path: Path) -> Cubin:
-    """Read the cubin of an object file that was compiled for one architecture.
+    """The cubin in an object file that was compiled for one architecture.
 
     Raises:
-        CubinError: the file has no cubin, several, or a compressed one.
+        CubinError: there is none, there are several, or it is compressed.
     """
     data = path.read_bytes()
     starts = list(_cubin_offsets(data))
