@@ -1,10 +1,10 @@
 """Compile the CUDA kernels for one checkpoint shape and one GPU, and load them.
 
-The kernel's shapes are compile-time constants from `config.json`. So a build belongs to a geometry, an
-architecture, the sources, the compiler and, if it has bindings, torch. A hash of them names it in the
-cache, and a change of any of them needs another build. A build is made in a temporary folder and
-renamed, under a lock that the operating system releases when the process dies. A checksum beside it
-reveals a damaged build, which is made anew. A folder of prebuilt kernels comes before the cache.
+The kernel's shapes are compile-time constants from `config.json`. So a build belongs to a geometry,
+an architecture, the sources, the compiler and, where it has bindings, torch. A hash of them names it in
+the cache, and a change of any makes another build. A build is made in a temporary folder and renamed,
+under a lock that the operating system releases when the process dies. A checksum beside it tells a
+damaged build, which is made anew. A folder of prebuilt kernels is looked into before the cache.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """One build: sources that nvcc and the host compiler compile, linked into one library."""
+    """What one build makes: sources compiled by nvcc and by the host compiler, linked into one."""
 
     name: str
     cuda_sources: tuple[str, ...]
     cpp_sources: tuple[str, ...]
-    """C++ sources that use torch's headers; may be empty."""
+    """C++ against torch's headers; may be empty."""
     header: str
     """Content of `geometry.h`."""
 
@@ -95,7 +95,7 @@ def codec_library(arch: str, form: str = "auto") -> Library:
 
 
 READ_LIBRARY = Library("read", ("read_floor.cu",), (), header="")
-"""A plain streaming read: the lower bound with which the bench compares a frame."""
+"""A plain streaming read, the floor that the bench compares a frame with."""
 
 
 def frame_library(
@@ -212,7 +212,7 @@ def has_ptx(arch: str) -> bool:
 
 
 def require_host_compiler() -> Path:
-    """The C++ compiler, without which nvcc does not start. Raises `BuildError` if there is none."""
+    """The C++ compiler, without which nvcc does not start. Raises `BuildError` where there is none."""
     found = find_host_compiler()
     if found is None:
         raise BuildError(
@@ -223,7 +223,7 @@ def require_host_compiler() -> Path:
 
 
 def require_nvcc() -> Path:
-    """The CUDA compiler. Raises `BuildError` if there is none."""
+    """The CUDA compiler. Raises `BuildError` where there is none."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError(
@@ -328,9 +328,9 @@ def _identifier(name: str) -> str:
 
 
 def build_facts(library: Library, arch: str) -> dict[str, str]:
-    """The facts that distinguish builds, except the compiler's release.
+    """What tells builds apart, but for the compiler's release.
 
-    Only bindings depend on torch, and on its release: the C++ interface may change with each one.
+    Only bindings depend on torch: on its release, which promises no stable C++ interface to the next.
     """
     sources = [text for path in _sources(library) for text in (path.name, path.read_text())]
     facts = {
@@ -372,7 +372,7 @@ def _sources(library: Library) -> list[Path]:
 
 
 def compiler_release(nvcc: Path) -> str:
-    """The compiler's release, such as 13.0.88. Raises `BuildError` if the compiler does not run."""
+    """The compiler's release, such as 13.0.88. Raises `BuildError` where it does not run."""
     try:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
         if match := re.search(r"\bV([\d.]+)", said):
@@ -448,7 +448,7 @@ def _compile(
 
 
 def _run_all(jobs: Sequence[tuple[str, Sequence[str | Path]]], folder: Path) -> None:
-    """Run commands side by side. `folder` keeps their output. If one fails, its output is shown."""
+    """Run commands side by side; the output of each is kept in `folder`, and shown if it fails."""
     running = []
     for name, command in jobs:
         log = (folder / f"{name}.log").open("w+")
@@ -459,7 +459,7 @@ def _run_all(jobs: Sequence[tuple[str, Sequence[str | Path]]], folder: Path) -> 
             if process.wait():
                 log.seek(0)
                 said = log.read()
-                if not said and shutil.disk_usage(folder).free == 0:  # not even for the log
+                if not said and shutil.disk_usage(folder).free == 0:  # for the log neither
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
                 failed.append(f"{name}: {_first_error(said)}")
     if failed:

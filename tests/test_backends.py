@@ -66,7 +66,7 @@ def hopper(monkeypatch, tmp_path):
 
 @pytest.fixture
 def nvcc(hopper, tmp_path):
-    """A compiler that runs what a test gives it: `nvcc(body of a shell script)`."""
+    """A compiler that does what is asked: `nvcc(body of a shell script)`."""
 
     def make(body: str) -> Path:
         path = tmp_path / "bin" / "nvcc"

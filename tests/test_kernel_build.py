@@ -52,7 +52,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", KNOWN_ARCHES)
 def test_the_frame_kernel_fits_the_gpu(arch, shared_builds, report):
-    """Built as by a server, with its bindings. The table of the machine code has the other shapes."""
+    """As a server builds it, with its bindings; the table of the machine code has the other shapes."""
     started = time.monotonic()
     product = build(frame_library(shape_config("0.6b"), arch), arch)
     lasted = time.monotonic() - started

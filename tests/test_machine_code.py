@@ -68,7 +68,7 @@ def test_the_table_has_all_builds():
 
 
 WIDE = "frame_kernel<Form<true"
-"""The kernel of a wide frame, which may spill a few registers over its waits (docs/experiments.md)."""
+"""A wide frame's kernel, which spills at most a few registers over its waits (docs/experiments.md)."""
 MAY_SPILL = {("frame", "1.7b", f"sm_{arch}") for arch in ARCHES}
 """Of this shape, 32 registers of a thread hold the residual."""
 

@@ -31,7 +31,7 @@ class Exchange:
 
 
 def parse_exchanges(text: str) -> list[Exchange]:
-    """Parse the result of `frame_exchanges` in csrc/kernel_tts.h: a line each, in the order of tags."""
+    """What `frame_exchanges` of csrc/kernel_tts.h gives: a line each, in the order of their tags."""
     found = []
     for line in text.splitlines():
         model, predictor_pass, layer, step = line.split()

@@ -140,7 +140,7 @@ class MegakernelBackend:
         self._device = talker.codec_head.weight.device
         self._streams: dict[int, _Stream] = {}
         self._stream_params = np.zeros(num_slots, dtype=_STREAM)
-        """The parameters of each slot. A launch fills in position, first, frame and suppress_eos."""
+        """By slot; each launch fills in position, first, frame and suppress_eos."""
         if self._ops.stream_bytes() != _STREAM.itemsize:
             raise ValueError(
                 f"the kernel's streams have {self._ops.stream_bytes()} bytes, not {_STREAM.itemsize}"

@@ -30,7 +30,7 @@ HOST_COMPILER_FIX = (
     "or take kernels that were built elsewhere (QWEN_MEGAKERNEL_KERNELS)"
 )
 PIP_CUDA = "13.0"
-"""The release of CUDA if torch names none: that of the pinned version of torch."""
+"""Where torch says no release: that of the version that is pinned."""
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 
 
@@ -47,8 +47,8 @@ def named_arch() -> str | None:
 
 
 def find_nvcc() -> Path | None:
-    """The CUDA compiler: the one below CUDA_HOME or CUDA_PATH, else on the PATH, else in the usual
-    place, else the one that pip has installed into this environment."""
+    """The CUDA compiler: below CUDA_HOME or CUDA_PATH, else on the PATH, else in the usual place, else
+    the one that pip installed into this environment."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     below_home = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
     found = below_home or shutil.which("nvcc") or shutil.which(USUAL_NVCC) or _nvcc_of_pip()
@@ -62,12 +62,13 @@ def _nvcc_of_pip() -> str | None:
 
 
 def pip_nvcc_command(cuda: str | None) -> str:
-    """The pip command that installs the compiler for torch's release of CUDA, such as `13.0`."""
+    """How pip installs the compiler for torch's release of CUDA, such as `13.0`."""
     return f'pip install "cuda-toolkit[nvcc,cccl]=={cuda or PIP_CUDA}.*"'
 
 
 def find_host_compiler() -> Path | None:
-    """nvcc's C++ compiler: NVCC_CCBIN, else CXX, else the first of `HOST_COMPILERS` on the PATH."""
+    """The C++ compiler that nvcc works with: NVCC_CCBIN, else CXX, else the first of `HOST_COMPILERS`
+    on the PATH."""
     named = os.environ.get("NVCC_CCBIN") or os.environ.get("CXX")
     found = [shutil.which(name) for name in ([named] if named else HOST_COMPILERS)]
     return next((Path(path) for path in found if path), None)

@@ -1,6 +1,6 @@
 """Built libraries in a folder: the cache, or a folder of prebuilt ones.
 
-Each has a folder of its own with the library, its checksum and the facts on which it depends. Standard
+Each has a folder of its own with the library, a checksum and the facts that it depends on. Standard
 library only.
 """
 
@@ -19,17 +19,16 @@ except ImportError:  # Windows, which has everything but the kernels
 
 CAN_LOCK = fcntl is not None
 FACTS = "build.json"
-"""The file beside a library that says what it was built from."""
+"""Beside a library: what it was built from."""
 
 
 def find(folder: Path, stem: str, name: str) -> list[Path]:
-    """Libraries called `name` in folders that begin with `stem`, whole or damaged; the newest compiler's
-    is last."""
+    """Libraries of a name whose folders begin with `stem`, whole or not, the newest compiler's last."""
     return sorted(folder.glob(f"{stem}-nvcc*/{name}.so"))
 
 
 def seal(product: Path, facts: dict[str, str]) -> None:
-    """Write a library's checksum and its facts beside it."""
+    """Write beside a library what tells that it is whole, and what it was built from."""
     _checksum_file(product).write_text(_checksum(product))
     (product.parent / FACTS).write_text(json.dumps(facts, indent=2))
 
@@ -50,8 +49,8 @@ def _checksum(product: Path) -> str:
 
 
 def is_whole(product: Path) -> bool:
-    """Whether a built library matches its checksum. A power cut or a full disk may leave part of a
-    library, which would crash the loader."""
+    """Whether a built library is what was built: a power cut or a full disk may leave part of it, and
+    the loader would crash on that."""
     try:
         return _checksum_file(product).read_bytes() == _checksum(product).encode()
     except OSError:

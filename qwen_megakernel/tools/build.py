@@ -85,8 +85,8 @@ def table_builds() -> list[KernelBuild]:
     """All builds that the table of the machine code covers, in its order.
 
     The released shapes are built for all architectures, the tiny ones for those that the tests build.
-    The frame kernels are built without the host's part, which has no machine code for the GPU and takes
-    most of a build's time.
+    The frame kernels come without the host's part: it has no machine code of the GPU, and takes most of
+    a build's time.
     """
     frames = [
         KernelBuild(replace(frame_library(shape_config(shape), arch), cpp_sources=()), arch, shape)

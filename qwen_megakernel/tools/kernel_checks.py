@@ -26,7 +26,7 @@ BLACKWELL = (12, 0)
 
 
 def check_nvcc(found: Gpus, torch: Torch) -> Check:
-    """A CUDA compiler has torch's major version and knows the GPU."""
+    """A CUDA compiler of torch's major version that knows the GPU."""
     path = find_nvcc()
     if path is None:
         fix = "install the CUDA toolkit of torch's version, 12.8 or newer"
@@ -70,8 +70,8 @@ def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None
 
     Args:
         found: the GPUs.
-        tools: the results for the build tools.
-        cache: the folder of builds; None is the folder of prebuilt ones, or else the cache.
+        tools: what was found of the build tools.
+        cache: where builds are kept; None is the prebuilt ones' folder, or the cache.
     """
     if not found.gpus:
         return Check("kernels", "skipped", "no GPU: PyTorch decodes")
@@ -136,7 +136,7 @@ def _is_of_present_kernels(target: kernel_tuning.Target) -> bool:
 
 
 def _absent(name: str, found: Gpus, fix: str) -> Check:
-    """The result for a missing build tool, which only a machine with a GPU needs."""
+    """A missing build tool, which only a machine with a GPU has a use for."""
     if not found.gpus:
         return Check(name, "skipped", "not found, and not needed without a GPU")
     return Check(name, "warn", "not found: needed to build the megakernel", fix)

@@ -128,8 +128,8 @@ def rows(product: Path, shape: str, arch: str) -> list[Row]:
         arch: such as `90a`.
 
     Raises:
-        CubinError: the machine code beside the library is missing or cannot be read, or two kernels
-            would have the same name in the table.
+        CubinError: the machine code is missing beside the library, or cannot be read, or two
+            kernels would have the same name in the table.
     """
     cubins = [read_cubin(path) for path in _objects(product)]
     functions = {name.removeprefix(".text."): c for c in cubins for name in c.sections if _is_code(name)}
@@ -159,7 +159,7 @@ def _is_code(section: str) -> bool:
 
 
 def _dynamic_shared_bytes(product: Path) -> int | None:
-    """Bytes that the only kernel of a library, such as `frame`, gives by `frame_shared_bytes`."""
+    """What a library of one kernel, such as `frame`, says by a function `frame_shared_bytes`."""
     function = getattr(ctypes.CDLL(str(product)), f"{product.stem}_shared_bytes", None)
     return None if function is None else function()
 
@@ -167,7 +167,7 @@ def _dynamic_shared_bytes(product: Path) -> int | None:
 def _short_name(mangled: str) -> str:
     """A kernel's name with its template arguments, without namespaces and parameters.
 
-    It needs c++filt, which is there: nvcc needs a host compiler, which needs binutils.
+    nvcc needs a host compiler, and that one needs binutils, which has c++filt.
     """
     said = subprocess.run(["c++filt", "-p", mangled], capture_output=True, text=True, check=True).stdout
     return re.sub(r"(?:\w+|\(anonymous namespace\))::", "", said.strip()).replace(" >", ">")
