@@ -1,4 +1,4 @@
-"""The engine says what it can take, and turns that are cancelled cost nothing."""
+"""The engine reports its load, and cancelled turns cost nothing."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_turn_that_is_cancelled_at_once_costs_no_prompt(tts, monkeypatch):
 
 
 def test_a_turn_waits_while_the_voices_that_speak_fill_all_frames(tts):
-    """Slots are free, but by what full frames have taken, one more voice would make others run dry."""
+    """Slots are free, but by the measured times one more voice would make others run dry."""
     pace, first, second = tts._engine._schedule.pace, Listener(), Listener()
     turn = tts.open_turn(TEXT, sink=first, ended=True, params=LONG, max_lead_s=10.0)
     first.wait_for_audio()

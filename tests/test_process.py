@@ -17,7 +17,7 @@ def add_signal_handler(self, *args):
 asyncio.unix_events._UnixSelectorEventLoop.add_signal_handler = add_signal_handler
 sys.exit(server.main())
 """
-"""What an event loop of Windows does, on Linux."""
+"""A program's first lines: on Linux, an event loop behaves like that of Windows."""
 IN_A_SESSION = """
 import sys, server
 sys.exit(server.main())
@@ -48,14 +48,14 @@ import sys
 for name in ("fcntl", "pwd", "grp", "resource", "termios", "syslog"):
     sys.modules[name] = None
 """
-"""Imports of what only Unix has fail, as on Windows."""
+"""More such lines: imports of modules that only Unix has fail, as on Windows."""
 
 Start = Callable[..., LiveServer]
 
 
 @pytest.fixture
 def start(tiny_base) -> Iterator[Start]:
-    """Starts a program as the server; it is killed at the end."""
+    """Starts a program as the server, and kills it at the end."""
     servers = []
 
     def start(program: str, *arguments: str) -> LiveServer:

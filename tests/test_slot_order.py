@@ -74,7 +74,7 @@ def test_accounts_that_wait_get_the_same_number_of_slots(owners):
 
 
 def test_an_owner_that_comes_again_does_not_pass_those_that_wait():
-    """Whoever opens a new connection for each turn gains nothing."""
+    """A client that opens a new connection for each turn gains nothing."""
     order, patient = SlotOrder(1), Waiting(("patient",))
     waiting = [Waiting(("old",)), patient]
     for number in range(3):
@@ -92,7 +92,7 @@ def test_the_prediction_counts_the_turns_that_come_first(owner, owners):
     new = Waiting(owner)
     order = SlotOrder(1)
     waiting = [Waiting(other) for other in owners]
-    order._update(waiting)  # they wait before the new one comes
+    order._update(waiting)  # these wait before the new turn comes
     place = 0
     waiting.append(new)
     while (turn := order.choose(waiting, 1)) is not new:

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it speaks where there is no checkout."""
+"""The wheel: its contents, and speech with it without a checkout."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ BUILT_FROM = (
     "pyproject.toml", "README.md", "LICENSE", "requirements.txt",
     "qwen_megakernel", "pipecat_client", "csrc", "demo_voice",
 )  # fmt: skip
-"""All that a wheel is built from."""
+"""Everything from which a wheel is built."""
 PLACES = {
     "qwen_megakernel": "qwen_megakernel",
     "pipecat_client": "pipecat_client",
@@ -81,7 +81,7 @@ def environment_with(wheel: Path, folder: Path) -> Path:
 
 
 def files_of(folder: str) -> set[str]:
-    """Relative to `folder`, without what Python keeps there."""
+    """The files relative to `folder`, without Python's caches."""
     found = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.*")}
     return {name for name in found if "__pycache__" not in name and (ROOT / folder / name).is_file()}
 

@@ -52,7 +52,7 @@ LATE_TEXT_S = 0.5
 """Seconds in all for which an utterance may hold a slot without text, while one turn waits for a
 slot. While two wait it is half of this, and so on."""
 _SWEEP_S = 1.0
-"""Seconds after which the engine looks at turns that cannot run: some have waited too long for text."""
+"""Seconds between two looks at turns that cannot run. One that has waited too long for text ends."""
 _DECODER_FAILED = "the decoder has failed; the process must be restarted"
 
 
@@ -75,9 +75,9 @@ class Engine:
             backend: its slots are the turns that can speak at a time.
             codec: has the same number of slots.
             prompts: of the same checkpoint.
-            eos_id: code 0 that ends an utterance.
+            eos_id: the value of code 0 that ends an utterance.
             max_text_wait_s: a turn that waits longer than this for text ends as an error.
-            cpu_threads: threads that PyTorch computes with; None leaves it the choice.
+            cpu_threads: PyTorch's threads; None leaves the number to PyTorch.
         """
         self._backend, self._codec, self._prompts, self._eos_id = backend, codec, prompts, eos_id
         self._max_text_wait_s = max_text_wait_s
@@ -89,17 +89,17 @@ class Engine:
         self._slot_order = SlotOrder(backend.num_slots)
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
         self._news: deque[Turn] = deque()
-        """Turns that have text, a cancel or a hold to take."""
+        """Turns with new text, a cancel or a hold that the engine has not taken yet."""
         self._active: dict[Turn, ActiveTurn] = {}
-        """Those that wait and those that speak."""
+        """The turns that wait and the turns that speak."""
         self._sweep_at = 0.0
         self._schedule, self._reservations = Schedule(backend.max_batch), Reservations(backend)
         self._num_prefilled = 0
-        """Rows of prompts in this tick."""
+        """Prompt rows that were prefilled in this tick."""
         self._waiting: list[ActiveTurn] = []
         self._speaking: list[ActiveTurn] = []
         self._pending_audio: InFlightFrame | None = None
-        """The frame whose codes are known and whose audio is not delivered."""
+        """The frame whose codes are known and whose audio is not delivered yet."""
         self._wake = threading.Event()
         self._open_lock = threading.Lock()  # no turn is opened once the engine has failed or closed
         self._closing = False
@@ -111,7 +111,7 @@ class Engine:
 
     @property
     def num_slots(self) -> int:
-        """Turns that can hold a slot."""
+        """The most turns that can hold a slot at a time."""
         return self._backend.num_slots
 
     @property
@@ -126,14 +126,14 @@ class Engine:
 
     @property
     def cpu_s(self) -> float:
-        """Seconds of CPU time that the engine's thread has taken; 0 where that is not known."""
+        """CPU time of the engine's thread in seconds; 0 where the system does not tell."""
         ident = self._thread.ident
         if ident is None or not self._thread.is_alive() or not hasattr(time, "pthread_getcpuclockid"):
             return 0.0
         return time.clock_gettime(time.pthread_getcpuclockid(ident))
 
     def capacity(self, owner: Owner = ()) -> Capacity:
-        """The load as it stands, for a new turn of `owner`; from any thread."""
+        """The current load, as a new turn of `owner` would meet it. Any thread may call it."""
         now, speaking = time.monotonic(), list(self._speaking)
         opened = [(t, request) for t, request, _ in list(self._opened) if t.first_text_at is not None]
         waiting = [(a.turn, a.request) for a in list(self._waiting) if a.ready and not a.scant]
@@ -157,14 +157,14 @@ class Engine:
             end: whether the text is complete.
 
         Raises:
-            RequestError: a request that cannot be served, or no engine.
+            RequestError: the request cannot be served, or the engine has failed or is closed.
         """
         self._prompts.check(request.voice, request.language, instruct=request.instruct)
         if end and not text.strip():
             raise RequestError("bad_request", "the text is empty")
         if request.chunk_frames is not None and request.chunk_frames < 1:
             raise RequestError("bad_request", f"chunk_frames is {request.chunk_frames}, allowed: 1 up")
-        self._check_open()  # a turn that is refused costs no tokenising
+        self._check_open()  # before the text is tokenised: a refused turn costs nothing
 
         def tell() -> None:
             self._news.append(turn)
@@ -181,7 +181,7 @@ class Engine:
         return turn
 
     def _open_feed(self, request: TurnRequest) -> PartFeed:
-        """What turns the text of a turn into tokens, on its caller's thread."""
+        """The object that turns a turn's text into tokens, on the caller's thread."""
         streaming = self._prompts.streams(request.streaming)
         num_fixed = self._prompts.count_fixed_rows(
             request.voice, request.language, instruct=request.instruct, streaming=streaming
@@ -211,7 +211,7 @@ class Engine:
 
     def _run(self) -> None:
         if self._cpu_threads is not None:
-            torch.set_num_threads(self._cpu_threads)  # of this thread and of threads started later
+            torch.set_num_threads(self._cpu_threads)  # for this thread and for threads started later
         try:
             while True:
                 self._wake.clear()
@@ -227,7 +227,7 @@ class Engine:
             self._fail_all()
 
     def _tick(self) -> bool:
-        """One round; whether anything was computed."""
+        """Run one round. Returns whether it computed anything."""
         start = time.monotonic()
         self._take_opened()
         more_text = self._take_news()
@@ -267,8 +267,8 @@ class Engine:
             self._news.append(turn)
 
     def _take_news(self) -> bool:
-        """Take the input of turns that have some, and look for those that wait too long; whether there
-        is more."""
+        """Take the input of turns that have some, and end those that have waited too long. Returns
+        whether more input is left."""
         now = time.monotonic()
         turns = dict.fromkeys(self._news.popleft() for _ in range(len(self._news)))
         if self._cancel_all:
@@ -284,7 +284,7 @@ class Engine:
         return bool(more)
 
     def _take_input(self, active: ActiveTurn) -> None:
-        """Take a turn's text and cancel; end the turn if that ends it."""
+        """Take a turn's new text and its cancel, and end the turn if it is over."""
         now = time.monotonic()
         if active.turn.cancelled or self._cancel_all:
             self._finish(active, "cancelled")
@@ -302,21 +302,21 @@ class Engine:
             self._finish(active, "error", f"no text for {self._max_text_wait_s:g} s")
 
     def _num_free(self) -> int:
-        """Slots that waiting turns can have now; from any thread.
+        """The number of slots that waiting turns can have now. Any thread may call it.
 
-        None, while the voices that speak leave no time for one more, or while there are too few pages.
+        It is 0 while the voices that speak leave no time for one more, or while there are too few pages.
         """
         free = self._free_slots and self._schedule.holds_one_more(list(self._speaking))
         return len(self._free_slots) if free and self._reservations.fit(list(self._waiting)) else 0
 
     def _late_limit_s(self) -> float:
-        """Seconds for which an utterance may hold a slot without text; infinity while none is needed."""
+        """Seconds for which an utterance may hold a slot without text; infinity if no slot is needed."""
         if not self._slot_order.num_missing(self._waiting, self._num_free()):
             return math.inf
         return LATE_TEXT_S / sum(a.ready for a in self._waiting)
 
     def _end_late_utterances(self) -> None:
-        """Get slots back from turns whose text is late, as many as other turns need."""
+        """Take slots back from turns whose text is late, as many as other turns need."""
         late = [a for a in self._speaking if a.text_late and not a.turn.has_text]
         limit_s = self._late_limit_s() if late else math.inf
         if limit_s == math.inf:
@@ -334,11 +334,11 @@ class Engine:
                 self._wait_again(active)
 
     def _prefill_waiting(self) -> bool:
-        """Prefill waiting turns into slots; whether one could be served.
+        """Prefill waiting turns into slots. Returns whether at least one turn was served.
 
-        As many as the next frame has room for, so that turns opened together speak together; but no
-        more than can be done before another turn's playback would run out. None follows one with scant
-        text: turns with enough may come meanwhile, and a row of prompts would delay them.
+        It fills the next frame, so that turns opened together speak together. It stops earlier if
+        another turn's playback would run out. It also stops after a turn with scant text: turns with
+        enough text may arrive, and more prompts would delay them.
         """
         self._num_prefilled = 0
         last = self._prefill_next()
@@ -351,8 +351,8 @@ class Engine:
         return True
 
     def _prefill_next(self) -> ActiveTurn | None:
-        """Prefill the next part of a turn that speaks, else the turn that gets a free slot. The turn
-        that was served, if there was one."""
+        """Prefill the next part of a turn that speaks, or else the turn that gets a free slot. Returns
+        the turn that was served, if any."""
         active = next((a for a in self._speaking if not a.prefilled and a.ready), None)
         # A long queue costs a tick nothing while no slot is free.
         if active is None and self._waiting and (num_free := self._num_free()):
@@ -371,7 +371,7 @@ class Engine:
         if active.slot is None:
             active.slot, active.slot_since = self._free_slots.pop(0), now
             self._reservations.reserve(active)
-            self._speaking.append(active)  # before it leaves `_waiting`: it must always be counted
+            self._speaking.append(active)  # before it leaves `_waiting`, so that it always counts
             self._waiting.remove(active)
         active.begin_part(room, now)
         self._schedule.note(active)
@@ -395,7 +395,7 @@ class Engine:
         return InFlightFrame(parts, frame, audio)
 
     def _read_codes(self, launched: InFlightFrame) -> None:
-        """Wait for a frame's codes: end turns that said EOS, mark those that end after its audio."""
+        """Wait for a frame's codes. End turns that gave EOS, and mark those that end after its audio."""
         for part, code0 in zip(launched.slots, launched.frame.codes()[:, 0].tolist(), strict=True):
             active = part.turn
             if part.over:
@@ -410,7 +410,7 @@ class Engine:
             self._hand_out()
 
     def _hand_out(self) -> bool:
-        """Wait for the pending audio and deliver it to its turns; whether there was any."""
+        """Wait for the pending audio and deliver it to its turns. Returns whether there was any."""
         pending, self._pending_audio = self._pending_audio, None
         if pending is None:
             return False
@@ -447,7 +447,7 @@ class Engine:
 
     def _wait_again(self, active: ActiveTurn) -> None:
         """Move a turn between two parts from its slot to the end of the queue."""
-        self._waiting.append(active)  # before it leaves `_speaking`: it must always be counted
+        self._waiting.append(active)  # before it leaves `_speaking`, so that it always counts
         self._leave_slot(active, cast("int", active.slot))
         active.wait_again()
         self._news.append(active.turn)
@@ -469,7 +469,7 @@ class Engine:
         self._slot_clock.add(time.monotonic() - active.slot_since)
 
     def _idle_timeout(self) -> float | None:
-        """Seconds until a turn may run without a call from outside; None when no turn is open."""
+        """Seconds until a turn can run without news from a caller; None if no turn is open."""
         if not self._speaking and not self._waiting:
             return None
         now = time.monotonic()

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 _STARTED = time.monotonic()
 PREFIX = "QWEN_MEGAKERNEL_"
 OTHER_VARIABLES = {f"{PREFIX}CACHE", ARCH_VARIABLE, PREBUILT_VARIABLE}
-"""Read elsewhere in the project."""
+"""Variables that other modules read."""
 MAX_REFERENCE_BYTES = 20 << 20
 TOKEN_NAME = "token"
-"""The account of `--token`."""
+"""The name of the account of `--token`."""
 BACKENDS = ("auto", "torch", "megakernel")
 DTYPES = ("auto", "bf16", "fp32")
 
@@ -185,12 +185,12 @@ class Option:
 
     @property
     def name(self) -> str:
-        """As an attribute."""
+        """The option's attribute of the parsed arguments."""
         return self.flag.lstrip("-").replace("-", "_")
 
     @property
     def variable(self) -> str:
-        """In the environment."""
+        """The option's environment variable."""
         return PREFIX + self.name.upper()
 
 
@@ -295,7 +295,7 @@ OPTIONS = (*MODEL_OPTIONS, *VOICE_OPTIONS, *SERVER_OPTIONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All of `OPTIONS`. Each stays None where the command line does not have it: see `resolve`."""
+    """Add all of `OPTIONS`. An option that the command line does not have stays None: see `resolve`."""
     parser.allow_abbrev = False
     parser.usage = "%(prog)s [options]"
     parser.epilog = EXAMPLE
@@ -316,7 +316,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(given: argparse.Namespace, environ: Mapping[str, str]) -> argparse.Namespace:
-    """Checked options: command line, then environment, then defaults. Exits with 2 if one is wrong."""
+    """The checked options: from the command line, else the environment, else the default. Exits with 2
+    if one is wrong."""
     options = argparse.Namespace()
     for option in OPTIONS:
         source, texts = option.flag, getattr(given, option.name)
@@ -357,14 +358,14 @@ def _all_tokens(options: argparse.Namespace) -> dict[str, str]:
 
 
 def warn_unknown_variables(environ: Mapping[str, str]) -> None:
-    """A misspelt variable would otherwise do nothing, silently."""
+    """Warn of unknown variables: a misspelt one would do nothing, silently."""
     known = {option.variable for option in OPTIONS} | OTHER_VARIABLES
     for name in sorted(n for n in environ if n.startswith(PREFIX) and n not in known):
         log.warning("%s is set, but no option has that name", name)
 
 
 def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
-    """Load model and voices and warm up; runs in the loader's thread."""
+    """Load model and voices, and warm up. Runs in the loader's thread."""
     steps = [("starting", _STARTED)]
 
     def tell(phase: Phase, text: str) -> None:
@@ -375,7 +376,7 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
         tell("loading", text)
 
     progress("importing torch")
-    from qwen_megakernel.tts_model import TTSDecoder  # seconds, while the port already answers
+    from qwen_megakernel.tts_model import TTSDecoder  # takes seconds; the port answers meanwhile
 
     decoder = TTSDecoder.load(
         options.model,
@@ -405,14 +406,14 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
             raise ValueError(f"--openai-voice {name}={voice}: the voice is unknown; known: {known}")
     decoder.warm_up(lambda text: tell("warming_up", text))
     log.info("%s", time_spent(steps, time.monotonic()))
-    # What is loaded stays: the garbage collector, which stops all turns, need not look at it again.
+    # The garbage collector stops all turns. It need not look again at what stays loaded.
     gc.collect()
     gc.freeze()
     return decoder
 
 
 def time_spent(steps: Sequence[tuple[str, float]], now: float) -> str:
-    """Where the time went, from what began when; what took less than 0.1 s is left out."""
+    """How long each step took, from the times when they began. Steps of less than 0.1 s are left out."""
     ends = [*(start for _, start in steps[1:]), now]
     spent = [(text, end - start) for (text, start), end in zip(steps, ends, strict=True)]
     parts = "; ".join(f"{text} {seconds:.1f} s" for text, seconds in spent if seconds >= 0.1)
@@ -420,7 +421,7 @@ def time_spent(steps: Sequence[tuple[str, float]], now: float) -> str:
 
 
 def banner(decoder: TTSDecoder, host: str, port: int, has_token: bool) -> str:
-    """What to do next, ready to paste."""
+    """The banner: what to do next, ready to paste."""
     facts = [f"  {name + ':':<9}{value}" for name, value in decoder.description.items()]
     voices = ", ".join(sorted(decoder.voices)) or "none (give one with --speaker-ref or --voices)"
     here = "127.0.0.1" if host in ("0.0.0.0", "::") else host
@@ -440,17 +441,17 @@ def banner(decoder: TTSDecoder, host: str, port: int, has_token: bool) -> str:
 
 
 def show(text: str) -> None:
-    """Print to standard output. Where that cannot be written, the server goes on without it."""
+    """Print to standard output. If that cannot be written, the server goes on without it."""
     try:
         print(text, flush=True)
     except OSError as error:
         log.warning("cannot print what is ready: %s", error.strerror)
-        # Python writes what is left when it exits: let that go nowhere.
+        # Python writes the rest of its buffer when it exits: send that to nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the server; the exit code."""
+    """Run the server. Returns the exit code."""
     options = resolve(args, os.environ)
     configure_logging(options.log_format)
     warn_unknown_variables(os.environ)

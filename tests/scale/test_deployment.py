@@ -17,7 +17,7 @@ from qwen_megakernel.tools.serve import OPTIONS, OTHER_VARIABLES
 DEPLOY = ROOT / "deploy"
 VARIABLES = {option.variable for option in OPTIONS} | OTHER_VARIABLES
 FOREIGN = {"DCGM_FI_DEV_GPU_UTIL"}
-"""Of NVIDIA's exporter."""
+"""Names of NVIDIA's exporter."""
 
 
 def read(name):
@@ -47,7 +47,7 @@ def test_variables_are_the_servers_and_pass_its_checks():
     checks = {option.variable: option.convert for option in OPTIONS}
     for name in ("all", "0", "1"):
         for variable, value in variables_of(name).items():
-            if variable != "QWEN_MEGAKERNEL_VOICES":  # a folder that need not be here
+            if variable != "QWEN_MEGAKERNEL_VOICES":  # this folder need not exist here
                 checks[variable](value)
     (container,) = deployment()["spec"]["template"]["spec"]["containers"]
     assert {variable["name"] for variable in container["env"]} <= VARIABLES
@@ -75,7 +75,7 @@ def test_kubernetes_waits_for_the_drain():
     before_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] > before_s + drain_s
     readiness = container["readinessProbe"]
-    # The pod leaves the service on its own account too, before SIGTERM.
+    # The pod leaves the service by itself, before SIGTERM.
     assert before_s >= readiness["periodSeconds"] * readiness["failureThreshold"]
 
 

@@ -34,7 +34,7 @@ SHORT = ASKED | {"text": "Good evening, this is the front desk."}
 EXACT = {"voice": "rms", "language": "en", "seed": 11, "chunk_frames": 1}
 NUM_KILLS = 10
 CLEAN_S = 1.0
-"""In which a client notices that its replica is gone."""
+"""Seconds within which a client notices that its replica is gone."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def door(tmp_path_factory) -> Iterator[FrontDoor]:
 
 
 def assert_same_sound(speak, audio, expected):
-    """Sample by sample. On a CPU the last digits depend on how many speak at a time."""
+    """Compare sample by sample. On a CPU the last digits depend on the number of turns in a frame."""
     kind, limit = (np.float32, 1e-3) if speak is speak_simple else (np.int16, 33)
     heard, wanted = (np.frombuffer(data, kind).astype(np.float64) for data in (audio, expected))
     assert heard.shape == wanted.shape != (0,)
@@ -60,14 +60,14 @@ def run_one(speak, port, fields):
 
 
 async def converse(port, script):
-    """Pipecat's service through a tap: the tap, frames and errors. `script` is made from the tap."""
+    """Run Pipecat's service through a tap, from which `script` is made. Gives tap, frames and errors."""
     async with WireTap(port, HEADERS) as tap:
         return tap, *await play(make_service(tap.url, **EXACT), script(tap))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(door):
-    """What one replica says, asked without HAProxy: `ASKED` by function, and `TURN` of Pipecat."""
+    """The speech of one replica without HAProxy: `ASKED` by function, and `TURN` of Pipecat."""
     port = door.ports[0]
     _, down, errors = asyncio.run(converse(port, lambda tap: turn(*TURN)))
     assert errors == []
@@ -96,10 +96,10 @@ def test_clients_are_spread(door):
 
 
 def test_full_replica_is_passed_over_and_all_full_is_told(door):
-    """A client sees a refusal only where no replica has room, and gets the replica's own."""
+    """A client gets a refusal only if no replica has room, and it is the replica's own."""
     door.wait_for_connections(0, 0)
     with contextlib.ExitStack() as stack:
-        # HAProxy does not know of these, so it goes on sending clients there.
+        # HAProxy does not know of these connections, so it goes on sending clients there.
         full = [stack.enter_context(handshake(door.ports[0])) for _ in range(MAX_CONNECTIONS)]
         run_one(speak_http, door.port, SHORT)
         run_one(speak_simple, door.port, SHORT)
@@ -128,7 +128,7 @@ def check_http_refusal(port):
 
 
 class Listeners:
-    """Clients of the simple protocol and of HTTP, each in a thread."""
+    """Start clients of the simple protocol and of HTTP, each in a thread."""
 
     def __init__(self, port):
         self.outcomes = [(speak, Outcome()) for speak in (speak_simple, speak_http, speak_simple)]
@@ -149,8 +149,8 @@ class Listeners:
 
 
 def kill_in_mid_turn(door, kill_pipecats):
-    """One round. Gives the listeners, what Pipecat said, its lines, the time, and how many listeners
-    the replica had that was killed."""
+    """Run one round. Returns the listeners, Pipecat's speech, its connections, the time, and the number
+    of listeners of the killed replica."""
     door.wait_for_connections(0, 0)
     seen = {}
 
@@ -235,7 +235,7 @@ def test_rolling_restart_under_load_fails_no_turn(door, undisturbed):
 
 
 def roll(door, over):
-    """Restart both replicas, one after the other, as the systemd unit does it."""
+    """Restart both replicas, one after the other, as the systemd unit does."""
     try:
         for number in range(2):
             door.set_state(number, "drain")
