@@ -136,3 +136,7 @@ def test_the_last_quarter_of_the_slots_is_for_turns_with_enough_text(num_slots, 
 def test_slots_are_missing_for_each_turn_with_enough_text(num_free, enough, scant, missing):
     waiting = [Waiting()] * enough + [Waiting(scant=True)] * scant + [Waiting(ready=False)]
     assert SlotOrder(16).num_missing(waiting, num_free) == missing
+
+
+def test_turns_of_nobody_are_an_account_of_their_own():
+    assert num_before(("token", "address"), [(), (), ("token", "other"), ("token", "address")]) == 3

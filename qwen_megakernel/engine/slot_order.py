@@ -97,13 +97,18 @@ def num_before(owner: Owner, queue: Iterable[Owner]) -> int:
         owner: the owner of the new turn.
         queue: owners of the turns that wait and have enough text.
     """
-    queue = list(queue)
-    if not owner:
-        return len(queue)
-    own = [other[1:] for other in queue if other[:1] == owner[:1]]
-    before = num_before(owner[1:], own)
-    others = Counter(other[:1] for other in queue if other[:1] != owner[:1])
-    return before + sum(min(num, before + 1) for num in others.values())
+    same, others = 0, [Counter[Owner]() for _ in owner]
+    for other in queue:
+        for level in range(len(owner)):
+            if other[level : level + 1] != owner[level : level + 1]:  # it may be nobody's: ()
+                others[level][other[level : level + 1]] += 1
+                break
+        else:
+            same += 1
+    before = same
+    for counts in reversed(others):  # accounts of one level take turns
+        before += sum(min(num, before + 1) for num in counts.values())
+    return before
 
 
 def _accounts(owner: Owner) -> list[Owner]:
