@@ -139,4 +139,5 @@ def test_slots_are_missing_for_each_turn_with_enough_text(num_free, enough, scan
 
 
 def test_turns_of_nobody_are_an_account_of_their_own():
-    assert num_before(("token", "address"), [(), (), ("token", "other"), ("token", "address")]) == 3
+    assert num_before(("token", "address"), [(), (), ("token", "other"), ("token", "address")]) == 4
+    assert num_before(("token",), [()] * 9) == 1
