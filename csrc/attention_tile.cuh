@@ -5,8 +5,6 @@
 // that both operands share. The one used here lets a lane read 16 bytes at once.
 #pragma once
 
-#include <cfloat>
-
 #include "attention_item.cuh"
 #include "head_row.cuh"
 
@@ -121,7 +119,7 @@ template <class D>
 struct ValueOrder {
   using S = HeadShape<D>;
   static constexpr int kWords = S::kDim / 32;  // of 16 bytes, a lane and head
-  // Where the i-th four of lane g's dims stand, in floats.
+  // The index, in floats, of the i-th four of lane g's dims.
   static __device__ __forceinline__ int at(int warp, int g, int i) {
     return ((g * kWords + (i ^ (g * kWords >> 3))) ^ (warp >> 2 & 1) * 4) * 4;
   }
@@ -142,12 +140,12 @@ __device__ __forceinline__ void complete_values(uint32_t tile, int cached, int u
     if (row < used) x = reinterpret_cast<const uint4*>(fresh[row - cached])[word];
     store_shared(tile + row * KvTile<D>::kRowBytes + 16 * (word ^ swizzle(row)), x);
   }
-  fence_copy_engine();  // which fills the slot again
+  fence_copy_engine();  // because the copy engine fills the slot again
   __syncwarp();
 }
 
-// A warp's values, weighed by p, which lane (g, t) holds for head g and rows 2t, 2t + 1; 2t + 8, 2t + 9: as
-// out^T = V^T p, with V^T as it comes from the ring by transposing loads.
+// Sums a warp's values with the weights p, as out^T = V^T p. Transposing loads read V^T from the ring. Lane (g, t) has
+// the weights of head g for rows 2t and 2t + 1 (p_low), and 2t + 8 and 2t + 9 (p_high).
 template <class D, class Context>
 __device__ __forceinline__ void attend_values(Context& c, const ItemRows& rows, int item_begin,
                                               const NewRowsShared<D>& fresh, uint32_t p_low, uint32_t p_high,

@@ -13,7 +13,8 @@ constexpr int kAttentionThreads = 128;
 
 constexpr int kHeld = 5;  // values a thread fetches before it knows their weights
 
-// One piece of each half of a key, turned back by `rope`, times the same pieces of the query.
+// The part of a score that comes from one piece of each half of a key and the same pieces of the query. `rope` rotates
+// the key back.
 __device__ __forceinline__ float score_piece(const float* q, const bf16* key, const float* rope, int half) {
   float a[8], b[8], turn[8], sum = 0.f;
   load8(key, a);
@@ -53,13 +54,9 @@ __device__ __forceinline__ float softmax(float* scores, const float* parts, int 
   return total;
 }
 
-// Floats of shared memory: the query, the pieces of the scores, every warp's softmax, the sums.
-__host__ __device__ constexpr int attention_floats(int head_dim, int window) {
-  return head_dim + window * (head_dim / 16) + kAttentionThreads / 32 * window + kAttentionThreads * 8;
-}
-
+// Floats of shared memory that a CTA needs: the query, the pieces of the scores, the softmax of every warp, the sums.
 // grid (heads, streams)
-__global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __grid_constant__ Attention p) {
+extern "C" __global__ void __launch_bounds__(kAttentionThreads) codec_attention(const __grid_constant__ Attention p) {
   extern __shared__ __align__(16) float sums[];
   launch_dependents();
   const int head = blockIdx.x, stream = blockIdx.y, tid = threadIdx.x, dim = p.head_dim;
@@ -77,7 +74,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
     const int at = here - distance;
     return distance ? ring + (at < 0 ? at + p.window : at) * p.kv.channels : fresh;
   };
-  // A team of threads shares a row, a piece each.
+  // A team of threads shares a row. Each thread has one piece.
   const int pieces = dim / 8, teams = kAttentionThreads / pieces, team = tid / pieces;
   const int piece = tid % pieces, last = team < teams ? lived : 0;
   uint4 held[kHeld];
@@ -93,7 +90,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
   for (int d = tid / key_pieces; d < lived && tid < at_once * key_pieces; d += at_once)
     parts[key_piece * p.window + d] =
         score_piece(q + key_piece * 8, row(d) + key_piece * 8, p.rope + d * dim + key_piece * 16, dim / 2);
-  if (head % group == 0 && tid < dim / 4) {  // keys then values, 16 bytes each
+  if (head % group == 0 && tid < dim / 4) {  // stores the new key, then the new value, 16 bytes a thread
     const int part = tid % pieces * 8 + tid / pieces * kv_dim;
     *reinterpret_cast<uint4*>(ring + here * p.kv.channels + part) = *reinterpret_cast<const uint4*>(fresh + part);
   }

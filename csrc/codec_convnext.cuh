@@ -19,7 +19,8 @@ __device__ __forceinline__ float sum_over_block(float v, float* scratch) {
 }
 
 // grid (columns); shared: channels floats
-__global__ void __launch_bounds__(kNormThreads) depthwise_norm_kernel(const __grid_constant__ DepthwiseNorm p) {
+extern "C" __global__ void __launch_bounds__(kNormThreads)
+    codec_depthwise_norm(const __grid_constant__ DepthwiseNorm p) {
   extern __shared__ __align__(16) float values[];
   __shared__ float scratch[kNormThreads / 32];
   launch_dependents();

@@ -1,4 +1,4 @@
-// The two ends: codes to the first vectors, and the last convolution to samples.
+// The two ends of the codec: from codes to the first vectors, and the last convolution, which makes samples.
 #pragma once
 
 #include "codec_rows.cuh"
@@ -8,8 +8,8 @@ namespace codec {
 constexpr int kEndThreads = 128;
 constexpr int kCodebooks = 16;
 
-// grid (streams). The slot's age is counted here and nowhere else: later launches read `calls`.
-__global__ void __launch_bounds__(kEndThreads) embed_kernel(const __grid_constant__ Embed p) {
+// grid (streams). Only this kernel counts the age of a slot. Later launches read `calls`.
+extern "C" __global__ void __launch_bounds__(kEndThreads) codec_embed(const __grid_constant__ Embed p) {
   launch_dependents();
   wait_for_previous();
   const int* const input = p.input + blockIdx.x * (kCodebooks + 1);
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kEndThreads) embed_kernel(const __grid_constan
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
     for (int k = 0; k < kCodebooks; ++k) {
-      // The host checks the codes; a wrong one from a kernel must not read elsewhere.
+      // The host checks codes that it passes. A wrong code from a kernel must not read outside the table.
       const int code = min(max(input[1 + k], 0), p.codebook_size - 1);
       const float4 row = *reinterpret_cast<const float4*>(
           p.table + (static_cast<int64_t>(k) * p.codebook_size + code) * p.out.channels + c);
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kEndThreads) embed_kernel(const __grid_constan
     bf16* const out = static_cast<bf16*>(p.out.data) + element(p.out, blockIdx.x, call, 0);
     *reinterpret_cast<uint2*>(out + c) = make_uint2(pack_bf16(sum.x, sum.y), pack_bf16(sum.z, sum.w));
   }
-  __syncthreads();  // all have read the age
+  __syncthreads();  // all threads have read the age
   if (threadIdx.x == 0) {
     p.frame_counts[slot] = age + 1;
     p.calls[blockIdx.x] = call;
@@ -39,7 +39,7 @@ constexpr int kLastTaps = 7;
 constexpr int kRun = 8, kRuns = 8;  // samples of a thread, runs of a CTA
 constexpr int kSamples = kRun * kRuns;
 
-// Eight channels' part of a run of samples. Every row is fetched once, all of them together.
+// Adds the part of eight channels to a run of samples. Each row is fetched once, and all rows together.
 __device__ __forceinline__ void convolve_run(const LastConv& p, const bf16* in, int first, int ring, int channel,
                                              float (&sums)[kRun]) {
   float weights[kLastTaps][8];
@@ -63,7 +63,7 @@ __device__ __forceinline__ void convolve_run(const LastConv& p, const bf16* in, 
 }
 
 // grid (rows / samples, streams)
-__global__ void __launch_bounds__(kEndThreads) last_conv_kernel(const __grid_constant__ LastConv p) {
+extern "C" __global__ void __launch_bounds__(kEndThreads) codec_last_conv(const __grid_constant__ LastConv p) {
   constexpr int kPieces = kEndThreads / kRuns;  // at a time
   __shared__ float parts[kPieces][kSamples];
   launch_dependents();

@@ -1,16 +1,16 @@
-// What happens to a finished product: scale, bias, residual, activation, stores.
+// The epilogue of a product: scale, bias, residual, activation, stores.
 //
-// The CTAs of a cluster hold the partial sums of their segments of k. Each takes its share of the
-// tile, eight channels of one column at a time, and adds the segments in their order: the same bits
-// for every batch. Where there are no clusters, codec_segments.cuh has added them.
+// The CTAs of a cluster hold the partial sums of their segments of k. Each CTA finishes its share of the tile, eight
+// channels of one column at a time. It adds the segments in their order, so the bits are the same for every batch. On
+// GPUs without clusters, codec_segments.cuh has added the segments before.
 #pragma once
 
 #include "codec_rows.cuh"
 
 namespace codec {
 
-// x + strength * sin(frequency * x)^2. The square has period pi, so the argument is brought into
-// [-pi/2, pi/2], where the fast sine is good to 2^-21.
+// x + strength * sin(frequency * x)^2. The square has period pi, so the argument is reduced to [-pi/2, pi/2]. There the
+// error of the fast sine is at most 2^-21.
 __device__ __forceinline__ float snake(float x, float frequency, float strength) {
   const float angle = x * frequency;
   const float turns = rintf(angle * 0.318309886183790672f);
@@ -21,7 +21,8 @@ __device__ __forceinline__ float snake(float x, float frequency, float strength)
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678f)); }
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 
-// Four rows of a segment: of this CTA, or of one of its cluster, where there are clusters.
+// Loads four rows of a segment from this CTA's shared memory or, if the GPU has clusters, from that of CTA `rank` of
+// the cluster.
 template <int kSegments>
 __device__ __forceinline__ float4 load_segment(uint32_t address, int rank, int offset) {
   if constexpr (kHopper) {
@@ -74,7 +75,7 @@ struct Vectors {
   }
 };
 
-// Where a column's values go, and what is added to them. Fetched ahead of the sums.
+// Where a column's values go, and the residual that is added to them. It is fetched before the sums.
 struct Destination {
   Call call;
   int n, stream, t;
@@ -106,7 +107,7 @@ __device__ __forceinline__ void activate(int activation, const Vectors& w, float
   }
 }
 
-// Eight rows of one column, all segments summed.
+// Finishes eight rows of one column, whose segments have been summed.
 __device__ __forceinline__ void finish(const Gemm& p, const Vectors& w, const Destination& to, float scale,
                                        float (&v)[8]) {
 #pragma unroll
@@ -115,7 +116,7 @@ __device__ __forceinline__ void finish(const Gemm& p, const Vectors& w, const De
     v[j] *= scale;
     if (p.add) v[j] += w.add[j];
   }
-  if (p.activation == kGlu) {  // rows alternate: gate, up
+  if (p.activation == kGlu) {  // gate rows and up rows alternate
     bf16* out = static_cast<bf16*>(p.out.data) + element(p.out, to.stream, to.call, to.t) + w.channel / 2;
     *reinterpret_cast<uint2*>(out) =
         make_uint2(pack_bf16(silu(v[0]) * v[1], silu(v[2]) * v[3]), pack_bf16(silu(v[4]) * v[5], silu(v[6]) * v[7]));
@@ -143,7 +144,8 @@ __device__ __forceinline__ void finish(const Gemm& p, const Vectors& w, const De
   store8(static_cast<bf16*>(p.out.data) + element(p.out, to.stream, to.call, to.t) + w.channel, v);
 }
 
-// 1 / rms of column n, from the sums its producer left; one warp, the same order always.
+// 1 / rms of column n, from the sums of squares that the column's producer stored. One warp adds them, always in the
+// same order.
 __device__ __forceinline__ float inverse_rms(const Gemm& p, int n) {
   const int lane = threadIdx.x & 31;
   float sum = 0.f;

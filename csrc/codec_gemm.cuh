@@ -1,9 +1,9 @@
-// Every dense layer of the codec: weights (A operand) times columns of activations (B operand).
+// The product of every dense layer of the codec: weights (A operand) times columns of activations (B operand).
 //
-// Convolutions are implicit: k runs over taps, then channels, and a 16-byte piece of a column is
-// fetched from the row its tap looks at. Transposed convolutions are `upsample` such products
-// stacked in m. Weights come in fragment order by bulk copies, the first of them before the
-// previous kernel has finished; activations by 16-byte copies, swizzled for ldmatrix.
+// Convolutions are implicit: k runs over taps, then channels, and each 16-byte piece of a column is fetched from the
+// row that its tap reads. A transposed convolution is `upsample` such products stacked in m. Bulk copies fetch the
+// weights, which are in fragment order. The first of these copies start before the previous kernel has finished.
+// 16-byte copies fetch the activations and swizzle them for ldmatrix.
 //
 // The order of all sums is fixed: within a segment of k, each group of warps adds up its half of every block in steps
 // of 16. Then the two groups are added, then the segments. The number of columns of a tile does not change the order,
@@ -17,7 +17,7 @@ namespace codec {
 
 constexpr int kBlock = 64;                    // k of one pipeline stage
 constexpr int kStripBytes = 2 * 16 * kBlock;  // one strip of 16 rows of weights in a stage
-constexpr int kGroups = 2;                    // of warps, that share out the k of a stage
+constexpr int kGroups = 2;                    // of warps; each takes half of a stage's k
 
 // Two CTAs share an SM: one loads while the other multiplies. CTAs of the next kernel can start beside them.
 constexpr int kCtasAnSm = 2;
@@ -39,20 +39,21 @@ struct Tile {
   static_assert(kStages >= 2 && kSharedBytes <= kPipelineLimit, "two CTAs share an SM");
   // A thread finishes eight rows of every kColumnsAtOnce-th column.
   static constexpr int kParts = kM / 8, kColumnsAtOnce = kThreads / kParts;
-  // Few columns wait on latency alone: fetch what the epilogue needs before the product.
+  // Whether the operands of the epilogue are fetched before the product. It helps tiles of few columns, whose time is
+  // all latency.
   static constexpr bool kVectorsEarly = kN <= 32;
-  static constexpr int kAtOnce = kN == 64 ? 2 : 1;  // columns; as registers allow
+  static constexpr int kAtOnce = kN == 64 ? 2 : 1;  // columns that a thread finishes together; registers limit it
   static_assert(kThreads % kParts == 0, "a thread keeps its rows");
   static_assert(kNi == 1 || kNi % 2 == 0, "columns are loaded 16 at a time, or 8");
 };
 
-// Brings blocks of columns to shared memory, one after the other.
+// Copies the blocks of k of the tile's columns to shared memory, one after the other.
 template <class T>
 struct ColumnLoader {
   static constexpr int kRowsAtOnce = T::kThreads / 8;
   static constexpr int kPasses = (T::kN + kRowsAtOnce - 1) / kRowsAtOnce;
   const bf16* data[kPasses];
-  int start[kPasses];  // row of the first tap, -1 beyond the columns
+  int start[kPasses];  // the row of the first tap, or -1 beyond the last column
   int tap, piece;      // of this thread's next 16 bytes
 
   __device__ __forceinline__ ColumnLoader(const Gemm& p, int n0, int first_block) {
@@ -91,7 +92,7 @@ struct ColumnLoader {
   }
 };
 
-// One stage: acc += weights * columns.
+// Multiplies one stage: acc += weights * columns.
 template <class T>
 __device__ __forceinline__ void multiply(float (&acc)[T::kMi][T::kNi][4], uint32_t weights, uint32_t columns) {
   constexpr int kSteps = kBlock / 16 / kGroups;
@@ -143,7 +144,7 @@ __device__ __forceinline__ void spread(const float (&acc)[T::kMi][T::kNi][4], fl
       }
 }
 
-// Where columns n, n + step, .. of n0 on go.
+// Finds the destinations of columns n, n + step, ... They are counted from column n0, and `end` is the limit.
 template <class T>
 __device__ __forceinline__ void find_destinations(const Gemm& p, const Vectors& vectors, Destination (&to)[T::kAtOnce],
                                                   int n0, int n, int end, int step) {
@@ -152,9 +153,9 @@ __device__ __forceinline__ void find_destinations(const Gemm& p, const Vectors& 
     if (n + i * step < end) to[i].load(p, vectors, n0 + n + i * step);
 }
 
-// This thread's share of the tile at `rows_at`: columns n, n + step, .. of n0 on; `to` is the first's.
-//
-// In batches, so that the fetches of one overlap.
+// Finishes this thread's share of the tile at `rows_at`: columns n, n + step, ... below `end`, counted from column n0.
+// `to` has the destinations of the first kAtOnce. Columns are finished in batches, so that the fetches of a batch
+// overlap. Calls done_reading after the last read of the tile.
 template <class T, class DoneReading>
 __device__ __forceinline__ void finish_tile(const Gemm& p, const Vectors& vectors, Destination (&to)[T::kAtOnce],
                                             uint32_t rows_at, int n0, int n, int end, int step, const float* scale,
@@ -174,7 +175,7 @@ __device__ __forceinline__ void finish_tile(const Gemm& p, const Vectors& vector
   }
 }
 
-// The CTA's part of the product: all stages of its segment of k.
+// This CTA's part of the product: all stages of its segment of k.
 template <class T>
 struct Pipeline {
   uint32_t weights_at, columns_at, full_at;
@@ -199,7 +200,7 @@ struct Pipeline {
                             full_at + stage * 8);
   }
 
-  // Before the previous kernel has finished.
+  // Starts the copies of the first weights. Runs before the previous kernel has finished.
   __device__ __forceinline__ void start() {
     if (threadIdx.x == 0) {
       for (int s = 0; s < T::kStages; ++s) mbarrier_init(full_at + s * 8, kStageArrivals<T::kThreads>);
@@ -207,7 +208,7 @@ struct Pipeline {
       if (kHopper) start_weights();
     }
     if (kHopper) return;
-    __syncthreads();  // the barriers are there for all
+    __syncthreads();  // all threads see the barriers
     start_weights();
   }
 
@@ -229,7 +230,7 @@ struct Pipeline {
       const int stage = block % T::kStages, next = block + T::kStages - 1;
       cp_async_wait<T::kStages - 2>();
       mbarrier_wait(full_at + stage * 8, block / T::kStages & 1);
-      __syncthreads();  // the stage is there for all, and all are done with the one before it
+      __syncthreads();  // all threads see the stage and are done with the previous one
       if (next < blocks) {
         if (copies_stages()) load_weights(next);
         loader.load(p, columns_at + next % T::kStages * T::kColumnBytes);
@@ -240,7 +241,7 @@ struct Pipeline {
   }
 };
 
-// Both groups' sums in one tile.
+// Adds the sums of both groups in one tile in shared memory.
 template <class T>
 __device__ __forceinline__ void join_groups(const float (&acc)[T::kMi][T::kNi][4], float* tile) {
   cp_async_wait<0>();
@@ -251,7 +252,7 @@ __device__ __forceinline__ void join_groups(const float (&acc)[T::kMi][T::kNi][4
   if (!second) spread<T, true>(acc, tile);
 }
 
-// For all CTAs of the cluster to read.
+// Makes the tile visible to all CTAs of the cluster.
 __device__ __forceinline__ void share_tile(bool alone) {
   if (alone) {
     __syncthreads();
@@ -263,7 +264,7 @@ __device__ __forceinline__ void share_tile(bool alone) {
 
 // grid (segments * m tiles, n tiles), clusters of `segments`.
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, kCtasAnSm) gemm_kernel(const __grid_constant__ GemmLaunch p) {
+__device__ __forceinline__ void gemm(const GemmLaunch& p) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint64_t full[T::kStages];
   __shared__ float scale[T::kN];
@@ -274,7 +275,7 @@ __global__ void __launch_bounds__(T::kThreads, kCtasAnSm) gemm_kernel(const __gr
   pipeline.start();
   Vectors vectors;
   if (T::kVectorsEarly && m0 + m < p.m) vectors.load(p, m0 + m);
-  __syncthreads();  // the barriers are there for all
+  __syncthreads();  // all threads see the barriers
   wait_for_previous();
 
   ColumnLoader<T> loader(p, n0, pipeline.first);
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(T::kThreads, kCtasAnSm) gemm_kernel(const __gr
   finish_tile<T>(p, vectors, to, pipeline.weights_at + m * 4, n0, n, end, step, scale, [&] {
     if (kHopper && !alone) cluster_arrive();
   });
-  if (kHopper && !alone) cluster_wait();  // none leaves while another reads its tile
+  if (kHopper && !alone) cluster_wait();  // no CTA ends while another reads its tile
 }
 
 }  // namespace codec

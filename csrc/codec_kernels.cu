@@ -1,145 +1,75 @@
-// The codec's launches, as the host calls them: each returns a cudaError_t and is asynchronous.
-// A frame is a fixed sequence of them, see codec/cuda_plan.py.
+// The codec's kernels, and what their launches need (codec/cuda_launcher.py). A frame is a fixed sequence of launches,
+// see codec/cuda_plan.py.
 #include "codec_attention.cuh"
 #include "codec_convnext.cuh"
 #include "codec_ends.cuh"
 #include "codec_gemm.cuh"
 #include "codec_unit.cuh"
+#include "facts.cuh"
 
 namespace codec {
 
-// A build may be for less shared memory than the GPU has. This limits the SM to the build's amount.
-inline cudaError_t limit_shared_memory(const void* kernel) {
-  int device, most;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  if (error != cudaSuccess || most <= kSmSharedBytes) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100 * kSmSharedBytes / most);
-}
+// Named after its columns a CTA.
+#define QWEN_TTS_GEMM(columns, ...)                                                \
+  using Tile##columns = Tile<columns, __VA_ARGS__>;                                \
+  extern "C" __global__ void __launch_bounds__(Tile##columns::kThreads, kCtasAnSm) \
+      codec_gemm_##columns(const __grid_constant__ GemmLaunch p) {                 \
+    gemm<Tile##columns>(p);                                                        \
+  }                                                                                \
+  QWEN_TTS_FACT(codec_gemm_##columns##_threads, Tile##columns::kThreads);          \
+  QWEN_TTS_FACT(codec_gemm_##columns##_shared_bytes, Tile##columns::kSharedBytes)
 
-template <class P>
-cudaError_t launch(void (*kernel)(P), const P& params, dim3 grid, int threads, int shared, int cluster, void* stream) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (error == cudaSuccess) error = limit_shared_memory(reinterpret_cast<const void*>(kernel));
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = cluster;
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
-  config.attrs = attributes;
-  config.numAttrs = !kHopper ? 0 : cluster > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
+QWEN_TTS_GEMM(8, 4, 1, 6);
+QWEN_TTS_GEMM(16, 4, 1, 6);
+QWEN_TTS_GEMM(32, 4, 1, 6);
+QWEN_TTS_GEMM(64, 2, 2, 5);
+QWEN_TTS_GEMM(128, 2, 2, 4);
 
-template <class T>
-cudaError_t launch_gemm(const GemmLaunch& p, void* stream) {
-  const dim3 grid(p.segments * ((p.m + T::kM - 1) / T::kM), (p.columns + T::kN - 1) / T::kN);
-  return launch(gemm_kernel<T>, p, grid, T::kThreads, T::kSharedBytes, p.segments, stream);
-}
+// A residual unit, named after its channels and its columns a CTA.
+#define QWEN_TTS_UNIT(channels, columns, ...)                                                       \
+  using Unit##channels##_##columns = UnitTile<channels, columns, __VA_ARGS__>;                      \
+  extern "C" __global__ void __launch_bounds__(Unit##channels##_##columns::kThreads)                \
+      codec_unit_##channels##_##columns(const __grid_constant__ UnitLaunch p) {                     \
+    unit<Unit##channels##_##columns>(p);                                                            \
+  }                                                                                                 \
+  QWEN_TTS_FACT(codec_unit_##channels##_##columns##_threads, Unit##channels##_##columns::kThreads); \
+  QWEN_TTS_FACT(codec_unit_##channels##_##columns##_tile_bytes, Unit##channels##_##columns::kTileBytes)
 
-template <class T>
-cudaError_t launch_unit(const Gemm& p, int stages, void* stream) {
-  if (p.source.rows % T::kN || stages < 2 || stages > kMaxUnitStages) return cudaErrorInvalidValue;
-  const int pipeline = T::slab_bytes(p.history) + stages * T::kBlockBytes;
-  const int shared = pipeline > T::kTileBytes ? pipeline : T::kTileBytes;
-  return launch(unit_kernel<T>, UnitLaunch{p, stages}, dim3(p.columns / T::kN), T::kThreads, shared, 1, stream);
-}
+QWEN_TTS_UNIT(96, 16, 6, 1);
+QWEN_TTS_UNIT(96, 32, 6, 1);
+QWEN_TTS_UNIT(96, 64, 3, 2);
+QWEN_TTS_UNIT(96, 128, 3, 2);
+QWEN_TTS_UNIT(192, 16, 12, 1);
+QWEN_TTS_UNIT(192, 32, 12, 1);
+QWEN_TTS_UNIT(192, 64, 6, 2);
+QWEN_TTS_UNIT(192, 128, 6, 2);
 
 }  // namespace codec
 
-extern "C" {
+// Bytes of a row of a unit's slab, what the slab is rounded up to, and bytes of one of its stages.
+QWEN_TTS_FACT(codec_unit_96_row_bytes, codec::Unit96_16::kSlabPitch);
+QWEN_TTS_FACT(codec_unit_96_stage_bytes, codec::Unit96_16::kBlockBytes);
+QWEN_TTS_FACT(codec_unit_192_row_bytes, codec::Unit192_16::kSlabPitch);
+QWEN_TTS_FACT(codec_unit_192_stage_bytes, codec::Unit192_16::kBlockBytes);
+QWEN_TTS_FACT(unit_slab_align, codec::kSlabAlign);
+QWEN_TTS_FACT(max_unit_stages, codec::kMaxUnitStages);
 
-// Whether the sums of segments are exchanged in device memory, because the GPU has no clusters.
-int codec_meets_in_memory() { return !kHopper; }
+QWEN_TTS_FACT(gemm_rows, codec::Tile8::kM);  // of a CTA, whatever its columns
+QWEN_TTS_FACT(codec_embed_threads, codec::kEndThreads);
+QWEN_TTS_FACT(codec_attention_threads, codec::kAttentionThreads);
+QWEN_TTS_FACT(codec_depthwise_norm_threads, codec::kNormThreads);
+QWEN_TTS_FACT(codec_last_conv_threads, codec::kEndThreads);
+QWEN_TTS_FACT(last_conv_samples, codec::kSamples);  // of a CTA
 
-// 8, 16, 32, 64 or 128 columns a CTA. `partial` and `arrived` are SegmentedGemm's, of no use where there are clusters.
-int codec_gemm(const codec::Gemm* gemm, int tile_n, float* partial, int* arrived, void* stream) {
-  using namespace codec;
-  GemmLaunch launch;
-  static_cast<Gemm&>(launch) = *gemm;
-  set_exchange(launch, partial, arrived);
-  const GemmLaunch* const p = &launch;
-  switch (tile_n) {
-    case 8:
-      return launch_gemm<Tile<8, 4, 1, 6>>(*p, stream);
-    case 16:
-      return launch_gemm<Tile<16, 4, 1, 6>>(*p, stream);
-    case 32:
-      return launch_gemm<Tile<32, 4, 1, 6>>(*p, stream);
-    case 64:
-      return launch_gemm<Tile<64, 2, 2, 5>>(*p, stream);
-    case 128:
-      return launch_gemm<Tile<128, 2, 2, 4>>(*p, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
+// Whether a product's segments are a cluster, and a kernel may begin before the one ahead of it has ended. Otherwise
+// segments exchange their sums in device memory (codec_segments.cuh).
+QWEN_TTS_FACT(has_clusters, kHopper);
+QWEN_TTS_FACT(sm_shared_bytes, codec::kSmSharedBytes);  // that the tiles are cut for
 
-// A residual unit of 96 or 192 channels (p->m), 16, 32, 64 or 128 columns a CTA, 2 to 8 stages.
-int codec_unit(const codec::Gemm* p, int tile_n, int stages, void* stream) {
-  using namespace codec;
-  switch (p->m * 1000 + tile_n) {
-    case 96016:
-      return launch_unit<UnitTile<96, 16, 6, 1>>(*p, stages, stream);
-    case 96032:
-      return launch_unit<UnitTile<96, 32, 6, 1>>(*p, stages, stream);
-    case 96064:
-      return launch_unit<UnitTile<96, 64, 3, 2>>(*p, stages, stream);
-    case 96128:
-      return launch_unit<UnitTile<96, 128, 3, 2>>(*p, stages, stream);
-    case 192016:
-      return launch_unit<UnitTile<192, 16, 12, 1>>(*p, stages, stream);
-    case 192032:
-      return launch_unit<UnitTile<192, 32, 12, 1>>(*p, stages, stream);
-    case 192064:
-      return launch_unit<UnitTile<192, 64, 6, 2>>(*p, stages, stream);
-    case 192128:
-      return launch_unit<UnitTile<192, 128, 6, 2>>(*p, stages, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-int codec_embed(const codec::Embed* p, int streams, void* stream) {
-  using namespace codec;
-  return launch(embed_kernel, *p, dim3(streams), kEndThreads, 0, 1, stream);
-}
-
-int codec_attention(const codec::Attention* p, int streams, void* stream) {
-  using namespace codec;
-  if (p->head_dim > 4 * kAttentionThreads) return cudaErrorInvalidValue;
-  const int bytes = 4 * attention_floats(p->head_dim, p->window);
-  return launch(attention_kernel, *p, dim3(p->heads, streams), kAttentionThreads, bytes, 1, stream);
-}
-
-int codec_depthwise_norm(const codec::DepthwiseNorm* p, int streams, void* stream) {
-  using namespace codec;
-  return launch(depthwise_norm_kernel, *p, dim3(streams * p->source.rows), kNormThreads, 4 * p->source.channels, 1,
-                stream);
-}
-
-int codec_last_conv(const codec::LastConv* p, int streams, void* stream) {
-  using namespace codec;
-  return launch(last_conv_kernel, *p, dim3((p->source.rows + kSamples - 1) / kSamples, streams), kEndThreads, 0, 1,
-                stream);
-}
-
-// Shared memory of an SM that the tiles are cut for, in bytes.
-int codec_sm_shared_bytes() { return codec::kSmSharedBytes; }
-
-// The total size of the parameter structures. The host compares it with its own mirror of them.
-int codec_param_bytes() {
-  using namespace codec;
-  return sizeof(Gemm) + sizeof(Embed) + sizeof(Attention) + sizeof(DepthwiseNorm) + sizeof(LastConv);
-}
-
-const char* codec_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
-}
+// The host compares these with its own mirror of the structures.
+QWEN_TTS_FACT(gemm_bytes, sizeof(codec::GemmLaunch));
+QWEN_TTS_FACT(unit_bytes, sizeof(codec::UnitLaunch));
+QWEN_TTS_FACT(embed_bytes, sizeof(codec::Embed));
+QWEN_TTS_FACT(attention_bytes, sizeof(codec::Attention));
+QWEN_TTS_FACT(depthwise_norm_bytes, sizeof(codec::DepthwiseNorm));
+QWEN_TTS_FACT(last_conv_bytes, sizeof(codec::LastConv));

@@ -1,24 +1,23 @@
-// What the host fills in for the codec's launches; mirrored field by field in codec/cuda_stream.py.
+// What the host fills in for the codec's launches; mirrored field by field in codec/cuda_params.py.
 //
-// Everything of one frame is [column][channel], channels innermost and padded with zeros to a
-// multiple of 8 (one 16-byte piece). A column is one time step of one stream of the call: stream i's
-// step t of a layer with `rows` steps a frame is column i * rows + t.
+// Activations of a frame are [column][channel]. Channels are padded with zeros to a multiple of 8, which is one 16-byte
+// piece. A column is one time step of one stream of the call. In a layer with `rows` steps a frame, step t of stream i
+// is column i * rows + t.
 #pragma once
 
-#include <cstdint>
-
 #include "geometry.h"
+#include "standard.h"
 
 namespace codec {
 
-// A stream of this call, as `embed` leaves it for all later launches.
+// A stream of this call. codec_embed writes it for all later launches.
 struct Call {
-  int slot;  // which state is its own
-  int age;   // frames it had decoded before
+  int slot;  // of the stream's state
+  int age;   // frames that the stream has decoded before
 };
 
-// Where the rows of a layer's streams lie: those of this frame only (frames = 1, by stream), or a
-// ring of the last `frames` frames in the slot's state, so that history needs no copying.
+// Where the rows of a layer's streams lie. Either they are those of this frame only, indexed by stream (frames = 1). Or
+// they are a ring of the last `frames` frames in the slot's state, so that history is not copied.
 struct Rows {
   void* data;
   int64_t stride;  // elements from one stream or slot to the next
@@ -30,22 +29,22 @@ struct Rows {
 
 enum Activation : int { kNone = 0, kSnake = 1, kGelu = 2, kGlu = 3, kNormWeight = 4 };
 
-// out = act(norm(W x) * mul + add + residual), W the weights of a convolution as a matrix.
+// out = act(norm(W x) * mul + add + residual). W has the weights of a convolution as a matrix.
 //
-// A residual unit whose channels fit one tile is a single launch, too: between its convolution and
-// its product with one more tap's worth of weights stands snake(W x + middle_add).
+// A residual unit whose channels fit one tile is also a single launch. It has a convolution, then
+// snake(W x + middle_add), then a product with as many weights as one more tap.
 struct Gemm {
-  const void* weights;  // bf16, as codec_pack.py packs them: a stage's tile is contiguous
+  const void* weights;  // bf16, as codec/cuda_packing.py packs them: a stage's tile is contiguous
   const Call* calls;
   Rows source;                  // bf16
-  int history, dilation, taps;  // first tap at t - history
+  int history, dilation, taps;  // the first tap reads step t - history
   int m;                        // outputs: upsample * out_channels, or 2 * out_channels for kGlu
   int k_blocks;                 // of 64; weights are zero beyond taps * channels
   int columns;
-  int segments;             // of k, each to one CTA of a cluster; fixed for a layer, so that bits are
+  int segments;             // of k, one for each CTA of a cluster; fixed for a layer, so that the bits are fixed
   const float* mul;         // [m] or null
   const float* add;         // [m] or null
-  const float* squares_in;  // [column][square_parts]: sums that an RMSNorm before W needs, or null
+  const float* squares_in;  // [column][square_parts], sums of squares for an RMSNorm before W, or null
   int square_parts;
   float inverse_dim, eps;
   Rows residual;  // data null: none
@@ -59,12 +58,12 @@ struct Gemm {
   const float* middle_add;  // [m], residual units only
   const float* middle_a;
   const float* middle_b;
-  float* squares_out;  // [column][out_channels / 8] or null: sums of squares of raw values
+  float* squares_out;  // [column][out_channels / 8], sums of squares of raw values, or null
 };
 
 struct Embed {
   const int* input;    // [stream][17]: slot, 16 codes
-  int* frame_counts;   // [slot], counted on
+  int* frame_counts;   // [slot], in and out: increased by one
   Call* calls;         // out
   const float* table;  // [16 * codebook_size][channels]
   int codebook_size;

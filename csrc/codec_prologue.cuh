@@ -1,7 +1,7 @@
-// What a kernel of the codec may do before the one ahead of it has ended.
+// What a kernel of the codec does before the previous one has ended.
 //
-// Every kernel lets the next one start at once and waits before it touches anything that an
-// earlier one writes or reads; until then it may fetch weights.
+// Every kernel lets the next one start at once. Before it touches anything that an earlier kernel writes or reads, it
+// waits for the earlier ones. Until then it may fetch weights.
 #pragma once
 
 #include "ptx.cuh"
@@ -10,14 +10,14 @@ namespace codec {
 
 using namespace ptx;
 
-// Bring constants to L2; all threads of the block together.
+// Brings constants to L2. All threads of the block call it together.
 __device__ __forceinline__ void prefetch(const void* data, int bytes) {
   const char* const from = static_cast<const char*>(data);
   for (int at = threadIdx.x * 128; at < bytes; at += blockDim.x * 128) prefetch_l2(from + at);
 }
 
-// Weights of a pipeline's stage, whose barrier counts kStageArrivals. On Hopper one thread tells the copy engine, ahead
-// of the previous kernel's end; before, all threads of the block copy together.
+// The copy of the weights of a pipeline's stage. The stage's barrier counts kStageArrivals. On Hopper one thread starts
+// the copy engine, before the previous kernel has ended. On older GPUs all threads of the block copy together.
 template <int kThreads>
 constexpr int kStageArrivals = kHopper ? 1 : kThreads;
 __device__ __forceinline__ void expect_stage(uint32_t barrier, int bytes) {
@@ -32,7 +32,7 @@ __device__ __forceinline__ void copy_stage(uint32_t to, const char* from, int by
     cp_async_arrive(barrier);
   }
 }
-// Whether this thread takes part in it.
+// Whether this thread takes part in the copy.
 __device__ __forceinline__ bool copies_stages() { return !kHopper || threadIdx.x == 0; }
 
 }  // namespace codec

@@ -1,7 +1,7 @@
-// Finding the rows of a stream, in a buffer of this frame or in the ring of its slot.
+// Finds the rows of a stream, in a buffer of this frame or in the ring of its slot.
 //
-// A ring has room for the history a layer needs and the new frame, so a kernel that writes the new
-// frame never writes what another still reads.
+// A ring has room for the history that a layer needs and for the new frame. So a kernel that writes the new frame never
+// writes rows that another kernel still reads.
 #pragma once
 
 #include "codec_params.h"
@@ -19,11 +19,11 @@ __device__ __forceinline__ Call call_of(const Rows& r, const Call* calls, int st
 __device__ __forceinline__ int64_t part_of(const Rows& r, int stream, const Call& call) {
   return (r.by_slot ? call.slot : stream) * r.stride;
 }
-// The row within it where this frame begins.
+// The row at which this frame begins, within the stream's part.
 __device__ __forceinline__ int first_row(const Rows& r, const Call& call) {
   return r.by_slot ? (call.age % r.frames) * r.rows : 0;
 }
-// Element of channel 0 at step t of this frame.
+// The element of channel 0 at step t of this frame.
 __device__ __forceinline__ int64_t element(const Rows& r, int stream, const Call& call, int t) {
   return part_of(r, stream, call) + static_cast<int64_t>(first_row(r, call) + t) * r.channels;
 }

@@ -1,25 +1,22 @@
-// The sums of a product's segments of k where CTAs have no clusters, and so cannot read each other's shared memory.
+// Adds the segments of k of a product on GPUs without clusters, where CTAs cannot read each other's shared memory.
 //
-// Each CTA of a tile leaves its sums in device memory. The last to do so adds all segments in their order, as a cluster
-// does, so that the bits are the same. No CTA waits for another.
+// Each CTA of a tile stores its sums in device memory. The last one adds all segments in their order, as a cluster
+// does, so the bits are the same. No CTA waits for another.
 #pragma once
-
-#include <type_traits>
 
 #include "codec_rows.cuh"
 
 namespace codec {
 
-// A product, and what its CTAs exchange where there are no clusters; the launch before has left `arrived` at zeros.
+// A product, and the memory through which its CTAs exchange sums. `arrived` is all zeros before and after a launch.
 struct SegmentedGemm : Gemm {
   float* partial;  // [tile of columns][tile of rows][segment][column][row]
   int* arrived;    // [tile of columns][tile of rows]
 };
-using GemmLaunch = std::conditional_t<kHopper, Gemm, SegmentedGemm>;
-inline void set_exchange(Gemm&, float*, int*) {}
-inline void set_exchange(SegmentedGemm& p, float* partial, int* arrived) { p.partial = partial, p.arrived = arrived; }
+using GemmLaunch = Conditional<kHopper, Gemm, SegmentedGemm>::Type;
 
-// Whether this CTA is the last of its tile: then `tile` in shared memory has the sums of all segments.
+// Returns whether this CTA is the last of its tile. Only then does `tile`, in shared memory, have the sums of all
+// segments.
 template <class T>
 __device__ __forceinline__ bool join_segments(const SegmentedGemm& p, float* tile, int m_tile, int rank) {
   constexpr int kQuads = T::kN * T::kPitch / 4;

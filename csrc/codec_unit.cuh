@@ -1,9 +1,9 @@
-// A whole residual unit in one launch: snake'd input -> dilated convolution -> snake -> product ->
-// residual, where all channels fit one tile (96 and 192, the widest in time and so in values).
+// A whole residual unit in one launch: input after snake -> dilated convolution -> snake -> product -> residual. It is
+// for units whose channels fit one tile: 96 and 192. These have the most time steps, and so the most values.
 //
-// The columns of a tile are steps of one stream, so the rows that all taps look at are one slab,
-// fetched once. The input of the second product overwrites the slab. The weights of both products pass through the
-// pipeline stages as one sequence. The order of sums is that of codec_gemm.cuh.
+// The columns of a tile are steps of one stream, so the rows that all taps read are one slab, which is fetched once.
+// The input of the second product overwrites the slab. The weights of both products pass through the pipeline stages as
+// one sequence. The order of sums is that of codec_gemm.cuh.
 #pragma once
 
 #include "codec_gemm.cuh"
@@ -11,6 +11,7 @@
 namespace codec {
 
 constexpr int kMaxUnitStages = 8;
+constexpr int kSlabAlign = 128;  // of the stages that follow a slab
 
 template <int kChannels_, int kN_, int kWarpsM_, int kWarpsN_>
 struct UnitTile {
@@ -25,7 +26,9 @@ struct UnitTile {
   static constexpr int kBlocksPerTap = kTapSteps / kSteps;
   static constexpr int kStripBytes = kSteps * 512, kBlockBytes = kM / 16 * kStripBytes;
   static constexpr int kSlabPitch = 2 * kM + 16;  // an odd number of pieces: no bank conflicts
-  __host__ __device__ static constexpr int slab_bytes(int history) { return (kN + history) * kSlabPitch + 127 & ~127; }
+  __device__ static constexpr int slab_bytes(int history) {
+    return (kN + history) * kSlabPitch + kSlabAlign - 1 & -kSlabAlign;
+  }
   static constexpr int kAtOnce = kN <= 32 ? 1 : 2;
   static_assert(kThreads % kParts == 0, "a thread keeps its rows");
 };
@@ -35,7 +38,7 @@ struct UnitLaunch {
   int stages;
 };
 
-// acc += one stage of weights * columns; `columns` points at this lane's row and piece.
+// Multiplies one stage: acc += weights * columns. `columns` is the address of this lane's row and piece.
 template <class T>
 __device__ __forceinline__ void multiply_slab(float (&acc)[T::kMi][T::kNi][4], uint32_t weights, uint32_t columns) {
 #pragma unroll
@@ -56,7 +59,7 @@ __device__ __forceinline__ void multiply_slab(float (&acc)[T::kMi][T::kNi][4], u
   }
 }
 
-// Fetch the rows of all taps.
+// Fetches the rows that all taps read.
 template <class T>
 __device__ __forceinline__ void load_slab(const Gemm& p, const Call& call, int stream, int t0, uint32_t to) {
   constexpr int kPieces = T::kM / 8;
@@ -72,7 +75,7 @@ __device__ __forceinline__ void load_slab(const Gemm& p, const Call& call, int s
   cp_async_commit();
 }
 
-// What stands between the two products, for the rows of this thread's accumulators.
+// The bias and snake between the two products, for the rows of this thread's accumulators.
 template <class T>
 struct Middle {
   float add[T::kMi][2], frequency[T::kMi][2], strength[T::kMi][2];
@@ -88,7 +91,7 @@ struct Middle {
       }
   }
 
-  // The accumulators, with bias and snake, become bf16 rows of the slab, and are zero again.
+  // Applies bias and snake to the accumulators, stores them as bf16 rows of the slab, and sets them to zero.
   __device__ __forceinline__ void apply(float (&acc)[T::kMi][T::kNi][4], uint8_t* slab) const {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int m0 = warp % T::kWarpsM * (16 * T::kMi) + lane / 4;
@@ -109,7 +112,7 @@ struct Middle {
 
 // grid (n tiles)
 template <class T>
-__global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant__ UnitLaunch launch) {
+__device__ __forceinline__ void unit(const UnitLaunch& launch) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ uint64_t full[kMaxUnitStages];
   const Gemm& p = launch.gemm;
@@ -132,7 +135,7 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
       for (int block = 0; block < stages - 1; ++block) load_weights(block, block);
   }
   if (!kHopper) {
-    __syncthreads();  // the barriers are there for all
+    __syncthreads();  // all threads see the barriers
     for (int block = 0; block < stages - 1; ++block) load_weights(block, block);
   }
   const int strip0 = warp % T::kWarpsM * T::kMi;
@@ -153,11 +156,11 @@ __global__ void __launch_bounds__(T::kThreads) unit_kernel(const __grid_constant
   for (int block = 0; block < blocks; ++block) {
     const int tap = block / T::kBlocksPerTap, part = block - tap * T::kBlocksPerTap;
     if (block == conv_blocks) {
-      __syncthreads();  // all are done with the slab
+      __syncthreads();  // all threads are done with the slab
       middle.apply(acc, shared);
     }
     mbarrier_wait(full_at + stage * 8, parity);
-    __syncthreads();  // all are done with the stage before
+    __syncthreads();  // all threads are done with the previous stage
     if (copies_stages() && block + stages - 1 < blocks)
       load_weights(block + stages - 1, stage ? stage - 1 : stages - 1);
     const int shift = block < conv_blocks ? tap * p.dilation * T::kSlabPitch : 0;

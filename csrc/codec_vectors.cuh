@@ -1,4 +1,4 @@
-// Eight channels at a time, as bf16 or fp32 in memory and as fp32 in registers.
+// Loads and stores of eight channels: bf16 or fp32 in memory, fp32 in registers.
 #pragma once
 
 #include "encodings.cuh"

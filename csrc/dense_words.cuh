@@ -1,14 +1,14 @@
-// The exchanges of wide frames: 64-bit words of four bf16 with a tag of four bits and nothing beside them, half the
-// bytes of packets. From nine streams on, what CTAs poll is more than the weights they read.
+// The exchanges of wide frames. A 64-bit word holds four bf16 values and a tag of four bits. It takes half the bytes of
+// packets. From nine streams on, CTAs poll more bytes than they read of weights.
 //
-// Values are scaled by 2^-32, which is exact, so that bit 14 of each is 0. The four bits carry the tag: the number of
-// the exchange in its launch, from 1 on, mod 16. Two writes of a word are never a multiple of 16 exchanges apart
-// (DenseReuse), so an old word does not pass for a new one. Before a launch all words are set to a tag that no first
-// write has (launch_frame). A value that is not a number, or too large, is an error (refuse_number): its bits would be
-// a wait without end.
+// Values are scaled by 2^-32. The scaling is exact and leaves bit 14 of each value 0, so these four bits can carry the
+// tag (dense_tags.h). Before a launch, all words are set to a tag that no first write has (launch_frame). A value that is
+// too large or not a number is an error (refuse_number), because its bits would change the tag, and readers would wait
+// forever.
 #pragma once
 
 #include "context.cuh"
+#include "dense_tags.h"
 
 namespace qwen_tts {
 
@@ -16,16 +16,11 @@ constexpr uint32_t kTagMask = 0x40004000u;  // bit 14 of both values of half a w
 constexpr float kDenseScale = 0x1p-32f;
 constexpr uint32_t kDenseUnscale = 0x4f804f80u;  // 2^32 twice, bf16
 constexpr float kDenseLimit = 0x1p32f;
-constexpr int kDenseTags = 16;
-constexpr int kClearedTag = kDenseTags - 1;  // of words of ones: kClearedByte
-constexpr int kClearedByte = 0xff;
-constexpr uint32_t kOnceTag = 5;  // of words that a launch writes once
-constexpr int kFirstNumber = 1;   // of a launch's first exchange; what the first layer is fed has 0
 
-// Where vectors lie, in words, of one tile of columns. Of a vector, two chunks of 16 values stand together, in mma
-// B-fragment order: lane n * 4 + t has two words. The first has values {2t, 2t + 1, 2t + 8, 2t + 9} of the first chunk
-// and of column n.
-constexpr int dense_words(int k) { return ceil_div(k, 2 * kChunk) * 64; }
+// Where the vectors of one tile of columns lie, in words. Two chunks of 16 values of a vector stand together, in mma
+// B-fragment order: lane n * 4 + t has two words, one for each chunk. A word has values {2t, 2t + 1, 2t + 8, 2t + 9} of
+// its chunk, of column n.
+__device__ constexpr int dense_words(int k) { return ceil_div(k, 2 * kChunk) * 64; }
 
 struct DenseLayout {
   using L = PacketLayout;
@@ -43,23 +38,23 @@ struct DenseLayout {
   static constexpr int64_t kTotal = L::kDense + kWords;  // of FrameParams::packets
 };
 
-// A word of a vector, from the vector's first one in its tile.
+// The index of a word, counted from the first word of its vector in its tile.
 __device__ __forceinline__ int dense_at(int chunk, int lane) { return ((chunk >> 1) * 32 + lane) * 2 + (chunk & 1); }
 
 __device__ __forceinline__ uint64_t* dense_vector(const FrameParams& p, int tile, int vector) {
   return p.packets + PacketLayout::kDense + tile * DenseLayout::kTileWords + vector;
 }
 
-// A tag's bits in the lower and the upper half of a word.
+// The bits of a tag, as they stand in the lower and the upper half of a word.
 __device__ __forceinline__ uint2 dense_tag(uint32_t tag) {
   return make_uint2((tag & 1) << 14 | (tag & 2) << 29, (tag & 4) << 12 | (tag & 8) << 27);
 }
-// What is 0 in kTagMask's bits if a word carries `tag`.
+// The bits of kTagMask are 0 in the result if the word carries `tag`.
 __device__ __forceinline__ uint32_t dense_differs(uint64_t word, uint2 tag) {
   return (uint32_t(word) ^ tag.x) | (high_half(word) ^ tag.y);
 }
 
-// Half a word's two values, as a pair of bf16.
+// The two values of half a word, as a pair of bf16.
 __device__ __forceinline__ uint32_t dense_decode(uint32_t half) {
   const uint32_t bits = half & ~kTagMask, unscale = kDenseUnscale;
   const __nv_bfloat162 pair =
@@ -74,7 +69,7 @@ __device__ __noinline__ void refuse_number(const FrameParams& p, uint32_t tag) {
   __trap();
 }
 
-// Publish four values: the rows {0, 1, 8, 9} of a chunk, less twice the word's place in it.
+// Publishes a word of four values. For lane t of a column they are rows {2t, 2t + 1, 2t + 8, 2t + 9} of a chunk.
 template <class Context>
 __device__ __forceinline__ void publish_word(const Context& c, uint64_t* to, float2 low, float2 high, uint32_t tag) {
   // One comparison of the sum: a NaN in any value makes it false.
@@ -85,7 +80,7 @@ __device__ __forceinline__ void publish_word(const Context& c, uint64_t* to, flo
   store_word(to, uint64_t(b) << 32 | a);
 }
 
-// Publish half a word: two values with the two lower bits of a tag, whose upper two are the same.
+// Publishes half a word: two values and two bits of the tag. The upper two bits of the tag must equal the lower two.
 template <class Context>
 __device__ __forceinline__ void publish_half(const Context& c, uint64_t* to, int half, float low, float high,
                                              uint32_t tag) {
@@ -94,17 +89,13 @@ __device__ __forceinline__ void publish_half(const Context& c, uint64_t* to, int
                   pack_bf16(low * kDenseScale, high * kDenseScale) | dense_tag(tag).x);
 }
 
-// The tag of gate-up's result, whose words come in halves: each has two bits of it. It never equals kClearedTag's in
-// the first layer, and two writes of a word are no multiple of four exchanges apart (DenseReuse).
-__device__ __forceinline__ uint32_t inner_tag(uint32_t number) { return (number & 3) * 5; }
-
-// The tag of an exchange of this launch.
+// The number of an exchange in this launch, from its packet tag.
 template <class Context>
 __device__ __forceinline__ uint32_t dense_number(const Context& c, uint32_t tag) {
   return tag - c.p.epoch + kFirstNumber;
 }
 
-// For the test: two neighbouring rows of a column, rounded.
+// Dumps two neighbouring rows of a column, rounded to bf16, for the tests.
 template <class Context>
 __device__ __forceinline__ void dump_pair(const Context& c, int row, int column, float low, float high) {
   if (!c.dumps()) return;
@@ -113,39 +104,5 @@ __device__ __forceinline__ void dump_pair(const Context& c, int row, int column,
   at[0] = rounded.x;
   at[kMaxColumns] = rounded.y;
 }
-
-// Walks a wide frame and looks at the exchanges between two writes of a buffer.
-struct DenseReuse : FramePlace {
-  int total = 0;
-  int last[5] = {-1, -1, -1, -1, -1};  // of Step::kQkv to Step::kDown
-  int last_fed = 0;
-  bool distinct = true;
-
-  constexpr void begin_pass(int pass) {
-    FramePlace::begin_pass(pass);
-    if (pass == 0) feed(0);
-  }
-  constexpr void feed(int) {
-    if ((total - last_fed) % kDenseTags == 0) distinct = false;
-    last_fed = total;
-  }
-  constexpr void advance(Step step) {
-    const int buffer = int(step);
-    const bool once = step == Step::kQkv && at_pass == 0 && at_layer == P::kLayers - 1;
-    if (buffer < 5 && !once) {
-      const int tags = step == Step::kGateUp ? 4 : kDenseTags;
-      if (last[buffer] >= 0 && (total - last[buffer]) % tags == 0) distinct = false;
-      if (last[buffer] < 0 && (total + kFirstNumber) % tags == tags - 1) distinct = false;
-      last[buffer] = total;
-    }
-    ++total;
-  }
-};
-constexpr bool dense_tags_are_distinct() {
-  DenseReuse reuse{};
-  walk_frame(reuse, kMaxColumns, false);
-  return reuse.distinct;
-}
-static_assert(dense_tags_are_distinct(), "a word's tag must differ from the one that it has");
 
 }  // namespace qwen_tts

@@ -1,9 +1,9 @@
-// Numbers as bits: pairs of bf16 in a word, floats as integers of the same order.
+// Numbers as bits: pairs of bf16 in a word, and floats as integers that sort the same way.
 #pragma once
 
-#include <cstdint>
-
 #include <cuda_bf16.h>
+
+#include "standard.h"
 
 namespace qwen_tts {
 
@@ -16,7 +16,7 @@ __device__ __forceinline__ float2 unpack_bf16(uint32_t bits) {
   return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
 }
 
-// Bits of a float that compare as the float does.
+// Turns the bits of a float into an unsigned integer that compares as the float does.
 __device__ __forceinline__ uint32_t ordered_bits(uint32_t bits) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }

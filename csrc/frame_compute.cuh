@@ -1,4 +1,4 @@
-// The visitor of the frame's schedule (frame_schedule.cuh) that computes: all warps but the fetching one.
+// The visitor of the frame's schedule (frame_schedule.cuh) for the computing warps.
 #pragma once
 
 #include "predictor.cuh"
@@ -29,7 +29,7 @@ struct FrameCompute {
 
   template <class D>
   __device__ __forceinline__ Residual<D>& residual() {
-    if constexpr (std::is_same_v<D, T>) {
+    if constexpr (is_same<D, T>) {
       return hidden;
     } else {
       return row;
@@ -37,11 +37,11 @@ struct FrameCompute {
   }
   template <class D>
   __device__ __forceinline__ void qkv() {
-    layer_step::qkv<D>(c, residual<D>(), [&] { return std::is_same_v<D, P> && ends_with_qkv(pass(), layer()); });
+    layer_step::qkv<D>(c, residual<D>(), [&] { return is_same<D, P> && ends_with_qkv(pass(), layer()); });
   }
   template <class D>
   __device__ __forceinline__ void attention() {
-    if constexpr (std::is_same_v<D, T>) {
+    if constexpr (is_same<D, T>) {
       attend_talker<T>(c);
     } else {
       attend_predictor<P>(c, new_rows(c));
@@ -59,13 +59,13 @@ struct FrameCompute {
   __device__ __forceinline__ void down() {
     layer_step::down<D>(c);
   }
-  // The next product is a QKV too and uses the same array for its sums of squares, hence the barrier.
+  // The barrier is needed because the next product is a QKV too and uses the same array for its sums of squares.
   __device__ __forceinline__ void skip_to_next_pass() { sync_compute(); }
 
-  // Talker: the hidden row is left in the residual, normed.
+  // The talker's head also norms the residual, which then holds the hidden row.
   template <class D>
   __device__ __forceinline__ void head() {
-    if constexpr (std::is_same_v<D, T>) {
+    if constexpr (is_same<D, T>) {
       head_logits<T>(c, hidden, [] { return 0; });
       norm_hidden(c, hidden);
       if constexpr (!kProjects) {
@@ -95,13 +95,13 @@ struct FrameCompute {
   }
 };
 
-// A frame, or a prefill.
+// Computes a frame, or a prefill.
 __device__ __forceinline__ void compute_frame(const FrameParams& p, NarrowForm::Scratch& scratch,
                                               NarrowForm::Ring& ring) {
   const bool writes_stamps = p.stamps != nullptr && block_index() == 0 && thread_index() == 0;
   const PackedState state(columns_of(p), writes_stamps, p.dump_exchanges != nullptr);
   FrameCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}};
-  if (!p.prefill) store_noise(compute.c);  // of code 0, while the first weights are on their way
+  if (!p.prefill) store_noise(compute.c);  // of code 0, while the first weights are being fetched
   feed_talker(compute.c, compute.hidden);
   walk_frame(compute, p.num_columns, p.prefill);
   if (p.prefill) return;

@@ -1,5 +1,5 @@
-// The visitor of the frame's schedule (frame_schedule.cuh) that fetches: one warp, which streams the
-// weights, and the keys and values of the talker's attention, in the order in which the frame uses them.
+// The visitor of the frame's schedule (frame_schedule.cuh) for the fetching warp. It streams the weights, and the keys
+// and values of the talker's attention, in the order in which the frame uses them.
 #pragma once
 
 #include "attention_item.cuh"
@@ -13,8 +13,8 @@ struct FrameFetch : FramePlace {
   const ItemRows* attended;     // this CTA's items
   uint64_t once, kept, normal;  // L2 policies
 
-  // An item of a product, which begins at `from`; the product's first kept_bytes shall stay in L2. A lane fetches for
-  // the warps that share a piece.
+  // Fetches an item of a product whose weights begin at `from`. The product's first kept_bytes should stay in L2. Each
+  // lane fetches a piece, for the warps that share it.
   template <class Prod>
   __device__ __forceinline__ void one_item(const char* from, int item, int64_t kept_bytes) {
     from += lane_index() * (Prod::kOwners * Prod::kPieces * Prod::kWarpPieceBytes);
@@ -23,34 +23,35 @@ struct FrameFetch : FramePlace {
       ring.push(kWarps / Prod::kOwners, from + item * Prod::kItemBytes + piece * Prod::kWarpPieceBytes,
                 Prod::kPieceBytes, item * Prod::kItemBytes < kept_bytes ? kept : once);
   }
-  // Those of this CTA.
+  // Fetches this CTA's items of a product.
   template <class Prod>
   __device__ __forceinline__ void items(const char* from, int64_t kept_bytes = 0) {
     for (int item = block_index(); item < Prod::kItems; item += gridDim.x) one_item<Prod>(from, item, kept_bytes);
   }
-  // Strips with all their parts of k.
+  // Fetches this CTA's strips of a product, each with all its parts of k.
   template <class Prod>
   __device__ __forceinline__ void strips(int first, const char* from, int64_t kept_bytes) {
     for (int strip = first; strip < Prod::kStrips; strip += gridDim.x)
 #pragma unroll 1
       for (int part = 0; part < Prod::kSplit; ++part) one_item<Prod>(from, part * Prod::kStrips + strip, kept_bytes);
   }
-  // A product of the current layer, which stands at kFrom among the layer's. What stays in L2 of a predictor's layer
-  // begins with its QKV, but for the first layer's, which a frame reads once or twice.
+  // The weights of a product of the current layer. They begin kFrom bytes after the layer's first.
   template <class D, int64_t kFrom>
   __device__ __forceinline__ const char* product() const {
-    return (std::is_same_v<D, T> ? p.talker_layers : p.predictor_layers) + layer() * Products<D>::kLayerBytes + kFrom;
+    return (is_same<D, T> ? p.talker_layers : p.predictor_layers) + layer() * Products<D>::kLayerBytes + kFrom;
   }
+  // How many of the product's first bytes should stay in L2. The kept part of a predictor layer begins with its QKV. In
+  // the first layer QKV does not count, because a frame reads it only once or twice.
   template <class D, int64_t kFrom>
   __device__ __forceinline__ int64_t kept_bytes() const {
-    if constexpr (std::is_same_v<D, T>) return 0;
+    if constexpr (is_same<D, T>) return 0;
     return p.predictor_kept_bytes + (layer() > 0 ? 0 : Products<D>::Qkv::kBytes) - kFrom;
   }
   template <class D, class Prod, int64_t kFrom>
   __device__ __forceinline__ void layer_items() {
     items<Prod>(product<D, kFrom>(), kept_bytes<D, kFrom>());
   }
-  // A product that adds to the residual: a wide frame's strips have owners (wide_layer.cuh).
+  // Fetches for a product that adds to the residual. In a wide frame its strips have owners (wide_layer.cuh).
   template <class D, class Prod, int64_t kFrom>
   __device__ __forceinline__ void added_items(int first) {
     if constexpr (Form::kWide) {
@@ -75,13 +76,12 @@ struct FrameFetch : FramePlace {
   __device__ __forceinline__ void down() {
     added_items<D, typename Products<D>::Down, Products<D>::kDownFrom>(down_owner_first<D>());
   }
-  // The cached keys and values that a talker layer's attention needs. The predictor's keys and values do not come
-  // through the ring.
+  // Fetches the cached keys and values for a talker layer's attention. The predictor's do not come through the ring.
   template <class D>
   __device__ __forceinline__ void attention() {
-    if constexpr (std::is_same_v<D, T>) keys_and_values();
+    if constexpr (is_same<D, T>) keys_and_values();
   }
-  // A lane fetches for a warp.
+  // Each lane fetches for one warp.
   __device__ __forceinline__ void keys_and_values() {
     constexpr int kRowBytes = KvTile<T>::kRowBytes;
 #pragma unroll 1
@@ -98,7 +98,7 @@ struct FrameFetch : FramePlace {
   }
   template <class D>
   __device__ __forceinline__ void head() {
-    if constexpr (std::is_same_v<D, T>) {
+    if constexpr (is_same<D, T>) {
       items<TalkerProducts::Head>(p.talker_head);
     } else {
       items<PredictorProducts::Head>(p.predictor_heads + (pass() - 1) * PredictorProducts::Head::kBytes);

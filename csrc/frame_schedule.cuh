@@ -1,6 +1,6 @@
 // The order of a frame's exchanges, written once. Everybody who must agree on it walks the frame with walk_frame and
-// says what to do at each step: the warp that fetches weights, the warps that compute, and the host, which counts and
-// names exchanges (frame_exchanges in kernel_tts.h). A mismatch between two of them would hang.
+// says what to do at each step: the warp that fetches weights, the warps that compute, and the list for the host, which
+// counts and names exchanges (frame_exchanges.cuh). A mismatch between two of them would hang.
 //
 //   talker layers ─ codec head ─ projection ─ [pass 0] ─ code 0 ─ pass 1 ─ code 1 ─ ... ─ pass 15 ─ code 15
 //
@@ -20,41 +20,43 @@ namespace qwen_tts {
 using T = TalkerDims;
 using P = PredictorDims;
 
-// Where the two models' widths differ, a projection makes the predictor's input of the talker's hidden row.
+// If the widths of the two models differ, a projection makes the predictor's input from the talker's hidden row.
 constexpr bool kProjects = T::kHidden != P::kHidden;
 
 // What an exchange publishes.
 enum class Step : int { kQkv, kAttention, kOut, kGateUp, kDown, kHead, kProjection, kCode };
-constexpr const char* kStepNames[] = {"qkv", "attention", "out", "gate_up", "down", "head", "projection", "code"};
+#define QWEN_TTS_STEP_NAMES "qkv\nattention\nout\ngate_up\ndown\nhead\nprojection\ncode\n"
 
-// What a wait is for, for the watchdog; and the names, in the same order.
+// What a wait is for. The watchdog reports it. The names are in the same order.
 enum class Phase : int { kInput, kAttention, kCombine, kOut, kMlp, kLogits, kCode };
-constexpr char kPhaseNames[] = "input\nattention\ncombine\nO\nMLP\nlogits\ncode\n";
+#define QWEN_TTS_PHASE_NAMES "input\nattention\ncombine\nO\nMLP\nlogits\ncode\n"
 
-constexpr int kPairedStreams = kTileColumns / 2;  // that fit twice into a tile
+constexpr int kPairedStreams = kTileColumns / 2;  // streams that fit into a tile with two columns each
 constexpr int kLastPass = kNumCodebooks - 1;
 
-QWEN_TTS_BOTH constexpr int first_pass(int streams) { return streams <= kPairedStreams ? 1 : 0; }
+__device__ __forceinline__ constexpr int first_pass(int streams) { return streams <= kPairedStreams ? 1 : 0; }
 
-// Whether a layer's queries, keys and values come from a table (FrameParams::predictor_first_qkv): the first layer's
-// input is a code's embedding, from position 2 on in all columns.
-QWEN_TTS_BOTH constexpr bool qkv_from_table(int pass, int layer) { return layer == 0 && pass > 1; }
+// Whether a layer's queries, keys and values come from a table (FrameParams::predictor_first_qkv). This is so in the
+// first layer from position 2 on, because there the input of every column is a code's embedding.
+__device__ __forceinline__ constexpr bool qkv_from_table(int pass, int layer) { return layer == 0 && pass > 1; }
 
 // Whether a layer ends with its QKV.
-QWEN_TTS_BOTH constexpr bool ends_with_qkv(int pass, int layer) { return pass == 0 && layer == P::kLayers - 1; }
+__device__ __forceinline__ constexpr bool ends_with_qkv(int pass, int layer) {
+  return pass == 0 && layer == P::kLayers - 1;
+}
 
 // A visitor of the walks has a place in the frame, and a member for each step:
-//   layer(), next_layer(), pass(), begin_pass(p)    the place; layer() is 0 at the start and after begin_pass
+//   layer(), next_layer(), pass(), begin_pass(p)    the place. layer() is 0 at the start and after begin_pass
 //   qkv<D>(), attention<D>(), out<D>(), gate_up<D>(), down<D>()    the steps of a layer; D is T or P
 //   skip_to_next_pass()                             a layer has ended with its QKV
-//   head<D>(), projection()                         logits; the predictor's input
+//   head<D>()                                       the logits
+//   projection()                                    the predictor's input
 //   code()                                          sample code pass() - 1, and return it
 //   feed(code)                                      that code becomes the input of pass()
 //   advance(Step)                                   the exchange of a step is published: the next one begins
-#pragma nv_exec_check_disable  // visitors are of the host or of the device
 template <class D, class Visitor>
-QWEN_TTS_BOTH constexpr void walk_layer(Visitor& v) {
-  constexpr bool kPredictor = std::is_same_v<D, P>;
+__device__ __forceinline__ constexpr void walk_layer(Visitor& v) {
+  constexpr bool kPredictor = is_same<D, P>;
   if (!kPredictor || !qkv_from_table(v.pass(), v.layer())) {
     v.template qkv<D>();
     v.advance(Step::kQkv);
@@ -74,10 +76,9 @@ QWEN_TTS_BOTH constexpr void walk_layer(Visitor& v) {
   v.advance(Step::kDown);
 }
 
-// A frame of `streams` streams; or a prefill, which is the talker's layers alone.
-#pragma nv_exec_check_disable
+// Walks a frame of `streams` streams, or a prefill, which has only the talker's layers.
 template <class Visitor>
-QWEN_TTS_BOTH constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
+__device__ __forceinline__ constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
 #pragma unroll 1
   for (; v.layer() < T::kLayers; v.next_layer()) walk_layer<T>(v);
   if (prefill) return;
@@ -106,54 +107,54 @@ QWEN_TTS_BOTH constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
 
 constexpr int kTalkerPass = -1;  // FramePlace::pass() before the first pass
 
-// A place in the frame, and steps at which nothing is done: a base for visitors.
+// A base for visitors. It keeps the place in the frame and does nothing at each step.
 struct FramePlace {
   int at_layer = 0, at_pass = kTalkerPass;
 
-  QWEN_TTS_BOTH constexpr int layer() const { return at_layer; }
-  QWEN_TTS_BOTH constexpr int pass() const { return at_pass; }
-  QWEN_TTS_BOTH constexpr void next_layer() { ++at_layer; }
-  QWEN_TTS_BOTH constexpr void begin_pass(int pass) {
+  __device__ __forceinline__ constexpr int layer() const { return at_layer; }
+  __device__ __forceinline__ constexpr int pass() const { return at_pass; }
+  __device__ __forceinline__ constexpr void next_layer() { ++at_layer; }
+  __device__ __forceinline__ constexpr void begin_pass(int pass) {
     at_pass = pass;
     at_layer = 0;
   }
   template <class D>
-  QWEN_TTS_BOTH constexpr void qkv() {}
+  __device__ __forceinline__ constexpr void qkv() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void attention() {}
+  __device__ __forceinline__ constexpr void attention() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void out() {}
+  __device__ __forceinline__ constexpr void out() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void gate_up() {}
+  __device__ __forceinline__ constexpr void gate_up() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void down() {}
+  __device__ __forceinline__ constexpr void down() {}
   template <class D>
-  QWEN_TTS_BOTH constexpr void head() {}
-  QWEN_TTS_BOTH constexpr void projection() {}
-  QWEN_TTS_BOTH constexpr void skip_to_next_pass() {}
-  QWEN_TTS_BOTH constexpr int code() { return 0; }
-  QWEN_TTS_BOTH constexpr void feed(int) {}
-  QWEN_TTS_BOTH constexpr void advance(Step) {}
+  __device__ __forceinline__ constexpr void head() {}
+  __device__ __forceinline__ constexpr void projection() {}
+  __device__ __forceinline__ constexpr void skip_to_next_pass() {}
+  __device__ __forceinline__ constexpr int code() { return 0; }
+  __device__ __forceinline__ constexpr void feed(int) {}
+  __device__ __forceinline__ constexpr void advance(Step) {}
 };
 
-// Counts exchanges, and finds one.
+// Counts exchanges, and finds the number of one.
 struct ExchangeCounter : FramePlace {
   Step wanted{};
   int wanted_pass = 0, wanted_layer = 0;
   int total = 0, found = -1;
 
-  constexpr void advance(Step step) {
+  __device__ constexpr void advance(Step step) {
     if (step == wanted && at_pass == wanted_pass && at_layer == wanted_layer) found = total;
     ++total;
   }
 };
-// How many exchanges of a frame come before this one.
-constexpr int exchange_of(Step step, int pass, int layer, int streams) {
+// How many exchanges of a frame come before the named one.
+__device__ constexpr int exchange_of(Step step, int pass, int layer, int streams) {
   ExchangeCounter counter{{}, step, pass, layer};
   walk_frame(counter, streams, false);
   return counter.found;
 }
-constexpr int num_exchanges(int streams) {
+__device__ constexpr int num_exchanges(int streams) {
   ExchangeCounter counter{};
   walk_frame(counter, streams, false);
   return counter.total;
@@ -162,10 +163,11 @@ constexpr int num_exchanges(int streams) {
 constexpr int kMaxExchanges = num_exchanges(kMaxColumns);
 static_assert(num_exchanges(1) < kMaxExchanges, "more streams, more exchanges");
 
-// The talker's logits; its head comes after all its layers.
+// The exchange of the talker's logits. The head comes after all layers.
 constexpr int kTalkerLogits = exchange_of(Step::kHead, kTalkerPass, T::kLayers, 1);
 
-// From the last QKV of pass 0 to that of pass 1, which reads both: what pass 0 publishes carries the later tag.
+// The number of exchanges from the last QKV of pass 0 to that of pass 1. The attention of pass 1 reads both, so pass 0
+// publishes under the later tag.
 constexpr int kFirstPositionDelay =
     exchange_of(Step::kQkv, 1, P::kLayers - 1, kMaxColumns) - exchange_of(Step::kQkv, 0, P::kLayers - 1, kMaxColumns);
 static_assert(kTalkerLogits > 0 && kFirstPositionDelay > 0, "both are exchanges of a frame");

@@ -1,5 +1,5 @@
-// Products of the frame: 16-row weight strips (mma A operand, from the ring) with the columns in
-// the n dimension (B operand, in registers), so that 1 to 8 streams cost the same.
+// Products of the frame. Strips of 16 weight rows come from the ring as the A operand of mma. The columns are the n
+// dimension of the B operand, in registers. So 1 to 8 streams cost the same.
 //
 // Each warp takes a sixteenth of k. The warps store their partial sums in shared memory. Then 64 threads finish an
 // item: each sums two rows of one column, always in warp order. So the bits depend neither on the grid nor on the
@@ -10,9 +10,9 @@
 
 namespace qwen_tts {
 
-// The two rows of a finished tile that one thread holds: rows 2 * pair and 2 * pair + 1 of the
-// strip, of one column. Four warps finish a tile. Of a warp, lanes 0..7 hold a pair p for each column
-// and lanes 16..23 the pair p + 4; the lanes beside them sum the odd rows, and hold nothing.
+// The two rows of a finished tile that one thread holds: rows 2 * pair and 2 * pair + 1 of the strip, of one column.
+// Four warps finish a tile. In each warp, lanes 0..7 hold a pair p of each column, and lanes 16..23 the pair p + 4.
+// Lanes 8..15 and 24..31 sum the odd rows for them and hold nothing.
 struct Cell {
   int entry, column, pair;  // entry: which of the product's tiles
   bool leads;               // whether this lane holds rows
@@ -64,7 +64,7 @@ __device__ __forceinline__ float squares_part(const Scratch& scratch, int norm, 
   return sum;
 }
 
-// The next of this warp's weights from the ring: as many chunks as registers hold at once.
+// Loads this warp's next weights from the ring, as many chunks as registers hold at once.
 template <class Prod, class Ring>
 __device__ __forceinline__ void load_weights(RingReader<Ring>& ring, uint4 (&to)[Prod::kHeld]) {
   const int warp = warp_index();

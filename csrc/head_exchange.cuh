@@ -1,4 +1,5 @@
-// How attention reads its rows of QKV and publishes the heads' output, in packets and in dense words.
+// How attention reads rows of QKV and publishes the heads' output: as packets in narrow frames, as dense words in wide
+// ones.
 #pragma once
 
 #include "dense_words.cuh"
@@ -6,8 +7,8 @@
 
 namespace qwen_tts {
 
-// Poll kCount rows of QKV of a column, which begin at rows first, first + stride, ...: those of the exchange before, or
-// those of the predictor's position 0 that pass 0 left.
+// Polls kCount rows of QKV of a column. They begin at rows first, first + stride, ... They come from the previous
+// exchange or, with `first_position`, from pass 0, which published them for the predictor's position 0.
 template <class Context, int kDim, int kCount>
 __device__ __forceinline__ void wait_rows(const Context& c, HeadRow<kDim> (&rows)[kCount], int first, int stride,
                                           int column, bool first_position = false) {
@@ -19,7 +20,7 @@ __device__ __forceinline__ void wait_rows(const Context& c, HeadRow<kDim> (&rows
   } else {
     const int vector = first_position ? DenseLayout::kFirstPositionQkv : DenseLayout::kQkv;
     const uint2 tag = dense_tag(first_position ? kOnceTag : dense_number(c, c.tag - 1));
-    // A lane's pair, of a chunk the pair % 8; its other one is half a row further.
+    // A lane polls pair `pair` of the row, which is pair % 8 of its chunk, and the pair half a row further.
     const int pair = Row::owns() ? lane_index() : 0;
     const uint64_t* from = dense_vector(c.p, column / kTileColumns, vector);
     const int lane = column % kTileColumns * 4 + (pair & 3);
@@ -48,8 +49,8 @@ __device__ __forceinline__ void wait_rows(const Context& c, HeadRow<kDim> (&rows
   }
 }
 
-// Publish the heads' output: rows {row, row + 1} of a column, the same in four neighbouring lanes. Whole warps, each
-// with sixteen rows from a multiple of sixteen on.
+// Publishes the heads' output, rows {row, row + 1} of a column. Four neighbouring lanes pass the same rows. Whole warps
+// call it together, each with sixteen rows that begin at a multiple of sixteen.
 template <class Context>
 __device__ __forceinline__ void publish_heads(const Context& c, int row, int column, float low, float high) {
   if constexpr (!Context::Form::kWide) {
@@ -65,8 +66,8 @@ __device__ __forceinline__ void publish_heads(const Context& c, int row, int col
   }
 }
 
-// Attention borrows tiles of partial sums. A narrow frame's products use others before and after it; a wide frame waits
-// until all warps are done with them.
+// Makes the tiles of partial sums free for attention. In a narrow frame, the products before and after attention use
+// other tiles. In a wide frame, all warps wait until nobody reads the tiles.
 template <class Context>
 __device__ __forceinline__ void free_tiles(const Context&) {
   if constexpr (Context::Form::kWide) sync_compute();

@@ -1,14 +1,14 @@
 // One row of one attention head in a warp's registers: RMSNorm over head_dim, RoPE, dot products.
 //
-// Lane l < head_dim / 4 holds dims {2l, 2l + 1} and the two half a head further, so that RoPE's
-// rotated pairs meet in a lane and a packet is two neighbouring dims. All arithmetic is fp32.
+// Lane l < head_dim / 4 holds dims {2l, 2l + 1} and the two dims half a head further. So each lane has whole pairs for
+// RoPE, and a packet has two neighbouring dims. All arithmetic is fp32.
 #pragma once
 
 #include "packets.cuh"
 
 namespace qwen_tts {
 
-// Sums over the warp, several side by side: one after the other each would wait for its own steps.
+// Sums several values over the warp. It interleaves the sums, because the steps of one sum wait for each other.
 template <int kCount>
 __device__ __forceinline__ void warp_sums(float (&x)[kCount]) {
 #pragma unroll
@@ -17,7 +17,7 @@ __device__ __forceinline__ void warp_sums(float (&x)[kCount]) {
     for (int i = 0; i < kCount; ++i) x[i] += __shfl_xor_sync(~0u, x[i], offset);
 }
 
-// Of four neighbouring lanes, the same in each.
+// The sum over four neighbouring lanes. Each of them gets the result.
 __device__ __forceinline__ float sum_of_four(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
@@ -27,13 +27,13 @@ __device__ __forceinline__ float max_of_four(float x) {
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// What norms and rotates a row: fetched before the row is waited for.
+// What a row is normed and rotated by. It is fetched before the wait for the row.
 template <int kDim>
 struct NormRope {
   uint32_t weight[2];
   float4 angle;  // cosine, sine of two neighbouring pairs
 
-  // weight: [head_dim]; rope: [head_dim / 2][2] of the row's position
+  // weights: [head_dim]; rope: [head_dim / 2][2], for the row's position
   __device__ __forceinline__ NormRope(const __nv_bfloat16* weights, const float* rope) {
     const int at = lane_index() % (kDim / 4);
     weight[0] = __ldg(reinterpret_cast<const uint32_t*>(weights) + at);
@@ -58,7 +58,7 @@ struct HeadRow {
     x[2] = b.x;
     x[3] = b.y;
   }
-  // Of a row of bf16 in device memory, what `set` takes.
+  // Fetches the arguments of `set` from a row of bf16 in device memory.
   static __device__ __forceinline__ uint2 fetch(const __nv_bfloat16* row) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(row) + (owns() ? lane() : 0);
     const uint32_t low = __ldcg(words), high = __ldcg(words + kDim / 4);
@@ -87,7 +87,7 @@ struct HeadRow {
     reinterpret_cast<float2*>(row)[lane()] = make_float2(x[0], x[1]);
     reinterpret_cast<float2*>(row)[kDim / 4 + lane()] = make_float2(x[2], x[3]);
   }
-  // To what a bf16 cache will give back.
+  // Rounds to bf16, as a store to the cache and a load do.
   __device__ __forceinline__ void round() { set(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])); }
   __device__ __forceinline__ void norm_rope(const NormRope<kDim>& by, float eps) {
     float squares[1] = {dot(*this)};
@@ -101,21 +101,21 @@ struct HeadRow {
     x[2] = c * by.angle.x + a * by.angle.y;
     x[3] = d * by.angle.z + b * by.angle.w;
   }
-  // This lane's part.
+  // This lane's part of the dot product.
   __device__ __forceinline__ float dot(const HeadRow& other) const {
     return x[0] * other.x[0] + x[1] * other.x[1] + x[2] * other.x[2] + x[3] * other.x[3];
   }
 };
 
-// Where a lane's first packet of a published row stands, the row beginning at `first`, a multiple of kDim, of a
-// vector. The second is half a row further; as many rows further, as many times four packets.
+// A lane's first packet of a published row. The row begins at row `first` of the vector, a multiple of kDim. The lane's
+// second packet is half a row further. A distance of n rows is 4 n packets.
 template <int kDim>
 __device__ __forceinline__ const uint64_t* row_packets(const uint64_t* vector, int first, int column) {
   const int at = HeadRow<kDim>::owns() ? 2 * lane_index() : 0;
   return vector + kStripPackets / 16 * first + packet_index(at / 16, at % 16 / 2, column);
 }
 
-// Poll rows of a published vector, each from at(i) on.
+// Polls rows of a published vector. Row i begins at at(i).
 template <int kDim, int kCount, class At>
 __device__ __forceinline__ void wait_row_packets(HeadRow<kDim> (&rows)[kCount], At&& at, uint32_t tag,
                                                  const Watchdog& dog) {

@@ -1,4 +1,5 @@
-// One frame of Qwen3-TTS for 1 to 32 streams: the table of contents, the two kernels, their launch.
+// One frame of Qwen3-TTS for 1 to 32 streams: the table of contents, the two kernels, and what a launch of
+// them needs (decoding/frame_launcher.py).
 //
 //   frame_schedule.cuh   the order of a frame's exchanges, which all below follow
 //   frame_compute.cuh    what computing warps do at each step:  layer.cuh  attention.cuh  predictor_attention.cuh
@@ -13,8 +14,8 @@
 // frame stores the sum of its 16 embeddings. The next frame adds its text row to this sum. A prefill runs the talker's
 // layers alone, over up to eight rows of one stream, in the narrow kernel.
 #include "frame_compute.cuh"
+#include "frame_exchanges.cuh"
 #include "frame_fetch.cuh"
-#include "kernel_tts.h"
 #include "wide_compute.cuh"
 
 namespace qwen_tts {
@@ -37,7 +38,7 @@ static_assert(offsetof(Shared<NarrowForm>, ring.data) == 0 && offsetof(Shared<Wi
 constexpr int kAllThreads = kThreads + 128;
 
 template <class Form>
-__global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_constant__ FrameParams p) {
+__device__ __forceinline__ void run_frame(const FrameParams& p) {
   Shared<Form>& sh = *reinterpret_cast<Shared<Form>*>(shared_memory());
   if (block_index() == p.withheld_cta) return;
   sh.ring.init();
@@ -60,64 +61,58 @@ __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel(const __grid_cons
   }
 }
 
-template <class Form>
-cudaError_t co_resident(int* ctas) {
-  const void* kernel = reinterpret_cast<const void*>(frame_kernel<Form>);
-  const int bytes = sizeof(Shared<Form>);
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, kernel, kAllThreads, bytes);
-}
-
-template <class Form>
-cudaError_t launch(const FrameParams& params, int grid, cudaStream_t stream) {
-  void* arguments[] = {const_cast<FrameParams*>(&params)};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(frame_kernel<Form>), dim3(grid), dim3(kAllThreads),
-                                     arguments, sizeof(Shared<Form>), stream);
-}
-
 }  // namespace qwen_tts
 
 using namespace qwen_tts;
 
-extern "C" int frame_max_grid() {
-  return min_of(min_of(min_of(TalkerProducts::Qkv::kStrips, PredictorProducts::Qkv::kStrips),
-                       min_of(TalkerProducts::GateUp::kStrips, PredictorProducts::GateUp::kStrips)),
-                TalkerProducts::Head::kStrips);
+extern "C" __global__ void __launch_bounds__(kAllThreads, 1)
+    frame_kernel_narrow(const __grid_constant__ FrameParams p) {
+  run_frame<NarrowForm>(p);
 }
 
-extern "C" int frame_max_positions(int grid) {
-  return kSplitPositions *
-         min_of(kMaxSplits, grid * (NarrowForm::Scratch::kMaxItems - 1) / (kTileColumns * T::kKvHeads));
+extern "C" __global__ void __launch_bounds__(kAllThreads, 1) frame_kernel_wide(const __grid_constant__ FrameParams p) {
+  run_frame<WideForm>(p);
 }
 
-extern "C" int64_t frame_num_packets() { return DenseLayout::kTotal; }
+// What a launch needs.
+QWEN_TTS_FACT(threads, kAllThreads);
+QWEN_TTS_FACT(frame_kernel_narrow_shared_bytes, sizeof(Shared<NarrowForm>));
+QWEN_TTS_FACT(frame_kernel_wide_shared_bytes, sizeof(Shared<WideForm>));
+QWEN_TTS_FACT(params_bytes, sizeof(FrameParams));
+QWEN_TTS_FACT(stream_bytes, sizeof(Stream));
+QWEN_TTS_FACT(narrow_columns, kTileColumns);  // that the narrow kernel takes; and rows of a prefill
+QWEN_TTS_FACT(max_grid, min_of(min_of(min_of(TalkerProducts::Qkv::kStrips, PredictorProducts::Qkv::kStrips),
+                                      min_of(TalkerProducts::GateUp::kStrips, PredictorProducts::GateUp::kStrips)),
+                               TalkerProducts::Head::kStrips));  // CTAs that the exchanges allow
+// What a wide frame finds in its dense words: bytes of kClearedByte.
+QWEN_TTS_FACT(dense_from, PacketLayout::kDense);
+QWEN_TTS_FACT(dense_words, DenseLayout::kWords);
+QWEN_TTS_FACT(cleared_byte, kClearedByte);
 
-extern "C" int frame_noise_floats() { return 4 * Sampler::kNoise; }
+// The shapes that it was built for.
+#define QWEN_TTS_DIMS(name, D)                 \
+  QWEN_TTS_FACT(name##_hidden, D::kHidden);    \
+  QWEN_TTS_FACT(name##_layers, D::kLayers);    \
+  QWEN_TTS_FACT(name##_kv_heads, D::kKvHeads); \
+  QWEN_TTS_FACT(name##_head_dim, D::kHeadDim); \
+  QWEN_TTS_FACT(name##_vocab, D::kVocab)
+QWEN_TTS_DIMS(talker, T);
+QWEN_TTS_DIMS(predictor, P);
+QWEN_TTS_FACT(num_codebooks, kNumCodebooks);
 
-extern "C" int frame_dump_rows() { return PacketLayout::kDumpRows; }
+// What limits a slot's positions.
+QWEN_TTS_FACT(split_positions, kSplitPositions);
+QWEN_TTS_FACT(max_splits, kMaxSplits);
+QWEN_TTS_FACT(max_items, NarrowForm::Scratch::kMaxItems);
 
-extern "C" int frame_shared_bytes() { return sizeof(Shared<NarrowForm>); }
-
-extern "C" int frame_ring_slots() { return NarrowForm::kSlots; }
-
-extern "C" int frame_most_ring_slots() { return NarrowForm::kMostSlots; }
-
-extern "C" int frame_max_columns() { return kMaxColumns; }
-
-extern "C" int frame_num_tags() { return kMaxExchanges; }
-
-extern "C" cudaError_t frame_co_resident(int* ctas) {
-  int narrow = 0, wide = 0;
-  if (const cudaError_t error = co_resident<NarrowForm>(&narrow); error != cudaSuccess) return error;
-  if (const cudaError_t error = co_resident<WideForm>(&wide); error != cudaSuccess) return error;
-  *ctas = min_of(narrow, wide);
-  return cudaSuccess;
-}
-
-extern "C" cudaError_t launch_frame(const FrameParams* params, int grid, cudaStream_t stream) {
-  if (params->num_columns <= kTileColumns) return launch<NarrowForm>(*params, grid, stream);
-  const cudaError_t error = cudaMemsetAsync(params->packets + PacketLayout::kDense, kClearedByte,
-                                            DenseLayout::kWords * sizeof(uint64_t), stream);
-  return error == cudaSuccess ? launch<WideForm>(*params, grid, stream) : error;
-}
+// Elements of the tensors that depend on how a product is cut.
+QWEN_TTS_FACT(talker_layer_bytes, TalkerProducts::kLayerBytes);
+QWEN_TTS_FACT(talker_head_bytes, TalkerProducts::Head::kBytes + (kProjects ? Projection::kBytes : 0));
+QWEN_TTS_FACT(predictor_layer_bytes, PredictorProducts::kLayerBytes);
+QWEN_TTS_FACT(predictor_head_bytes, PredictorProducts::Head::kBytes);
+QWEN_TTS_FACT(predictor_qkv_rows, PredictorProducts::Qkv::kRows);
+QWEN_TTS_FACT(num_packets, DenseLayout::kTotal);         // 64-bit words, zeros before the first launch
+QWEN_TTS_FACT(noise_floats, 4 * Sampler::kNoise);        // of FrameParams::noise_scratch, a column
+QWEN_TTS_FACT(dump_rows, PacketLayout::kDumpRows);       // of FrameParams::dump_exchanges, an exchange
+QWEN_TTS_FACT(ring_slots, NarrowForm::kSlots);           // of the weight ring
+QWEN_TTS_FACT(most_ring_slots, NarrowForm::kMostSlots);  // that shared memory has room for

@@ -1,10 +1,10 @@
 // One decoder layer, for the talker and for the predictor: five exchanges.
 //
-//   QKV        every CTA  polls the residual's deltas, multiplies its rows of Wq, Wk, Wv, publishes
-//   attention  one CTA an item (column, key-value head, split)      [attention.cuh]
-//   O          every CTA  polls the heads' output, publishes deltas (k in two parts where rows are few)
-//   gate-up    every CTA  polls the deltas, publishes silu(gate) * up
-//   down       every CTA  polls that, publishes deltas
+//   QKV        every CTA  polls the residual's deltas, multiplies its rows of Wq, Wk and Wv, publishes the results
+//   attention  one CTA for each item (column, key-value head, split)      [attention.cuh]
+//   O          every CTA  polls the heads' output, publishes deltas (k in two parts if there are few rows)
+//   gate-up    every CTA  polls the deltas of O, publishes silu(gate) * up
+//   down       every CTA  polls gate-up's result, publishes deltas
 //
 // frame_schedule.cuh has their order. Every CTA keeps the whole residual (residual.cuh).
 #pragma once
@@ -16,7 +16,8 @@ namespace qwen_tts {
 // x / (1 + exp(-x)). The exponent is limited to 80, where the result is negligible in bf16.
 __device__ __forceinline__ float silu(float x) { return divide(x, 1.f + expf(fminf(-x, 80.f))); }
 
-// The B operand of a product whose input is a published vector, from chunk `first` of this warp's.
+// Waits for the B operand of a product whose input is a published vector. `first` is the first chunk, counted in this
+// warp's part of k.
 template <class Prod>
 __device__ __forceinline__ void wait_fragments(const Context& c, const uint64_t* vector, int split, int first,
                                                uint32_t tag, Phase phase, uint2 (&f)[Prod::kHeld]) {
@@ -32,13 +33,13 @@ __device__ __forceinline__ void wait_fragments(const Context& c, const uint64_t*
   for (int j = 0; j < Prod::kHeld; ++j) f[j] = make_uint2(v[0][j].first(), v[0][j].second());
 }
 
-// The steps of one layer, for computing warps. Each reads the exchange before its own, under c.tag - 1, and publishes
-// under c.tag. The residual comes without the deltas of the down projection before it (layer 0 has none), and leaves
-// without this layer's.
+// The steps of one layer, for computing warps. Each step reads the previous exchange, under c.tag - 1, and publishes
+// under c.tag. QKV adds the deltas of the previous layer's down projection to the residual; layer 0 has none. gate_up
+// adds those of O. Those of this layer's down projection are left to the next layer or to the head.
 namespace layer_step {
 
-// `first_position()`: whether this is the QKV with which pass 0 ends, which is read an exchange kFirstPositionDelay
-// later.
+// `first_position()`: whether this is the QKV that ends pass 0. Its readers wait for a tag that is kFirstPositionDelay
+// higher.
 template <class D, class FirstPosition>
 __device__ __forceinline__ void qkv(Context& c, Residual<D>& r, FirstPosition&& first_position) {
   using L = PacketLayout;
@@ -59,7 +60,7 @@ __device__ __forceinline__ void qkv(Context& c, Residual<D>& r, FirstPosition&& 
       });
 }
 
-// A projection back to the residual's width: of the published `input`, in kSplit parts of k, to the deltas at `output`.
+// Projects the published `input` back to the residual's width, in kSplit parts of k. Publishes the deltas at `output`.
 template <class D, class Prod>
 __device__ __forceinline__ void deltas(Context& c, int64_t input, int64_t output, Phase phase) {
   gemv<Prod, LastTile>(
@@ -96,7 +97,8 @@ __device__ __forceinline__ void gate_up(Context& c, Residual<D>& r) {
         normed_fragments<D>(c, r, 1, f);
       },
       [&](int strip, int /*split*/, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
-        // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight: two strips make one of the vector.
+        // Rows 0..7 of a strip are gates. Rows 8..15 are the ups of the same eight. So two strips make one strip of the
+        // vector.
         const float up_low = __shfl_down_sync(~0u, rows.x, 16), up_high = __shfl_down_sync(~0u, rows.y, 16);
         const float scale = rms_scale<D>(squares);
         if (cell.pair >= 4 || !cell.holds(c)) return;

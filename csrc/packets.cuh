@@ -1,18 +1,18 @@
-// Exchange between CTAs without barriers: a packet is one 64-bit word {payload, tag}.
+// Exchange between CTAs without barriers. A packet is one 64-bit word {payload, tag}.
 //
-// The producer stores it whole, relaxed; every consumer polls the word itself until the tag is the
-// one it waits for. The word validates itself, so no fence, no counter and no second read is
-// needed; relaxed gpu-scope loads never come from L1. PTX promises single-copy atomicity for a
-// 64-bit scalar and none between the elements of a vector, so each packet carries its own tag.
+// The producer stores the word whole, with a relaxed store. Every consumer polls the word itself until it has the tag
+// that the consumer waits for. The word validates itself, so there is no fence, no counter and no second read. Relaxed
+// gpu-scope loads never come from L1. PTX promises single-copy atomicity for a 64-bit scalar but not between the
+// elements of a vector, so each packet carries its own tag.
 //
 // Tags rise by one with each exchange of a launch and from launch to launch (the host passes the first), so nothing is
 // ever reset. Each kind of exchange has its own buffer, and a buffer may be overwritten one layer later. This is safe:
 // before a CTA writes in layer l + 1, the chain of exchanges has made it wait for all QKV rows and all gate-up rows of
 // layer l. A CTA publishes its rows of these two only after it has read all earlier exchanges. So every CTA must own
-// rows of both, which limits the grid (frame_max_grid). In the predictor's first layer without a QKV exchange, the
-// exchange of the code takes its role: the code is known only after all gate-up rows of the previous pass have been
-// used. Pass 0 ends with a QKV that has its own buffer. A CTA that goes on to pass 1 has read all rows of the down
-// projection before that QKV, so no read of that layer is outstanding.
+// rows of both, which limits the grid (the fact max_grid in kernel_tts.cu). In the predictor's first layer without a
+// QKV exchange, the exchange of the code takes its role: the code is known only after all gate-up rows of the previous
+// pass have been used. Pass 0 ends with a QKV that has its own buffer. A CTA that goes on to pass 1 has read all rows
+// of the down projection before that QKV, so no read of that layer is outstanding.
 //
 // Grid barriers are slower: 2.3 us each while weights stream (docs/experiments.md).
 #pragma once
@@ -50,8 +50,8 @@ __device__ __forceinline__ void store_packet(uint64_t* p, uint32_t payload, uint
 
 constexpr unsigned kWatchdogHang = 1, kWatchdogNumber = 2;  // FrameParams::watchdog's first word
 
-// Turns a wait that will never end into an error that names where it stood. Waits are counted in polls,
-// about half a microsecond each: a clock would cost registers in every loop.
+// Turns a wait that never ends into an error that names the place. Waits are counted in polls of about half a
+// microsecond each, because a clock would cost registers in every loop.
 __device__ __noinline__ void trap_timeout(const FrameParams& p, Phase phase, uint32_t tag) {
   store_whole(p.watchdog, make_uint4(kWatchdogHang, block_index(), unsigned(phase), tag - p.epoch));
   __threadfence_system();
@@ -70,8 +70,8 @@ struct Watchdog {
 // code once for each group of lanes. A lane with nothing to wait for polls another lane's packets. The watchdog check
 // runs while the loads are in flight.
 
-// Poll kCount chunks (64 packets each, of which a lane has two) of each of kVectors vectors, until all
-// carry `tag`. Each poll loads all of them again: skipping those that have arrived saves no time and costs registers.
+// Polls kCount chunks of each of kVectors vectors until all packets carry `tag`. A chunk has 64 packets, two for each
+// lane. Each poll loads all of them again: to skip those that have arrived saves no time and costs registers.
 template <int kVectors, int kCount>
 __device__ __forceinline__ void wait_pairs(const uint64_t* p, int vector_stride, uint32_t tag,
                                            TwoPackets (&v)[kVectors][kCount], const Watchdog& dog, Phase phase) {
@@ -98,11 +98,11 @@ __device__ __forceinline__ uint32_t wait_packet(const uint64_t* p, uint32_t tag,
   }
 }
 
-// Where each exchange lies, in packets. A vector of K values for the 8 columns of a tile takes
-// K / 16 chunks of 64 packets, in mma B-fragment order: lane n * 4 + t holds two packets, values
-// {2t, 2t + 1} and {2t + 8, 2t + 9} of column n.
+// Where each exchange lies, in packets. A vector of K values for the 8 columns of a tile takes K / 16 chunks of 64
+// packets, in mma B-fragment order: lane n * 4 + t has two packets, values {2t, 2t + 1} and {2t + 8, 2t + 9} of column
+// n.
 constexpr int kStripPackets = 64;  // of sixteen values, for all columns
-constexpr int vector_packets(int k) { return (k + 15) / 16 * kStripPackets; }
+__device__ constexpr int vector_packets(int k) { return (k + 15) / 16 * kStripPackets; }
 
 struct PacketLayout {
   static constexpr int kQkvRows =
@@ -126,20 +126,20 @@ struct PacketLayout {
   static constexpr int64_t kProjected = kPartials + int64_t(kMaxColumns) * T::kKvHeads * kMaxSplits * kPartial;
   static constexpr int64_t kFirstPositionQkv =
       kProjected + vector_packets(P::kHidden);  // of pass 0: see frame_schedule.cuh
-  // Of wide frames: the residual from the CTA that adds O's result to the one that adds down's, and back, in fp32:
-  // [row][column]. Then the dense words (dense_words.cuh).
+  // For wide frames: the residual on its way from the CTA that adds O's result to the CTA that adds down's, and back,
+  // in fp32, [row][column]. After these come the dense words (dense_words.cuh).
   static constexpr int64_t kAfterOut = kFirstPositionQkv + vector_packets(kQkvRows);
   static constexpr int64_t kAfterDown = kAfterOut + kHidden * kMaxColumns;
   static constexpr int64_t kDense = kAfterDown + kHidden * kMaxColumns;
 };
 
-// Packet of rows {2 * pair, 2 * pair + 1} of a 16-row strip for a column, in a vector's buffer.
+// The packet of rows {2 * pair, 2 * pair + 1} of a 16-row strip and a column, in a vector's buffer.
 __device__ __forceinline__ int packet_index(int chunk, int pair, int column) {
   return (chunk * 32 + column * 4 + (pair & 3)) * 2 + (pair >> 2);
 }
 
-// Publish two neighbouring values of a vector as bf16, for the exchange `later` after this one. `dump_row` is where
-// they stand, for `column`, in the test's dump of this exchange.
+// Publishes two neighbouring values of a vector as bf16, with the tag that is `later` after this exchange's. `dump_row`
+// is their row in the tests' dump of this exchange.
 template <class Context>
 __device__ __forceinline__ void publish_at(const Context& c, uint64_t* to, float low, float high, int dump_row,
                                            int column, int later = 0) {
@@ -154,7 +154,7 @@ __device__ __forceinline__ void publish_at(const Context& c, uint64_t* to, float
   }
 }
 
-// The same from the first of the two rows, an even one.
+// Publishes rows `row`, which is even, and row + 1 of a vector.
 template <class Context>
 __device__ __forceinline__ void publish_pair(const Context& c, uint64_t* vector, int row, int column, float low,
                                              float high) {

@@ -1,11 +1,11 @@
-// What the code predictor is fed: the talker's hidden row, then the embeddings of codes 0 to 14. Code 15 is never fed.
+// The inputs of the code predictor: the talker's hidden row, then the embeddings of codes 0 to 14. Code 15 is not fed.
 #pragma once
 
 #include "talker.cuh"
 
 namespace qwen_tts {
 
-// The talker's hidden row as the predictor's input: the same row, or what a projection makes of it.
+// Projects the talker's hidden row to the width of the predictor. The result is the predictor's first input.
 __device__ __forceinline__ void project_hidden(Context& c, const Residual<T>& hidden, Residual<P>& row) {
   const FrameParams& p = c.p;
   uint64_t* projected = p.packets + PacketLayout::kProjected;
@@ -27,24 +27,24 @@ __device__ __forceinline__ void project_hidden(Context& c, const Residual<T>& hi
   row.template add_deltas<1>(c, projected, c.tag);
 }
 
-// The table that holds a codebook's embeddings, [vocab][talker hidden].
+// The embedding of a code, [talker hidden].
 __device__ __forceinline__ const __nv_bfloat16* embedding_row(const FrameParams& p, int codebook, int code) {
   return codebook == 0 ? p.codec_embedding + int64_t(code) * T::kHidden
                        : p.predictor_embeddings + (int64_t(codebook - 1) * P::kVocab + code) * T::kHidden;
 }
 
-// A code's embedding as the predictor's next input.
+// Feeds a code's embedding to the predictor.
 __device__ __forceinline__ void feed_code(const FrameParams& p, int codebook, int code, Residual<P>& row) {
   row.clear();
   if (!Residual<P>::real()) return;
-  // An EOS is beyond the projected table; what follows it in the frame is not used.
+  // EOS is beyond the projected table. The rest of its frame is not used.
   row.add_bf16(kProjects
                    ? p.projected_embeddings + (int64_t(codebook) * P::kVocab + min(code, P::kVocab - 1)) * P::kHidden
                    : embedding_row(p, codebook, code));
 }
 
-// The sum of a frame's embeddings, in the order of the codebooks, for the next frame; by one CTA a
-// stream, which has seen all its codes.
+// Sums a frame's embeddings in the order of the codebooks, and stores the sum for the next frame. For each stream, the
+// CTA that has drawn the stream's codes does this.
 __device__ __forceinline__ void sum_embeddings(const FrameParams& p, int stream) {
   float* next = p.next_rows + int64_t(p.streams[stream].slot) * T::kHidden;
   for (int k = 2 * thread_index(); k < T::kHidden; k += 2 * kThreads) {

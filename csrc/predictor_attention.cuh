@@ -1,5 +1,5 @@
-// The predictor's attention: one key-value head of one stream over the at most 16 positions of the
-// frame, a position a warp. Its keys and values are written and read by the same CTA alone.
+// The predictor's attention. An item is one key-value head of one stream, over the frame's positions, of which there
+// are at most 16. Each warp takes one position. The same CTA writes and reads an item's keys and values.
 #pragma once
 
 #include "attention.cuh"
@@ -33,7 +33,7 @@ struct NewRows {
   }
 };
 
-// The table's row for the code that a stream feeds at this position.
+// The row of the table (FrameParams::predictor_first_qkv) for the code that a stream feeds at this position.
 template <class D, class Context>
 __device__ __forceinline__ const __nv_bfloat16* known_qkv(const Context& c, int stream, int position) {
   const int64_t at = (position - 2) * D::kVocab + c.scratch.codes[warp_index()][stream];
@@ -115,8 +115,7 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
   constexpr int kPairs = S::kGroupSize * S::kDim / 2;
   static_assert(S::kDim / 2 % (32 / kParts) == 0, "a warp's pairs are of one head");
   for (int i = thread_index() / kParts; i < (rows.first > 0 ? 2 : 1) * kPairs; i += kThreads / kParts) {
-    // The row before the last attends to itself alone, being the first: with one position to see
-    // the weight is one, whatever the score.
+    // The row before the last is at position 0 and attends only to itself. Its weight is one, whatever its score is.
     const int position = rows.last - i / kPairs, g = i % kPairs / (S::kDim / 2), dim = 2 * (i % (S::kDim / 2));
     const int part = thread_index() % kParts;
     const float4 scores = *reinterpret_cast<const float4*>(sh.score[g][part]);
@@ -126,7 +125,7 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
     for (int j = 0; j < kPerPart; ++j) {
       const bool seen = part + kParts * j <= position;
       if (!seen) weight[j] = -INFINITY;
-      value[j] = make_float2(0.f, 0.f);  // beyond it nobody wrote
+      value[j] = make_float2(0.f, 0.f);  // no warp wrote the rows beyond `position`
       if (seen) value[j] = unpack_bf16(*reinterpret_cast<const uint32_t*>(&sh.v[part + kParts * j][dim]));
     }
     const float maximum = max_of_four(fmaxf(fmaxf(weight[0], weight[1]), fmaxf(weight[2], weight[3])));
@@ -146,7 +145,7 @@ __device__ __forceinline__ void attend_predictor_item(Context& c, int stream, in
   }
 }
 
-// All items of this CTA in one layer. Reads the exchange c.tag - 1 and publishes c.tag.
+// Computes all items of this CTA in one layer. Reads the exchange c.tag - 1 and publishes c.tag.
 template <class D, class Context>
 __device__ __forceinline__ void attend_predictor(Context& c, const NewRows& rows) {
   free_tiles(c);

@@ -17,22 +17,22 @@ constexpr int kSlotBytes = 4096;
 constexpr int kSlotChunks = kSlotBytes / kChunkBytes;
 constexpr int kMaxOwners = 8;  // warps that a piece is for
 
-// A piece of a part of a warp's chunks has at most six: more would take registers, and spill at the 1.7B shape.
+// If a warp's chunks do not fit one piece, a piece has at most six. More would spill registers at the 1.7B shape.
 constexpr int kMaxPartChunks = 6;
 
-constexpr int piece_chunks(int chunks) {
+__device__ constexpr int piece_chunks(int chunks) {
   if (chunks <= kSlotChunks) return chunks;
   for (int n = kMaxPartChunks; n > 1; --n)
     if (chunks % n == 0) return n;
   return 1;
 }
-constexpr int piece_owners(int chunks) {
+__device__ constexpr int piece_owners(int chunks) {
   int owners = 1;
   while (2 * owners * chunks <= kSlotChunks && 2 * owners <= kMaxOwners) owners *= 2;
   return owners;
 }
 
-// A product W x: rows of W in strips of 16, k cut in kSplit parts that different items take.
+// A product W x. The rows of W form strips of 16, and k is cut into kSplit parts. An item is one part of one strip.
 template <int kRows_, int kK_, int kSplit_>
 struct Product {
   static constexpr int kRows = kRows_, kK = kK_, kSplit = kSplit_;
@@ -45,12 +45,12 @@ struct Product {
   static constexpr int kOwners = kPieces == 1 ? piece_owners(kChunks) : 1;
   static constexpr int kWarpPieceBytes = kPieceChunks * kChunkBytes;  // of one owner
   static constexpr int kPieceBytes = kOwners * kWarpPieceBytes;
-  // Chunks of the B operand, and of the weights, that registers hold at once: a piece's.
+  // How many chunks of the B operand, and of the weights, registers hold at once: those of a piece.
   static constexpr int kHeld = kPieceChunks;
   static constexpr bool kOneFill = kHeld == kChunks && kSplit == 1;  // one B operand serves all items
-  // Whether registers hold an item's weights, too, while its operand is waited for; of how many items.
+  // Whether a warp loads an item's weights into registers before it waits for the operand.
   static constexpr bool kAhead = kHeld == kChunks && kHeld <= 6;
-  // Two would take more registers than a thread has where warps cannot hand over theirs.
+  // For how many items it does so. Before Hopper, warps cannot hand over registers, and two items would not fit.
   static constexpr int kItemsAhead = kAhead && kOneFill && kHeld <= 4 && kHopper ? 2 : 1;
   static constexpr int64_t kItemBytes = int64_t(kWarps) * kChunks * kChunkBytes;
   static constexpr int64_t kBytes = kItems * kItemBytes;
@@ -63,7 +63,7 @@ struct Product {
   static_assert((kK / kSplit) % kChunk == 0, "k comes in whole chunks");
 };
 
-constexpr int split_of(int rows, int k) { return rows <= 64 * 16 && k >= 1024 ? 2 : 1; }
+__device__ constexpr int split_of(int rows, int k) { return rows <= 64 * 16 && k >= 1024 ? 2 : 1; }
 
 template <class D>
 struct Products {
@@ -80,8 +80,8 @@ struct Products {
   static constexpr int64_t kLayerBytes = kDownFrom + Down::kBytes;
 };
 
-// The talker's hidden row becomes the predictor's input through this product where their widths differ, with a bias.
-// Codes come from tables that were projected when the weights were packed.
+// If the widths of talker and predictor differ, this product and a bias make the predictor's input from the talker's
+// hidden row. The embeddings of codes are projected when the weights are packed.
 using Projection = Product<P::kHidden, T::kHidden, 1>;
 
 using TalkerProducts = Products<T>;

@@ -3,18 +3,17 @@
 // instructions that only Hopper and newer have (architecture.h), or omit them where only speed is lost.
 #pragma once
 
-#include <cstdint>
-
 #include <cuda_bf16.h>
 
 #include "architecture.h"
+#include "standard.h"
 
 namespace ptx {
 
 // ------------------------------------------------------------------ threads and registers
 
-// Read again at each use. Otherwise the compiler keeps values computed from them in registers for the whole frame, and
-// spills them.
+// Indices that are read again at each use. Otherwise the compiler keeps values computed from them in registers for the
+// whole frame, and spills them.
 __device__ __forceinline__ int thread_index() {
   int x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
@@ -32,7 +31,8 @@ __device__ __forceinline__ int block_index() {
 __device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
 __device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
-// Registers a thread of this group of four warps has from here on; before Hopper, as many as it was launched with.
+// Sets how many registers each thread of this group of four warps has from here on. Before Hopper a thread keeps the
+// number it was launched with.
 template <int kCount>
 __device__ __forceinline__ void take_registers() {
   if constexpr (kHopper) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -99,8 +99,8 @@ __device__ __forceinline__ void store_shared(uint32_t address, const uint4& v) {
                : "memory");
 }
 
-// 8 x 8 matrices of bf16, four or two: lane l has the address of row l % 8 of matrix l / 8, and gets two neighbouring
-// values of a row of each.
+// Loads four or two 8 x 8 matrices of bf16. Lane l passes the address of row l % 8 of matrix l / 8, and gets two
+// neighbouring values of a row of each matrix.
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -109,7 +109,7 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[2], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address));
 }
-// Four, transposed: of each two neighbouring rows' values of one column.
+// Loads four matrices transposed. A lane gets the values of two neighbouring rows in one column of each.
 __device__ __forceinline__ uint4 ldmatrix_transposed(uint32_t address) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -121,7 +121,7 @@ __device__ __forceinline__ uint4 ldmatrix_transposed(uint32_t address) {
 
 // ------------------------------------------------------------------ words that other CTAs read
 
-// 64-bit words that other CTAs read while they are written: whole, and never from L1.
+// 64-bit words that other CTAs read while they are written. Loads and stores are whole, and no load comes from L1.
 __device__ __forceinline__ uint64_t load_word(const uint64_t* p) {
   uint64_t x;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
@@ -130,7 +130,7 @@ __device__ __forceinline__ uint64_t load_word(const uint64_t* p) {
 __device__ __forceinline__ void load_two_words(const uint64_t* p, uint64_t& a, uint64_t& b) {
   asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(a), "=l"(b) : "l"(p) : "memory");
 }
-// The upper half, in a way that the compiler does not turn into arithmetic on 64 bits.
+// The upper half of x. The compiler cannot turn this form into arithmetic on 64 bits.
 __device__ __forceinline__ uint32_t high_half(uint64_t x) {
   uint32_t high;
   asm("{\n.reg .b32 low;\nmov.b64 {low, %0}, %1;\n}" : "=r"(high) : "l"(x));
@@ -144,7 +144,7 @@ __device__ __forceinline__ void store_half_word(uint32_t* p, uint32_t x) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
 
-// Sixteen bytes at once, to where the host sees them.
+// Stores sixteen bytes at once, where the host can read them.
 __device__ __forceinline__ void store_whole(void* p, const uint4& x) {
   asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
@@ -178,7 +178,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
     }
   }
 }
-// Releases what this thread, and those it has met at __syncwarp, did before. Counts as kCount arrivals.
+// Arrives kCount times. Releases the earlier memory accesses of this thread and of those that it met at __syncwarp.
 template <int kCount>
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   if constexpr (kHopper) {
@@ -189,12 +189,12 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
       asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
   }
 }
-// The barrier's phase ends when so many bytes have been copied.
+// The barrier's phase ends after `bytes` bytes have been copied.
 __device__ __forceinline__ void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Copy to shared memory by the copy engine, which counts on the barrier.
+// The copy engine copies `bytes` to shared memory and counts them on the barrier.
 __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier)
@@ -229,16 +229,16 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
   return policy;
 }
 
-// 16 bytes to shared memory, or zeros; in groups.
+// Copies 16 bytes to shared memory or, if not `valid`, writes zeros. The copies form groups.
 __device__ __forceinline__ void cp_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
 }
-// 16 bytes that come with an L2 policy.
+// Copies 16 bytes with an L2 policy.
 __device__ __forceinline__ void cp_async(uint32_t to, const void* from, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
                : "memory");
 }
-// Arrives once at the barrier when all that this thread has copied in this way is there.
+// Arrives once at the barrier when all earlier copies of this thread are done.
 __device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
@@ -250,7 +250,7 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // ------------------------------------------------------------------ arithmetic
 
-// acc += A B; A: 16 x 16, B: 16 x 8, bf16 (PTX ISA, mma.m16n8k16 has the fragments).
+// acc += A B, with A of 16 x 16 and B of 16 x 8, both bf16. PTX ISA, mma.m16n8k16, describes the fragments.
 __device__ __forceinline__ void mma(float (&acc)[4], const uint4& a, const uint2& b) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -259,8 +259,8 @@ __device__ __forceinline__ void mma(float (&acc)[4], const uint4& a, const uint2
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
 }
 
-// a / b, correctly rounded, for b and the quotient in the normal range. `/` is the same and, wherever it
-// stands, a branch to a subroutine for what is outside it.
+// a / b, correctly rounded, if b and the quotient are in the normal range. `/` gives the same there, but each use adds
+// a branch to a subroutine for values outside the range.
 __device__ __forceinline__ float divide(float a, float b) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
@@ -272,8 +272,8 @@ __device__ __forceinline__ float divide(float a, float b) {
 
 // ------------------------------------------------------------------ launches and clusters
 
-// The next kernel of the stream may start now; and wait until the ones before have ended. Before Hopper they always
-// have.
+// launch_dependents lets the next kernel of the stream start. wait_for_previous waits until the kernels before this one
+// have ended. Before Hopper a kernel starts only after them.
 __device__ __forceinline__ void launch_dependents() {
   if constexpr (kHopper) asm volatile("griddepcontrol.launch_dependents;");
 }
@@ -283,10 +283,10 @@ __device__ __forceinline__ void wait_for_previous() {
 
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Every thread arrives once, in whatever branch, and waits once.
+// Every thread arrives once, in any branch, and waits once.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-// `address` of this CTA, as seen in CTA `rank` of the cluster.
+// The address in CTA `rank` of the cluster that corresponds to `address` in this CTA.
 __device__ __forceinline__ uint32_t map_to_rank(uint32_t address, int rank) {
   uint32_t mapped;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));

@@ -1,16 +1,19 @@
 // A lower bound for the time of a frame: a kernel that only reads the frame's bytes, once and in order. The bench
 // (bench/frame_kernel.py) compares a frame with it on the same GPU.
-#include <cstdint>
-
-#include <cuda_runtime.h>
+#include "facts.cuh"
+#include "standard.h"
 
 namespace {
 
 constexpr int kThreads = 512;
 constexpr int kCtasPerSm = 2;
-constexpr int kUnroll = 8;  // 16-byte loads a thread has in flight
+constexpr int kUnroll = 8;  // 16-byte loads that a thread has in flight
 
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) read_kernel(const uint4* from, int64_t count, uint32_t* out) {
+}  // namespace
+
+// Reads `count` times 16 bytes of device memory. `out` takes a word that says nothing.
+extern "C" __global__ void __launch_bounds__(kThreads, kCtasPerSm)
+    read_kernel(const uint4* from, int64_t count, uint32_t* out) {
   uint32_t bits = 0;
   const int64_t step = int64_t(gridDim.x) * kThreads * kUnroll;
   for (int64_t first = int64_t(blockIdx.x) * kThreads * kUnroll + threadIdx.x; first < count; first += step) {
@@ -23,13 +26,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) read_kernel(const uint4*
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) bits |= v[i].x | v[i].y | v[i].z | v[i].w;
   }
-  if (bits != 0) *out = bits;  // or the compiler would leave out the loads
+  if (bits != 0) *out = bits;  // without this the compiler would drop the loads
 }
 
-}  // namespace
-
-// Read `bytes`, a multiple of 16, from device memory; `out` takes a word that says nothing.
-extern "C" int read_floor(const void* from, int64_t bytes, uint32_t* out, int sms, cudaStream_t stream) {
-  read_kernel<<<sms * kCtasPerSm, kThreads, 0, stream>>>(static_cast<const uint4*>(from), bytes / 16, out);
-  return int(cudaGetLastError());
-}
+QWEN_TTS_FACT(threads, kThreads);
+QWEN_TTS_FACT(ctas_per_sm, kCtasPerSm);

@@ -1,22 +1,22 @@
-// The residual rows, in fp32, spread over the registers of every CTA's warps; and their RMSNorm.
+// The residual rows and their RMSNorm. Every CTA holds the rows in fp32, spread over the registers of its warps.
 //
-// RMSNorm is deferred: its weight is in the product that follows (weight_packing.py). That product runs on x, and its
-// rows are scaled by 1 / rms(x) when they are finished, so nothing waits for the sum of squares.
+// RMSNorm is deferred. Its weight is folded into the next product (weight_packing.py). That product runs on x, and its
+// finished rows are scaled by 1 / rms(x). So no product waits for the sum of squares.
 #pragma once
 
 #include "gemv.cuh"
 
 namespace qwen_tts {
 
-// The residual rows as this warp holds them: lane n * 4 + t has, of chunk c,
-// values {2t, 2t + 1, 2t + 8, 2t + 9} of column n.
+// The part of the residual rows that this warp holds. Lane n * 4 + t has values {2t, 2t + 1, 2t + 8, 2t + 9} of each
+// chunk of column n.
 template <class D>
 struct Residual {
   static constexpr int kChunks = Products<D>::Qkv::kChunks;
   float x[kChunks][4];
 
   static __device__ __forceinline__ bool real() { return Products<D>::Qkv::real(warp_index()); }
-  // Where in a row this lane's first pair stands; the others at fixed distances from it.
+  // The index of this lane's first value in a row. Its other values are at fixed distances from it.
   static __device__ __forceinline__ int first_k() { return warp_index() * kChunks * kChunk + 2 * (thread_index() & 3); }
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -47,7 +47,7 @@ struct Residual {
         x[c][2 * half + 1] += pair.y;
       }
   }
-  // Add what a product published, in its kSplit parts of k, all polled at once.
+  // Adds the rows that a product published in kSplit parts of k. All parts are polled together.
   template <int kSplit>
   __device__ __forceinline__ void add_deltas(const Context& c, const uint64_t* vectors, uint32_t tag) {
     if (!real()) return;
@@ -67,8 +67,9 @@ struct Residual {
   }
 };
 
-// This warp's part of the sums of squares for a norm, of the tile of columns that begins at `first`. Of the rounded
-// rows, as the official model has it: the diagonal of what the tensor cores make of the tile and its transpose.
+// Stores this warp's part of a norm's sums of squares, for the tile of columns that begins at `first`. The rows are
+// rounded first, as in the official model. The tensor cores multiply the tile by its transpose, and the sums are the
+// diagonal of the result.
 template <class Scratch, int kCount>
 __device__ __forceinline__ void store_squares(Scratch& scratch, int norm, int first, const uint2 (&f)[kCount]) {
   float products[4] = {};  // of columns lane / 4 and 2 * (lane % 4), + 1
@@ -79,8 +80,8 @@ __device__ __forceinline__ void store_squares(Scratch& scratch, int norm, int fi
     scratch.sum_of_squares[norm][warp_index()][first + column] = column & 1 ? products[1] : products[0];
 }
 
-// x as B operand of a norm's product, and the sum of squares for the norm. Norms that follow each other use
-// different `squares`: a slow warp may still read the last one's.
+// Makes the B operand of the product after a norm from x, and stores the sum of squares for the norm. Consecutive norms
+// use different `squares_at`, because a slow warp may still read the sums of the previous norm.
 template <class D>
 __device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& r, int squares_at,
                                                  uint2 (&f)[Residual<D>::kChunks]) {
@@ -90,7 +91,8 @@ __device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& 
   store_squares(c.scratch, squares_at, 0, f);
 }
 
-// 1 / rms of the column that a lane finishes rows of (Cell), for whole warps; from squares_part.
+// 1 / rms of the column whose rows a lane finishes (Cell). `squares` is the result of squares_part. Whole warps call
+// it.
 template <class D>
 __device__ __forceinline__ float rms_scale(float squares) {
   squares += __shfl_xor_sync(~0u, squares, kTileColumns);

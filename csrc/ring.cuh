@@ -79,7 +79,7 @@ struct RingShared {
 };
 
 // How many slots fit, with their barriers.
-constexpr int ring_slots(int bytes) {
+__device__ constexpr int ring_slots(int bytes) {
   return (bytes - 16) / (kSlotBytes + int(2 * sizeof(uint64_t) + sizeof(uint32_t)));
 }
 

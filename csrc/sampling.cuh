@@ -1,5 +1,5 @@
-// One code from its logits, by one CTA for one stream, in the order of Hugging Face `generate`:
-// repetition penalty, suppression, temperature, top-k (ties kept), top-p; then Gumbel-max.
+// Draws a code from its logits. One CTA does this for one stream. The steps and their order are those of Hugging Face
+// `generate`: repetition penalty, suppression, temperature, top-k (ties kept), top-p. The draw is Gumbel-max.
 //
 // Top-k needs no sort. The sampler takes the code with the largest score + noise. If fewer than k scores are larger
 // than this code's score, the code is in the top k and wins there too. Otherwise the sampler excludes all scores up to
@@ -31,7 +31,7 @@ __device__ __forceinline__ float gumbel(uint32_t bits) {
 struct Draw {
   float temperature, tail_mass, penalty;  // penalty 1: none
   int top_k;
-  bool control_suppressed;  // the talker's control codes, EOS apart
+  bool control_suppressed;  // the talker's control codes except EOS
   bool eos_suppressed;
   uint2 key;
   int codebook, frame;
@@ -39,14 +39,14 @@ struct Draw {
 
 // Talker and predictor share this code. A separate copy for the talker would miss the instruction cache in every frame.
 struct Sampler {
-  static constexpr int kQuads = ceil_div(PacketLayout::kVocab / 4, kThreads);  // of a thread
+  static constexpr int kQuads = ceil_div(PacketLayout::kVocab / 4, kThreads);  // four codes each, of a thread
   static constexpr int kNoise = kQuads * kThreads;                             // quads of a column's noise
 
   SamplerShared& sh;
   int vocab;
-  float score[kQuads][4];  // processed logit, minus infinity where out
+  float score[kQuads][4];  // processed logits, minus infinity for excluded codes
   float noise[kQuads][4];
-  uint32_t seen[kQuads];  // four bits each: codes that the stream has produced
+  uint32_t seen[kQuads];  // a bit for each code that the stream has produced, four in each word
 
   static __device__ __forceinline__ int quad(int i) { return thread_index() + i * kThreads; }
   // Lets the loops below skip quads that no thread has, by a uniform branch.
@@ -76,7 +76,7 @@ struct Sampler {
     }
   }
 
-  // words: a bit a code, or null where nothing is penalised.
+  // words: one bit for each code, or null if nothing is penalised.
   __device__ __forceinline__ void read_seen(const uint32_t* words) {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i)
@@ -145,8 +145,8 @@ struct Sampler {
     return total;
   }
 
-  // Of the scores whose key is above `floor`: the index of the largest score + noise (the lowest of
-  // equals), and the key of its score.
+  // Finds the largest score + noise among the scores whose key is above `floor`. Returns its index (the lowest of
+  // equals) and the key of its score.
   __device__ __forceinline__ int winner(bool with_noise, uint32_t floor, uint32_t& score_key) {
     uint32_t best = 0, best_score = 0;
     int index = vocab;
@@ -156,7 +156,7 @@ struct Sampler {
       for (int j = 0; j < 4; ++j) {
         if (!any_owns(i)) break;
         const uint32_t x = ordered_bits(__float_as_uint(with_noise ? score[i][j] + noise[i][j] : score[i][j]));
-        if (owns(i) && key(i, j) > floor && x > best) {  // indices rise: the first of equals stays
+        if (owns(i) && key(i, j) > floor && x > best) {  // indices rise, so the first of equals stays
           best = x;
           best_score = key(i, j);
           index = quad(i) * 4 + j;
@@ -178,7 +178,7 @@ struct Sampler {
     return index;
   }
 
-  // A warp's best, in every lane.
+  // Reduces over the warp. Every lane gets the warp's best.
   __device__ __forceinline__ void reduce(uint32_t& best, uint32_t& best_score, int& index) const {
     const uint32_t top = __reduce_max_sync(~0u, best);
     const int first = __reduce_min_sync(~0u, best == top ? index : vocab);
@@ -191,7 +191,7 @@ struct Sampler {
 
   // Sets the scores of codes outside top-k and top-p to minus infinity.
   __device__ __forceinline__ void truncate(const Draw& d) {
-    uint32_t kth = 0;  // largest key that at least k reach
+    uint32_t kth = 0;  // the largest key that at least k scores reach
 #pragma unroll 1
     for (int bit = 31; bit >= 0; --bit) {
       const uint32_t candidate = kth | 1u << bit;
@@ -200,7 +200,7 @@ struct Sampler {
     uint32_t top_key;
     winner(false, 0, top_key);
     const float top = from_ordered_bits(top_key);
-    float (&weight)[kQuads][4] = noise;  // which is read anew after this
+    float (&weight)[kQuads][4] = noise;  // the caller reads the noise again
 #pragma unroll
     for (int i = 0; i < kQuads; ++i)
 #pragma unroll
@@ -210,7 +210,7 @@ struct Sampler {
       }
     auto mass = [&](int i, int j) { return weight[i][j]; };
     const float limit = d.tail_mass * sum_of(mass);
-    uint32_t edge = 0;  // largest key with no more than the limit below it
+    uint32_t edge = 0;  // the largest key below which lies no more mass than the limit
 #pragma unroll 1
     for (int bit = 31; bit >= 0; --bit) {
       const uint32_t candidate = edge | 1u << bit;
@@ -238,7 +238,7 @@ struct Sampler {
         if (key(i, j) < edge || (key(i, j) == edge && removed > 0 && quad(i) * 4 + j < from)) score[i][j] = -INFINITY;
   }
 
-  // The code; the same in every thread. Noise is read again after a truncation, which needs its registers.
+  // Returns the code, the same in every thread. A truncation uses the registers of the noise, which is then read again.
   template <class ReadNoise>
   __device__ __forceinline__ int pick(const Draw& d, ReadNoise&& read_noise) {
     const bool noisy = d.temperature > 0.f;

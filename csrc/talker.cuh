@@ -21,7 +21,8 @@ __device__ __forceinline__ Draw draw_of(const Stream& s, int codebook) {
   return d;
 }
 
-// Calls f for each stream whose codes this CTA draws, and whose sum it makes. A narrow frame has at most one a CTA.
+// Calls f for each stream whose codes this CTA draws and whose embeddings it sums. In a narrow frame a CTA has at most
+// one.
 template <bool kWide, class F>
 __device__ __forceinline__ void for_own_streams(const FrameParams& p, F&& f) {
   if constexpr (kWide) {
@@ -32,7 +33,7 @@ __device__ __forceinline__ void for_own_streams(const FrameParams& p, F&& f) {
   }
 }
 
-// Draws the noise for the code that this pass leads to, before the wait for the logits.
+// Draws the noise for the code that this pass produces, before the wait for the logits.
 template <class Context>
 __device__ __forceinline__ void store_noise(const Context& c) {
   const FrameParams& p = c.p;
@@ -44,7 +45,7 @@ __device__ __forceinline__ void store_noise(const Context& c) {
   });
 }
 
-// Sample the code that this pass begins with, of a stream, from the logits.
+// Samples a stream's code from the logits. It is the code with which this pass begins.
 template <class Context>
 __device__ __forceinline__ void sample(Context& c, SamplerShared& sh, int stream) {
   const FrameParams& p = c.p;
@@ -73,7 +74,7 @@ __device__ __forceinline__ void sample(Context& c, SamplerShared& sh, int stream
   sync_compute();  // before the sampler's memory is used again
 }
 
-// The codes of this CTA's streams.
+// Samples the codes of this CTA's streams.
 template <class Context>
 __device__ __forceinline__ void sample_own(Context& c) {
   for_own_streams<Context::Form::kWide>(c.p, [&](int stream) {
@@ -81,14 +82,15 @@ __device__ __forceinline__ void sample_own(Context& c) {
   });
 }
 
-// The code that was sampled for a stream.
+// Waits for the code that was sampled for a stream.
 template <class Context>
 __device__ __forceinline__ int sampled_code(const Context& c, int codebook, int stream) {
   const uint64_t* codes = c.p.packets + PacketLayout::kCodes + codebook * kMaxColumns;
   return wait_packet(codes + stream, c.tag, c.dog, Phase::kCode);
 }
 
-// Final norm and a head over the residual; logits go out under c.tag. Stream s is column first() + s.
+// Computes the final norm and a head over the residual, and publishes the logits under c.tag. Stream s is column
+// first() + s.
 template <class D, class First>
 __device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, First&& first) {
   using Head = typename Products<D>::Head;
@@ -109,7 +111,7 @@ __device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, First&& 
       });
 }
 
-// The rows that the talker is fed, as the residual.
+// Loads the talker's input rows into the residual.
 __device__ __forceinline__ void feed_talker(const Context& c, Residual<T>& r) {
   const FrameParams& p = c.p;
   r.clear();
@@ -119,7 +121,7 @@ __device__ __forceinline__ void feed_talker(const Context& c, Residual<T>& r) {
   }
 }
 
-// The talker's final norm, after its head has summed the squares: the residual becomes the hidden row.
+// Applies the talker's final norm to the residual, which becomes the hidden row. The head has summed the squares.
 __device__ __forceinline__ void norm_hidden(const Context& c, Residual<T>& r) {
   const uint32_t* weights = reinterpret_cast<const uint32_t*>(c.p.talker_norm + Residual<T>::first_k());
   const float scale = __shfl_sync(~0u, rms_scale<T>(squares_part(c.scratch, 1)), c.column());

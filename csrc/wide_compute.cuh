@@ -1,5 +1,5 @@
-// The visitor of the frame's schedule (frame_schedule.cuh) that computes a wide frame, of more than kTileColumns
-// streams. attention.cuh, predictor_attention.cuh, talker.cuh and sampling.cuh are those of a narrow frame.
+// The visitor of the frame's schedule (frame_schedule.cuh) that computes a wide frame, which has more than kTileColumns
+// streams. It shares attention.cuh, predictor_attention.cuh, talker.cuh and sampling.cuh with the narrow frame.
 #pragma once
 
 #include "frame_compute.cuh"
@@ -13,7 +13,7 @@ struct WideCompute {
   __device__ __forceinline__ int layer() const { return c.layer(); }
   __device__ __forceinline__ int pass() const { return c.pass(); }
   __device__ __forceinline__ void next_layer() { c.state.next_layer(); }
-  // Pass 0 feeds what the talker leaves.
+  // Pass 0 is fed the talker's hidden row.
   __device__ __forceinline__ void begin_pass(int pass) {
     c.state.begin_pass(pass);
     if (pass > 0) return;
@@ -31,7 +31,7 @@ struct WideCompute {
   }
   template <class D>
   __device__ __forceinline__ void attention() {
-    if constexpr (std::is_same_v<D, T>) {
+    if constexpr (is_same<D, T>) {
       attend_talker<T>(c);
     } else {
       attend_predictor<P>(c, new_rows(c));
@@ -52,7 +52,7 @@ struct WideCompute {
   __device__ __forceinline__ void skip_to_next_pass() {}
   template <class D>
   __device__ __forceinline__ void head() {
-    if constexpr (std::is_same_v<D, P>) store_noise(c);
+    if constexpr (is_same<D, P>) store_noise(c);
     wide_step::head<D>(c);
   }
   __device__ __forceinline__ void projection() {
@@ -62,7 +62,7 @@ struct WideCompute {
   }
   // The codes of all streams, one in each lane. Every warp keeps a copy.
   __device__ __forceinline__ int code() {
-    free_tiles(c);  // the sampler borrows one
+    free_tiles(c);  // the sampler borrows a tile
     sample_own(c);
     return sampled_code(c, pass() - 1, min(lane_index(), c.p.num_columns - 1));
   }
@@ -79,7 +79,7 @@ __device__ __forceinline__ void compute_wide_frame(const FrameParams& p, WideFor
   const bool writes_stamps = p.stamps != nullptr && block_index() == 0 && thread_index() == 0;
   const PackedState state(0, writes_stamps, p.dump_exchanges != nullptr);
   WideCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}};
-  store_noise(compute.c);  // of code 0, while the first weights are on their way
+  store_noise(compute.c);  // of code 0, while the first weights are being fetched
   wide_step::feed_talker(compute.c);
   walk_frame(compute, p.num_columns, false);
   sync_compute();

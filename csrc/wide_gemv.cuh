@@ -1,9 +1,9 @@
-// Products of a wide frame: the weights of gemv.cuh for up to four tiles of eight columns. A CTA reads each weight
-// once, and only tiles in use are paid for. All tiles' results of an item meet in shared memory at one barrier, and
-// then each warp finishes a quarter of a tile.
+// Products of a wide frame: the same weights as in gemv.cuh, for up to four tiles of eight columns. A CTA reads each
+// weight once and computes only the tiles in use. One barrier covers the partial sums of all tiles of an item. After it
+// each warp finishes a quarter of a tile.
 //
-// Sums are those of gemv.cuh, in the same order: each warp takes the same part of k, in the same two chains, and the
-// warps' parts are added in the order of the warps.
+// The order of all sums is that of gemv.cuh: each warp takes the same part of k in the same two chains, and the warps'
+// parts are added in the order of the warps.
 #pragma once
 
 #include "head_exchange.cuh"
@@ -15,14 +15,14 @@ using WideContext = ContextOf<WideForm>;
 
 constexpr int kMaxColumnTiles = kMaxColumns / kTileColumns;
 constexpr int kSets = WideForm::Scratch::kTiles / kMaxColumnTiles;  // of tiles of partial sums, used in turns
-constexpr int kAsked = 2;                                           // tiles of an operand that are under way
+constexpr int kAsked = 2;                                           // tiles of an operand that are being loaded
 static_assert(kMaxColumnTiles * 4 <= kWarps, "a warp finishes a quarter of a tile");
 
 __device__ __forceinline__ int column_tiles(const FrameParams& p) {
   return (p.num_columns + kTileColumns - 1) / kTileColumns;
 }
 
-// The published vector that is a product's operand, as one warp reads it: tile by tile, part by part of k.
+// The operand of a product: a published vector, which a warp reads tile by tile and, in each tile, part by part of k.
 template <class Prod>
 struct DenseOperand {
   static constexpr bool kInPairs = Prod::kHeld % 2 == 0 && Prod::kRealChunks % 2 == 0;
@@ -35,7 +35,7 @@ struct DenseOperand {
   static __device__ __forceinline__ int chunk(int part, int first) {
     return part * Prod::kRealChunks + warp_index() * Prod::kChunks + first;
   }
-  // The lane whose words this one takes: its own, or one of the tile's first column where its column is not in use.
+  // The lane whose words this lane polls: its own or, if its column is not in use, one of the tile's first column.
   __device__ __forceinline__ int polled_lane(int tile) const {
     return c.uses(tile * kTileColumns + c.column()) ? lane_index() : lane_index() & 3;
   }
@@ -53,7 +53,7 @@ struct DenseOperand {
       for (int j = 0; j < Prod::kHeld; ++j) words[place][j] = load_word(from + dense_at(at + j, lane));
     }
   }
-  // Wait until they have come, and decode them.
+  // Waits until the words at `place` carry the tag, and decodes them.
   __device__ __forceinline__ void get(int place, int tile, int part, int first, uint2 (&f)[Prod::kHeld]) {
     if (!Prod::real(warp_index())) {
 #pragma unroll
@@ -75,8 +75,8 @@ struct DenseOperand {
   }
 };
 
-// The row of a finished strip that one lane sums, of one column; pairs stand as in a narrow frame's Cell. A quarter of
-// a strip is a warp's.
+// The row of a finished strip that a lane sums, for one column. A warp finishes a quarter of a strip. The pairs of rows
+// have the same lanes as in the narrow frame's Cell.
 struct WideCell {
   int column, pair;
   bool leads;  // whether this lane has the even row of its pair
@@ -88,7 +88,7 @@ __device__ __forceinline__ WideCell wide_cell(int quarter) {
   return {lane & (kTileColumns - 1), quarter + 4 * (lane >> 4), (lane & kTileColumns) == 0};
 }
 
-// The sum of all warps' parts of a lane's row, from a tile of partial sums. No two lanes read the same bank.
+// Sums the warps' parts of a lane's row, from a tile of partial sums. No two lanes read the same bank.
 __device__ __forceinline__ float sum_row(const WideContext& c, int tile, const WideCell& cell) {
   const int row = cell.row();
   const int at = ((row & 7) * 4 + (cell.column >> 1)) * 4 + (row >= 8 ? 2 : 0) + (cell.column & 1);
@@ -109,8 +109,9 @@ __device__ __forceinline__ void ask_first(Operand& x, int tiles, int part, int f
     if (tile < tiles) x.ask(tile, tile, part, first);
 }
 
-// Calls f(tile, fragments) for each tile of a part of k, whose first tiles have been asked for. kUnroll: how many times
-// the loop stands in the code, a multiple of kAsked; all where f must know the tile.
+// Calls f(tile, fragments) for each tile of a part of k. ask_first has started the loads of the first tiles. kUnroll is
+// the factor by which the loop is unrolled, a multiple of kAsked. It is kMaxColumnTiles if f needs the tile as a
+// constant.
 template <class Prod, int kUnroll, class Operand, class F>
 __device__ __forceinline__ void for_tiles(Operand& x, int tiles, int part, int first, F&& f) {
 #pragma unroll 1
@@ -134,7 +135,7 @@ __device__ __forceinline__ void multiply_tile(WideContext& c, int set, int tile,
   store_tile(c, set * kMaxColumnTiles + tile, acc);
 }
 
-// A row of the residual that one owner of a strip hands to the other, as a packet.
+// A row of the residual, in the packet by which one owner of a strip hands it to the other.
 struct Handed {
   uint64_t packet;
 
@@ -149,11 +150,11 @@ __device__ __forceinline__ float finished_row(const WideContext& c, int set) {
   return sum_row(c, set * kMaxColumnTiles + finished_tile(), finished_cell());
 }
 
-// All strips of a product whose k is not cut: those of this CTA are block_index() and every grid-th from there on.
-//   x: a DenseOperand, or what has its ask and get
-//   finish(strip, tile, cell, row, scale): takes a lane's finished row, whole warps together. scale is 1 / rms of the
-//     column, where kNorm names a norm.
-// Where registers hold the operand of all tiles, it is read once; else once an item.
+// Computes this CTA's strips of a product whose k is not cut: strip block_index() and each gridDim.x-th after it.
+//   x: a DenseOperand
+//   finish(strip, tile, cell, row, scale): takes a lane's finished row. Whole warps call it together. `scale` is
+//     1 / rms of the column if kNorm names a norm, otherwise 1.
+// If registers can hold the operand of all tiles, it is read once. Otherwise it is read once for each item.
 template <class D, class Prod, int kNorm, class Operand, class Finish>
 __device__ __forceinline__ void wide_gemv(WideContext& c, Operand&& x, Finish&& finish) {
   static_assert(Prod::kSplit == 1 && Prod::kHeld == Prod::kChunks, "an item's weights are held at once");
@@ -203,12 +204,12 @@ __device__ __forceinline__ void wide_gemv(WideContext& c, Operand&& x, Finish&& 
   }
 }
 
-// Strips of a product that adds to the residual: this CTA's are `first_strip` and every grid-th from there on, with all
-// parts of k.
-//   before(strip, tile, cell): asks for the residual to which a lane's row is added
-//   add(strip, tile, cell, part, row, residual): takes a part of k of a lane's row, and what `before` and earlier parts
-//     gave; whole warps together
-//   finish(strip, tile, cell, residual)
+// Computes this CTA's strips of a product that adds to the residual: strip `first_strip` and each gridDim.x-th after
+// it, with all parts of k.
+//   before(strip, tile, cell): starts the load of the residual to which a lane's row is added, and returns it
+//   add(strip, tile, cell, part, row, residual): adds one part of k of a lane's row to the residual. Whole warps call
+//     it together.
+//   finish(strip, tile, cell, residual): takes the sum.
 template <class Prod, class Operand, class Before, class Add, class Finish>
 __device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operand&& x, Before&& before, Add&& add,
                                          Finish&& finish) {

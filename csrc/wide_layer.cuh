@@ -1,15 +1,15 @@
 // A decoder layer of a wide frame: the five exchanges of layer.cuh, with another owner of the residual.
 //
-// In a narrow frame every CTA adds the deltas of O and down to its own copy of the residual. 32 columns of it would
-// fill the registers and the shared memory of an SM. So here one CTA makes all of a strip of O, with both parts of k.
-// It adds them to its strip of the residual, in fp32, and publishes the sum as the next product reads it, rounded.
-// Down's strips belong to other CTAs where there are enough. The two owners of a strip hand it over in packets of fp32,
-// which are there long before they are needed.
+// In a narrow frame every CTA adds the deltas of O and down to its own copy of the residual. A copy of 32 columns would
+// fill the registers and the shared memory of an SM. So in a wide frame one CTA computes a whole strip of O, with all
+// parts of k. It adds the result to its strip of the residual, in fp32, and publishes the sum, rounded, for the next
+// product. Other CTAs own the strips of down, if the grid has enough. The two owners of a strip hand it to each other
+// in packets of fp32. These arrive long before they are needed.
 //
-// A vector may be overwritten one layer later, tile by tile. Whoever writes a tile of it in layer l + 1 has waited for
-// all strips of a later vector of layer l in that tile, and these were made by all CTAs that read it: down waits for
-// all of gate-up, which has read what O published; QKV waits for all of down, which has read gate-up; O waits for all
-// heads, which have read QKV.
+// A vector may be overwritten one layer later, tile by tile. This is safe: a CTA that writes a tile of a vector in
+// layer l + 1 has waited for all strips of a later vector of layer l in that tile, and the CTAs that made those strips
+// had read the old vector. Down waits for all of gate-up, which has read O's result. QKV waits for all of down, which
+// has read gate-up's result. O waits for all heads, which have read QKV's result.
 #pragma once
 
 #include "predictor.cuh"
@@ -17,13 +17,13 @@
 
 namespace qwen_tts {
 
-// The tag of the talker's last down: its rows are the hidden row of the frame, before the final norm.
+// The tag of the talker's last down projection. Its rows are the frame's hidden row before the final norm.
 __device__ __forceinline__ uint32_t hidden_tag(const FrameParams& p) { return p.epoch + kTalkerLogits - 1; }
 
 namespace wide_step {
 
-// Publish a lane's row with those of the three lanes that make a word of it: the odd row of the pair is eight lanes
-// further, the pair eight rows further sixteen lanes.
+// Publishes the rows of four lanes as one word. The odd row of a pair is eight lanes further, and the pair that is
+// eight rows further is sixteen lanes further.
 __device__ __forceinline__ void publish_rows(const WideContext& c, int vector, int strip, int tile,
                                              const WideCell& cell, float row, uint32_t tag) {
   const float2 low = make_float2(row, __shfl_down_sync(~0u, row, kTileColumns));
@@ -39,8 +39,10 @@ template <class D>
 __device__ __forceinline__ void qkv(WideContext& c) {
   using Qkv = typename Products<D>::Qkv;
   using L = DenseLayout;
-  const bool first_position = std::is_same_v<D, P> && ends_with_qkv(c.pass(), c.layer());
-  DenseOperand<Qkv> x{c, c.layer() == 0 ? L::kFed : L::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
+  const bool first_position = is_same<D, P> && ends_with_qkv(c.pass(), c.layer());
+  const bool fed = c.layer() == 0;
+  DenseOperand<Qkv> x{c, fed ? L::kFed : L::kAfterDown, fed ? fed_tag<D>(c.pass()) : dense_number(c, c.tag - 1),
+                      Phase::kInput};
   wide_gemv<D, Qkv, 0>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
     publish_rows(c, first_position ? L::kFirstPositionQkv : L::kQkv, strip, tile, cell, row * scale,
                  first_position ? kOnceTag : dense_number(c, c.tag));
@@ -52,34 +54,34 @@ __device__ __forceinline__ void gate_up(WideContext& c) {
   using GateUp = typename Products<D>::GateUp;
   DenseOperand<GateUp> x{c, DenseLayout::kAfterOut, dense_number(c, c.tag - 1), Phase::kInput};
   wide_gemv<D, GateUp, 1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
-    // Rows 0..7 of a strip are gates, 8..15 the ups of the same eight.
+    // Rows 0..7 of a strip are gates. Rows 8..15 are the ups of the same eight.
     const float up = __shfl_down_sync(~0u, row, 16);
     const float inner = silu(row * scale) * (up * scale), next = __shfl_down_sync(~0u, inner, kTileColumns);
     const int column = tile * kTileColumns + cell.column;
     if (!cell.leads || cell.pair >= 4 || !c.uses(column)) return;
     dump_pair(c, strip * (kStripRows / 2) + 2 * cell.pair, column, inner, next);
-    // Four neighbouring rows are a word (weight_packing.py); two warps make a half each.
+    // Four neighbouring rows share a word (weight_packing.py). Two warps write a half each.
     const int lane = cell.column * 4 + 2 * (strip & 1) + cell.pair / 2;
     publish_half(c, dense_vector(c.p, tile, DenseLayout::kMlpInner) + dense_at(strip / 2, lane), cell.pair & 1, inner,
-                 next, inner_tag(dense_number(c, c.tag)));
+                 next, inner_tag<D>(c.pass(), c.layer()));
   });
 }
 
-// Publish a lane's row of the residual: for the product that reads it next, and in fp32 for its strip's other owner.
+// Publishes a lane's row of the residual: rounded for the next product, and in fp32 for the strip's other owner.
 __device__ __forceinline__ void publish_residual(const WideContext& c, int strip, int tile, const WideCell& cell,
-                                                 float x, uint32_t tag, int vector, int64_t handed) {
+                                                 float x, uint32_t tag, int64_t handed, int vector, uint32_t word_tag) {
   const float2 low = make_float2(x, __shfl_down_sync(~0u, x, kTileColumns));
   const float2 high = make_float2(__shfl_down_sync(~0u, low.x, 16), __shfl_down_sync(~0u, low.y, 16));
   const int column = tile * kTileColumns + cell.column;
   if (!c.uses(column)) return;
   if (cell.leads && cell.pair < 4)
     publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low, high,
-                 dense_number(c, tag));
+                 word_tag);
   store_packet(c.p.packets + handed + (strip * kStripRows + cell.row()) * kMaxColumns + column, __float_as_uint(x),
                tag);
 }
 
-// Wait for a row that has been asked for.
+// Waits until the row in x, which has been loaded once from `from`, carries the tag.
 __device__ __forceinline__ void wait_handed(const WideContext& c, Handed& x, const uint64_t* from, bool uses,
                                             uint32_t tag) {
   for (unsigned spin = 0; !__all_sync(~0u, !uses || high_half(x.packet) == tag); ++spin) {
@@ -88,8 +90,8 @@ __device__ __forceinline__ void wait_handed(const WideContext& c, Handed& x, con
   }
 }
 
-// Add a product to the residual: from the packets of `from`, which have `tag`, to those of `to`, and to the vector that
-// the next product reads.
+// Adds a product to the residual. Reads the residual from the packets at `from`, which carry `tag`. Publishes the sum
+// in the packets at `to` and in `vector`, which the next product reads.
 template <class D, class Prod>
 __device__ __forceinline__ void add(WideContext& c, int first_strip, int input, uint32_t input_tag, Phase phase,
                                     int64_t from, uint32_t tag, int64_t to, int vector) {
@@ -110,16 +112,16 @@ __device__ __forceinline__ void add(WideContext& c, int first_strip, int input, 
         residual.set(residual.value() + delta);
       },
       [&](int strip, int tile, const WideCell& cell, const Handed& residual) {
-        publish_residual(c, strip, tile, cell, residual.value(), c.tag, vector, to);
+        publish_residual(c, strip, tile, cell, residual.value(), c.tag, to, vector, dense_number(c, c.tag));
       });
 }
 
 template <class D>
 __device__ __forceinline__ void out(WideContext& c) {
   using L = PacketLayout;
-  // What is fed has the tag of the exchange before the layer; where QKV comes from a table, a layer has one exchange
+  // The residual has the tag of the exchange before the layer. A layer whose QKV comes from a table has one exchange
   // less.
-  const uint32_t before = c.tag - (std::is_same_v<D, P> && qkv_from_table(c.pass(), c.layer()) ? 2 : 3);
+  const uint32_t before = c.tag - (is_same<D, P> && qkv_from_table(c.pass(), c.layer()) ? 2 : 3);
   add<D, typename Products<D>::Out>(c, out_owner_first(), DenseLayout::kHeadsOut, dense_number(c, c.tag - 1),
                                     Phase::kOut, L::kAfterDown, before, L::kAfterOut, DenseLayout::kAfterOut);
 }
@@ -128,11 +130,11 @@ template <class D>
 __device__ __forceinline__ void down(WideContext& c) {
   using L = PacketLayout;
   add<D, typename Products<D>::Down>(c, down_owner_first<D>(), DenseLayout::kMlpInner,
-                                     inner_tag(dense_number(c, c.tag - 1)), Phase::kMlp, L::kAfterOut, c.tag - 2,
+                                     inner_tag<D>(c.pass(), c.layer()), Phase::kMlp, L::kAfterOut, c.tag - 2,
                                      L::kAfterDown, DenseLayout::kAfterDown);
 }
 
-// Final norm and a head; logits go out under c.tag.
+// Computes the final norm and a head, and publishes the logits under c.tag.
 template <class D>
 __device__ __forceinline__ void head(WideContext& c) {
   using Head = typename Products<D>::Head;
@@ -145,7 +147,7 @@ __device__ __forceinline__ void head(WideContext& c) {
   });
 }
 
-// The predictor's input, where its width is another, from the normed hidden row.
+// Projects the normed hidden row to the predictor's width, if the widths differ.
 __device__ __forceinline__ void projection(WideContext& c) {
   DenseOperand<Projection> x{c, DenseLayout::kNormed, kOnceTag, Phase::kInput};
   wide_gemv<P, Projection, -1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float /*scale*/) {
@@ -154,7 +156,7 @@ __device__ __forceinline__ void projection(WideContext& c) {
   });
 }
 
-// Publishes a model's input in the form of a preceding layer's output: the owners of down's strips publish
+// Publishes a model's input in the form of a preceding layer's output. The owners of down's strips publish
 // x(strip, tile, cell).
 template <class D, class X>
 __device__ __forceinline__ void feed(WideContext& c, X&& x) {
@@ -162,7 +164,7 @@ __device__ __forceinline__ void feed(WideContext& c, X&& x) {
 #pragma unroll 1
   for (int strip = down_owner_first<D>(); strip < D::kHidden / kStripRows; strip += gridDim.x)
     publish_residual(c, strip, finished_tile(), finished_cell(), x(strip, finished_tile(), finished_cell()), c.tag - 1,
-                     DenseLayout::kFed, PacketLayout::kAfterDown);
+                     PacketLayout::kAfterDown, DenseLayout::kFed, fed_tag<D>(c.pass()));
 }
 
 // Feeds the talker: the stored sum of the last frame's embeddings plus the text row.
@@ -175,7 +177,7 @@ __device__ __forceinline__ void feed_talker(WideContext& c) {
   });
 }
 
-// The talker's hidden row, normed with the sum of squares that the head has left.
+// A value of the talker's hidden row, normed. The head has stored the sum of squares.
 __device__ __forceinline__ float hidden_value(const WideContext& c, int strip, int tile, const WideCell& cell) {
   const int row = strip * kStripRows + cell.row(), column = tile * kTileColumns + cell.column;
   const float scale = rms_scale<T>(squares_part(c.scratch, 1, tile * kTileColumns));
@@ -186,7 +188,7 @@ __device__ __forceinline__ float hidden_value(const WideContext& c, int strip, i
   return rounded * (scale * __bfloat162float(c.p.talker_norm[row]));
 }
 
-// The hidden row: the predictor's first input, or the projection's.
+// Feeds the hidden row to the predictor or, if the widths differ, to the projection.
 __device__ __forceinline__ void feed_hidden(WideContext& c) {
   if constexpr (!kProjects) {
     feed<P>(c, [&](int strip, int tile, const WideCell& cell) { return hidden_value(c, strip, tile, cell); });
@@ -216,12 +218,12 @@ __device__ __forceinline__ void feed_projected(WideContext& c) {
   });
 }
 
-// The embeddings of the codes that each warp keeps.
+// Feeds the predictor the embeddings of the codes, of which each warp keeps a copy.
 __device__ __forceinline__ void feed_codes(WideContext& c) {
   feed<P>(c, [&](int strip, int tile, const WideCell& cell) {
     const int column = min(tile * kTileColumns + cell.column, c.p.num_columns - 1);
     const int codebook = c.pass() - 1, code = c.scratch.codes[warp_index()][column];
-    // An EOS is beyond the projected table; what follows it in the frame is not used.
+    // EOS is beyond the projected table. The rest of its frame is not used.
     const __nv_bfloat16* from =
         kProjects ? c.p.projected_embeddings + (int64_t(codebook) * P::kVocab + min(code, P::kVocab - 1)) * P::kHidden
                   : embedding_row(c.p, codebook, code);

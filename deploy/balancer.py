@@ -1,9 +1,9 @@
-"""Takes a replica out of HAProxy's backend before it stops, and puts it back: standard library only.
+"""Takes a replica out of HAProxy's backend before it stops, and puts it back. Standard library only.
 
     balancer.py /run/haproxy/admin.sock replicas/gpu0 drain
     balancer.py /run/haproxy/admin.sock replicas/gpu0 ready
 
-A replica in `drain` gets no new clients, and keeps those that it has. Exits with 0, or with 1 and one
+A replica in `drain` gets no new clients and keeps those that it has. Exits with 0, or with 1 and one
 line that says why.
 """
 
@@ -15,13 +15,14 @@ import sys
 import time
 
 LIMIT_S = 2.0
-"""Of a whole exchange with HAProxy."""
+"""Seconds for a whole exchange with HAProxy."""
 SETTLE_S = 0.5
-"""After `drain`: a client that was sent to the replica just before has said by then what it wants."""
+"""Seconds to wait after `drain`. In this time a client that was sent to the replica just before can say
+what it wants."""
 
 
 def command(path: str, text: str) -> str:
-    """HAProxy's answer to one command of its runtime API; raises `OSError`."""
+    """HAProxy's answer to one command of its runtime API. Raises `OSError`."""
     with socket.socket(socket.AF_UNIX) as link:
         link.settimeout(LIMIT_S)
         link.connect(path)
@@ -33,7 +34,7 @@ def command(path: str, text: str) -> str:
 
 
 def main() -> int:
-    """Set the state of one replica; the exit code."""
+    """Set the state of one replica. Returns the exit status."""
     parser = argparse.ArgumentParser(description="Set the state of a replica in HAProxy.")
     parser.add_argument("socket", help="HAProxy's `stats socket`")
     parser.add_argument("server", help="BACKEND/SERVER, as in haproxy.cfg")
@@ -43,7 +44,7 @@ def main() -> int:
         said = command(args.socket, f"set server {args.server} state {args.state}")
     except OSError as error:
         said = f"{args.socket}: {error.strerror or error}"
-    if said:  # it says nothing where all is well
+    if said:  # HAProxy says nothing if all is well
         print(f"balancer.py: {said}", file=sys.stderr)
         return 1
     if args.state == "drain":

@@ -1,4 +1,5 @@
-"""Whether the server of this machine takes turns: exits with 0 or 1. For containers and supervisors."""
+"""Checks whether the server on this machine takes turns. Exits with 0 or 1. For containers and
+supervisors."""
 
 import os
 import sys
@@ -7,12 +8,12 @@ import urllib.request
 
 
 def main() -> int:
-    """Ask `/ready`, with the token and port that the server takes from its environment."""
+    """Ask `/ready`, with the token and port that the server reads from its environment."""
     port = os.environ.get("QWEN_MEGAKERNEL_PORT", "8765")
     request = urllib.request.Request(f"http://127.0.0.1:{port}/ready")
     if token := os.environ.get("QWEN_MEGAKERNEL_TOKEN"):
         request.add_header("Authorization", f"Bearer {token}")
-    # Without the proxies of the environment, which do not reach this machine.
+    # The proxies of the environment do not reach this machine, so they are not used.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=4):

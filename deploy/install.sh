@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What the container is made of, also without a container: deploy/install.sh CHECKOUT PREFIX
+# Installs the server as the container has it. It also works without a container: deploy/install.sh CHECKOUT PREFIX
 #
-# Makes an environment in PREFIX with the server, and compiles its kernels into PREFIX/kernels.
-# MODELS and ARCHITECTURES say for which shapes and GPUs; an empty MODELS compiles none.
+# Makes an environment with the server in PREFIX, and compiles its kernels into PREFIX/kernels.
+# MODELS and ARCHITECTURES name the shapes and GPUs. An empty MODELS compiles no kernel.
 set -euo pipefail
 
 checkout=$1

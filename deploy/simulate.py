@@ -1,10 +1,11 @@
-"""Calls over replicas, without any of them: what balancing, headroom and the delay of a new GPU cost.
+"""Simulates calls over replicas: what balancing, headroom and the delay of a new GPU cost.
 
     python deploy/simulate.py --replicas 4 --rate 6
 
-Calls begin as a Poisson process and last an exponential time. Each holds one connection of a replica. A
-call that a full replica refuses is sent on, as deploy/haproxy.cfg does. The rate may step up once;
-replicas are then added, and each takes clients `--delay-s` later. The same seed gives the same figures.
+Calls begin as a Poisson process and have exponential lengths. Each holds one connection of a replica. A
+call that a full replica refuses goes to another one, as in deploy/haproxy.cfg. The rate may step up
+once. Replicas are then added, and each takes clients `--delay-s` later. The same seed gives the same
+figures.
 """
 
 from __future__ import annotations
@@ -21,37 +22,37 @@ POLICIES = ("leastconn", "roundrobin", "random")
 
 @dataclass(frozen=True)
 class Load:
-    """What is simulated; times in seconds, rates in calls a second."""
+    """What is simulated. Times are in seconds, rates in calls a second."""
 
     replicas: int = 4
     capacity: int = 256
     """Connections of a replica."""
     rate: float = 4.0
     step: float = 1.0
-    """What the rate is multiplied by at half time."""
+    """The factor by which the rate rises at half time."""
     call_s: float = 180.0
     seconds: float = 7200.0
     policy: str = "leastconn"
     target: float = 1.0
-    """Share of all connections above which a replica is added; 1 adds none."""
+    """Share of all connections above which a replica is added. 1 adds none."""
     delay_s: float = 60.0
-    """From the decision to the first client."""
+    """Seconds from the decision to the first client."""
     seed: int = 1
 
 
 @dataclass
 class Result:
-    """What came of it."""
+    """What the simulation found."""
 
     calls: int = 0
     refused: int = 0
     replicas: int = 0
     fullest: float = 0.0
-    """The largest share of its connections that a replica had, after three mean lengths of a call."""
+    """The largest share of its connections that a replica used, after three mean lengths of a call."""
 
 
 def choose(load: Load, open_calls: list[int], tried: set[int], number: int, rng: random.Random) -> int:
-    """The replica that the balancer sends a call to, other than those that refused it."""
+    """The replica to which the balancer sends a call. Those in `tried` have refused it."""
     left = [replica for replica in range(len(open_calls)) if replica not in tried]
     if load.policy == "leastconn":
         return min(left, key=lambda replica: (open_calls[replica], (replica - number) % len(open_calls)))
@@ -59,7 +60,7 @@ def choose(load: Load, open_calls: list[int], tried: set[int], number: int, rng:
 
 
 def simulate(load: Load) -> Result:
-    """Run it to its end."""
+    """Run the simulation to its end."""
     rng, result = random.Random(load.seed), Result()
     open_calls, ends, now, ready_at = [0] * load.replicas, [], 0.0, None
     while True:
@@ -87,7 +88,7 @@ def simulate(load: Load) -> Result:
 
 
 def place(load: Load, open_calls: list[int], number: int, rng: random.Random) -> int | None:
-    """The replica that takes a call; None if all that were asked are full."""
+    """The replica that takes a call, or None if all that were asked are full."""
     tried: set[int] = set()
     for _ in range(min(1 + RETRIES, len(open_calls))):
         replica = choose(load, open_calls, tried, number, rng)

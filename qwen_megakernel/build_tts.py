@@ -1,10 +1,11 @@
-"""Compile the CUDA kernels for one checkpoint shape and one GPU, and load them.
+"""Compile the CUDA kernels for one checkpoint shape and one GPU.
 
 The kernel's shapes are compile-time constants from `config.json`. So a build belongs to a geometry,
-an architecture, the sources, the compiler and, where it has bindings, torch. A hash of them names it in
-the cache, and a change of any makes another build. A build is made in a temporary folder and renamed,
-under a lock that the operating system releases when the process dies. A checksum beside it tells a
-damaged build, which is made anew. A folder of prebuilt kernels is looked into before the cache.
+an architecture, the sources and the compiler, and to no version of torch, Python or Linux. A hash of
+them names it in the cache, and a change of any makes another build. A build is made in a temporary
+folder and renamed, under a lock that the operating system releases when the process dies. A checksum
+beside it tells a damaged build, which is made anew. A folder of prebuilt kernels is looked into before
+the cache.
 """
 
 from __future__ import annotations
@@ -13,30 +14,23 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig, TransformerConfig
-from qwen_megakernel.installation import kept_builds
+from qwen_megakernel.installation import kept_builds, nvrtc
 from qwen_megakernel.installation.build_environment import (
     ARCH_VARIABLE,
-    HOST_COMPILER_FIX,
-    HOST_COMPILERS,
     MIN_CAPABILITY,
     arch_of,
     cache_folder,
-    find_host_compiler,
-    find_nvcc,
     named_arch,
-    pip_nvcc_command,
     prebuilt_folder,
 )
 from qwen_megakernel.installation.bundled import bundled_folder
@@ -67,12 +61,11 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """What one build makes: sources compiled by nvcc and by the host compiler, linked into one."""
+    """What one build makes: a source, compiled to a cubin with all that it includes."""
 
     name: str
-    cuda_sources: tuple[str, ...]
-    cpp_sources: tuple[str, ...]
-    """C++ against torch's headers; may be empty."""
+    source: str
+    """A file of csrc/."""
     header: str
     """Content of `geometry.h`."""
 
@@ -90,10 +83,10 @@ def codec_library(arch: str, form: str = "auto") -> Library:
     """
     sm_bytes = shared_bytes(arch, form) + _RESERVED_BYTES
     header = f"#pragma once\nnamespace codec {{\nconstexpr int kSmSharedBytes = {sm_bytes};\n}}\n"
-    return Library("codec", ("codec_kernels.cu",), (), header)
+    return Library("codec", "codec_kernels.cu", header)
 
 
-READ_LIBRARY = Library("read", ("read_floor.cu",), (), header="")
+READ_LIBRARY = Library("read", "read_floor.cu", header="")
 """A plain streaming read, the floor that the bench compares a frame with."""
 
 
@@ -119,9 +112,7 @@ def frame_library(
 
 
 def _frame_library(header: str) -> Library:
-    return Library(
-        "frame", ("kernel_tts.cu",), ("torch_bindings_tts.cpp", "frame_exchanges.cpp"), header
-    )
+    return Library("frame", "kernel_tts.cu", header)
 
 
 def geometry_header(config: ModelConfig, num_shared_bytes: int) -> str:
@@ -210,26 +201,12 @@ def has_ptx(arch: str) -> bool:
     return not arch.endswith("a")
 
 
-def require_host_compiler() -> Path:
-    """The C++ compiler, without which nvcc does not start. Raises `BuildError` where there is none."""
-    found = find_host_compiler()
-    if found is None:
-        raise BuildError(
-            f"no C++ compiler is found (NVCC_CCBIN, CXX, {', '.join(HOST_COMPILERS)}), and nvcc needs "
-            f"one: {HOST_COMPILER_FIX}"
-        )
-    return found
-
-
-def require_nvcc() -> Path:
+def require_compiler() -> nvrtc.Compiler:
     """The CUDA compiler. Raises `BuildError` where there is none."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise BuildError(
-            "nvcc is not found (CUDA_HOME, PATH, /usr/local/cuda, this environment): install the CUDA "
-            f"toolkit 12.8 or newer, or its compiler: {pip_nvcc_command(torch.version.cuda)}"
-        )
-    return nvcc
+    try:
+        return nvrtc.require_compiler(torch.version.cuda)
+    except nvrtc.CompilerError as error:
+        raise BuildError(str(error)) from None
 
 
 def build(
@@ -244,7 +221,7 @@ def build(
         out: where it shall be; None is `prebuilt_folder`, if it is there, else the cache.
 
     Returns:
-        The shared library's path.
+        The cubin's path. Where `has_ptx`, its PTX lies beside it (`kept_builds.ptx_of`).
 
     Raises:
         BuildError: another system than Linux, no compiler, or what the compiler said.
@@ -260,7 +237,7 @@ def build(
         return found
     out = out or cache_folder()
     try:
-        nvcc = require_nvcc()
+        compiler = require_compiler()
     except BuildError as error:
         kept = kept_builds.find(out, stem, library.name)
         if whole := [product for product in kept if kept_builds.is_whole(product)]:
@@ -268,8 +245,8 @@ def build(
         if kept:
             raise BuildError(f"{kept[-1]} is damaged, and {error}") from None
         raise
-    folder = out / f"{stem}-nvcc{compiler_release(nvcc)}"
-    product = folder / f"{library.name}.so"
+    folder = out / f"{stem}-nvrtc{compiler_release(compiler)}"
+    product = folder / f"{library.name}.cubin"
     if kept_builds.is_whole(product):
         return product
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -278,13 +255,12 @@ def build(
             return product
         if product.exists():
             report(f"{product} is damaged")
-        host_compiler = require_host_compiler()
         report(f"compiling the {library.name} kernel for sm_{arch} (once, about a minute)")
         prefix = f"building-{folder.name}-"
         for left in folder.parent.glob(f"{prefix}*"):  # by a build that was killed: we have its lock
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as aside:
-            _compile(library, arch, [nvcc, f"-ccbin={host_compiler}"], Path(aside), folder.name)
+            _compile(library, arch, compiler, Path(aside))
             kept_builds.seal(Path(aside) / product.name, build_facts(library, arch))
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(aside, folder)
@@ -310,37 +286,19 @@ def _find_prebuilt(library: Library, arch: str, stem: str, report: Progress) -> 
         if facts.get("geometry") != here["geometry"]:
             continue
         other = [name for name in here if facts.get(name) != here[name]]
-        why = f"it is damaged: {path.parent}" if not other else f"it has another {' and '.join(other)}"
-        if "torch" in other:
-            why += f" (torch {facts['torch']}, here {here['torch']})"
+        why = f"it has other {' and '.join(other)}" if other else f"it is damaged: {path.parent}"
     report(f"the {library.name} kernel in {folder} is not used: {why}")
     return None
 
 
-def library_name(product: Path) -> str:
-    """The name under which a built library registers itself with torch."""
-    return _identifier(product.parent.name)
-
-
-def _identifier(name: str) -> str:
-    return re.sub(r"\W", "_", name)
-
-
 def build_facts(library: Library, arch: str) -> dict[str, str]:
-    """What tells builds apart, but for the compiler's release.
-
-    Only bindings depend on torch: on its release, which promises no stable C++ interface to the next.
-    """
+    """What tells builds apart, but for the compiler's release."""
     sources = [text for path in _sources(library) for text in (path.name, path.read_text())]
-    facts = {
+    return {
         "geometry": _digest(library.header),
         "sources": _digest("\0".join(sources)),
-        "flags": " ".join(_nvcc_flags(arch)),
-        "machine": platform.machine(),
+        "flags": " ".join(_flags(arch)),
     }
-    if library.cpp_sources:
-        facts["torch"] = torch.__version__.partition("+")[0]
-    return facts
 
 
 def build_digest(library: Library, arch: str) -> str:
@@ -360,7 +318,7 @@ def frame_digest(geometry: str, arch: str) -> str:
 def _sources(library: Library) -> list[Path]:
     """The library's files and all of ours that they include, in a fixed order."""
     found: dict[str, Path] = {}
-    waiting = [*library.cuda_sources, *library.cpp_sources]
+    waiting = [library.source]
     while waiting:
         name = waiting.pop()
         path = SOURCES / name
@@ -370,102 +328,34 @@ def _sources(library: Library) -> list[Path]:
     return [found[name] for name in sorted(found)]
 
 
-def compiler_release(nvcc: Path) -> str:
+def compiler_release(compiler: nvrtc.Compiler) -> str:
     """The compiler's release, such as 13.0.88. Raises `BuildError` where it does not run."""
     try:
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-        if match := re.search(r"\bV([\d.]+)", said):
-            return match[1]
-        raise ValueError(said)
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        raise BuildError(f"{nvcc} does not run: reinstall the CUDA toolkit, or set CUDA_HOME") from None
+        return nvrtc.release_of(compiler)
+    except nvrtc.CompilerError as error:
+        raise BuildError(str(error)) from None
 
 
-def _nvcc_flags(arch: str) -> list[str]:
-    code = f"[sm_{arch},compute_{arch}]" if has_ptx(arch) else f"sm_{arch}"
-    return [
-        "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo",
-        "--no-compress",  # so that cubin.py can read the machine code
-        "-Xcompiler", "-fPIC", "-Xptxas", "-v",
-        f"-gencode=arch=compute_{arch},code={code}",
-    ]  # fmt: skip
+def _flags(arch: str) -> list[str]:
+    return [f"--gpu-architecture=sm_{arch}", "-std=c++17", "-lineinfo", "--ptxas-options=-v"]
 
 
-def _torch_flags() -> list[str]:
-    root = Path(torch.__file__).parent
-    return [
-        f"-I{root / 'include'}",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-        "-std=c++20", "-O1", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-    ]  # fmt: skip
-
-
-def _compile(
-    library: Library, arch: str, compiler: Sequence[str | Path], folder: Path, name: str
-) -> None:
+def _compile(library: Library, arch: str, compiler: nvrtc.Compiler, folder: Path) -> None:
+    """Leave cubin and, where `has_ptx`, PTX in `folder`, and a log of what the compiler said."""
     (folder / "geometry.h").write_text(library.header)
-    jobs: list[tuple[str, Sequence[str | Path]]] = []
-    for source in library.cuda_sources:
-        jobs.append(
-            (
-                source,
-                [
-                    *compiler,
-                    *_nvcc_flags(arch),
-                    f"-I{folder}",
-                    "-c",
-                    SOURCES / source,
-                    "-o",
-                    folder / f"{source}.o",
-                ],
-            )
-        )
-    for source in library.cpp_sources:
-        define = f"-DQWEN_TTS_LIBRARY={_identifier(name)}"
-        command: list[str | Path] = [*compiler, *_torch_flags(), define, f"-I{folder}"]
-        jobs.append((source, [*command, "-c", SOURCES / source, "-o", folder / f"{source}.o"]))
-    _run_all(jobs, folder)
-    objects = [folder / f"{source}.o" for source, _ in jobs]
-    product = folder / f"{library.name}.so"
-    link: list[str | Path] = [
-        *compiler,
-        "-shared",
-        "-cudart=static",
-        *objects,
-        "-o",
-        product,
-        "-Xlinker",
-        "-Bsymbolic",
-    ]
-    if library.cpp_sources:
-        root = Path(torch.__file__).parent / "lib"
-        link += [f"-L{root}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    libraries = Path(compiler[0]).parent.parent / "lib"
-    if (libraries / "libcudart_static.a").exists():  # pip's toolkit, whose nvcc looks in lib64 alone
-        link.append(f"-L{libraries}")
-    _run_all([("linking", link)], folder)
-
-
-def _run_all(jobs: Sequence[tuple[str, Sequence[str | Path]]], folder: Path) -> None:
-    """Run commands side by side; the output of each is kept in `folder`, and shown if it fails."""
-    running = []
-    for name, command in jobs:
-        log = (folder / f"{name}.log").open("w+")
-        running.append((name, log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)))
-    failed = []
-    for name, log, process in running:
-        with log:
-            if process.wait():
-                log.seek(0)
-                said = log.read()
-                if not said and shutil.disk_usage(folder).free == 0:  # for the log neither
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-                failed.append(f"{name}: {_first_error(said)}")
-    if failed:
-        raise BuildError("the kernel does not compile: " + "; ".join(failed))
+    product, log = folder / f"{library.name}.cubin", folder / f"{library.source}.log"
+    options = [*_flags(arch), f"-I{folder}", f"-I{SOURCES}"]
+    process = nvrtc.start(compiler, SOURCES / library.source, product, options, log)
+    if process.wait():
+        said = log.read_text(errors="replace")
+        if shutil.disk_usage(folder).free == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        raise BuildError(f"the kernel does not compile: {library.source}: {_first_error(said)}")
+    if not has_ptx(arch):
+        kept_builds.ptx_of(product).unlink()
 
 
 def _first_error(output: str) -> str:
-    words = ("error", "fatal", "cannot find")
+    words = ("error:", "fatal", "cannot")
     lines = [line for line in output.splitlines() if any(word in line.lower() for word in words)]
     return (lines or output.splitlines() or ["the compiler said nothing"])[0][:400]

@@ -1,6 +1,5 @@
 """Samples and files in every format that a dialect can ask for."""
 
-import importlib
 import io
 import itertools
 import subprocess
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from qwen_megakernel.serving import audio_encoding
 from qwen_megakernel.serving.audio_encoding import FileFormat, open_encoder
 from qwen_megakernel.serving.pcm import PcmEncoder
 
@@ -91,7 +91,7 @@ def test_a_compressed_file_has_its_rate_and_length(audio, media_type):
 
 
 def test_without_pyav_the_plain_formats_are_left(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(audio_encoding, "pyav_is_installed", lambda: False)
     assert FileFormat("wav", "pcm_mulaw").encodable
     assert not FileFormat("mp3", "mp3").encodable
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stand_in_compiler import MAKES_JUNK, put_compiler, run_instead
 
 from qwen_megakernel import build_tts
 from qwen_megakernel.__main__ import main
@@ -22,7 +23,7 @@ from qwen_megakernel.decoding.torch_backend import TorchBackend
 from qwen_megakernel.engine import backends as backends_module
 from qwen_megakernel.engine.backends import Backends, memory_refusal
 from qwen_megakernel.engine.memory import DEFAULT_BYTES, choose_sizes
-from qwen_megakernel.installation import build_environment
+from qwen_megakernel.installation import build_environment, nvrtc
 from qwen_megakernel.installation.kernel_tuning import Setting, Tuning
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.synth.checkpoint import random_talker
@@ -30,14 +31,10 @@ from qwen_megakernel.synth.config import shape_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BF16 = torch.bfloat16
-NVCC = """#!/bin/sh
-case "$*" in *--version*) echo 'release 13.0, V13.0.88'; exit;; esac
-{body}
-"""
+REAL_PROCESS = nvrtc._PROCESS
 PTXAS = """ptxas info : Compiling entry function '_Z1fv' for 'sm_90a'
 0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
 Used 96 registers"""
-MAKES_JUNK = 'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then echo junk > "$2"; fi; shift; done'
 
 
 @pytest.fixture(scope="module")
@@ -57,23 +54,20 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     gpu = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setattr(build_environment, "USUAL_NVCC", tmp_path / "nowhere")
+    monkeypatch.setattr(nvrtc, "USUAL_HOME", tmp_path / "nowhere")
+    monkeypatch.setattr(nvrtc, "_pip_folders", lambda: [])
     monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    monkeypatch.setenv("NVCC_CCBIN", "/bin/true")
 
 
 @pytest.fixture
-def nvcc(hopper, tmp_path):
-    """A compiler that does what is asked: `nvcc(body of a shell script)`."""
+def compiler(hopper, tmp_path, monkeypatch):
+    """A compiler that does what is asked: `compiler(body of a shell script)`; gives its library."""
 
     def make(body: str) -> Path:
-        path = tmp_path / "bin" / "nvcc"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(NVCC.format(body=body))
-        path.chmod(0o755)
-        return path
+        run_instead(monkeypatch, tmp_path / "compiler.sh", body)
+        return put_compiler(tmp_path)
 
     return make
 
@@ -138,33 +132,34 @@ def test_a_gpu_may_run_older_kernels(hopper, monkeypatch):
 
 
 def test_without_a_compiler(config, talker, hopper):
-    assert_falls_back(config, talker, "nvcc is not found")
+    assert_falls_back(config, talker, "no CUDA compiler is found")
 
 
-def test_with_a_compiler_that_does_not_run(config, talker, nvcc):
-    nvcc("exit 1").write_text("#!/bin/sh\nexit 1\n")
-    assert_falls_back(config, talker, "nvcc does not run: reinstall the CUDA toolkit")
+def test_with_a_compiler_that_does_not_run(config, talker, compiler, monkeypatch):
+    compiler("exit 1")
+    monkeypatch.setattr(nvrtc, "_PROCESS", REAL_PROCESS)
+    assert_falls_back(config, talker, "libnvrtc.so.13: file too short): reinstall it, or set CUDA_HOME")
 
 
-def test_when_a_source_does_not_compile(config, talker, nvcc):
-    nvcc("echo 'csrc/layer.cuh(12): error: no such thing' >&2; exit 2")
+def test_when_a_source_does_not_compile(config, talker, compiler):
+    compiler("echo 'csrc/layer.cuh(12): error: no such thing'; exit 2")
     assert_falls_back(config, talker, "csrc/layer.cuh(12): error: no such thing")
 
 
-def test_when_the_library_cannot_be_loaded(config, talker, nvcc):
-    nvcc(MAKES_JUNK)
-    assert_falls_back(config, talker, "frame.so")
+def test_when_the_library_cannot_be_loaded(config, talker, compiler):
+    compiler(MAKES_JUNK)
+    assert_falls_back(config, talker, "frame.cubin is no cubin")
 
 
-def test_a_long_compilation_shows_that_it_goes_on(config, talker, nvcc, monkeypatch):
+def test_a_long_compilation_shows_that_it_goes_on(config, talker, compiler, monkeypatch):
     monkeypatch.setattr(backends_module, "_TELL_EVERY_S", 0.1)
-    nvcc("/bin/sleep 0.5; exit 1")
+    compiler("/bin/sleep 0.5; exit 1")
     *_, lines = make_both("auto", config, talker)
     assert sum(line.startswith("compiling the megakernel, 0 s more") for line in lines) >= 2
 
 
-def test_a_shape_the_kernel_does_not_know(config, talker, nvcc):
-    nvcc(MAKES_JUNK)
+def test_a_shape_the_kernel_does_not_know(config, talker, compiler):
+    compiler(MAKES_JUNK)
     odd = replace(config, predictor=replace(config.predictor, vocab_size=2047))
     lines: list[str] = []
     backends = Backends("auto", odd, GPU, BF16, lines.append)
@@ -194,8 +189,8 @@ def made(monkeypatch) -> list[dict]:
     return options_of_all
 
 
-def test_the_kernel_takes_the_sms_that_were_chosen(config, talker, nvcc, made):
-    nvcc(MAKES_JUNK)
+def test_the_kernel_takes_the_sms_that_were_chosen(config, talker, compiler, made):
+    compiler(MAKES_JUNK)
     keep_tuning(config)
     _, _, description, _ = make_both("auto", config, talker, sms=66)
     assert (made[0]["grid"], made[0]["l2_share"]) == (66, 0.25)
@@ -208,7 +203,7 @@ def test_the_kernel_takes_the_sms_that_were_chosen(config, talker, nvcc, made):
     [
         ("auto", CPU, "the kernels need a CUDA GPU"),
         ("torch", GPU, "backend is torch"),
-        ("auto", GPU, "nvcc is not found"),
+        ("auto", GPU, "no CUDA compiler"),
     ],
 )
 def test_sms_without_the_frame_kernel_are_an_error(name, device, reason, config, talker, hopper):
@@ -217,18 +212,18 @@ def test_sms_without_the_frame_kernel_are_an_error(name, device, reason, config,
     assert reason in str(error.value)
 
 
-def test_sms_that_the_gpu_does_not_have_are_an_error(config, talker, nvcc, monkeypatch):
+def test_sms_that_the_gpu_does_not_have_are_an_error(config, talker, compiler, monkeypatch):
     def refuse(*_, grid, **options):
         raise ValueError(f"grid is {grid}, allowed: 8 to 132")
 
-    nvcc(MAKES_JUNK)
+    compiler(MAKES_JUNK)
     monkeypatch.setattr(backends_module, "MegakernelBackend", refuse)
     with pytest.raises(CheckpointError, match=r"sms is 133, .*: grid is 133, allowed: 8 to 132"):
         make_both("auto", config, talker, sms=133)
 
 
-def test_a_tuning_is_used_and_named(config, talker, nvcc, made):
-    nvcc(MAKES_JUNK)
+def test_a_tuning_is_used_and_named(config, talker, compiler, made):
+    compiler(MAKES_JUNK)
     tuning = keep_tuning(config)
     _, _, description, _ = make_both("auto", config, talker)
     assert description["tuning"] == str(tuning)
@@ -237,8 +232,8 @@ def test_a_tuning_is_used_and_named(config, talker, nvcc, made):
     assert header == tuning.target.geometry + "#define QWEN_TTS_RING_SLOTS 14\n"
 
 
-def test_a_tuning_of_other_kernels_is_not_used(config, talker, nvcc):
-    nvcc(MAKES_JUNK)
+def test_a_tuning_of_other_kernels_is_not_used(config, talker, compiler):
+    compiler(MAKES_JUNK)
     keep_tuning(config, digest="of kernels before")
     _, _, description, lines = make_both("auto", config, talker)
     assert "tuning" not in description
@@ -328,41 +323,19 @@ def test_small_models_get_no_thousands_of_slots():
 # ---------------------------------------------------------------------------- builds
 
 
-def test_a_kept_build_needs_no_compiler(config, nvcc):
-    library, path = frame_library(config, "90a"), nvcc(MAKES_JUNK)
+def test_a_kept_build_needs_no_compiler(config, compiler):
+    library, path = frame_library(config, "90a"), compiler(MAKES_JUNK)
     product = build(library, "90a")
-    assert product.name == "frame.so"
+    assert product.name == "frame.cubin"
     path.unlink()
     assert build(library, "90a") == product
-    with pytest.raises(BuildError, match="nvcc is not found"):
+    with pytest.raises(BuildError, match="no CUDA compiler is found"):
         build(frame_library(config, "120a"), "120a")
 
 
-@pytest.mark.parametrize("from_pip", [False, True])
-def test_the_runtime_is_found_in_the_toolkit_that_pip_brings(from_pip, config, nvcc, tmp_path):
-    nvcc(f'echo "$*" >> {tmp_path}/commands\n{MAKES_JUNK}')
-    if from_pip:
-        (tmp_path / "lib").mkdir()
-        (tmp_path / "lib" / "libcudart_static.a").touch()
-    build(frame_library(config, "90a"), "90a")
-    (link,) = [line for line in (tmp_path / "commands").read_text().splitlines() if "-shared" in line]
-    assert link.endswith(f" -L{tmp_path}/lib") is from_pip
-
-
-def test_a_library_that_the_linker_misses_is_named(config, nvcc):
-    nvcc(
-        """case "$*" in *-shared*)
-echo 'ld: cannot find -lcudart_static' >&2; echo 'collect2: error: ld returned 1' >&2; exit 1;; esac
-"""
-        + MAKES_JUNK
-    )
-    with pytest.raises(BuildError, match="linking: ld: cannot find -lcudart_static"):
-        build(frame_library(config, "90a"), "90a")
-
-
-def test_a_build_belongs_to_its_own_sources(config, nvcc, tmp_path, monkeypatch):
+def test_a_build_belongs_to_its_own_sources(config, compiler, tmp_path, monkeypatch):
     """An edit of what a library includes is another build; an edit beside it is not."""
-    nvcc(MAKES_JUNK)
+    compiler(MAKES_JUNK)
     for path in build_tts.SOURCES.glob("*.*"):
         (tmp_path / "csrc").mkdir(exist_ok=True)
         (tmp_path / "csrc" / path.name).write_text(path.read_text())
@@ -393,8 +366,8 @@ def test_build_command_refuses(arguments, said, hopper, capsys, monkeypatch):
     assert said in capsys.readouterr().err
 
 
-def test_build_command_builds_both_for_each(nvcc, capsys):
-    nvcc(f'{MAKES_JUNK}\necho "{PTXAS}"')
+def test_build_command_builds_both_for_each(compiler, capsys):
+    compiler(f'{MAKES_JUNK}\necho "{PTXAS}"')
     assert main(["build", "--model", "tiny", "--arch", "sm_90a", "120", "sm_86"]) == 0
     said = capsys.readouterr().out
     for name in ("frame sm_90a", "codec sm_90a", "frame sm_120a", "codec sm_120a", "frame sm_86"):
@@ -402,20 +375,20 @@ def test_build_command_builds_both_for_each(nvcc, capsys):
     assert said.count("1 kernels, at most 96 registers, 12 bytes of spills") == 6
 
 
-def test_build_command_fills_a_folder_with_all_kernels(nvcc, capsys, tmp_path):
-    nvcc(f'{MAKES_JUNK}\necho "{PTXAS}"')
+def test_build_command_fills_a_folder_with_all_kernels(compiler, capsys, tmp_path):
+    compiler(f'{MAKES_JUNK}\necho "{PTXAS}"')
     assert main(["build", "--all", "--out", str(tmp_path / "kernels")]) == 0
     assert "kernels of all shapes go to" in capsys.readouterr().out
-    made = sorted(path.parent.name.split("-")[:2] for path in (tmp_path / "kernels").glob("*/*.so"))
+    made = sorted(path.parent.name.split("-")[:2] for path in (tmp_path / "kernels").glob("*/*.cubin"))
     archs = [f"sm_{arch}" for arch in sorted(ARCHES)]
     assert made == [["codec", a] for a in archs] + [["frame", a] for a in archs for _ in range(2)]
-    assert not list((tmp_path / "kernels").glob("*/*.o"))
+    assert not list((tmp_path / "kernels").glob("*/*.log"))
     assert main(["build", "--all", "--arch", "90a"]) == 1
     assert "leave out --arch" in capsys.readouterr().err
 
 
-def test_build_command_fails_when_a_compiler_does(nvcc, capsys):
-    nvcc("echo 'kernel_tts.cu(1): error: bad' >&2; exit 2")
+def test_build_command_fails_when_a_compiler_does(compiler, capsys):
+    compiler("echo 'kernel_tts.cu(1): error: bad'; exit 2")
     assert main(["build", "--model", "tiny", "--arch", "90a"]) == 1
     captured = capsys.readouterr()
     assert (

@@ -27,7 +27,7 @@ from qwen_megakernel.bench.frame_kernel import (
 )
 from qwen_megakernel.bench.player import SENTENCE, Player
 from qwen_megakernel.bench.turns import CHARS, Spread, mixed_texts
-from qwen_megakernel.decoding.frame_schedule import parse_exchanges
+from qwen_megakernel.decoding.frame_schedule import Exchange
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.synth.config import shape_config
 
@@ -68,8 +68,11 @@ def test_texts_are_the_same_for_every_backend_and_of_many_lengths():
 
 
 def test_every_exchange_has_a_part():
-    listed = "talker -1 27 down\ntalker -1 28 head\npredictor 1 0 code\npredictor 1 0 qkv\n"
-    parts = [part_of(exchange) for exchange in parse_exchanges(listed)]
+    listed = [
+        Exchange("talker", -1, 27, "down"), Exchange("talker", -1, 28, "head"),
+        Exchange("predictor", 1, 0, "code"), Exchange("predictor", 1, 0, "qkv"),
+    ]  # fmt: skip
+    parts = [part_of(exchange) for exchange in listed]
     assert parts == ["talker", "talker", "sampling", "predictor"]
 
 

@@ -8,106 +8,98 @@ import pwd
 import stat
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from live_server import ROOT
+from stand_in_compiler import put_compiler, run_instead
 
 from qwen_megakernel import build_tts
 from qwen_megakernel.build_tts import BuildError, Library, build
 from qwen_megakernel.checkpoint import CheckpointError, hub_cache_folder, resolve
-from qwen_megakernel.installation import build_environment
-from qwen_megakernel.installation.build_environment import cache_folder, find_nvcc, user_cache_folder
+from qwen_megakernel.installation import build_environment, nvrtc
+from qwen_megakernel.installation.build_environment import cache_folder, user_cache_folder
+from qwen_megakernel.installation.nvrtc import find_compiler
 from qwen_megakernel.tools.doctor import check_kernel_disk
-from qwen_megakernel.tools.kernel_checks import check_nvcc
+from qwen_megakernel.tools.kernel_checks import check_compiler
 from qwen_megakernel.tools.machine import Gpu, Gpus, Torch
 
 GPUS = Gpus((Gpu("NVIDIA H200", "580.95.05", (9, 0), 143.0, 150.0),))
 TORCH = Torch("2.13.0", (13, 0), True)
-SCRIPT = "#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n"
-
-
-def put_nvcc(folder: Path, mode: int = 0o755) -> Path:
-    path = folder / "bin" / "nvcc"
-    path.parent.mkdir(parents=True)
-    path.write_text(SCRIPT)
-    path.chmod(mode)
-    return path
 
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch) -> Path:
-    """A folder whose `path/bin` is the PATH and whose `usual/bin` is the usual place; both are empty."""
-    monkeypatch.setattr(build_environment, "USUAL_NVCC", tmp_path / "usual" / "bin" / "nvcc")
-    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"))
+    """A folder: `usual` is the usual place of a toolkit, and `pip/nvidia` is where pip puts NVIDIA's
+    packages. Both are empty, and nothing else is found."""
+    monkeypatch.setattr(nvrtc, "USUAL_HOME", tmp_path / "usual")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "pip")])
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
     return tmp_path
 
 
-def test_the_compiler_that_pip_brings_is_found_last(machine, tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "packages"))
-    assert find_nvcc() is None
-    of_pip = put_nvcc(tmp_path / "packages" / "nvidia" / "cu13")
-    assert find_nvcc() == of_pip
-    usual = put_nvcc(machine / "usual")
-    assert find_nvcc() == usual
+def found() -> Path | None:
+    compiler = find_compiler()
+    return compiler.library if compiler else None
 
 
-def test_a_missing_host_compiler_is_named_with_what_helps(machine, monkeypatch, tmp_path):
-    nvcc = put_nvcc(machine / "path")
-    nvcc.write_text("#!/bin/sh\necho 'release 13.0, V13.0.88'\n")
-    for name in ("NVCC_CCBIN", "CXX"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(
-        BuildError, match=r"no C\+\+ compiler is found .*: sudo apt install g\+\+; without"
-    ):
-        build_tts.build(build_tts.READ_LIBRARY, "86")
+def test_the_compiler_that_pip_brings_comes_before_the_usual_place(machine):
+    assert found() is None
+    usual = put_compiler(machine / "usual")
+    assert found() == usual
+    of_pip = put_compiler(machine / "pip" / "nvidia" / "cu13")
+    assert found() == of_pip
+
+
+def test_pip_s_packages_of_cuda_12_lie_apart(machine):
+    folder = machine / "pip" / "nvidia"
+    library = put_compiler(folder / "cuda_nvrtc")
+    (folder / "cuda_nvrtc" / "include" / "cuda_bf16.h").unlink()
+    assert found() is None, "its headers are missing"
+    put_compiler(folder / "cuda_runtime")
+    (folder / "cuda_runtime" / "lib" / "libnvrtc.so.13").unlink()
+    assert find_compiler() == nvrtc.Compiler(library, folder / "cuda_runtime" / "include")
 
 
 @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
 def test_cuda_home_comes_first(machine, monkeypatch, variable):
     monkeypatch.setenv(variable, str(machine / "home"))
-    expected = put_nvcc(machine / "home")
-    put_nvcc(machine / "path")
-    put_nvcc(machine / "usual")
-    assert find_nvcc() == expected
+    expected = put_compiler(machine / "home")
+    put_compiler(machine / "pip" / "nvidia" / "cu13")
+    put_compiler(machine / "usual")
+    assert found() == expected
 
 
 def test_cuda_home_without_a_compiler_is_passed_over(machine, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(machine / "nonsense"))
-    assert find_nvcc() is None
-    usual = put_nvcc(machine / "usual")
-    assert find_nvcc() == usual
-    on_path = put_nvcc(machine / "path")
-    assert find_nvcc() == on_path
+    assert found() is None
+    usual = put_compiler(machine / "usual")
+    assert found() == usual
 
 
-def test_a_file_that_cannot_be_executed_is_no_compiler(machine, monkeypatch):
-    monkeypatch.setenv("CUDA_HOME", str(machine / "home"))
-    put_nvcc(machine / "home", mode=0o644)
-    put_nvcc(machine / "usual", mode=0o644)
-    assert find_nvcc() is None
-
-
-@pytest.mark.parametrize("place", ["home", "path", "usual"])
+@pytest.mark.parametrize("place", ["home", "pip/nvidia/cu13", "usual"])
 def test_doctor_finds_the_build_s_compiler(machine, monkeypatch, place):
     monkeypatch.setenv("CUDA_HOME", str(machine / "home"))
-    expected = put_nvcc(machine / place)
-    check = check_nvcc(GPUS, TORCH)
-    assert (check.status, check.detail) == ("ok", f"13.0 ({expected})")
-    assert build_tts.find_nvcc() == expected
+    expected = put_compiler(machine / place)
+    run_instead(monkeypatch, machine / "compiler.sh", "exit 1")
+    check = check_compiler(GPUS, TORCH)
+    assert (check.status, check.detail) == ("ok", f"NVRTC 13.0.88 ({expected})")
+    assert build_tts.require_compiler().library == expected
 
 
 def test_doctor_and_build_miss_the_same_compiler(machine, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(machine / "nonsense"))
     monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(machine / "cache"))
-    assert check_nvcc(GPUS, TORCH).detail == "not found: needed to build the megakernel"
-    with pytest.raises(BuildError, match="nvcc is not found"):
-        build(Library("nothing", (), (), header=""), "90a")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    check = check_compiler(GPUS, TORCH)
+    assert check.detail == "not found: needed to build the megakernel"
+    assert check.fix == 'pip install "cuda-toolkit[nvrtc,cudart]==13.0.*"'
+    with pytest.raises(BuildError, match="no CUDA compiler is found") as refused:
+        build(Library("nothing", "nothing.cu", header=""), "90a")
+    assert str(refused.value).endswith(check.fix)
 
 
 # ---------------------------------------------------------------------------- caches
@@ -215,10 +207,10 @@ def test_commands_work_without_a_home(arguments, said, tmp_path):
         "import pwd, sys, test_build_environment as test; pwd.getpwuid = test.no_account; "
         "from qwen_megakernel.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    put_nvcc(tmp_path).write_text("#!/bin/sh\nexit 1\n")  # else a machine that has one compiles
+    put_compiler(tmp_path)  # does not run; else a machine that has one compiles
     environ = {
-        "PATH": str(tmp_path / "bin"), "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "TMPDIR": str(tmp_path),
+        "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],

@@ -17,13 +17,15 @@ from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
 from torch import Tensor
 
 from qwen_megakernel.build_tts import KNOWN_ARCHES, build, codec_library, detect_arch
-from qwen_megakernel.codec import cuda_stream as codec_cuda
+from qwen_megakernel.codec import cuda_params
+from qwen_megakernel.codec.cuda_launcher import check_sizes
 from qwen_megakernel.codec.cuda_ops import Rows
 from qwen_megakernel.codec.cuda_plan import CodecPlan
 from qwen_megakernel.codec.cuda_stream import CudaCodecStream, batch_sizes
 from qwen_megakernel.codec.decoder import CodecStream
 from qwen_megakernel.config import HOP, CodecConfig
-from qwen_megakernel.installation.build_environment import find_nvcc
+from qwen_megakernel.installation.cubin import read_cubin
+from qwen_megakernel.installation.nvrtc import find_compiler
 from qwen_megakernel.tools.machine_code import resources, system_calls
 
 if torch.cuda.is_available():
@@ -34,7 +36,7 @@ C_TYPES = {
     "int": ctypes.c_int,
     "float": ctypes.c_float,
     "int64_t": ctypes.c_int64,
-    "Rows": codec_cuda._Rows,
+    "Rows": cuda_params.Rows,
 }
 
 
@@ -46,19 +48,19 @@ def test_structures_are_mirrored(name):
     for type_name, names in re.findall(r"^\s*(?:const )?(\w+\*?) ([\w, ]+);", body, re.MULTILINE):
         c_type = ctypes.c_void_p if type_name.endswith("*") else C_TYPES[type_name]
         expected += [(field, c_type) for field in names.split(", ")]
-    assert list(getattr(codec_cuda, f"_{name}")._fields_) == expected
+    assert list(getattr(cuda_params, name)._fields_) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", KNOWN_ARCHES)
 def test_kernels_compile_without_spills(arch, shared_builds):
-    if find_nvcc() is None:
-        pytest.skip("no nvcc")
+    if find_compiler() is None:
+        pytest.skip("no CUDA compiler")
     product = build(codec_library(arch), arch)
     assert [kernel for kernel in resources(product) if kernel.spill_bytes] == []
     assert len(resources(product)) == 17
     assert system_calls(product) == []
-    assert codec_cuda._load(product), "the structures are of the same size there"
+    check_sizes(product, read_cubin(product).facts)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import time
 from importlib import metadata
 
 import pytest
+import stand_in_compiler
 from live_server import ROOT
+from stand_in_compiler import put_compiler, run_instead
 
 from qwen_megakernel.__main__ import main
-from qwen_megakernel.installation import build_environment
-from qwen_megakernel.installation.build_environment import find_host_compiler
+from qwen_megakernel.installation import nvrtc
 from qwen_megakernel.tools import machine
 from qwen_megakernel.tools.doctor import (
     DEFAULT_MODEL,
@@ -34,7 +35,7 @@ from qwen_megakernel.tools.doctor import (
     report,
 )
 from qwen_megakernel.tools.findings import Check
-from qwen_megakernel.tools.kernel_checks import check_compiler, check_kernels, check_nvcc
+from qwen_megakernel.tools.kernel_checks import check_compiler, check_kernels
 from qwen_megakernel.tools.machine import (
     Gpus,
     Model,
@@ -58,8 +59,9 @@ def tools(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.setattr(build_environment, "USUAL_NVCC", tmp_path / "usual" / "nvcc")
-    for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "NVCC_CCBIN", "CUDA_VISIBLE_DEVICES"):
+    monkeypatch.setattr(nvrtc, "USUAL_HOME", tmp_path / "usual")
+    monkeypatch.setattr(nvrtc, "_pip_folders", lambda: [])
+    for name in ("CUDA_HOME", "CUDA_PATH", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
     def add(name, script):
@@ -122,7 +124,7 @@ def test_stuck_tool_is_left_behind(tools):
 
 
 def test_tool_that_cannot_start(tools):
-    path = tools("nvcc", "")
+    path = tools("nvidia-smi", "")
     path.chmod(0o644)
     assert run_tool(str(path)) == ("", "Permission denied")
 
@@ -135,8 +137,9 @@ def test_no_gpu_is_no_failure():
     assert driver.detail == "no GPU: the torch backend on the CPU will be used"
     assert check_gpu(found, SIZE).status == "skipped"
     assert check_torch(found, CPU_TORCH) == Check("torch", "ok", "2.13.0+cpu on the CPU")
-    for check in (check_compiler(found), check_nvcc(found, CPU_TORCH)):
-        assert (check.status, check.detail) == ("skipped", "not found, and not needed without a GPU")
+    compiler = check_compiler(found, CPU_TORCH)
+    detail = "not found, and not needed without a GPU"
+    assert (compiler.status, compiler.detail) == ("skipped", detail)
 
 
 @pytest.mark.parametrize(
@@ -224,55 +227,39 @@ def test_torch_that_cannot_be_asked(tools, monkeypatch, script, error):
     assert error in check.detail
 
 
-NVCC = "echo 'Cuda compilation tools, release {}, V{}.88'"
-
-
-def test_nvcc_matches_torch_and_gpu(tools, gpus):
-    found = gpus(RTX_5090)
-    assert 'pip install "cuda-toolkit[nvcc,cccl]==13.0.*"' in check_nvcc(found, TORCH).fix
-    assert "pip" not in check_nvcc(found, Torch("2.11.0", (12, 8), True)).fix
-    tools("nvcc", NVCC.format("13.0", "13.0"))
-    assert check_nvcc(found, TORCH).status == "ok"
-    tools("nvcc", NVCC.format("12.4", "12.4"))
-    assert "torch has CUDA 13.0" in check_nvcc(found, TORCH).detail
-    assert "does not know this GPU" in check_nvcc(found, Torch("2.11.0", (12, 8), True)).detail
-    tools("nvcc", "echo broken >&2; exit 1")
-    assert check_nvcc(found, TORCH).status == "warn"
-
-
-def test_compiler(tools, gpus, monkeypatch):
-    found = gpus(RTX_5090)
-    assert check_compiler(found).fix.startswith("sudo apt install g++; without root: ")
-    path = tools("c++", "exit 1")
-    assert (check_compiler(found).status, find_host_compiler()) == ("warn", path)
-    path = tools("g++", "echo 'g++ 13.3.0'; echo more")
-    assert check_compiler(found) == Check("compiler", "ok", f"g++ 13.3.0 ({path})")
-    for variable in ("CXX", "NVCC_CCBIN"):
-        path = tools(f"{variable}-compiler", f"echo {variable}")
-        monkeypatch.setenv(variable, path.name)
-        assert check_compiler(found) == Check("compiler", "ok", f"{variable} ({path})")
-    monkeypatch.setenv("NVCC_CCBIN", "nothing")
-    assert check_compiler(found).status == "warn"
+def test_the_compiler_matches_torch_and_gpu(tools, gpus, tmp_path, monkeypatch):
+    found, fix = gpus(RTX_5090), 'pip install "cuda-toolkit[nvrtc,cudart]=={}.*"'
+    assert check_compiler(found, TORCH).fix == fix.format("13.0")
+    assert check_compiler(found, Torch("2.11.0", (12, 8), True)).fix == fix.format("12.8")
+    library = put_compiler(tmp_path / "usual")
+    assert "does not run" in check_compiler(found, TORCH).detail
+    says = "echo 'Cuda compilation tools, release {0}, V{0}.88'; exit"
+    monkeypatch.setattr(stand_in_compiler, "SCRIPT", "{body}")
+    run_instead(monkeypatch, tmp_path / "compiler.sh", says.format("13.0"))
+    assert check_compiler(found, TORCH) == Check("compiler", "ok", f"NVRTC 13.0.88 ({library})")
+    run_instead(monkeypatch, tmp_path / "compiler.sh", says.format("12.4"))
+    assert "torch has CUDA 13.0" in check_compiler(found, TORCH).detail
+    assert "does not know this GPU" in check_compiler(found, Torch("2.11.0", (12, 8), True)).detail
 
 
 def test_whether_the_kernels_run(gpus, tmp_path):
-    good, bad = Check("nvcc", "ok", "13.0"), Check("compiler", "warn", "not found")
-    assert check_kernels(Gpus(installed=False), [good, good]).status == "skipped"
-    old = check_kernels(gpus("Tesla T4, 580.95.05, 7.5, 14000, 15360"), [good, good])
+    good, bad = Check("compiler", "ok", "13.0"), Check("compiler", "warn", "not found")
+    assert check_kernels(Gpus(installed=False), good).status == "skipped"
+    old = check_kernels(gpus("Tesla T4, 580.95.05, 7.5, 14000, 15360"), good)
     assert (old.status, old.detail.partition(":")[0]) == ("warn", "sm_75")
-    ada = check_kernels(gpus("NVIDIA L4, 580.95.05, 8.9, 22000, 23034"), [good, good], tmp_path)
+    ada = check_kernels(gpus("NVIDIA L4, 580.95.05, 8.9, 22000, 23034"), good, tmp_path)
     assert (ada.status, ada.detail.partition(":")[0]) == ("ok", "sm_89")
     found = gpus(RTX_5090)
-    assert "python -m qwen_megakernel build" in check_kernels(found, [good, good], tmp_path).detail
-    missing = check_kernels(found, [good, bad], tmp_path)
+    assert "python -m qwen_megakernel build" in check_kernels(found, good, tmp_path).detail
+    missing = check_kernels(found, bad, tmp_path)
     assert missing.status == "warn"
-    assert "compiler will not do; PyTorch decodes" in missing.detail
+    assert "there is no compiler that will do; PyTorch decodes" in missing.detail
     for name in ("frame", "codec"):
-        folder = tmp_path / f"{name}-sm_120a-0123456789abcdef-nvcc13.0.88"
+        folder = tmp_path / f"{name}-sm_120a-0123456789abcdef-nvrtc13.0.88"
         folder.mkdir()
-        (folder / f"{name}.so").touch()
-    assert check_kernels(found, [bad, bad], tmp_path).status == "ok"
-    assert check_kernels(gpus(H200), [bad, bad], tmp_path).status == "warn"
+        (folder / f"{name}.cubin").touch()
+    assert check_kernels(found, bad, tmp_path).status == "ok"
+    assert check_kernels(gpus(H200), bad, tmp_path).status == "warn"
 
 
 def test_windows_has_no_kernels(gpus, tmp_path, monkeypatch):
@@ -446,7 +433,7 @@ def test_whole_command(tools, tiny_base):
     assert healthy.stderr == ""
     by_name = {check["name"]: check for check in found["checks"]}
     assert list(by_name) == [
-        "python", "packages", "cpu", "driver", "gpu", "torch", "nvcc", "compiler", "kernels",
+        "python", "packages", "cpu", "driver", "gpu", "torch", "compiler", "kernels",
         "tuning", "model", "model-disk", "kernel-disk", "port",
     ]  # fmt: skip
     assert all(set(check) == {"name", "status", "detail", "fix"} for check in found["checks"])

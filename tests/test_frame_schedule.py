@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 
 import pytest
 
 from qwen_megakernel.build_tts import build, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, ModelConfig
-from qwen_megakernel.decoding.frame_schedule import Exchange, parse_exchanges
-from qwen_megakernel.installation.build_environment import find_nvcc
+from qwen_megakernel.decoding.frame_schedule import Exchange, listed_exchanges
+from qwen_megakernel.installation.cubin import read_cubin
+from qwen_megakernel.installation.nvrtc import find_compiler
 from qwen_megakernel.synth.config import shape_config
 
-if find_nvcc() is None:
-    pytestmark = pytest.mark.skip(reason="no nvcc")
+if find_compiler() is None:
+    pytestmark = pytest.mark.skip(reason="no CUDA compiler")
 
 STEPS = ["qkv", "attention", "out", "gate_up", "down"]
 
 
 @pytest.fixture(scope="module")
 def schedule(tmp_path_factory):
-    """Shape and streams -> exchanges. The schedule alone is compiled, by the host's compiler."""
+    """Shape and streams -> exchanges. The schedule alone is compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        libraries = {}
+        cubins = {}
         for shape in ("tiny", "1.7b"):
             whole = frame_library(shape_config(shape), "90a")
-            part = replace(whole, name="schedule", cuda_sources=(), cpp_sources=("frame_exchanges.cpp",))
-            libraries[shape] = ctypes.CDLL(str(build(part, "90a")))
-            libraries[shape].frame_exchanges.restype = ctypes.c_char_p
-            libraries[shape].frame_phases.restype = ctypes.c_char_p
+            part = replace(whole, name="schedule", source="frame_exchanges.cuh")
+            cubins[shape] = read_cubin(build(part, "90a"))
 
     def exchanges(shape: str, streams: int) -> list[Exchange]:
-        return parse_exchanges(libraries[shape].frame_exchanges(streams).decode())
+        return listed_exchanges(cubins[shape], streams)
 
-    exchanges.phases = libraries["tiny"].frame_phases().decode().splitlines()
+    exchanges.phases = cubins["tiny"].text("phase_names").splitlines()
     return exchanges
+
+
+@pytest.mark.parametrize("tiny", ["tiny", "tiny-1.7b"])
+@pytest.mark.parametrize(("talker", "predictor"), [(6, 1), (3, 2), (1, 3), (28, 5)])
+def test_words_of_wide_frames_never_repeat_a_tag_whatever_the_layers(
+    tiny, talker, predictor, tmp_path, monkeypatch
+):
+    """csrc/dense_tags.h asserts it; a shape for which it does not hold has no kernel."""
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path))
+    config = shape_config(tiny)
+    config = replace(
+        config,
+        talker=replace(config.talker, num_layers=talker),
+        predictor=replace(config.predictor, num_layers=predictor),
+    )
+    whole = frame_library(config, "90a")
+    build(replace(whole, name="schedule", source="frame_exchanges.cuh"), "90a")
 
 
 def described(config: ModelConfig, streams: int) -> list[Exchange]:

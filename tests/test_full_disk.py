@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from live_server import ROOT, LiveServer, collect, send
 
-from qwen_megakernel.installation.build_environment import find_nvcc
+from qwen_megakernel.installation.nvrtc import find_compiler
 
 IN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 SMALL_DISK = 'mount -t tmpfs -o size="$1" none "$2" && shift 2 && exec "$@"'
@@ -59,7 +59,7 @@ from qwen_megakernel import build_tts
 from qwen_megakernel.tools.build import KernelBuild, build_all
 fill(int(sys.argv[1]))
 build_tts.SOURCES = Path(sys.argv[2])
-library = build_tts.Library("many", ("many.cu",), (), header="")
+library = build_tts.Library("many", "many.cu", header="")
 print(build_all([KernelBuild(library, "90a")]))
 print(sorted(path.name for path in build_tts.cache_folder().iterdir() if path.is_dir()))
 """
@@ -67,7 +67,7 @@ print(sorted(path.name for path in build_tts.cache_folder().iterdir() if path.is
 KERNEL = 'extern "C" __global__ void many(float* x) { x[threadIdx.x] *= 2.f; }\n'
 
 
-@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
+@pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler")
 @pytest.mark.parametrize("room", [0, 4096, 12_288])
 def test_a_kernel_that_has_no_room_fails_in_a_line(tmp_path, room):
     disk, sources = tmp_path / "disk", tmp_path / "csrc"

@@ -21,11 +21,13 @@ from qwen_megakernel.codec.cuda_stream import CudaCodecStream
 from qwen_megakernel.codec.decoder import CodecDecoder, CodecStream
 from qwen_megakernel.config import HOP, Guards
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
+from qwen_megakernel.prompt.voice import Voice
 from qwen_megakernel.synth.checkpoint import write_checkpoint
 from qwen_megakernel.turn import Audio
 
 pytestmark = pytest.mark.gpu
 
+DEMO = Path(__file__).parents[1] / "demo_voice"
 GREEDY = SamplingParams(0.0, 0, 1.0, 1.05)
 PARAMS = GenerationParams(seed=7, min_frames=40, max_frames=40, guards=Guards(repeat_frames=0))
 
@@ -107,6 +109,22 @@ def test_auto_takes_the_kernels(kernels):
     assert "note" not in kernels.description
     assert isinstance(kernels._engine._backend, MegakernelBackend)
     assert isinstance(kernels._engine._codec, CudaCodecStream)
+
+
+def test_the_demonstration_voice_is_spoken_by_the_kernels():
+    """Its predictor has one layer, which no other checkpoint of the tests has."""
+    voice = Voice.load(DEMO / "voices" / "slt.safetensors")
+    with TTSDecoder.load(DEMO, num_slots=16, max_positions=512) as tts:
+        assert tts.description["backend"] == "megakernel", tts.description
+        listeners = [Listener() for _ in range(12)]
+        for listener in listeners:
+            tts.open_turn(TEXT, sink=listener, ended=True, voice=voice, params=PARAMS)
+        assert {listener.wait().reason for listener in listeners} == {"length"}
+        alone = Listener()
+        tts.open_turn(TEXT, sink=alone, ended=True, voice=voice, params=PARAMS)
+        alone.wait()
+    for listener in listeners:
+        np.testing.assert_array_equal(listener.samples, alone.samples)
 
 
 def test_a_turn_is_what_kernel_and_codec_give_step_by_step(kernels):

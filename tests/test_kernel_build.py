@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,21 +23,22 @@ from qwen_megakernel.build_tts import (
     build_facts,
     frame_library,
 )
-from qwen_megakernel.installation import kept_builds
-from qwen_megakernel.installation.build_environment import find_nvcc
+from qwen_megakernel.installation import kept_builds, nvrtc
+from qwen_megakernel.installation.cubin import read_cubin
+from qwen_megakernel.installation.nvrtc import find_compiler
 from qwen_megakernel.synth.config import shape_config
 from qwen_megakernel.tools.machine_code import resources, system_calls
 
 SMALL_BYTES = 99 * 1024
 """Shared memory that a CTA may have on an RTX 30, 40 or 50."""
-NARROW = "FormILb0E"
-"""Part of the mangled name of the frame kernel for up to eight streams: `Form<false, ...>`."""
+NARROW = "frame_kernel_narrow"
+"""The frame kernel for up to eight streams."""
 MOST_WIDE_SPILLS = 1536
 """Bytes of the kernel for up to 32 streams; csrc/machine_code.md has those of each GPU."""
 SOURCE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= %s; }\n'
 
-if find_nvcc() is None:
-    pytestmark = pytest.mark.skip(reason="no nvcc")
+if find_compiler() is None:
+    pytestmark = pytest.mark.skip(reason="no CUDA compiler")
 
 
 @pytest.fixture
@@ -52,14 +51,15 @@ def cache(tmp_path, monkeypatch) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", KNOWN_ARCHES)
 def test_the_frame_kernel_fits_the_gpu(arch, shared_builds, report):
-    """As a server builds it, with its bindings; the table of the machine code has the other shapes."""
+    """As a server builds it; the table of the machine code has the other shapes."""
     started = time.monotonic()
     product = build(frame_library(shape_config("0.6b"), arch), arch)
     lasted = time.monotonic() - started
     used = resources(product)
-    (narrow,) = (kernel for kernel in used if NARROW in kernel.kernel)
-    (wide,) = (kernel for kernel in used if NARROW not in kernel.kernel)
-    shared = ctypes.CDLL(str(product)).frame_shared_bytes()
+    (narrow,) = (kernel for kernel in used if kernel.kernel == NARROW)
+    (wide,) = (kernel for kernel in used if kernel.kernel != NARROW)
+    facts = read_cubin(product).facts
+    shared = max(facts[f"frame_kernel_{name}_shared_bytes"] for name in ("narrow", "wide"))
     report(
         f"0.6b, sm_{arch}: {narrow.registers} and {wide.registers} registers, {narrow.spill_bytes} and "
         f"{wide.spill_bytes} bytes of spills, {shared} bytes of shared memory, in {lasted:.0f} s"
@@ -71,12 +71,30 @@ def test_the_frame_kernel_fits_the_gpu(arch, shared_builds, report):
     assert "Performance Loss" not in (product.parent / "kernel_tts.cu.log").read_text()
 
 
+@pytest.mark.slow
+def test_kernels_are_compiled_where_there_is_no_nvcc_and_no_host_compiler(tmp_path):
+    """PATH is an empty folder; tests/bare_environment.sh does the same in an environment of its own."""
+    (tmp_path / "empty").mkdir()
+    environ = {"PATH": str(tmp_path / "empty"), "HOME": str(tmp_path)}
+    if home := os.environ.get("CUDA_HOME"):  # NVRTC is not in this environment
+        environ["CUDA_HOME"] = home
+    command = [sys.executable, "-m", "qwen_megakernel", "build", "--model", "tiny", "--arch", "sm_120a"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "kernels")],
+        cwd=Path(__file__).parents[1], env=environ, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {path.stem: read_cubin(path) for path in (tmp_path / "kernels").glob("*/*.cubin")}
+    assert sorted(made["frame"].functions) == ["frame_kernel_narrow", "frame_kernel_wide"]
+    assert len(made["codec"].functions) == 17
+
+
 @pytest.mark.parametrize("arch", KNOWN_ARCHES)
 def test_the_bench_s_read_compiles_without_spills(arch, shared_builds):
     product = build(READ_LIBRARY, arch)
     (kernel,) = resources(product)
     assert kernel.spill_bytes == 0
-    assert ctypes.CDLL(str(product)).read_floor
+    assert read_cubin(product).functions == ["read_kernel"]
 
 
 # ---------------------------------------------------------------------------- the cache
@@ -89,7 +107,7 @@ def library(tmp_path, monkeypatch) -> Library:
     sources.mkdir()
     (sources / "twice.cu").write_text(SOURCE % "2.f")
     monkeypatch.setattr(build_tts, "SOURCES", sources)
-    return Library("twice", ("twice.cu",), (), header="")
+    return Library("twice", "twice.cu", header="")
 
 
 CHILD = """
@@ -97,7 +115,7 @@ import sys
 from pathlib import Path
 from qwen_megakernel import build_tts
 build_tts.SOURCES = Path(sys.argv[1])
-library = build_tts.Library("twice", ("twice.cu",), (), header="")
+library = build_tts.Library("twice", "twice.cu", header="")
 print(build_tts.build(library, "90a", lambda line: print(line, flush=True)), flush=True)
 """
 
@@ -135,7 +153,7 @@ def test_a_build_that_was_killed_is_made_anew(library, cache):
     assert child.stdout.readline().startswith("compiling")
     os.kill(child.pid, signal.SIGKILL)  # its compiler lives on, as after an out-of-memory kill
     child.wait(10)
-    assert not list(cache.glob("twice-*/twice.so"))
+    assert not list(cache.glob("twice-*/twice.cubin"))
     lines = []
     assert build(library, "90a", lines.append).is_file()
     assert len(lines) == 1
@@ -158,20 +176,21 @@ def test_what_the_compiler_says_is_told_in_a_line(library, cache):
     (build_tts.SOURCES / "twice.cu").write_text(SOURCE % "nothing")
     with pytest.raises(BuildError, match=r'does not compile: twice.cu: .*"nothing" is undefined'):
         build(library, "90a")
-    assert not list(cache.glob("twice-*/twice.so"))
+    assert not list(cache.glob("twice-*/twice.cubin"))
 
 
-def test_a_compiler_that_is_missing_is_named(library, cache, monkeypatch, tmp_path):
-    monkeypatch.setattr(build_tts, "find_nvcc", lambda: tmp_path / "nvcc")
-    with pytest.raises(BuildError, match=r"nvcc does not run: reinstall the CUDA toolkit"):
+def test_a_compiler_that_does_not_run_is_named(library, cache, monkeypatch, tmp_path):
+    broken = nvrtc.Compiler(tmp_path / "libnvrtc.so.13", tmp_path)
+    monkeypatch.setattr(nvrtc, "find_compiler", lambda: broken)
+    with pytest.raises(BuildError, match=r"libnvrtc.so.13 does not run \(.*\): reinstall it, or set"):
         build(library, "90a")
 
 
 def test_what_was_built_needs_no_compiler(library, cache, monkeypatch):
     product = build(library, "90a")
-    monkeypatch.setattr(build_tts, "find_nvcc", lambda: None)
+    monkeypatch.setattr(nvrtc, "find_compiler", lambda: None)
     assert build(library, "90a") == product
-    with pytest.raises(BuildError, match="nvcc is not found"):
+    with pytest.raises(BuildError, match="no CUDA compiler is found"):
         build(library, "120a")
 
 
@@ -180,44 +199,45 @@ def test_prebuilt_kernels_need_no_compiler(library, cache, monkeypatch, tmp_path
     product = build(library, "90a", out=out)
     kept_builds.strip(product)
     assert sorted(path.name for path in product.parent.iterdir()) == [
-        "build.json", "twice.sha256", "twice.so",
+        "build.json", "twice.cubin", "twice.sha256",
     ]  # fmt: skip
     monkeypatch.setenv("QWEN_MEGAKERNEL_KERNELS", str(out))
-    monkeypatch.setattr(build_tts, "find_nvcc", lambda: None)
+    monkeypatch.setattr(nvrtc, "find_compiler", lambda: None)
     assert build(library, "90a", lines.append) == product
     assert lines == []
-    with pytest.raises(BuildError, match="nvcc is not found"):
+    with pytest.raises(BuildError, match="no CUDA compiler is found"):
         build(library, "120a", lines.append)
     assert lines.pop() == (
         f"the twice kernel in {out} is not used: there is none for sm_120a and this model shape"
     )
     damage(product, "a bit")
-    with pytest.raises(BuildError, match="nvcc is not found"):
+    with pytest.raises(BuildError, match="no CUDA compiler is found"):
         build(library, "90a", lines.append)
     assert lines == [f"the twice kernel in {out} is not used: it is damaged: {product.parent}"]
 
 
-def test_bindings_belong_to_a_torch_release_and_kernels_to_none(library, monkeypatch):
-    bound = replace(library, cpp_sources=("bindings.cpp",))
-    facts, kernels = build_facts(bound, "90a"), build_facts(library, "90a")
+def test_a_build_belongs_to_no_torch(library, monkeypatch):
+    facts = build_facts(library, "90a")
     monkeypatch.setattr(torch, "__version__", "2.99.0+cu140")
-    assert build_facts(library, "90a") == kernels
-    assert build_facts(bound, "90a") == facts | {"torch": "2.99.0"}
+    assert build_facts(library, "90a") == facts
+    assert facts.keys() == {"geometry", "sources", "flags"}
 
 
-def test_prebuilt_kernels_of_another_torch_are_not_used(library, cache, monkeypatch, tmp_path):
-    (build_tts.SOURCES / "bindings.cpp").write_text("int bound = 1;\n")
-    bound, lines, out = replace(library, cpp_sources=("bindings.cpp",)), [], tmp_path / "kernels"
-    monkeypatch.setattr(torch, "__version__", "2.99.0")
-    build(bound, "90a", out=out)
-    monkeypatch.undo()
-    monkeypatch.setattr(build_tts, "SOURCES", tmp_path / "csrc")
-    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(cache))
+def test_prebuilt_kernels_of_other_sources_are_not_used(library, cache, monkeypatch, tmp_path):
+    lines, out = [], tmp_path / "kernels"
+    build(library, "90a", out=out)
+    (build_tts.SOURCES / "twice.cu").write_text(SOURCE % "3.f")
     monkeypatch.setenv("QWEN_MEGAKERNEL_KERNELS", str(out))
-    product = build(bound, "90a", lines.append)
-    here = torch.__version__.partition("+")[0]
-    assert product.is_relative_to(cache)
-    assert lines[0].endswith(f"is not used: it has another torch (torch 2.99.0, here {here})")
+    assert build(library, "90a", lines.append).is_relative_to(cache)
+    assert lines[0].endswith("is not used: it has other sources")
+
+
+def test_kernels_that_newer_gpus_shall_run_come_with_ptx(library, cache):
+    ampere, hopper = build(library, "80"), build(library, "90a")
+    assert b".target sm_80" in kept_builds.ptx_of(ampere).read_bytes()
+    assert not kept_builds.ptx_of(hopper).exists()
+    kept_builds.ptx_of(ampere).write_text("")
+    assert not kept_builds.is_whole(ampere)
 
 
 def damage(product: Path, how: str) -> None:
@@ -258,8 +278,8 @@ def test_a_damaged_build_is_made_anew(library, cache, how):
 def test_a_damaged_build_is_refused_where_there_is_no_compiler(library, cache, monkeypatch, how):
     product = build(library, "90a")
     damage(product, how)
-    monkeypatch.setattr(build_tts, "find_nvcc", lambda: None)
+    monkeypatch.setattr(nvrtc, "find_compiler", lambda: None)
     with pytest.raises(BuildError) as refused:
         build(library, "90a")
-    assert str(refused.value).startswith(f"{product} is damaged, and nvcc is not found")
+    assert str(refused.value).startswith(f"{product} is damaged, and no CUDA compiler is found")
     assert "\n" not in str(refused.value)

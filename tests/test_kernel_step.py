@@ -348,7 +348,7 @@ def test_streams_sample_as_the_torch_backend_does(twins):
     assert wrong <= 3
 
 
-HANG = """
+FAULT = """
 import sys
 import torch
 from kernel_twins import make_kernel
@@ -357,25 +357,44 @@ from qwen_megakernel.decoding.kernel_backend import KernelError
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config
 
-kernel = make_kernel("tiny", random_talker(shape_config("tiny"), "cuda"), max_spins=100_000)
-rows = torch.zeros(1, 128)
-kernel.prefill(0, rows, GenerationParams())
-kernel._kernel.withhold(3)
+fault, n = sys.argv[1], int(sys.argv[2])
+talker = random_talker(shape_config("tiny"), "cuda")
+kernel = make_kernel("tiny", talker, max_spins=100_000, num_slots=32)
+rows = torch.zeros(n, 128)
+for slot in range(n):
+    kernel.prefill(slot, torch.zeros(1, 128), GenerationParams())
+if fault == "withheld":
+    kernel._kernel.withhold(3)
+else:
+    rows[n // 2, 7] = float(fault)
 try:
-    kernel.decode([0], rows)
+    kernel.decode(range(n), rows)
 except KernelError as error:
     sys.exit(str(error))
 """
 
 
-def test_a_withheld_cta_is_an_error_that_names_frame_and_phase():
-    """In a process of its own: the CUDA context is lost."""
+def error_of(fault: str, n: int) -> str:
+    """What a frame of `n` streams says of a fault, in a process of its own: the CUDA context is lost."""
     child = subprocess.run(
-        [sys.executable, "-c", HANG],
+        [sys.executable, "-c", FAULT, fault, str(n)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert child.returncode == 1
-    assert re.search(r"frame 0 hung: CTA \d+ waited for \w+ in exchange \d+ \(", child.stderr)
+    assert child.returncode == 1, child.stdout[-1000:] + child.stderr[-1000:]
+    return child.stderr
+
+
+@pytest.mark.parametrize("n", [1, 8, 9, 32])
+def test_a_withheld_cta_is_an_error_that_names_frame_and_phase(n):
+    assert re.search(r"frame 0 hung: CTA \d+ waited for \w+ in exchange \d+ \(", error_of("withheld", n))
+
+
+@pytest.mark.parametrize("n", [9, 16, 32])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_value_that_is_not_a_number_is_an_error_and_no_wait(value, n):
+    """Of a wide frame, whose words could not carry it."""
+    said = error_of(value, n)
+    assert "computed a value that is not a number" in said, said

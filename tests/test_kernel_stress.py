@@ -190,5 +190,5 @@ def test_the_sanitizer_finds_nothing(tool):
         timeout=150,
     )
     assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-1000:]
-    assert child.stdout.count("codes [[") == 2
+    assert child.stdout.count("codes [[") == 3
     assert SUMMARIES[tool] in child.stdout, child.stdout[-3000:]

@@ -20,7 +20,7 @@ import qwen_megakernel
 PACKAGE = "qwen_megakernel"
 
 ORDER = (
-    "config", "surrogates", "turn", "installation", "checkpoint", "build_tts",
+    "config", "surrogates", "turn", "installation", "checkpoint", "build_tts", "cuda_driver",
     "model", "codec", "prompt", "decoding", "engine", "tts_model",
     "serving", "synth", "tools", "bench", "bench_tts", "prove", "__main__",
 )  # fmt: skip

@@ -18,11 +18,11 @@ from qwen_megakernel.build_tts import (
     compiler_release,
     shared_bytes,
 )
-from qwen_megakernel.installation.build_environment import find_nvcc
+from qwen_megakernel.installation.cubin import CubinError, read_cubin
+from qwen_megakernel.installation.nvrtc import find_compiler
 from qwen_megakernel.tools import build as build_kernels
 from qwen_megakernel.tools import machine_code
 from qwen_megakernel.tools.build import KernelBuild, table_builds
-from qwen_megakernel.tools.cubin import CubinError, read_cubin
 from qwen_megakernel.tools.machine_code import (
     TABLE,
     UPDATE_COMMAND,
@@ -47,16 +47,22 @@ BUILDS = [
 SCALE = """
 namespace {
 __device__ __noinline__ float grown(float x, int n) { return n > 1 ? x * %s + grown(x, n - 1) : x; }
-template <int kN> __global__ void scale(float* x) { x[threadIdx.x] = grown(x[threadIdx.x], kN); }
 }
-extern "C" void launch(float* x) { scale<7><<<1, 32>>>(x); }
+extern "C" __global__ void scale(float* x) { x[threadIdx.x] = grown(x[threadIdx.x], 7); }
 """
 ALIGNED = """
 extern "C" __device__ void* __nv_aligned_device_malloc(size_t, size_t);
 extern "C" __global__ void aligned(void** x) { *x = __nv_aligned_device_malloc(64, 64); }
 """
 
-needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="no nvcc")
+FACTS = """
+extern "C" __device__ const long long fact_three = 3, fact_none = 0, fact_below = -4;
+extern "C" __device__ const char steps[] = "one\\ntwo\\n";
+extern "C" __global__ void nothing() {}
+"""
+HEAD = b"\x7fELF\x02\x01" + bytes(12) + (190).to_bytes(2, "little") + bytes(44)
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler")
 
 
 # ---------------------------------------------------------------------------- the repository's table
@@ -67,7 +73,7 @@ def test_the_table_has_all_builds():
     assert parse(TABLE.read_text()).builds() == expected
 
 
-WIDE = "frame_kernel<Form<true"
+WIDE = "frame_kernel_wide"
 """A wide frame's kernel, which spills at most a few registers over its waits (docs/experiments.md)."""
 MAY_SPILL = {("frame", "1.7b", f"sm_{arch}") for arch in ARCHES}
 """32 registers of a thread hold the residual of this shape."""
@@ -84,12 +90,12 @@ def test_no_other_kernel_of_the_table_spills_or_takes_more_than_its_gpu_has():
     assert spilling == MAY_SPILL
 
 
-@needs_nvcc
+@needs_compiler
 @pytest.mark.parametrize("one", BUILDS)
 def test_the_machine_code_is_the_table_s(one: KernelBuild, shared_builds):
-    table, release = parse(TABLE.read_text()), compiler_release(find_nvcc())
+    table, release = parse(TABLE.read_text()), compiler_release(find_compiler())
     if release != table.release:
-        pytest.skip(f"csrc/{TABLE.name} belongs to nvcc {table.release}, here is {release}")
+        pytest.skip(f"csrc/{TABLE.name} belongs to NVRTC {table.release}, here is {release}")
     differences = table.differences(rows(build(one.library, one.arch), one.shape, one.arch))
     if differences:
         pytest.fail(
@@ -112,12 +118,12 @@ def compiled(tmp_path, monkeypatch) -> Callable[[str, str], Path]:
         (sources / "scale.cu").write_text(source)
         monkeypatch.setattr(build_tts, "SOURCES", sources)
         monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / folder / "cache"))
-        return build(Library("scale", ("scale.cu",), (), header=""), "90a")
+        return build(Library("scale", "scale.cu", header=""), "90a")
 
     return make
 
 
-@needs_nvcc
+@needs_compiler
 def test_a_digest_follows_the_code_alone(compiled):
     first, moved, commented, changed = (
         rows(compiled(folder, source), "-", "90a")
@@ -128,31 +134,40 @@ def test_a_digest_follows_the_code_alone(compiled):
             "changed": SCALE % "3.f",
         }.items()
     )
-    assert [row.kernel for row in first] == ["scale<7>"]
+    assert [row.kernel for row in first] == ["scale"]
     assert first == moved == commented
     assert replace(changed[0], digest=first[0].digest) == first[0]
     assert changed[0].digest != first[0].digest
 
 
-@needs_nvcc
+@needs_compiler
 def test_a_function_that_is_not_inlined_counts(compiled):
     (called,) = rows(compiled("called", SCALE % "2.f"), "-", "90a")
     (longer,) = rows(compiled("longer", SCALE % "2.f + sqrtf(x) / n"), "-", "90a")
     assert longer.instructions > called.instructions
 
 
-@needs_nvcc
+@needs_compiler
 def test_calls_into_the_driver_are_found(compiled):
     assert system_calls(compiled("aligned", ALIGNED)) == ["__cuda_syscall_aligned_malloc"]
     assert system_calls(compiled("plain", SCALE % "2.f")) == []
 
 
 def test_what_is_no_machine_code_is_refused(tmp_path):
-    (tmp_path / "junk.cu.o").write_bytes(b"\x7fELF junk")
-    with pytest.raises(CubinError, match=r"junk.cu.o has 0 uncompressed cubins, expected 1"):
-        read_cubin(tmp_path / "junk.cu.o")
-    with pytest.raises(CubinError, match="has no object files"):
-        system_calls(tmp_path / "empty" / "x.so")
+    junk = tmp_path / "junk.cubin"
+    for content, said in ((b"\x7fELF junk", "is no cubin"), (HEAD, "is no whole cubin")):
+        junk.write_bytes(content)
+        with pytest.raises(CubinError, match=f"junk.cubin {said}"):
+            read_cubin(junk)
+
+
+@needs_compiler
+def test_facts_and_texts_are_read_from_a_cubin(compiled):
+    cubin = read_cubin(compiled("facts", FACTS))
+    assert cubin.facts == {"three": 3, "none": 0, "below": -4}
+    assert cubin.text("steps") == "one\ntwo\n"
+    with pytest.raises(CubinError, match="the cubin has no names"):
+        cubin.text("names")
 
 
 # ---------------------------------------------------------------------------- the table's text
@@ -192,10 +207,10 @@ def test_the_table_covers_all_or_nothing(capsys):
     assert "leave out --arch, --model, --form, --all and --out" in capsys.readouterr().err
 
 
-@needs_nvcc
+@needs_compiler
 def test_the_command_writes_the_table(compiled, monkeypatch, tmp_path, capsys):
     product = compiled("source", SCALE % "2.f")
-    library = Library("scale", ("scale.cu",), (), header="")
+    library = Library("scale", "scale.cu", header="")
     table = tmp_path / "machine_code.md"
     table.write_text("<<<<<<< a table in the middle of a merge\n")
     monkeypatch.setattr(machine_code, "TABLE", table)
@@ -205,6 +220,6 @@ def test_the_command_writes_the_table(compiled, monkeypatch, tmp_path, capsys):
     assert parse(table.read_text()).differences([row]) == []
     table.write_text(render([replace(row, instructions=1)], "13.0.88"))
     assert main(["build", "--table"]) == 0
-    told = f"scale - sm_90a scale<7>: instructions 1 -> {row.instructions}\n"
+    told = f"scale - sm_90a scale: instructions 1 -> {row.instructions}\n"
     assert told in capsys.readouterr().out
     assert parse(table.read_text()).differences([row]) == []

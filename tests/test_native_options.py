@@ -10,7 +10,7 @@ from native_client import LONG_TEXT, SENTENCES, WILD, NativeClient, take
 from session_stage import Stage
 
 from qwen_megakernel.config import SamplingParams
-from qwen_megakernel.serving import native
+from qwen_megakernel.serving import audio_encoding, native
 from qwen_megakernel.serving.native import NativeDialect
 from qwen_megakernel.serving.native_messages import (
     AudioChunk,
@@ -173,7 +173,7 @@ def test_opus_has_one_rate_and_needs_pyav(monkeypatch):
         NativeDialect(stage.session).receive(encode(Hello(audio=AudioFormat("opus"))))
         return parse_server_message((await stage.events())[0].message)
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(audio_encoding, "pyav_is_installed", lambda: False)
     answer = asyncio.run(script())
     assert isinstance(answer, Error)
     assert answer.code == "unsupported_protocol"

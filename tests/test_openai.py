@@ -338,7 +338,7 @@ def test_any_body_gets_audio_or_an_error_with_a_code(server, body):
 
 
 def test_without_pyav_the_plain_formats_are_left(server, monkeypatch):
-    monkeypatch.setattr(audio_encoding.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(audio_encoding, "pyav_is_installed", lambda: False)
     assert [name for name in FORMATS if FORMATS[name].encodable] == ["wav", "pcm"]
 
 

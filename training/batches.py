@@ -15,39 +15,40 @@ from training.graphs import Batch
 from training.rows import NONE, Layout, Utterance
 
 SHAPES = ((56, 200), (88, 128), (168, 64))
-"""(rows, utterances) of a batch; an utterance goes where it just fits."""
+"""(rows, utterances) of a batch. An utterance goes into the smallest shape that holds it."""
 NUM_PREDICTED = 3072
-"""Frames of a batch that the code predictor is trained on; all are too many."""
+"""Frames of a batch on which the code predictor is trained. All frames would be too many."""
 NON_STREAMING = 0.25
 AUTO_LANGUAGE = 0.5
 MAX_CORRUPTION = 0.25
-"""Up to this share of an utterance's input codes are of other frames: at run time the model must go
-on from codes that it drew itself."""
+"""At most this share of an utterance's input codes comes from other frames. At run time the model
+continues from codes that it drew itself, so it must tolerate wrong ones."""
 
 
 LOOKED_S = 15
-"""Between two looks for more material."""
+"""Seconds between two checks for more material."""
 
 
 @dataclass
 class Material:
-    """All there is to train on, and more as it comes."""
+    """All utterances to train on, and those that come later."""
 
     layout: Layout
     readings: list[list[Utterance]]
-    """The same utterances tokenised in two ways, plainly and with merges left out."""
+    """The same utterances tokenised in two ways: plainly, and with some merges left out."""
     eos: int
     more: Callable[[], list[list[Utterance]]] = lambda: []
-    """What has come since it was last asked, in the same readings; nothing where it is empty."""
+    """Returns what has come since the last call, in the same readings. Returns an empty list if nothing
+    has."""
 
     def grow(self) -> None:
-        """Take in what has come."""
+        """Add what has come."""
         for reading, fresh in zip(self.readings, self.more(), strict=False):
             reading += fresh
 
 
 class BatchStream(IterableDataset):
-    """Draws batches for ever; each worker its own."""
+    """Draws batches without end. Each worker draws its own."""
 
     def __init__(self, material: Material, seed: int) -> None:
         self._material, self._seed = material, seed
@@ -64,7 +65,7 @@ class BatchStream(IterableDataset):
                     self._material.grow()
                     if len(first) > count:
                         break
-                # The plain reading more often: it is what speech is made from.
+                # The plain reading comes more often, because speech is made from it.
                 reading = self._material.readings[int(rng.random() < 0.4) % len(self._material.readings)]
                 utterance = reading[index]
                 streaming = rng.random() >= NON_STREAMING
@@ -87,12 +88,12 @@ def make_batch(
     shape: tuple[int, int],
     rng: np.random.Generator,
 ) -> Batch:
-    """Utterances, each with whether it is laid out for streaming, as one batch.
+    """Make one batch of utterances, each with whether it is laid out for streaming.
 
     Returns:
         text, control, target int64 [n, rows]; codes int64 [n, rows, 16]; speaker, voice int64 [n];
-        picked int64 [NUM_PREDICTED] flat rows, and their frames, picked_codes int64
-        [NUM_PREDICTED, 16]. NONE where there is nothing.
+        picked int64 [NUM_PREDICTED], indices of flattened rows, and their frames, picked_codes int64
+        [NUM_PREDICTED, 16]. NONE stands where there is nothing.
     """
     length, n = shape
     text, control, target = (np.full((n, length), NONE, dtype=np.int64) for _ in range(3))
@@ -120,7 +121,7 @@ def make_batch(
 
 
 def plain_batch(material: Material) -> Batch:
-    """The first utterances that fit the smallest shape, laid out for streaming; always the same."""
+    """The first utterances that fit the smallest shape, laid out for streaming. Always the same."""
     rows, most = SHAPES[0]
     fits = [u for u in material.readings[0] if material.layout.count(u, streaming=True) <= rows]
     group = [(utterance, True) for utterance in (fits * most)[:most]]
@@ -128,7 +129,7 @@ def plain_batch(material: Material) -> Batch:
 
 
 def blank_batch(shape: tuple[int, int]) -> Batch:
-    """A batch of a shape with nothing in it but zeros."""
+    """A batch of the given shape with nothing in it but zeros."""
     length, n = shape
     sizes = {
         "text": (n, length), "control": (n, length), "target": (n, length),
@@ -139,7 +140,7 @@ def blank_batch(shape: tuple[int, int]) -> Batch:
 
 
 def _corrupt(codes: np.ndarray, rng: np.random.Generator) -> None:
-    """Replace some codes by those of other frames, in place: single ones, and whole frames."""
+    """Replace some codes by those of other frames, in place: single codes and whole frames."""
     real = np.flatnonzero(codes[:, :, 0].ravel() != NONE)
     flat = codes.reshape(-1, NUM_CODEBOOKS)
     rate = np.repeat(rng.random(len(codes)) * MAX_CORRUPTION, codes.shape[1])[real]
@@ -150,7 +151,7 @@ def _corrupt(codes: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def loader(material: Material, workers: int, seed: int) -> Iterator[Batch]:
-    """Batches, made ahead by `workers` processes (0: in this one)."""
+    """Batches that `workers` processes make ahead. With 0 workers, this process makes them."""
     stream = BatchStream(material, seed)
     pinned = torch.cuda.is_available()
     return iter(DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pinned))

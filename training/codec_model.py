@@ -1,7 +1,7 @@
-"""What the codec needs to be trained: an encoder, a quantiser that learns, a decoder with gradients.
+"""What the codec needs for training: an encoder, a quantiser that learns, a decoder with gradients.
 
-The decoder is the product's own (`codec.decoder.CodecDecoder`). Encoder and quantiser are
-the trainer's: they make the codes that the talker learns, and only the codebooks are exported.
+The decoder is the product's own (`codec.decoder.CodecDecoder`). Encoder and quantiser belong to the
+trainer. They make the codes that the talker learns. Of them, only the codebooks are exported.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from qwen_megakernel.config import NUM_CODEBOOKS, CodecConfig
 from training.spectra import log_mel
 
 ENCODER_MARGIN = 4
-"""Frames on each side of a frame that its codes may depend on."""
+"""The codes of a frame depend on at most this many frames on each side of it."""
 _ADOPTED_USAGE = 5.0
-"""Of each code in a batch, about; says how fast adopted codebooks are forgotten."""
+"""About how often each code occurs in a batch. It decides how fast adopted codebooks are forgotten."""
 _MELS, _N_FFT, _MEL_HOP = 80, 1024, 240
 
 
@@ -36,8 +36,7 @@ class _Residual(nn.Module):
 class MelEncoder(nn.Module):
     """Samples to latents at 12.5 Hz.
 
-    It sees mel magnitudes, not the waveform: codes then say nothing of phase, which no text
-    could predict.
+    It sees mel magnitudes, not the waveform. So codes hold no phase, which no text could predict.
     """
 
     def __init__(self, out: int, width: int = 256) -> None:
@@ -47,7 +46,8 @@ class MelEncoder(nn.Module):
             layers += [nn.Conv1d(width, width, 4, stride=2, padding=1), _Residual(width, 3)]
         layers += [_Residual(width, 3), nn.GELU(), nn.Conv1d(width, out, 1)]
         self.layers = nn.Sequential(*layers)
-        # Keeps every channel in use: without it the encoder can settle for saying always the same.
+        # This norm keeps every channel in use. Without it the encoder can learn to output always the
+        # same.
         self.norm = nn.BatchNorm1d(out, affine=False)
 
     def forward(self, audio: Tensor) -> Tensor:
@@ -57,7 +57,8 @@ class MelEncoder(nn.Module):
 
 
 class LearningCodebook(nn.Module):
-    """A codebook that follows the mean of what it quantises; unused codes move to where data is."""
+    """A codebook that follows the mean of the vectors it quantises. Unused codes move to where data
+    is."""
 
     usage: Tensor
     total: Tensor
@@ -75,9 +76,10 @@ class LearningCodebook(nn.Module):
 
     @torch.no_grad()
     def quantise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 [n, dim] -> codes int64 [n] and their vectors [n, dim]; learns in train mode."""
+        """Quantise float32 [n, dim] to codes int64 [n] and their vectors [n, dim]. Learns in train
+        mode."""
         if self.training and self._untouched:
-            self._untouched = False  # asked once: the answer is on the device
+            self._untouched = False  # checked once, because the answer is on the device
             if not self.usage.any():
                 self.total.copy_(x[torch.randint(len(x), self.usage.shape, device=x.device)])
                 self.usage.fill_(1.0)
@@ -100,7 +102,7 @@ class LearningCodebook(nn.Module):
 
 
 class LearningQuantizer(nn.Module):
-    """Sixteen codebooks in a chain, in the official two groups: one, and the fifteen after it."""
+    """Sixteen codebooks in a chain, in the official two groups: the first one, and the other fifteen."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -112,7 +114,8 @@ class LearningQuantizer(nn.Module):
         )
 
     def bypass(self, latents: Tensor) -> Tensor:
-        """The projections alone, for the first steps, when latents are not worth quantising yet."""
+        """Apply only the projections. For the first steps, when quantising the latents is not worthwhile
+        yet."""
         first = self.outputs[0](self.inputs[0](latents))
         return first + self.outputs[1](self.inputs[1](latents - first.detach()))
 
@@ -121,11 +124,11 @@ class LearningQuantizer(nn.Module):
 
         Args:
             latents: float32 [n, frames, codebook_dim].
-            kept: int64 [n], of how many codebooks each sample is decoded; all where None.
+            kept: int64 [n], the number of codebooks from which each sample is decoded. None keeps all.
 
         Returns:
-            Decoder input [n, frames, codebook_dim] (straight-through), codes int64
-            [n, frames, 16], commitment loss.
+            Decoder input [n, frames, codebook_dim] (straight-through), codes int64 [n, frames, 16],
+            commitment loss.
         """
         first, codes, loss = self._group(latents, 0, self.books[:1], None)
         rest_latents = latents - first.detach()
@@ -153,13 +156,13 @@ class LearningQuantizer(nn.Module):
 
 
 class FreshStates:
-    """The codec states of streams that begin, with gradients: zeros before the first frame."""
+    """The codec states of streams that begin, with gradients. They are zeros before the first frame."""
 
     def __init__(self, num: int, device: torch.device) -> None:
         self.frame_counts = torch.zeros(num, dtype=torch.int64, device=device)
 
     def extend(self, layer: Recurrent, new: Tensor) -> Tensor:
-        """`new` with the layer's empty history before it."""
+        """`new` after the layer's empty history."""
         past = layer.history_shape[layer.time_dim - 1]
         return F.pad(new, (0, 0, past, 0) if layer.time_dim == 1 else (past, 0))
 
@@ -167,15 +170,16 @@ class FreshStates:
 def decode_latents(
     decoder: CodecDecoder, x: Tensor, window: Tensor | None = None, context: int = 0
 ) -> Tensor:
-    """`CodecDecoder.forward` from the quantiser's output on, differentiable, not clamped.
+    """`CodecDecoder.forward` from the quantiser's output on: differentiable, and without clamping.
 
     Args:
         decoder: its weights may require gradients.
         x: [n, frames, codebook_dim].
-        window: int64 [context + w], consecutive frames for the layers above frame rate, as if their
-            stream began there; all where None. Samples are what costs.
-        context: of the window's frames, how many are context only: the slow layers, which look far
-            back and cost little, see them; samples are not made of them.
+        window: int64 [context + w], consecutive frames for the layers above frame rate, which run as if
+            their stream began there. None takes all frames. These layers make the samples, which are the
+            expensive part.
+        context: how many of the window's frames are context only. The slow layers see them, because they
+            look far back and are cheap. No samples are made from them.
 
     Returns:
         float32 [n, (frames or w) * 1920].
@@ -190,14 +194,14 @@ def decode_latents(
     if window is not None:
         steps = window[:, None] * factor + torch.arange(factor, device=x.device)
         x = x.index_select(2, steps.flatten())
-    # After the first block one frame of context will do, after the second none.
+    # One frame of context is enough after the first block, and none after the second.
     drops = [max(context - 1, 0), min(context, 1)]
     wide = _fast_layers_on_gpu if x.is_cuda else _fast_layers
     return wide(decoder, x, drops, states)
 
 
 def _fast_layers(decoder: CodecDecoder, x: Tensor, drops: list[int], states: FreshStates) -> Tensor:
-    """The layers above frame rate; `drops`: frames of context that end with each block."""
+    """Run the layers above frame rate. `drops`: frames of context that end with each block."""
     for module in decoder.modules():
         if isinstance(module, SnakeBeta):
             module.prepare()
@@ -215,8 +219,8 @@ def _fast_layers(decoder: CodecDecoder, x: Tensor, drops: list[int], states: Fre
 def _fast_layers_on_gpu(
     decoder: CodecDecoder, x: Tensor, drops: list[int], states: FreshStates
 ) -> Tensor:
-    """The same by `training.fused`; streams begin, so there are no states to look at."""
-    from training import fused  # Triton comes with a GPU's PyTorch only
+    """The same with `training.fused`. Streams begin here, so it needs no states."""
+    from training import fused  # Triton comes only with a GPU's PyTorch
 
     first, *blocks, act, last = decoder.decoder
     x = x.transpose(1, 2).to(torch.bfloat16).contiguous()
@@ -257,7 +261,7 @@ class TrainedCodec(nn.Module):
 
     @torch.no_grad()
     def adopt(self) -> None:
-        """The opposite of `publish`: take codebooks and projections from the decoder."""
+        """Take codebooks and projections from the decoder. The opposite of `publish`."""
         groups = (self.decoder.quantizer.rvq_first, self.decoder.quantizer.rvq_rest)
         books = list(self.quantizer.books)
         for index, (group, mine) in enumerate(zip(groups, (books[:1], books[1:]), strict=True)):
@@ -271,7 +275,7 @@ class TrainedCodec(nn.Module):
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Put the learnt codebooks and projections where the decoder has its own."""
+        """Copy the learnt codebooks and projections into the decoder."""
         groups = (self.decoder.quantizer.rvq_first, self.decoder.quantizer.rvq_rest)
         books = list(self.quantizer.books)
         for index, (group, mine) in enumerate(zip(groups, (books[:1], books[1:]), strict=True)):

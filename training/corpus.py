@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def write_codes(folder: Path, codes: dict[int, Tensor]) -> None:
-    """Write sentence index -> codes uint8 [frames, 16] as one more `codes-NUMBER.npz`.
+    """Write sentence index -> codes uint8 [frames, 16] as a new `codes-NUMBER.npz`.
 
-    The number is its first sentence's. Who reads meanwhile sees the whole file or none.
+    The number is that of its first sentence. A process that reads meanwhile sees the whole file or none.
     """
     indices = np.array(sorted(codes), dtype=np.int32)
     frames = np.array([len(codes[i]) for i in indices], dtype=np.int32)
@@ -30,7 +30,7 @@ class Codes:
         self._taken: set[Path] = set()
 
     def take(self) -> dict[int, np.ndarray]:
-        """Sentence index -> codes uint8 [frames, 16], of what is new since the last time."""
+        """Sentence index -> codes uint8 [frames, 16], for codes that are new since the last call."""
         found: dict[int, np.ndarray] = {}
         for path in sorted(set(self._folder.glob("codes-*.npz")) - self._taken):
             self._taken.add(path)
@@ -41,7 +41,7 @@ class Codes:
 
 
 def write_tokens(path: Path, readings: dict[str, list[np.ndarray]]) -> None:
-    """Write ids uint16 of each text, for each way of reading them."""
+    """Write the token ids, uint16, of each text in each reading."""
     arrays: dict[str, np.ndarray] = {}
     for name, ids in readings.items():
         arrays[name] = np.concatenate(ids)
@@ -50,6 +50,6 @@ def write_tokens(path: Path, readings: dict[str, list[np.ndarray]]) -> None:
 
 
 def read_tokens(path: Path, name: str) -> list[np.ndarray]:
-    """Ids of each text of one reading."""
+    """The token ids of each text in one reading."""
     with np.load(path) as file:
         return np.split(file[name], np.cumsum(file[f"{name}_lengths"])[:-1])

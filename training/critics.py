@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from training.spectra import stft
 
 Features = list[list[Tensor]]
-"""Of each discriminator, the outputs of its layers; the last is its verdict."""
+"""The outputs of the layers of each discriminator. The last one is its verdict."""
 
 
 class _SpectrumCritic(nn.Module):
@@ -34,7 +34,7 @@ class _SpectrumCritic(nn.Module):
 
 
 class _PeriodCritic(nn.Module):
-    """Convolutions over the samples that are a period apart."""
+    """Convolutions over samples that are a period apart."""
 
     def __init__(self, period: int, widths: Iterable[int] = (16, 48, 96, 128)) -> None:
         super().__init__()
@@ -60,22 +60,22 @@ def _outputs(layers: nn.ModuleList, x: Tensor) -> list[Tensor]:
 
 
 class Critics(nn.Module):
-    """All discriminators; audio [n, samples] at 24 kHz."""
+    """All discriminators. Audio is [n, samples] at 24 kHz."""
 
     def __init__(self) -> None:
         super().__init__()
         spectra = [_SpectrumCritic(n, n // 4) for n in (2048, 1024, 512)]
         periods = [_PeriodCritic(period) for period in (2, 3, 5, 7, 11)]
         self.critics = nn.ModuleList([*spectra, *periods])
-        self.to(memory_format=torch.channels_last)  # few channels: three times as fast
+        self.to(memory_format=torch.channels_last)  # three times as fast with so few channels
 
     def forward(self, audio: Tensor) -> Features:
-        """What each makes of the audio."""
+        """The features of the audio in each discriminator."""
         return [critic(audio) for critic in self.critics]
 
 
 def critic_loss(made: Features, true: Features) -> Tensor:
-    """Least squares: the true is 1, the made is 0."""
+    """Least squares: 1 for true audio, 0 for made audio."""
     return sum(
         (1 - t[-1].float()).square().mean() + m[-1].float().square().mean()
         for m, t in zip(made, true, strict=True)
@@ -83,7 +83,8 @@ def critic_loss(made: Features, true: Features) -> Tensor:
 
 
 def generator_losses(made: Features, true: Features) -> tuple[Tensor, Tensor]:
-    """How far the made is from being taken for true, and from the true in the inner layers."""
+    """How far the made audio is from being taken for true, and from the true audio in the inner
+    layers."""
     fooled = sum((1 - m[-1].float()).square().mean() for m in made)
     likeness = sum(
         F.l1_loss(m.float(), t.float().detach()) / t.float().abs().mean().detach().clamp(min=1e-3)

@@ -1,4 +1,4 @@
-"""Everyday sentences from templates: what a voice agent says, and dictionaries do not."""
+"""Everyday sentences from templates: what a voice agent says and dictionaries do not have."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _WORDS = Path(__file__).with_name("dialogue_words.txt")
-"""A slot a line: its name, and what may stand there."""
+"""Each line has the name of a slot and what may stand in it."""
 _TEMPLATES = Path(__file__).with_name("dialogue_templates.txt")
 
 
 def sentences(count: int, rng: random.Random) -> Iterator[str]:
-    """`count` sentences, drawn with `rng`; some may repeat."""
+    """`count` sentences, drawn with `rng`. Some may repeat."""
     slots = (line.split(": ") for line in _WORDS.read_text(encoding="utf-8").splitlines())
     words = {name: options.split("|") for name, options in slots}
     templates = _TEMPLATES.read_text(encoding="utf-8").splitlines()
@@ -23,6 +23,6 @@ def sentences(count: int, rng: random.Random) -> Iterator[str]:
 
 
 def with_articles(text: str) -> str:
-    """A capital first, and `an` before vowels."""
+    """Begin with a capital, and use `an` before vowels."""
     text = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
     return text[0].upper() + text[1:]

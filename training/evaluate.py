@@ -3,10 +3,10 @@
     python -m training.evaluate demo_voice --report build/training/report.json
 
 Every sentence is spoken with default sampling and a fixed seed, in each voice of the checkpoint's
-`voices/`. The demo's voice speaks once more in the non-streaming layout. `training.listening` writes
-down what it hears. Then each voice is cloned from three seconds of the teacher, and live text is
-compared with whole text. If flite is installed, the teacher is heard too. `--codec`, the folder of a
-trained codec, adds that codec's reconstruction of the teacher's speech.
+`voices/`. The demo's voice also speaks in the non-streaming layout. `training.listening` transcribes the
+speech. Then each voice is cloned from three seconds of the teacher, and live text is compared with whole
+text. If flite is installed, the teacher is measured too. `--codec`, the folder of a trained codec, adds
+that codec's reconstruction of the teacher's speech.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from training.teacher import VOICES, Teacher
 from training.train_codec import load_codec
 
 CLIP_S = 3
-"""Of the teacher's speech, to clone from."""
+"""Seconds of the teacher's speech from which a voice is cloned."""
 ALONE = 10
 """Sentences spoken one at a time, for the real-time factor."""
 LIVE = 6
@@ -48,7 +48,7 @@ LIVE = 6
 
 @dataclass
 class Score:
-    """What was heard of some sentences."""
+    """How well some sentences were understood."""
 
     errors: int = 0
     words: int = 0
@@ -57,7 +57,7 @@ class Score:
     misheard: list[str] = field(default_factory=list)
 
     def add(self, said: str, heard: str) -> None:
-        """One more sentence."""
+        """Add one sentence."""
         errors, count = word_errors(said, heard)
         self.errors, self.words = self.errors + errors, self.words + count
         self.worst = max(self.worst, errors / count)
@@ -82,7 +82,7 @@ def speak(
     *,
     streaming: bool = True,
 ) -> tuple[np.ndarray, Finished]:
-    """Samples float32 [n] at 24 kHz of a text given in pieces, and how the turn ended."""
+    """Speak a text given in pieces. Returns samples float32 [n] at 24 kHz, and how the turn ended."""
     events: queue.SimpleQueue[TurnEvent] = queue.SimpleQueue()
     turn = tts.open_turn(
         sink=events.put, voice=voice, streaming=streaming, params=GenerationParams(seed=seed)
@@ -104,7 +104,7 @@ def _collect(events: queue.SimpleQueue[TurnEvent]) -> tuple[np.ndarray, Finished
 def score_synthesis(
     tts: TTSDecoder, listener: Listener, sentences: list[str], voice: str, *, streaming: bool
 ) -> Score:
-    """Speak all sentences and listen."""
+    """Speak all sentences and transcribe them."""
     score = Score()
     said = [Utterance(t, voice, seed, "auto", streaming) for seed, t in enumerate(sentences)]
     for text, spoken in zip(sentences, speech.speak(tts, said, tts.voices), strict=True):
@@ -114,7 +114,7 @@ def score_synthesis(
 
 
 def score_teacher(teacher: Teacher, listener: Listener, sentences: list[str], voice: str) -> Score:
-    """The same of the teacher itself."""
+    """Score the teacher's own speech."""
     score = Score()
     for text in sentences:
         score.add(text, listener.write_down(teacher.say(text, voice)))
@@ -125,7 +125,7 @@ def score_teacher(teacher: Teacher, listener: Listener, sentences: list[str], vo
 def score_codec(
     codec: TrainedCodec, teacher: Teacher, listener: Listener, sentences: list[str], voice: str
 ) -> Score:
-    """The same of the teacher's speech, once it has been codes: no talker does better."""
+    """Score the teacher's speech after the codec. No talker can do better."""
     score = Score()
     for text in sentences:
         audio = torch.from_numpy(teacher.say(text, voice))[None]
@@ -137,7 +137,7 @@ def score_codec(
 
 
 def likeness(tts: TTSDecoder, teacher: Teacher, sentences: list[str]) -> dict[str, dict[str, float]]:
-    """Of each voice, cloned from a clip: cosines of what it then says to a clip of every voice."""
+    """Clone each voice from a clip. Returns the cosines of its speech to a clip of every voice."""
     encoder = tts._voice_cloner().speaker_encoder
 
     def embedded(audio: np.ndarray) -> torch.Tensor:
@@ -159,7 +159,7 @@ def likeness(tts: TTSDecoder, teacher: Teacher, sentences: list[str]) -> dict[st
 
 
 def live_is_whole(tts: TTSDecoder, sentences: list[str], voice: str) -> bool:
-    """Whether sentences fed word by word sound, to the last bit, as when they are given whole."""
+    """Whether sentences fed word by word give the same samples, bit for bit, as whole sentences."""
     for seed, text in enumerate(sentences):
         ways = paths.Ways(tts, Utterance(text, voice, seed, "auto"), tts.voices[voice])
         if paths.difference(ways.turn(paths.words(text))(), ways.turn([text])()):
@@ -170,7 +170,7 @@ def live_is_whole(tts: TTSDecoder, sentences: list[str], voice: str) -> bool:
 def evaluate(
     folder: Path, show: Callable[[str], None], codec: TrainedCodec | None = None
 ) -> dict[str, object]:
-    """All measurements, as a report; `show` is told of each as it is done."""
+    """Do all measurements. Returns the report. `show` is told of each result."""
     sentences, listener = heldout(), Listener()
     report: dict[str, object] = {"sentences": len(sentences)}
 

@@ -3,8 +3,8 @@
     python -m training.export build/training demo_voice
 
 Reads `tokenizer/`, `talker.safetensors`, `codec-decoder.safetensors`, `speaker-encoder.safetensors` and
-`speakers.safetensors` of the first folder. Weights are stored in bf16. Beside the checkpoint's own
-files, `voices/` gets the teacher's voices as `Voice.load` takes them.
+`speakers.safetensors` of the first folder. Weights are stored in bf16. `voices/` beside the checkpoint's
+own files gets the teacher's voices, for `Voice.load`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
 
 
 def _write_weights(path: Path, weights: dict[str, Tensor]) -> int:
-    """Store in bf16; returns the number of values."""
+    """Store weights in bf16. Returns the number of values."""
     stored = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
     save_file(stored, path, _NOTE)
     return sum(tensor.numel() for tensor in stored.values())
@@ -43,7 +43,7 @@ def export(folder: Path, out: Path) -> int:
 
     Args:
         folder: of the trained parts.
-        out: of the checkpoint; made where missing, its files replaced.
+        out: of the checkpoint. It is made if it is missing, and its files are replaced.
 
     Returns:
         The number of values in it.
@@ -66,7 +66,7 @@ def export(folder: Path, out: Path) -> int:
 
 
 def _write_voices(clips: Tensor, folder: Path) -> None:
-    """The mean embedding of each voice; `clips` float32 [voices, clips, hidden]."""
+    """Write the mean embedding of each voice. `clips` is float32 [voices, clips, hidden]."""
     folder.mkdir(exist_ok=True)
     for name, embeddings in zip(VOICES, clips, strict=True):
         Voice.x_vector(embeddings.mean(0)).save(folder / f"{name}.safetensors")

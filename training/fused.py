@@ -1,8 +1,8 @@
-"""The codec decoder's layers above frame rate for training on a GPU, time first: [n, time, channels].
+"""The codec decoder's layers above frame rate, for training on a GPU, time first: [n, time, channels].
 
-cuDNN trains convolutions of few channels over long signals at a fraction of the memory's speed;
-these kernels read each activation about once. They compute what `CausalConv`, `SnakeBeta` and
-`CausalUpsample` of `codec.decoder` do for a stream that begins, in bf16 with float32 sums.
+cuDNN trains convolutions of few channels over long signals at a fraction of the memory's speed. These
+kernels read each activation about once. They compute what `CausalConv`, `SnakeBeta` and `CausalUpsample`
+of `codec.layers` do for a stream that begins, in bf16 with float32 sums.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def _conv_kernel(
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
 ) -> None:  # fmt: skip
-    """y[t] = sum over taps of x[t - SIGN (TAPS - 1 - tap) dilation] w[tap]; w is [TAPS, C, OUT]."""
+    """y[t] = sum over taps of x[t - SIGN (TAPS - 1 - tap) dilation] w[tap]. w is [TAPS, C, OUT]."""
     blocks = tl.cdiv(length, BT)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     t = (tl.program_id(0) % blocks) * BT + tl.arange(0, BT)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     total = tl.zeros((BT, BO), tl.float32)
-    for part in range(TAPS * (C // BC)):  # not unrolled: that takes seconds to compile
+    for part in range(TAPS * (C // BC)):  # not unrolled, because unrolling takes seconds to compile
         tap = part // (C // BC)
         c = part % (C // BC) * BC + tl.arange(0, BC)
         at = t - SIGN * (TAPS - 1 - tap) * dilation
@@ -53,7 +53,7 @@ def _weight_kernel(
     C: tl.constexpr, OUT: tl.constexpr, TAPS: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Parts of dw[tap] = sum over rows of x[row - shift]' g[row]; out is [splits, TAPS, C, OUT]."""
+    """Parts of dw[tap] = sum over rows of x[row - shift]' g[row]. out is [splits, TAPS, C, OUT]."""
     split, tap = tl.program_id(0), tl.program_id(1)
     c = (tl.program_id(2) // (OUT // BO)) * BC + tl.arange(0, BC)
     o = (tl.program_id(2) % (OUT // BO)) * BO + tl.arange(0, BO)
@@ -87,7 +87,8 @@ def _snake_gradient_kernel(
     x: tl.tensor, g: tl.tensor, frequency: tl.tensor, strength: tl.tensor, dx: tl.tensor,
     parts: tl.tensor, rows: int, steps: int, C: tl.constexpr, BM: tl.constexpr,
 ) -> None:  # fmt: skip
-    """dx, and sums over this program's rows for frequency and strength: parts [programs, 2, C]."""
+    """dx, and the sums over this program's rows for frequency and strength. parts is [programs, 2,
+    C]."""
     c = tl.arange(0, C)
     f, s = tl.load(frequency + c)[None], tl.load(strength + c)[None]
     df, ds = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
@@ -185,7 +186,7 @@ class _Snake(torch.autograd.Function):
 
 
 def compile_kernels(c: int, o: int, taps: int) -> None:
-    """Have the kernels of a layer compiled: a convolution, or snake where `taps` is 0."""
+    """Compile the kernels of a layer: a convolution, or a snake if `taps` is 0."""
     x = torch.zeros(1, 16, c, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     if not taps:
         zeros = torch.zeros(c, device="cuda", requires_grad=True)
@@ -206,15 +207,15 @@ def convolve(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Causal convolution of [n, time, c], contiguous bf16, c a multiple of 16.
+    """Causal convolution of [n, time, c], contiguous bf16. c is a multiple of 16.
 
     Args:
-        x: input; before it there are zeros.
-        weight: float32 [o, c, taps], o a multiple of 16.
+        x: the input. Zeros come before it.
+        weight: float32 [o, c, taps]. o is a multiple of 16.
         bias: float32 [o].
         dilation: steps between taps.
         residual: [n, time, o], added to the result.
-        dtype: of the result, the input's where None.
+        dtype: of the result. None is the input's.
     """
     return _Conv.apply(x, weight, bias, residual, dilation, dtype)
 
@@ -222,8 +223,8 @@ def convolve(
 def upsample(x: Tensor, weight: Tensor, bias: Tensor, factor: int) -> Tensor:
     """Causal transposed convolution [n, time, c] -> [n, time * factor, o], as a convolution of two taps.
 
-    `weight` is float32 [c, o, 2 * factor]: of a step's `factor` outputs, each sees that step and the
-    one before it.
+    `weight` is float32 [c, o, 2 * factor]. Each of a step's `factor` outputs sees that step and the one
+    before it.
     """
     phases = weight.unflatten(2, (2, factor)).flip(2)  # [c, o, oldest first, phase]
     y = convolve(x, phases.permute(3, 1, 0, 2).flatten(0, 1), bias.repeat(factor))
@@ -231,5 +232,5 @@ def upsample(x: Tensor, weight: Tensor, bias: Tensor, factor: int) -> Tensor:
 
 
 def snake(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """SnakeBeta of [n, time, c], contiguous; alpha and beta float32 [c], c a power of 2."""
+    """SnakeBeta of [n, time, c], contiguous. alpha and beta are float32 [c]. c is a power of 2."""
     return _Snake.apply(x, alpha.exp(), (beta.exp() + 1e-9).reciprocal())

@@ -8,7 +8,7 @@ from qwen_megakernel.config import NUM_CONTROL_CODES, ModelConfig
 from qwen_megakernel.synth.config import json_files
 
 CODEBOOK_SIZE = 128
-"""Seven bits a code: four synthetic voices need no more, and embeddings and heads stay small."""
+"""Seven bits for each code. Four synthetic voices need no more, and embeddings and heads stay small."""
 HIDDEN = 256
 _OFFICIAL_CODEBOOK_SIZE = 2048
 
@@ -19,7 +19,7 @@ _STACK = {
 
 
 def files() -> dict[str, dict[str, Any]]:
-    """Contents of the JSON files by their path inside the checkpoint."""
+    """Contents of the JSON files, by their path in the checkpoint."""
     contents = json_files("tiny", "base")
     _shrink_talker(contents["config.json"]["talker_config"])
     contents["config.json"]["speaker_encoder_config"] = {
@@ -34,7 +34,7 @@ def files() -> dict[str, dict[str, Any]]:
         intermediate_size=384, latent_dim=192, num_attention_heads=3, num_hidden_layers=2,
         num_key_value_heads=3, sliding_window=16,
     )  # fmt: skip
-    # Its encoder is the trainer's own, not Mimi's, and is not exported.
+    # The encoder is the trainer's own, not Mimi's, and is not exported.
     del speech["encoder_config"]
     return contents
 
@@ -54,13 +54,13 @@ def _shrink_talker(talker: dict[str, Any]) -> None:
     talker["code_predictor_config"].update(
         _STACK,
         intermediate_size=1024,
-        num_hidden_layers=1,  # it runs fifteen times a frame: the depth of it is what a CPU feels
+        num_hidden_layers=1,  # it runs fifteen times a frame, and a CPU feels each layer
         layer_types=["full_attention"],
         vocab_size=CODEBOOK_SIZE,
     )
 
 
 def config() -> ModelConfig:
-    """The same, parsed."""
+    """The configuration that a loader reads from these files."""
     contents = files()
     return ModelConfig.from_dicts(contents["config.json"], contents["speech_tokenizer/config.json"])

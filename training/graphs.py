@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: small layers leave a GPU waiting for its next launch otherwise."""
+"""Training steps as CUDA graphs. Without them, small layers leave a GPU waiting for its next launch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 Batch = dict[str, Tensor]
 Step = Callable[[Batch], Tensor]
-"""One update; returns figures to show, on the device."""
+"""One update. Returns figures to show, on the device."""
 
 
 def captured(step: Step, example: Batch) -> Step:
-    """`step` for batches shaped like `example`; three real steps are done on the way.
+    """`step` for batches of the shapes in `example`. Three real steps are done before the capture.
 
-    The step must not wait for the device, and keep what changes from call to call in tensors.
+    The step must not wait for the device. It must keep in tensors what changes from call to call.
     """
     inputs = {name: tensor.cuda() for name, tensor in example.items()}
     side = torch.cuda.Stream()
@@ -39,7 +39,7 @@ def captured(step: Step, example: Batch) -> Step:
 
 
 def _captured_if_possible(kind: object, step: Step, example: Batch) -> Step:
-    """The step captured, or itself where it cannot be: slower, and the reason is shown."""
+    """Capture the step. If that fails, show the reason and return the step itself, which is slower."""
     try:
         return captured(step, example)
     except RuntimeError as error:
@@ -48,7 +48,7 @@ def _captured_if_possible(kind: object, step: Step, example: Batch) -> Step:
 
 
 class Steps:
-    """Runs steps of several kinds: on CUDA each kind is captured when it is first met."""
+    """Runs steps of several kinds. On CUDA, each kind is captured when it first occurs."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -56,7 +56,7 @@ class Steps:
         self._count = 0
 
     def run(self, kind: object, step: Step, batch: Batch) -> Tensor:
-        """One update of a kind (its code path and shapes)."""
+        """One update of a kind, which names its code path and shapes."""
         if not self._on_gpu:
             return step(batch)
         if kind not in self._captured:
@@ -64,12 +64,12 @@ class Steps:
         figures = self._captured[kind](batch)
         self._count += 1
         if self._count % 20 == 0:
-            torch.cuda.synchronize()  # or the schedule's clock would be that of the queue
+            torch.cuda.synchronize()  # otherwise the schedule's clock would be that of the queue
         return figures
 
 
 def clock(seconds: float) -> Iterator[tuple[int, float]]:
-    """(step, share of the time that has passed) until it is over; at least one step."""
+    """Yield (step, share of the time that has passed) until the time is over. At least one step."""
     began, step = monotonic(), 0
     while (share := (monotonic() - began) / seconds) < 1 or step == 0:
         yield step, min(share, 1.0)

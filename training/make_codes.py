@@ -2,9 +2,9 @@
 
     python -m training.make_codes build/training --follow 400
 
-Reads the codec of the folder and `speech/`, writes `codes-*.npz`; with `--follow` for so many seconds,
-while the teacher still reads and the talker already learns. Speech that has codes keeps them: delete
-`codes-*.npz` after a change of the codec.
+Reads the codec of the folder and `speech/`, and writes `codes-*.npz`. With `--follow` it goes on for so
+many seconds, while the teacher still reads and the talker already learns. Speech that has codes keeps
+them. After a change of the codec, delete `codes-*.npz`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from training.codec_model import ENCODER_MARGIN, TrainedCodec
 from training.train_codec import load_codec
 
 FILES = 16
-"""Of speech, whose codes make a file."""
+"""Files of speech whose codes make one file."""
 SHOWN_S = 20
-"""Between two lines of progress."""
+"""Seconds between two lines of progress."""
 _ROUND = 8
-"""Lengths are rounded up to so many frames: few different ones."""
+"""Lengths are rounded up to a multiple of this many frames, so that there are few different ones."""
 
 
 @torch.no_grad()
 def encode_chunks(
     codec: TrainedCodec, paths: Iterable[Path], batch: int = 64
 ) -> Iterator[tuple[int, Tensor]]:
-    """(sentence, codes uint8 [frames, 16]) of every utterance of the teacher's files."""
+    """(sentence, codes uint8 [frames, 16]) of every utterance in the teacher's files."""
     device = next(codec.parameters()).device
     margin = ENCODER_MARGIN
     for path in paths:
@@ -55,7 +55,7 @@ def encode_chunks(
 
 
 def main() -> None:
-    """Encode what is new, and what comes."""
+    """Encode what is new, and what comes later."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--codec", type=Path, default=None, help="folder of it; default: the folder")

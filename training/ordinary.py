@@ -1,6 +1,6 @@
-"""Plain sentences of ordinary words: what a small talker needs to learn how English is pronounced.
+"""Plain sentences of ordinary words, from which a small talker learns how English is pronounced.
 
-The words are WordNet's, those that its own glosses and its tagged texts use now and then; the
+The words are those of WordNet that occur at least a few times in its own glosses and tagged texts. The
 sentences are more or less grammatical and mean nothing. Needs the Debian package `wordnet-base`.
 """
 
@@ -19,13 +19,13 @@ from training.dialogue import with_articles
 WORDNET = Path("/usr/share/wordnet")
 KINDS = ("noun", "verb", "adj", "adv")
 FLATNESS = 0.5
-"""A word is drawn in proportion to its count to this power: seldom ones often enough to be learnt."""
+"""A word is drawn in proportion to its count to this power, so that rare words come often enough."""
 _TEMPLATES = Path(__file__).with_name("ordinary_templates.txt")
 _WORD = re.compile(r"[a-z]{2,12}")
 _LEAST = 4
-"""Occurrences that make a word an ordinary one."""
+"""A word with this many occurrences counts as ordinary."""
 _OBJECT_FRAMES = {8, 9, 10, 11, 20, 21}
-"""WordNet's verb frames with a direct object; those without any are 1 to 4 and 22."""
+"""WordNet's verb frames with a direct object. Frames without any object are 1 to 4 and 22."""
 _ALONE_FRAMES = {1, 2, 3, 4, 22}
 _DOUBLING = re.compile(r"[^aeiou]*[aeiou][bdgmnprt]")
 """Short verbs that double their last letter."""
@@ -43,26 +43,27 @@ _CLOSED = {
 
 @dataclass
 class Words:
-    """Ordinary words, and how they are inflected where no rule says so."""
+    """Ordinary words, and their irregular forms."""
 
     pools: dict[str, dict[str, float]]
-    """Kind of word -> word -> weight: `noun`, `adj`, `adv`, `object` and `alone` (verbs)."""
+    """Kind of word -> word -> weight. Kinds are `noun`, `adj`, `adv`, and the verbs `object` and
+    `alone`."""
     irregular: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """`noun` or `verb` -> base -> its irregular forms."""
 
     def plural(self, noun: str) -> str:
-        """More than one of it."""
+        """The plural of a noun."""
         if forms := self.irregular["noun"].get(noun):
             return forms[0]
         return noun if noun.endswith("s") else _with_s(noun)
 
     def past(self, verb: str, rng: random.Random) -> str:
-        """Past tense or participle: which of them an irregular verb's form is, is not recorded."""
+        """A verb's past tense or participle. WordNet does not say which of them an irregular form is."""
         forms = [form for form in self.irregular["verb"].get(verb, []) if not form.endswith("ing")]
         return rng.choice(forms) if forms else _doubled(verb, "ed")
 
     def gerund(self, verb: str) -> str:
-        """Its form in -ing."""
+        """The form of a verb in -ing."""
         forms = [form for form in self.irregular["verb"].get(verb, []) if form.endswith("ing")]
         if forms:
             return forms[0]
@@ -103,7 +104,7 @@ def _occurrences() -> Counter[str]:
 
 
 def _lemmas(kind: str) -> Iterator[tuple[str, set[int]]]:
-    """Lemmas of a kind; those of verbs with the frames of one of their senses, others without any."""
+    """Lemmas of a kind. Verbs come with the frames of one of their senses, others with an empty set."""
     for line in (WORDNET / f"data.{kind}").read_text("utf-8", "ignore").splitlines():
         if line.startswith("  "):
             continue
@@ -127,7 +128,7 @@ def _irregular(kind: str) -> dict[str, list[str]]:
 
 
 def words() -> Words:
-    """What WordNet as installed makes of ordinary words."""
+    """The ordinary words of the installed WordNet."""
     counts = _occurrences()
     pools: dict[str, dict[str, float]] = {name: {} for name in ("noun", "adj", "adv", "object", "alone")}
     for kind in KINDS:
@@ -176,7 +177,7 @@ class Writer:
         return word
 
     def sentence(self) -> str:
-        """One, with a capital first."""
+        """One sentence, which begins with a capital."""
 
         def fill(slot: re.Match[str]) -> str:
             if options := self._closed.get(slot[1]):

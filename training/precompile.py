@@ -1,4 +1,4 @@
-"""Compile the kernels of `training.fused` in many processes: one after the other takes a minute."""
+"""Compile the kernels of `training.fused` in many processes. One process alone takes a minute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qwen_megakernel.config import CodecConfig
 
 
 def layers(config: CodecConfig) -> list[tuple[int, int, int]]:
-    """(inputs, outputs, taps) of the layers above frame rate, each kind once; taps 0 is snake."""
+    """(inputs, outputs, taps) of the layers above frame rate, each kind once. 0 taps mean snake."""
     width = config.decoder_dim
     found = [(config.latent_dim, width, 7)]
     for rate in config.upsample_rates:
@@ -26,7 +26,7 @@ def _compile(layer: tuple[int, int, int]) -> None:
 
 
 def compile_all(config: CodecConfig, processes: int) -> None:
-    """Into Triton's cache on the disk, where the training process finds them."""
+    """Compile into Triton's cache on the disk, where the training process finds the kernels."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        # The widest take longest.
+        # The widest come first, because they take longest.
         list(pool.map(_compile, sorted(layers(config), key=sum, reverse=True)))

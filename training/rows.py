@@ -1,7 +1,7 @@
 """Utterances as the talker's input rows: the prompt of `prompt.builder`, then the frames.
 
-Every row is a text embedding, a codec embedding or sixteen summed, and in one row the speaker's.
-Here rows are still integers, so that embedding them has gradients.
+Every row is the sum of a text embedding and of a codec embedding or a frame's sixteen. One row also has
+the speaker's. Here rows are still integers, so that embedding them has gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Utterance:
-    """What is known of a training utterance before its layout is chosen."""
+    """An utterance before its layout is chosen."""
 
     text: np.ndarray
     """Token ids [t]."""
@@ -29,29 +29,29 @@ class Utterance:
 
 @dataclass
 class Rows:
-    """One utterance laid out; r rows, all int64."""
+    """One utterance laid out in r rows. All tensors are int64."""
 
     text: np.ndarray
     """[r] text token ids."""
     control: np.ndarray
     """[r] ids of the talker's codec vocabulary, in rows that are not frames."""
     codes: np.ndarray
-    """[r, 16] the frame fed in, in rows that are."""
+    """[r, 16] the frame that is fed, in rows that are frames."""
     speaker: int
     """The row that has the speaker embedding."""
     first: int
-    """The row that predicts frame 0; row `first` + f predicts frame f, the last row EOS."""
+    """The row that predicts frame 0. Row `first` + f predicts frame f, and the last row predicts EOS."""
 
 
 class Layout:
     """The prompts of one model."""
 
     def __init__(self, config: ModelConfig, role_ids: list[int]) -> None:
-        """`role_ids`: tokens of `<|im_start|>assistant` and the line end after it."""
+        """`role_ids`: the tokens of `<|im_start|>assistant` and of the line end after it."""
         self._config, self._role = config, role_ids
 
     def rows(self, utterance: Utterance, *, streaming: bool, language: str) -> Rows:
-        """Lay one utterance out; `language` as in a request (`auto` or a tag's name)."""
+        """Lay one utterance out. `language` is that of a request (`auto` or a tag's name)."""
         config, codec = self._config, self._config.talker
         if language == "auto":
             tags = [codec.codec_nothink_id, codec.codec_think_bos_id, codec.codec_think_eos_id]
@@ -79,6 +79,6 @@ class Layout:
         return Rows(np.array(side), np.array(control), codes, speaker, first)
 
     def count(self, utterance: Utterance, *, streaming: bool) -> int:
-        """Rows that `rows` gives at most."""
+        """The most rows that `rows` gives."""
         text = 0 if streaming else len(utterance.text) + 1
         return len(self._role) + 7 + text + len(utterance.codes)

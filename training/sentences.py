@@ -2,12 +2,11 @@
 
     python -m training.sentences build/training/sentences.txt --round 0
 
-Each round has the same natural sentences in another order, so that other voices read them, and
-ordinary ones of its own.
+Each round has the same natural sentences in another order, so that other voices read them. Each round
+also has its own ordinary sentences.
 
 Needs the Debian packages `wordnet-base` (WordNet licence) and `bible-kjv` (its text is in the public
-domain).
-Nothing of `qwen_megakernel/prove/sentences.txt` is among them.
+domain). Nothing of `qwen_megakernel/prove/sentences.txt` is among the sentences.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ BOOKS = (
     "acts",
 )
 MORE = 60_000
-"""Natural sentences beyond the first draw; with half as many, the talker learnt them by heart."""
+"""Natural sentences beyond the first draw. With half as many, the talker learnt them by heart."""
 ORDINARY = 130_000
 """Sentences of ordinary words in a round."""
 MAX_CHARS = 130
@@ -52,7 +51,7 @@ def heldout() -> list[str]:
 
 
 def wordnet() -> Iterator[tuple[str, str]]:
-    """Examples and definitions of WordNet as ("example" or "definition", text)."""
+    """Examples and definitions of WordNet, as ("example" or "definition", text)."""
     for path in sorted(ordinary.WORDNET.glob("data.*")):
         for line in path.read_text(encoding="utf-8", errors="ignore").splitlines():
             if line.startswith("  "):  # the licence
@@ -75,7 +74,7 @@ def verses() -> Iterator[str]:
 
 
 def _tidy(text: str) -> str | None:
-    """A sentence with a capital and an end, or None where it cannot be read out well."""
+    """A sentence with a capital and an end, or None if it cannot be read out well."""
     text = " ".join(text.replace("`", "'").replace("--", ", ").split()).strip(" ,;:-'")
     if not _SPEAKABLE.fullmatch(text) or ".." in text or " " not in text:
         return None
@@ -88,7 +87,7 @@ def _tidy(text: str) -> str | None:
 
 
 def key(text: str) -> str:
-    """What two sentences that sound alike have in common."""
+    """What two sentences have in common that sound alike."""
     return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
 
 
@@ -114,7 +113,7 @@ def collect(rng: random.Random) -> list[str]:
 
 
 def more(rng: random.Random, known: list[str]) -> list[str]:
-    """Further sentences, each once, none of them among `known`: what `collect` left out."""
+    """Further sentences that `collect` left out. Each comes once, and none is among `known`."""
     definitions = [text for kind, text in wordnet() if kind == "definition"]
     lines = [text for text in verses() if 12 <= len(text.strip()) <= 90]
     taken = {key(text) for text in (*known, *heldout())}
@@ -129,7 +128,7 @@ def more(rng: random.Random, known: list[str]) -> list[str]:
 
 
 def _with_pairs(chosen: list[str], rng: random.Random) -> list[str]:
-    """Some neighbours joined, so that longer texts are known too; the rest as it was."""
+    """Join some neighbours, so that there are longer texts too. The rest stays as it is."""
     joined: list[str] = []
     for text in chosen:
         if joined and rng.random() < 0.12 and len(joined[-1]) + len(text) < MAX_CHARS:
@@ -140,7 +139,7 @@ def _with_pairs(chosen: list[str], rng: random.Random) -> list[str]:
 
 
 def natural() -> list[str]:
-    """The first draw, which the tokenizer is made of, and what is beyond it; no sentence twice."""
+    """The first draw, from which the tokenizer is made, and the sentences beyond it. None repeats."""
     first = first_draw()
     return first + more(random.Random(SEED + 1), first)
 

@@ -1,4 +1,4 @@
-"""Spectrograms that losses and the trainer's encoder look at; all of 24 kHz audio."""
+"""Spectrograms for the losses and for the trainer's encoder. All are of 24 kHz audio."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from qwen_megakernel.config import SAMPLE_RATE
 
 _FLOOR = 1e-2
-"""About 50 dB below speech: what is quieter is silence, and all silence alike."""
+"""About 50 dB below speech. Anything quieter counts as silence, and all silence is alike."""
 
 
 @cache
@@ -47,8 +47,8 @@ def log_mel(audio: Tensor, n_fft: int, hop: int, mels: int) -> Tensor:
 def spectral_distance(made: Tensor, true: Tensor) -> Tensor:
     """Mean absolute difference of log-mels at three resolutions, a scalar.
 
-    The shortest window holds two periods of a low voice: where exactly the pulses are does not
-    count, so the codes need not say it.
+    The shortest window holds two periods of a low voice. So the exact places of the pulses do not count,
+    and the codes need not hold them.
     """
     sizes = ((2048, 480, 128), (1024, 240, 80), (512, 120, 40))
     return sum(F.l1_loss(log_mel(made, *size), log_mel(true, *size)) for size in sizes)

@@ -1,10 +1,10 @@
-"""The teacher's speech: flite's voices, at 24 kHz, trimmed, one loudness, whole frames.
+"""The teacher's speech: flite's voices, at 24 kHz, trimmed, with one loudness, in whole frames.
 
     python -m training.teacher build/training/sentences.txt build/training/speech
 
-Writes chunks of utterances that `read_chunk` reads, but for those that are there already; several
-processes, one for each core but one. Needs the shared libraries of the Debian package `libflite1`
-(search path, or LD_LIBRARY_PATH).
+Writes chunks of utterances, for `read_chunk`, except those that exist already. It runs one process on
+each core but one. Needs the shared libraries of the Debian package `libflite1` (search path, or
+LD_LIBRARY_PATH).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from qwen_megakernel.config import HOP, SAMPLE_RATE
 
 VOICES = ("slt", "rms", "awb", "kal16")
 SHARES = (0.24, 0.22, 0.26, 0.28)
-"""How much of the speech is of each voice: more of those that are learnt less easily."""
+"""Share of the speech of each voice. Voices that are harder to learn have more."""
 _GAINS = {"slt": 0.56, "rms": 1.08, "awb": 0.95, "kal16": 2.40}
-"""Brings all voices to a root mean square of about 0.1."""
+"""Gains that bring all voices to a root mean square of about 0.1."""
 LEAD_S, TRAIL_S = 0.08, 0.12
-"""Silence kept before and after what is louder than `_SILENCE`."""
+"""Seconds of silence that are kept before and after what is louder than `_SILENCE`."""
 _SILENCE = 0.01
 CHUNK = 64
-"""Sentences a file."""
+"""Sentences of a file."""
 
 
 class _Wave(ctypes.Structure):
@@ -49,7 +49,7 @@ class Teacher:
     """flite in this process."""
 
     def __init__(self) -> None:
-        """Raises `OSError` where a library is missing."""
+        """Raises `OSError` if a library is missing."""
         self._flite = _library("flite")
         self._flite.flite_init()
         self._flite.flite_text_to_wave.restype = ctypes.POINTER(_Wave)
@@ -60,7 +60,7 @@ class Teacher:
         self._voices = {name: _voice(name) for name in VOICES}
 
     def say(self, text: str, voice: str) -> np.ndarray:
-        """A sentence: float32 [frames * 1920] at 24 kHz, about -20 dBFS."""
+        """Read a sentence out: float32 [frames * 1920] at 24 kHz, about -20 dBFS."""
         wave = self._flite.flite_text_to_wave(text.encode("ascii", "ignore"), self._voices[voice])
         samples = np.ctypeslib.as_array(wave.contents.samples, (wave.contents.num_samples,))
         rate = wave.contents.sample_rate
@@ -92,7 +92,8 @@ def _whole_frames(audio: np.ndarray) -> np.ndarray:
 
 
 def voice_of(index: int) -> int:
-    """Which voice reads the sentence of this index; `VOICES` in their `SHARES`."""
+    """The number of the voice that reads the sentence of this index, among `VOICES` in their
+    `SHARES`."""
     return random.Random(index).choices(range(len(VOICES)), SHARES)[0]
 
 
@@ -114,10 +115,10 @@ def _write_chunks(sentences: list[str], folder: Path, first: int, worker: int, w
 
 
 def start(sentences: list[str], folder: Path, workers: int, first: int = 0) -> list[Process]:
-    """Start reading the sentences out, from number `first` on; the processes end by themselves.
+    """Start reading the sentences out, from number `first` on. The processes end by themselves.
 
     Raises:
-        ValueError: no workers.
+        ValueError: there are no workers.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}, allowed: at least 1")
@@ -132,7 +133,7 @@ def start(sentences: list[str], folder: Path, workers: int, first: int = 0) -> l
 
 
 def read_chunk(path: Path) -> tuple[int, np.ndarray, np.ndarray]:
-    """Index of the first sentence, int32 [sentences] frames of each, int16 [samples]."""
+    """Index of the first sentence, frames of each sentence (int32), samples (int16)."""
     with np.load(path) as chunk:
         return int(chunk["start"]), chunk["frames"], chunk["audio"]
 

@@ -2,8 +2,8 @@
 
     python -m training.tokens build/training
 
-Reads `sentences.txt` of the folder, writes `tokens.npz`. A tokenizer that is in `tokenizer/` is used;
-where there is none, one is made of the natural sentences.
+Reads `sentences.txt` of the folder and writes `tokens.npz`. If `tokenizer/` has a tokenizer, it is used.
+Otherwise one is made from the natural sentences.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training import sentences as texts
 from training.corpus import write_tokens
 
 DROPOUT = 0.1
-"""Share of merges left out in the second reading, so that the model learns what tokens are made of."""
+"""Share of merges left out in the second reading, so that the model learns what tokens consist of."""
 _ROLES = "assistant\nuser\nsystem\n" * 20_000
 """Often enough for the template's words to become tokens."""
 

@@ -4,12 +4,12 @@
     python -m training.train_codec build/training --seconds 300 --start demo_voice
     python -m training.train_codec build/training --seconds 300 --resume build/training --frozen
 
-Reads `sentences.txt` of the folder and what is in its `speech/` (the teacher reads out the rest
-meanwhile); writes `codec-decoder.safetensors`, `codec-encoder.safetensors` and
-`codec-critics.safetensors`. The second form begins with the decoder and the codebooks of a checkpoint,
-which has no encoder: at first the encoder learns alone to speak to them. The third trains the decoder
-alone, so that codes keep their meaning.
-Time-bounded: schedules follow the clock, not a number of steps.
+Reads `sentences.txt` of the folder and the files in its `speech/`. The teacher reads out the rest
+meanwhile. Writes `codec-decoder.safetensors`, `codec-encoder.safetensors` and
+`codec-critics.safetensors`. The second form begins with the decoder and the codebooks of a checkpoint. A
+checkpoint has no encoder, so at first only a new encoder learns, to fit them. The third form trains the
+decoder alone, so that codes keep their meaning. Time is bounded: schedules follow the clock, not a
+number of steps.
 """
 
 from __future__ import annotations
@@ -35,29 +35,30 @@ from training.graphs import Batch, Steps, clock
 from training.spectra import spectral_distance
 
 SEGMENT = 24
-"""Frames a sample; more than the decoder's attention window."""
+"""Frames of a sample. More than the decoder's attention window."""
 JUDGED = 8
-"""Frames of it that become samples."""
+"""Frames of a sample that become audio."""
 CONTEXT = 4
-"""Frames before those that the slow layers see; their convolutions look back almost as far."""
+"""Frames before those that the slow layers see. Their convolutions look back almost as far."""
 FRESH = 0.25
-"""Share of the steps whose samples are an utterance's first: what every first word is made by."""
+"""Share of the steps whose samples are the first of an utterance. Every first word is made this way."""
 SPECTRAL_WEIGHT = 20
 TRAINING_FRAMES = 400_000
-"""Of speech: nine hours are enough for four voices."""
+"""Frames of speech for training. Nine hours are enough for four voices."""
 FIRST_SPEECH_S = 60
-"""How long the teacher may take for its first sentences."""
+"""Seconds that the teacher may take for its first sentences."""
 COMPILERS = 12
 """Processes that compile the GPU's kernels."""
 FIRST_CHUNKS = 8
-"""Of speech, for training to begin."""
+"""Chunks of speech with which training begins."""
 _DECODER, _ENCODER = "codec-decoder.safetensors", "codec-encoder.safetensors"
 _CRITICS = "codec-critics.safetensors"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long, how much, and from which share of the time on quantiser, decoder and critics join."""
+    """The length of the training, its sizes, and the shares of the time at which quantiser, decoder and
+    critics join."""
 
     seconds: float
     batch: int
@@ -65,22 +66,22 @@ class Plan:
     quantised_from: float
     critics_from: float
     decoder_from: float = 0.0
-    """Until then decoder and codebooks stay as they are."""
+    """Until then the decoder and the codebooks stay as they are."""
 
 
 class SpeechStore:
-    """Utterances as they are read: on the device as int16, with silence between them."""
+    """Utterances as they are read, on the device as int16, with silence between them."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._folder, self._device = folder, device
         self._taken: set[Path] = set()
         self.chunks: list[tuple[int, list[int], Tensor]] = []
-        """Index of the first sentence, frames of each, samples int16."""
+        """Index of the first sentence, frames of each sentence, samples int16."""
         self.flat = torch.zeros(0, dtype=torch.int16, device=device)
         self._beginnings = torch.zeros(0, dtype=torch.int64, device=device)
 
     def take(self, most_frames: float = math.inf) -> None:
-        """Add what is new in the folder, up to so many frames in all."""
+        """Add what is new in the folder, up to `most_frames` in all."""
         fresh = sorted(set(self._folder.glob("*.npz")) - self._taken)
         for path in fresh:
             if self.num_frames >= most_frames:
@@ -95,7 +96,7 @@ class SpeechStore:
         return sum(sum(frames) for _, frames, _ in self.chunks)
 
     def settle(self) -> None:
-        """Make the training set of what is there, where that is much more than it has."""
+        """Make the training set from what is there, if that is much more than the set has."""
         if self.num_frames * HOP < 1.5 * len(self.flat):
             return
         gap = torch.zeros(ENCODER_MARGIN * HOP, dtype=torch.int16)
@@ -109,7 +110,7 @@ class SpeechStore:
         self._beginnings = torch.tensor(beginnings, device=self._device)
 
     def sample(self, batch: int, *, beginnings: bool = False) -> Tensor:
-        """Stretches, random or of beginnings, float32 [batch, (SEGMENT + 2 margins) * 1920]."""
+        """Stretches at random places or at beginnings, float32 [batch, (SEGMENT + 2 margins) * 1920]."""
         length = (SEGMENT + 2 * ENCODER_MARGIN) * HOP
         last = len(self.flat) // HOP - SEGMENT - 2 * ENCODER_MARGIN
         starts = torch.randint(last + 1, (batch, 1), device=self._device)
@@ -120,7 +121,7 @@ class SpeechStore:
 
 
 class Trainer:
-    """Codec, critics, their optimisers, and one step of each kind."""
+    """Codec, critics and their optimisers, and one step of each kind."""
 
     def __init__(self, codec: TrainedCodec, device: torch.device, *, frozen: bool) -> None:
         self.codec, self.critics, self.device, self.frozen = codec, Critics().to(device), device, frozen
@@ -134,10 +135,11 @@ class Trainer:
     def step(
         self, batch: Batch, *, quantised: bool, judged: bool, context: int, alone: bool = False
     ) -> Tensor:
-        """One update; spectral distance, commitment loss, and how badly the critics are fooled.
+        """One update. Returns the spectral distance, the commitment loss, and how badly the critics are
+        fooled.
 
-        `batch`: audio [n, samples] with margins, window [context + JUDGED] frames of which the
-        last are made, and a scalar weight of the critics. `alone`: only the encoder learns.
+        `batch` has audio [n, samples] with margins, a window of [context + JUDGED] frames of which the
+        last are made, and a scalar weight of the critics. With `alone`, only the encoder learns.
         """
         if not self.frozen:
             self.codec.decoder.requires_grad_(not alone)
@@ -152,7 +154,7 @@ class Trainer:
         spectral = spectral_distance(made, true)
         loss, fooled = SPECTRAL_WEIGHT * spectral + commitment, spectral.new_zeros(())
         if judged:
-            heard = (len(made) + 1) // 2  # of the batch: critics cost twice what the codec does
+            heard = (len(made) + 1) // 2  # half of the batch: critics cost twice as much as the codec
             adversarial, fooled = self._judge(made[:heard], true[:heard])
             loss = loss + batch["weight"] * adversarial
         self.generator.zero_grad(set_to_none=True)
@@ -162,7 +164,7 @@ class Trainer:
         return torch.stack((spectral.detach(), commitment.detach(), fooled.detach()))
 
     def _codes(self, audio: Tensor, quantised: bool) -> tuple[Tensor, Tensor]:
-        """What the decoder gets, and the commitment loss."""
+        """The decoder's input, and the commitment loss."""
         margin = ENCODER_MARGIN
         with torch.set_grad_enabled(not self.frozen):
             latents = self.codec.encoder(audio)[:, margin:-margin].float()
@@ -174,9 +176,9 @@ class Trainer:
         return x, commitment
 
     def _judge(self, made: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of the critics; what they and their features add to the generator's loss.
+        """One step of the critics. Returns what they and their features add to the generator's loss.
 
-        The features of the true are those from before the step, which saves a pass.
+        The features of the true audio are those from before the step, which saves a pass.
         """
         with torch.autocast(made.device.type, torch.bfloat16, enabled=made.is_cuda):
             both = self.critics(torch.cat((made.detach(), true)))
@@ -194,7 +196,7 @@ class Trainer:
 
 
 def _random_kept(batch: int, device: torch.device) -> Tensor:
-    """All codebooks for most samples, fewer for some, so that the first ones carry most."""
+    """All codebooks for most samples, fewer for some, so that the first codebooks carry most."""
     fewer = torch.randint(2, 16, (batch,), device=device)
     return torch.where(torch.rand(batch, device=device) < 0.25, fewer, 16)
 
@@ -230,14 +232,14 @@ def train(trainer: Trainer, store: SpeechStore, plan: Plan) -> None:
 
 
 def load_codec(folder: Path) -> TrainedCodec:
-    """What `save_codec` wrote."""
+    """Load what `save_codec` wrote."""
     codec = TrainedCodec(geometry.config().codec)
     codec.load_state_dict(load_file(folder / _DECODER) | load_file(folder / _ENCODER))
     return codec
 
 
 def start_codec(checkpoint: Path) -> TrainedCodec:
-    """Decoder and codebooks of a checkpoint, and a fresh encoder."""
+    """A codec with the decoder and codebooks of a checkpoint, and a fresh encoder."""
     codec = TrainedCodec(geometry.config().codec)
     weights = load_file(checkpoint / SPEECH_FOLDER / "model.safetensors")
     decoder = {name.removeprefix("decoder."): w.float() for name, w in weights.items()}
@@ -257,7 +259,7 @@ def save_codec(codec: TrainedCodec, out: Path) -> None:
 
 
 def read_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=180, help="of training")
@@ -280,7 +282,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def _wait_for_speech(store: SpeechStore, readers: list[Process]) -> None:
-    """Until the readers, who have only begun, have something; raises `TimeoutError`."""
+    """Wait until the readers, which have just begun, have something. Raises `TimeoutError`."""
     deadline = time.monotonic() + FIRST_SPEECH_S
     while len(store.chunks) < FIRST_CHUNKS and (
         not readers or any(reader.is_alive() for reader in readers)
@@ -296,7 +298,7 @@ def _wait_for_speech(store: SpeechStore, readers: list[Process]) -> None:
 
 
 def _codec_to_train(args: argparse.Namespace, device: torch.device) -> TrainedCodec:
-    """Fresh, or as a folder has it; frozen but for the decoder where that is asked for."""
+    """A fresh codec, or the one in a folder. With `--frozen` only its decoder learns."""
     torch.manual_seed(0)
     if args.resume:
         codec = load_codec(args.resume)
@@ -309,7 +311,7 @@ def _codec_to_train(args: argparse.Namespace, device: torch.device) -> TrainedCo
 
 
 def main() -> None:
-    """Teacher, training, codes."""
+    """Run the teacher, the training and the encoding."""
     args = read_arguments()
     out, device = args.out or args.folder, torch.device(args.device)
     speech = args.speech or args.folder / "speech"

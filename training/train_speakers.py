@@ -2,8 +2,8 @@
 
     python -m training.train_speakers build/training
 
-Reads `sentences.txt` of the folder; writes `speaker-encoder.safetensors` and
-`speakers.safetensors` (`clips` float32 [voices, clips, hidden]). A few minutes on one CPU core.
+Reads `sentences.txt` of the folder. Writes `speaker-encoder.safetensors` and `speakers.safetensors`
+(`clips` float32 [voices, clips, hidden]). Takes a few minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from training.teacher import VOICES, Teacher
 CLIPS = 96
 """Recordings of each voice."""
 CLIP_S = (1.0, 4.0)
-"""Shortest and longest stretch that is embedded."""
+"""Seconds of the shortest and of the longest stretch that is embedded."""
 _SCALE = 12.0
-"""Of the cosines, in the classification."""
+"""Scale of the cosines in the classification."""
 
 
 def recordings(sentences: list[str]) -> list[list[Tensor]]:
-    """Log-mels [frames, 128] of CLIPS recordings of each voice, of some seconds each."""
+    """Log-mels [frames, 128] of CLIPS recordings of each voice. Each recording has some seconds."""
     teacher = Teacher()
     found = []
     for index, voice in enumerate(VOICES):
@@ -49,7 +49,8 @@ def stretch(mels: Tensor, frames: int, generator: torch.Generator) -> Tensor:
 
 
 def train(encoder: SpeakerEncoder, mels: list[list[Tensor]], steps: int, batch: int = 16) -> None:
-    """Classify by cosine, at unit mean square, so that an embedding weighs as other rows do."""
+    """Train by classification of cosines. Embeddings have unit mean square, so they weigh as other rows
+    do."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.nn.Parameter(torch.randn(len(mels), encoder.config.enc_dim, generator=generator))
     optimiser = torch.optim.AdamW([*encoder.parameters(), centres], 1e-3, weight_decay=0.01)
@@ -57,7 +58,7 @@ def train(encoder: SpeakerEncoder, mels: list[list[Tensor]], steps: int, batch: 
         voices = torch.randint(len(mels), (batch,), generator=generator)
         seconds = CLIP_S[0] + (CLIP_S[1] - CLIP_S[0]) * float(torch.rand((), generator=generator))
         frames = int(seconds * SAMPLE_RATE / 256)
-        picks = torch.randint(CLIPS * 3 // 4, (batch,), generator=generator)  # the rest is to test on
+        picks = torch.randint(CLIPS * 3 // 4, (batch,), generator=generator)  # the rest is for the test
         pairs = zip(voices.tolist(), picks.tolist(), strict=True)
         x = encoder(torch.stack([stretch(mels[v][i], frames, generator) for v, i in pairs]))
         cosines = F.cosine_similarity(x[:, None], centres[None], dim=-1)
@@ -74,7 +75,7 @@ def train(encoder: SpeakerEncoder, mels: list[list[Tensor]], steps: int, batch: 
 
 @torch.no_grad()
 def embed(encoder: SpeakerEncoder, mels: list[list[Tensor]]) -> Tensor:
-    """Embeddings [voices, CLIPS, hidden], of three seconds each."""
+    """Embeddings [voices, CLIPS, hidden] of three seconds each."""
     frames = 3 * SAMPLE_RATE // 256
     generator = torch.Generator().manual_seed(1)
     return torch.stack(
@@ -83,7 +84,7 @@ def embed(encoder: SpeakerEncoder, mels: list[list[Tensor]]) -> Tensor:
 
 
 def worst_cosines(clips: Tensor) -> tuple[float, float]:
-    """Lowest cosine of an unseen clip to its own voice's mean, and highest to another's."""
+    """The lowest cosine of an unseen clip to the mean of its own voice, and the highest to another's."""
     seen, unseen = clips[:, : CLIPS * 3 // 4], clips[:, CLIPS * 3 // 4 :]
     cosines = F.cosine_similarity(unseen[:, :, None], seen.mean(1)[None, None], dim=-1)
     own = torch.eye(len(clips), dtype=torch.bool)[:, None].expand_as(cosines)

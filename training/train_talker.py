@@ -2,10 +2,10 @@
 
     python -m training.train_talker build/training --seconds 200
 
-Reads `tokens.npz`, `codes-*.npz` and `speakers.safetensors` of the folder, writes
-`talker.safetensors` (averaged weights) now and then and at the end. Codes that are made meanwhile are
-learnt too. Time-bounded: schedules follow the clock.
-On CUDA each batch shape is one graph, since the layers are too small to keep the GPU busy otherwise.
+Reads `tokens.npz`, `codes-*.npz` and `speakers.safetensors` of the folder. Writes `talker.safetensors`,
+with averaged weights, from time to time and at the end. Codes that are made meanwhile are learnt too.
+Time is bounded: schedules follow the clock. On CUDA each batch shape is one graph, because otherwise the
+layers are too small to keep the GPU busy.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from training.graphs import Batch, Steps, clock
 from training.rows import NONE, Layout, Utterance
 
 DROPOUT = 0.05
-"""Share of what a layer adds that is left out at random: without it, codes are learnt by heart."""
+"""Share of a layer's additions that is dropped at random. Without it, codes are learnt by heart."""
 UNSEEN = 100
-"""One sentence in so many only shows whether what is learnt holds for others."""
+"""One sentence in this many is not learnt. It shows whether what is learnt holds for other sentences."""
 LEAST = 200
-"""Sentences to begin with: a batch of the shortest."""
+"""Sentences with which training begins: a batch of the shortest."""
 SAVED_S = 60
-"""Between two savings."""
+"""Seconds between two saves."""
 _CODE_WEIGHTS = tuple(1 / math.sqrt(k) for k in range(1, NUM_CODEBOOKS))
-"""Of the fifteen predicted codes in the loss: the first are heard most."""
+"""Weights of the fifteen predicted codes in the loss. The first codes are the most audible."""
 
 
 def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _with_none(table: Tensor) -> Tensor:
-    """The table and a row of zeros, which index -1 finds."""
+    """The table and a row of zeros, which index -1 selects."""
     return torch.cat((table, table.new_zeros(1, table.shape[1])))
 
 
@@ -61,14 +61,14 @@ def _look_up(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def input_rows(talker: Talker, batch: Batch, speakers: Tensor) -> Tensor:
-    """The rows [n, rows, hidden] of a batch; `speakers` [n, hidden]."""
+    """The rows [n, rows, hidden] of a batch. `speakers` is [n, hidden]."""
     model = talker.model
     texts = talker.text_projection(model.text_embedding.weight).float()
     x = _look_up(texts, batch["text"]) + _look_up(model.codec_embedding.weight, batch["control"])
     size = talker.code_predictor.lm_head[0].out_features
     tables = [model.codec_embedding.weight[:size]]
     tables += [embedding.weight for embedding in talker.code_predictor.model.codec_embedding]
-    # A product with ones and zeros: its backward pass is one too, and the tables are small.
+    # A product with ones and zeros: its backward pass is a product too, and the tables are small.
     chosen = batch["codes"][..., None] == torch.arange(size, device=x.device)
     x = x + (chosen.flatten(-2).to(torch.bfloat16 if x.is_cuda else x.dtype) @ torch.cat(tables)).float()
     is_speaker = torch.arange(x.shape[1], device=x.device) == batch["speaker"][:, None]
@@ -76,10 +76,10 @@ def input_rows(talker: Talker, batch: Batch, speakers: Tensor) -> Tensor:
 
 
 def losses(talker: Talker, config: ModelConfig, batch: Batch, speakers: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy of code 0 and EOS, and of codes 1..15 [15]."""
+    """Cross entropy of code 0 with EOS, and of codes 1..15 [15]."""
     x = input_rows(talker, batch, speakers)
     positions = torch.arange(x.shape[1], device=x.device)
-    # The three axes of the talker's RoPE are equal in speech, so plain RoPE it is.
+    # The three axes of the talker's RoPE are equal in speech, so plain RoPE is enough.
     cos, sin = (table[None] for table in rope_tables(config.talker, positions))
     hidden = talker(F.dropout(x, DROPOUT, talker.training), cos, sin, attend).flatten(0, 1)
     logits = talker.codec_head(hidden).float()
@@ -104,13 +104,13 @@ def _predictor_losses(talker: Talker, config: ModelConfig, hidden: Tensor, batch
 def _layer(
     layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, dropout: float
 ) -> Tensor:
-    """`DecoderLayer.forward` with some of what it adds left out."""
+    """`DecoderLayer.forward` with dropout on what it adds."""
     x = x + F.dropout(layer.self_attn(layer.input_layernorm(x), cos, sin, 0, attend), dropout)
     return x + F.dropout(layer.mlp(layer.post_attention_layernorm(x)), dropout)
 
 
 def prepare_layers(talker: Talker, *, compiled: bool) -> None:
-    """Give every layer its dropout, in place, and fuse what lies between its products."""
+    """Give every layer its dropout, in place, and fuse the operations between its products."""
     call = torch.compile(_layer, dynamic=False) if compiled else _layer
     for stack, dropout in ((talker.model, DROPOUT), (talker.code_predictor.model, DROPOUT / 2)):
         for layer in stack.layers:
@@ -123,7 +123,7 @@ def prepare_layers(talker: Talker, *, compiled: bool) -> None:
 
 @dataclass
 class Trainer:
-    """Model, optimiser and averaged weights, and one step of them."""
+    """Model, optimiser and averaged weights, and one step with them."""
 
     talker: Talker
     config: ModelConfig
@@ -143,7 +143,7 @@ class Trainer:
         self.weights = torch.tensor(_CODE_WEIGHTS, device=self.device)
 
     def step(self, batch: Batch) -> Tensor:
-        """One update; the losses [code 0, codes 1..15]."""
+        """One update. Returns the losses [code 0, codes 1..15]."""
         found = self._forward(batch)
         first, others = found[0], found[1:]
         loss = first + 2 * (others * self.weights).sum() / self.weights.sum()
@@ -158,12 +158,13 @@ class Trainer:
         return found.detach()
 
     def losses(self, batch: Batch) -> Tensor:
-        """The losses [code 0, codes 1..15] of the weights as they are."""
-        # With gradients, though unused: without them the compiled layers would be compiled again.
+        """The losses [code 0, codes 1..15] of the present weights."""
+        # Gradients are on although nobody uses them: without them the compiled layers would be compiled
+        # again.
         return self._forward(batch).detach()
 
     def warm_up(self) -> None:
-        """Have the layers compiled for every shape of a batch; nothing is learnt."""
+        """Compile the layers for every shape of a batch. Nothing is learnt."""
         for rows, count in batches.SHAPES:
             batch = batches.blank_batch((rows, count))
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -186,7 +187,8 @@ def train(
     rates: tuple[float, float],
     out: Path,
 ) -> None:
-    """Train for so long; now and then save, and show the losses, also of a batch that is not learnt."""
+    """Train for the given time. Saves and shows the losses at intervals, also of a batch that is not
+    learnt."""
     steps, shown, saved = Steps(trainer.device), 0.0, monotonic()
     unseen = {name: tensor.to(trainer.device) for name, tensor in unseen.items()}
     recent = torch.zeros(NUM_CODEBOOKS, device=trainer.device)
@@ -223,7 +225,7 @@ class Sentences:
         self._tokens = [corpus.read_tokens(folder / "tokens.npz", name) for name in names]
 
     def take(self, *, unseen: bool = False) -> list[list[Utterance]]:
-        """Those that have come, in each reading: all but one in `UNSEEN`, or only those."""
+        """The utterances that have come, in each reading: all but one in `UNSEEN`, or only those."""
         codes = self._codes.take()
         chosen = [i for i in sorted(codes)[: self._only] if (i % UNSEEN == 0) == unseen]
         return [
@@ -235,12 +237,12 @@ class Sentences:
 def read_material(
     folder: Path, only: int | None = None, least: int = LEAST
 ) -> tuple[Material, Material]:
-    """What to learn from, and a hundredth that is not learnt; waits until there is enough.
+    """Read what to learn from, and a hundredth that is not learnt. Waits until there is enough.
 
     Args:
         folder: of tokens and codes.
-        only: so many of the sentences.
-        least: number of sentences to wait for; not below `LEAST`.
+        only: use this many of the sentences.
+        least: number of sentences to wait for, at least `LEAST`.
     """
     config = geometry.config()
     role = [config.im_start_id, *corpus.read_tokens(folder / "tokens.npz", "role")[0].tolist()]
@@ -254,7 +256,7 @@ def read_material(
 
 
 def new_talker(config: ModelConfig) -> Talker:
-    """Fresh weights."""
+    """A talker with fresh weights."""
     torch.manual_seed(0)
     talker = Talker(config.talker, config.predictor)
     for name, parameter in talker.named_parameters():
@@ -263,7 +265,7 @@ def new_talker(config: ModelConfig) -> Talker:
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif "codec_embedding" in name:
-            nn.init.normal_(parameter, std=0.1)  # sixteen make a row
+            nn.init.normal_(parameter, std=0.1)  # sixteen of them make a row
         elif "text_embedding" in name:
             nn.init.normal_(parameter, std=1.0)
         else:
@@ -281,7 +283,7 @@ def save(trainer: Trainer, folder: Path) -> None:
 
 
 def main() -> None:
-    """Train, or train on."""
+    """Train from fresh or earlier weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=200, help="of training")

@@ -1,1 +1,1 @@
-"""What the bench measures."""
+"""The bench: its measurements, and the clients that make them."""

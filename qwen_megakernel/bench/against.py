@@ -1,9 +1,9 @@
-"""The bench's comparison: another version of this package (A) beside this tree (B), on one device.
+"""The bench's comparison of another version of this package (A) with this tree (B), on one device.
 
 Each version runs in processes of its own (`bench.worker`), which build their own kernels. Codes are
-compared bit for bit. Speed is compared over several instances of each version, because the addresses
-and clocks that a process happens to get move a figure by more than a change does. Two processes never
-use the device at once while something is timed or decoded.
+compared bit for bit. Speed is compared over several instances of each version, because the addresses and
+clocks of a process move a figure by more than a change does. While something is timed or decoded, no two
+processes use the device.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SCRIPT = Path(__file__).with_name("worker.py")
 PARTS = ("codes", "speed")
 CODE_FRAMES = 64
 ORDER = "ABBA"
-"""The measurements of a pair of instances: a drift of the clock meets both alike."""
+"""The order of the measurements of a pair of instances. A drift of the clock meets both alike."""
 CONFIDENCE = 0.95
 RESAMPLES = 4000
 
@@ -54,22 +54,22 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is compared, and what passes."""
+    """What is compared, and the limits within which it passes."""
 
     device: str
     """`cpu` or `cuda:N`."""
     parts: Sequence[str]
-    """Of `PARTS`."""
+    """Those of `PARTS` that are compared."""
     code_shapes: Sequence[str]
     """Shapes whose codes are compared."""
     shape: Shape
-    """Of what is timed."""
+    """The shape that is timed."""
     streams: Sequence[int]
     positions: Sequence[int]
     instances: int
     """Processes of each version that are timed, at least 2."""
     repeats: int
-    """Frames of a measurement; one turn is timed for every ten."""
+    """Frames of a measurement. For every ten frames one turn is timed."""
     max_ratio: float
     """Largest allowed time of B over A."""
     max_bound: float
@@ -80,7 +80,7 @@ class Plan:
 
 
 def baseline_tree(against: str, folder: Path, root: Path = ROOT) -> Path:
-    """The root of version A.
+    """Find the root of version A.
 
     Args:
         against: a folder that holds a checkout, or a git revision of `root`.
@@ -88,7 +88,7 @@ def baseline_tree(against: str, folder: Path, root: Path = ROOT) -> Path:
         root: the working tree.
 
     Raises:
-        BenchError: it is neither.
+        BenchError: `against` is neither.
     """
     named = Path(against)
     if (named / "qwen_megakernel").is_dir():
@@ -112,16 +112,16 @@ def baseline_tree(against: str, folder: Path, root: Path = ROOT) -> Path:
 
 
 class WorkerProcess:
-    """A process that drives one version; leaving its context ends it."""
+    """A process that drives one version. It ends with the context."""
 
     def __init__(self, name: str, tree: Path, device: str, logs: Path) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
             name: for messages.
             tree: the version's root.
             device: `cpu` or `cuda:N`.
-            logs: folder for what the process prints.
+            logs: folder for the output of the process.
         """
         self.name = name
         self._log = logs / f"{name.replace(' ', '-')}.log"
@@ -143,11 +143,12 @@ class WorkerProcess:
 
         Args:
             do: a public method of `worker.Worker`.
-            timeout_s: after which the process is killed.
-            arguments: the method's.
+            timeout_s: the process is killed after this time.
+            arguments: of the method.
 
         Raises:
-            BenchError: the process died or took too long; one line with the last that it printed.
+            BenchError: the process died or took too long. The message is one line with the last line
+                that the process printed.
         """
         expired = threading.Event()
 
@@ -184,7 +185,7 @@ class WorkerProcess:
 
     def _kill(self) -> None:
         if self._process.poll() is None:
-            with suppress(ProcessLookupError):  # it has just ended
+            with suppress(ProcessLookupError):  # it has just ended by itself
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
@@ -197,7 +198,7 @@ class WorkerProcess:
         self.close()
 
     def close(self) -> None:
-        """Let it end by itself, and kill it if it does not."""
+        """Let the process end by itself, and kill it if it does not."""
         stdin, stdout = self._pipes()
         with suppress(BrokenPipeError):
             stdin.close()
@@ -212,7 +213,7 @@ class WorkerProcess:
 
 
 def resampled_medians(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Medians of bootstrap samples: instances are drawn, then measurements within each.
+    """Medians of bootstrap samples. A sample draws instances, then measurements of each.
 
     Args:
         values: [instances, measurements].
@@ -232,9 +233,9 @@ def resampled_medians(values: np.ndarray, resamples: int, seed: int) -> np.ndarr
 def ratio_bound(a: np.ndarray, b: np.ndarray, resamples: int = RESAMPLES) -> float:
     """Upper confidence bound (`CONFIDENCE`, one-sided) of the median of B over that of A.
 
-    It is a bootstrap percentile. With few instances n the bootstrap spreads too little, by a factor
-    of sqrt((n - 1) / n), so the percentile lies further out by as much. The bound holds as often as
-    it says from three instances on. With two it holds in five cases of six: in the sixth both of B's
+    It is a bootstrap percentile. With few instances n the bootstrap spreads too little, by a factor of
+    sqrt((n - 1) / n), so the percentile lies further out by this factor. From three instances on, the
+    bound holds as often as it claims. With two it holds in five of six cases: in the sixth both of B's
     happen to be faster than both of A's.
 
     Args:
@@ -248,7 +249,7 @@ def ratio_bound(a: np.ndarray, b: np.ndarray, resamples: int = RESAMPLES) -> flo
 
 
 def compare_figure(name: str, raw: dict[str, list[list[list[float]]]], plan: Plan) -> dict[str, Any]:
-    """One figure of the JSON.
+    """Compare one figure, for the JSON.
 
     Args:
         name: of the figure.
@@ -288,11 +289,11 @@ def first_difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
 
 
 Pair = dict[str, WorkerProcess]
-"""A process of each version, `A` and `B`."""
+"""A process of each version, under `A` and `B`."""
 
 
 def run(against: str, plan: Plan, report: Report, root: Path = ROOT) -> Iterator[dict[str, Any]]:
-    """The comparison's JSON, again whenever there is more of it.
+    """Yield the comparison's JSON, each time there is more of it.
 
     Args:
         against: version A, see `baseline_tree`.
@@ -316,7 +317,7 @@ def run(against: str, plan: Plan, report: Report, root: Path = ROOT) -> Iterator
                 processes.enter_context(worker)
             return workers
 
-        # Every process starts now: it imports while kernels are compiled, and then waits.
+        # Every process starts now. It imports while kernels are compiled, and then waits.
         timed = "speed" in plan.parts
         pairs = [start(f"instance {i + 1}") for i in range(plan.instances if timed else 1)]
         _prepare(plan, pairs, folder / "checkpoint", report)
@@ -330,7 +331,7 @@ def run(against: str, plan: Plan, report: Report, root: Path = ROOT) -> Iterator
 
 
 def passed(found: dict[str, Any]) -> bool:
-    """Whether all that a comparison's JSON holds is equal and within the limits."""
+    """Whether everything in a comparison's JSON is equal and within the limits."""
     return (
         all(codes["difference"] is None for codes in found.get("codes", []))
         and len({*found.get("speech", {}).values()}) <= 1
@@ -339,7 +340,7 @@ def passed(found: dict[str, Any]) -> bool:
 
 
 def _prepare(plan: Plan, pairs: Sequence[Pair], checkpoint: Path, report: Report) -> None:
-    """Wait for imports, kernels and the random checkpoint, which are made side by side."""
+    """Wait for imports, kernels and the random checkpoint, which are made in parallel."""
     started = time.monotonic()
     shapes = {*plan.code_shapes} if "codes" in plan.parts else set()
     shapes |= {plan.shape} if "speed" in plan.parts else set()
@@ -364,7 +365,7 @@ def _prepare(plan: Plan, pairs: Sequence[Pair], checkpoint: Path, report: Report
 
 
 def _compare_codes(plan: Plan, pair: Pair, report: Report) -> Iterator[list[dict[str, Any]]]:
-    """The JSON's `codes`, a shape more each time."""
+    """Yield the JSON's `codes`, with one more shape each time."""
     compared = []
     for shape in plan.code_shapes:
         request: dict[str, Any] = {"shape": shape, "streams": plan.streams, "frames": CODE_FRAMES}
@@ -378,7 +379,8 @@ def _compare_codes(plan: Plan, pair: Pair, report: Report) -> Iterator[list[dict
 def _compare_speed(
     plan: Plan, pairs: Sequence[Pair], checkpoint: Path, report: Report
 ) -> Iterator[dict[str, Any]]:
-    """The JSON's `speech` and `figures`, from the second instances on with one of each more."""
+    """Yield the JSON's `speech` and `figures`. They come from the second pair of instances on, with one
+    more pair each time."""
     sizes: dict[str, Any] = {
         "streams": plan.streams,
         "positions": plan.positions,
@@ -391,7 +393,7 @@ def _compare_speed(
     speech: dict[str, str] = {}
     raw: dict[str, dict[str, list[list[list[float]]]]] = {}
     for number, pair in enumerate(pairs):
-        # Each version comes first in every other pair.
+        # Versions take turns at being first in a pair.
         turned = str.maketrans("AB", "BA" if number % 2 else "AB")
         for version in "AB".translate(turned):
             worker = pair[version]
@@ -406,6 +408,6 @@ def _compare_speed(
                 by_version = raw.setdefault(name, {"A": [], "B": []})
                 by_version[version].append([measurement[name] for measurement in measurements])
             pair[version].close()
-        if number:  # one instance of each says nothing of their spread
+        if number:  # one instance of each does not show their spread
             figures = [compare_figure(name, values, plan) for name, values in raw.items()]
             yield {"speech": speech, "figures": figures}

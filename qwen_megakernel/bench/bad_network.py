@@ -1,6 +1,6 @@
 """A TCP proxy that behaves like a bad network: delay, jitter, and lost packets that stall the line.
 
-Bytes keep their order, as in TCP: what comes behind a lost packet waits until it was sent again.
+Bytes keep their order, as in TCP. What follows a lost packet waits until that packet is sent again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ MIN_RESEND_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """How bad it is, in each direction."""
+    """The faults of the network, in each direction."""
 
     delay_s: float
     jitter_s: float
-    """Added to the delay: 0 to so much, evenly spread."""
+    """The most that is added to the delay. The addition is drawn evenly from 0 on."""
     loss: float
-    """Part of the packets that are lost, 0 to 1."""
+    """Share of the packets that are lost, 0 to 1."""
 
     @property
     def resend_s(self) -> float:
@@ -37,7 +37,7 @@ class BadNetwork:
     """`async with BadNetwork(host, port, network, seed) as proxy: connect to proxy.port`."""
 
     def __init__(self, host: str, port: int, network: Network, seed: int) -> None:
-        """Stand in for the server at `host` and `port`; the same seed loses the same packets."""
+        """Forward to the server at `host` and `port`. The same seed loses the same packets."""
         self._target, self._network = (host, port), network
         self._random = random.Random(seed)
         self._server: asyncio.Server | None = None
@@ -53,7 +53,7 @@ class BadNetwork:
 
     @property
     def port(self) -> int:
-        """Of the proxy."""
+        """The proxy's port."""
         assert self._server is not None
         port: int = self._server.sockets[0].getsockname()[1]
         return port
@@ -85,7 +85,7 @@ class BadNetwork:
             delivery.cancel()
 
     def _delay_s(self) -> float:
-        """Of the next packet."""
+        """Draw the delay of the next packet."""
         delay_s = self._network.delay_s + self._random.uniform(0, self._network.jitter_s)
         if self._random.random() < self._network.loss:
             self.num_stalls += 1

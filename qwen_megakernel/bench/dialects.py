@@ -1,7 +1,7 @@
 """The bench's comparison of dialects: text sent to first audio received, one turn at a time.
 
-The dialects take turns, so that all of them meet the same machine. A turn is cancelled once it was
-heard, and the next one begins when the server is idle again.
+The dialects alternate, so that all of them meet the same state of the machine. A turn is cancelled at
+its first audio, and the next one begins when the server is idle again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Talker(Protocol):
     """A client of one dialect."""
 
     def hear(self, text: str) -> float:
-        """Seconds until the first audio of a text; it is cancelled then. Raises `RuntimeError`."""
+        """Seconds until the first audio of a text. The turn is then cancelled. Raises `RuntimeError`."""
 
     def close(self) -> None:
         """Hang up."""
@@ -62,7 +62,7 @@ class _Socket:
         return self.socket.recv(timeout=TURN_S)
 
     def receive_json(self, what: str) -> dict[str, Any]:
-        """The next message of a type; audio before it is passed over."""
+        """The next message of a type. Audio before it is skipped."""
         while True:
             message = self.receive()
             if isinstance(message, bytes):
@@ -143,7 +143,8 @@ class DeepgramTalker(_Socket):
 
 
 class OpenAITalker:
-    """OpenAI's speech API. The time includes a new connection: a client that hangs up needs one."""
+    """OpenAI's speech API. The time includes a new connection, which a client needs after it has hung
+    up."""
 
     def __init__(self, port: int, response_format: str) -> None:
         self._port, self._format = port, response_format
@@ -164,7 +165,7 @@ class OpenAITalker:
             connection.close()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no connection is open."""
 
 
 TALKERS: dict[str, Callable[[int], Talker]] = {
@@ -177,10 +178,10 @@ TALKERS: dict[str, Callable[[int], Talker]] = {
 
 
 def first_audio_s(port: int, text: str, turns: int) -> dict[str, list[float]]:
-    """Seconds to the first audio of `turns` turns in each dialect, by its name.
+    """Seconds to the first audio of `turns` turns, by the name of the dialect.
 
     Raises:
-        RuntimeError: the server refused a turn, or does not stop one.
+        RuntimeError: the server refused a turn, or did not stop one.
     """
     with ExitStack() as stack:
         talkers = {name: make(port) for name, make in TALKERS.items()}

@@ -1,12 +1,11 @@
-"""The bench's kernel part: a frame's time by streams and positions, beside what bounds it.
+"""The bench's kernel part: a frame's time by streams and positions, and what bounds it.
 
-One process on one GPU measures the frame kernel, a plain streaming read of the same bytes, PyTorch
-eager and PyTorch as CUDA graphs.
+One process on one GPU measures the frame kernel, a plain streaming read of the same bytes, PyTorch eager
+and PyTorch as CUDA graphs.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import torch
 from qwen_megakernel.bench.worker import WARM_UP, device_times, host_times
 from qwen_megakernel.build_tts import READ_LIBRARY, build, detect_arch, frame_library
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, ModelConfig
+from qwen_megakernel.cuda_driver import Launch, load_module
 from qwen_megakernel.decoding.frame_schedule import Exchange
 from qwen_megakernel.decoding.graph_backend import GraphBackend
 from qwen_megakernel.decoding.kernel_backend import FrameDumps, MegakernelBackend
@@ -28,13 +28,13 @@ from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.tools.machine_code import resources
 
 STREAMS = (1, 2, 4, 8)
+"""Measured by default."""
 MOST_STREAMS = 32
-"""Of a frame of the kernel."""
-"""Measured by default; the last is the largest number that is allowed."""
+"""The most streams of a frame of the kernel."""
 POSITIONS = (100, 500, 1000, 2000)
 REPEATS = 200
 EAGER_REPEATS = 10
-"""An eager frame takes tens of milliseconds and varies little."""
+"""Few repeats, because an eager frame takes tens of milliseconds and varies little."""
 PARTS = ("talker", "predictor", "sampling")
 
 Report = Callable[[str], None]
@@ -42,35 +42,37 @@ _Backend = MegakernelBackend | TorchBackend
 
 
 class BenchError(RuntimeError):
-    """What keeps a part of the bench from running; one line."""
+    """A part of the bench cannot run. The message is one line that says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrameFigures:
-    """One frame kernel's figures for a number of streams at a position; times in microseconds."""
+    """The figures of the frame kernel for a number of streams at a position. Times are in
+    microseconds."""
 
     streams: int
     position: int
     median_us: float
-    """On the device, from the end of a frame to the end of the next, frames queued back to back."""
+    """Time on the device from the end of a frame to the end of the next. Frames are queued back to
+    back."""
     p95_us: float
     decode_us: float
-    """`decode` on the host's clock, median: launch, frame, codes in host memory."""
+    """Median time of `decode` on the host's clock: launch, frame, codes in host memory."""
     parts_us: dict[str, float]
-    """`PARTS` by the kernel's own clock, medians; what is left is the launch, the first product and
-    the last sum."""
+    """Medians of `PARTS` by the kernel's own clock. The rest of the frame is the launch, the first
+    product and the last sum."""
     bytes: int
-    """Bytes that a frame must read: weights of talker and 15 passes, keys and values."""
+    """Bytes that a frame must read: weights of the talker and of 15 passes, keys and values."""
     gb_s: float
     floor_us: float
-    """A plain streaming read of the same number of bytes."""
+    """Time of a plain streaming read of the same number of bytes."""
     eager_us: float
-    """PyTorch bf16, host's clock."""
+    """Time of PyTorch in bf16, on the host's clock."""
     graph_us: float
-    """PyTorch bf16 as CUDA graphs, on the device: what the torch backend does on a GPU."""
+    """Time of PyTorch in bf16 as CUDA graphs, on the device. The torch backend does this on a GPU."""
 
     def ratios(self) -> dict[str, float]:
-        """This frame over the floor; PyTorch over this frame."""
+        """The ratios of this frame to the floor, and of PyTorch to this frame."""
         return {
             "over_floor": self.median_us / self.floor_us,
             "eager_over_this": self.eager_us / self.median_us,
@@ -82,7 +84,7 @@ class FrameFigures:
 
 
 def part_of(exchange: Exchange) -> str:
-    """The one of `PARTS` that an exchange belongs to."""
+    """The member of `PARTS` to which an exchange belongs."""
     return "sampling" if exchange.step == "code" else exchange.model
 
 
@@ -94,7 +96,7 @@ def parts_of(stamps: np.ndarray, parts: Sequence[str]) -> dict[str, float]:
         parts: the part of each exchange.
 
     Raises:
-        BenchError: stamps that are missing or run backwards.
+        BenchError: stamps are missing or run backwards.
     """
     if (stamps[:, len(parts) - 1] < stamps[:, 0]).any() or (stamps[:, : len(parts)] == 0).any():
         raise BenchError("the kernel's stamps are not those of the exchanges that were expected")
@@ -104,7 +106,7 @@ def parts_of(stamps: np.ndarray, parts: Sequence[str]) -> dict[str, float]:
 
 
 def frame_bytes(config: ModelConfig, streams: int, position: int) -> int:
-    """Bytes that a frame must read: bf16 weights once a pass, keys and values of the streams."""
+    """Bytes that a frame must read: bf16 weights once for each pass, keys and values of the streams."""
 
     def qkv_rows(c: Any) -> int:
         return (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
@@ -116,7 +118,7 @@ def frame_bytes(config: ModelConfig, streams: int, position: int) -> int:
     t, p = config.talker, config.predictor
     weights = t.num_layers * layer(t) + t.vocab_size * t.hidden_size
     weights += (NUM_CODEBOOKS - 1) * (p.num_layers * layer(p) + p.vocab_size * p.hidden_size)
-    # Of the passes after the first, the first layer's QKV comes from a table: a row a stream.
+    # In the passes after the first, the first layer's QKV comes from a table: one row for each stream.
     weights -= (NUM_CODEBOOKS - 2) * qkv_rows(p) * (p.hidden_size - streams)
     if t.hidden_size != p.hidden_size:
         weights += t.hidden_size * p.hidden_size
@@ -127,7 +129,7 @@ def frame_bytes(config: ModelConfig, streams: int, position: int) -> int:
 
 
 class Prompts:
-    """Fills slots up to a position; the keys and values of a length are computed once."""
+    """Fills slots up to a position. Keys and values of each length are computed once."""
 
     def __init__(self, config: ModelConfig, device: torch.device, longest: int) -> None:
         generator = torch.Generator(device).manual_seed(1)
@@ -135,14 +137,14 @@ class Prompts:
         self._rows = torch.randn(shape, device=device, generator=generator).bfloat16()
 
     def fill(self, backend: _Backend, streams: int, rows: int) -> None:
-        """Start slots 0 to `streams` - 1 with as many rows."""
+        """Start slots 0 to `streams` - 1, each with `rows` rows."""
         for slot in range(streams):
             params = GenerationParams(seed=slot)
             backend.prefill(slot, self._rows[:rows], params, SharedRows(rows, rows - 1))
 
 
 class KernelBench:
-    """The frame kernel and its rivals, on one GPU with one set of weights."""
+    """The frame kernel and what it is compared with, on one GPU with one set of weights."""
 
     def __init__(
         self,
@@ -159,7 +161,7 @@ class KernelBench:
         Args:
             config: the shape.
             talker: bf16, on the GPU.
-            streams, positions: to be measured; the most and the longest decide the size of the caches.
+            streams, positions: what will be measured. The largest of each decide the size of the caches.
             repeats: timed frames for each figure.
             form: of the kernel, one of `build_tts.FORMS`.
             report: told what is being done.
@@ -172,7 +174,7 @@ class KernelBench:
         self._gpu = torch.cuda.get_device_properties(self._device)
         self.arch = detect_arch(self._device)
         self.library = build(frame_library(config, self.arch, form), self.arch, report)
-        self._read = ctypes.CDLL(str(build(READ_LIBRARY, self.arch, report))).read_floor
+        self._read = load_module(build(READ_LIBRARY, self.arch, report), self._device)
         most = max(positions) + repeats + 2 * WARM_UP
         shape = (talker, config.talker, config.predictor)
         self._widest = max(streams)
@@ -187,7 +189,7 @@ class KernelBench:
         )
 
     def measure(self, streams: int, position: int) -> FrameFigures:
-        """All figures of one row; the timed frames lie around `position`."""
+        """Measure all figures of one row. The timed frames lie around `position`."""
         text = torch.zeros(streams, self._config.talker.hidden_size, device=self._device)
         slots = range(streams)
         with self._running(self._kernel, streams, position, self._repeats):
@@ -215,7 +217,7 @@ class KernelBench:
         )
 
     def _running(self, backend: _Backend, streams: int, position: int, repeats: int) -> LiveSlots:
-        """Slots whose next `repeats` frames, after a warm-up, lie around `position`."""
+        """Start slots so that the next `repeats` frames, after a warm-up, lie around `position`."""
         return LiveSlots(self._prompts, backend, streams, max(2, position - repeats // 2 - WARM_UP))
 
     def _parts(self, streams: int, position: int, text: torch.Tensor) -> dict[str, float]:
@@ -231,21 +233,20 @@ class KernelBench:
     def _floor_us(self, num_bytes: int) -> float:
         out = torch.zeros(1, dtype=torch.int32, device=self._device)
         stream = torch.cuda.current_stream(self._device).cuda_stream
-
-        def read() -> None:
-            error = self._read(
-                c_void_p(self._buffer.data_ptr()), c_int64(num_bytes // 16 * 16),
-                c_void_p(out.data_ptr()), self._gpu.multi_processor_count, c_void_p(stream),
-            )  # fmt: skip
-            if error:
-                raise BenchError(f"the streaming read was not launched: CUDA error {error}")
-
-        return float(np.median(device_times(read, self._repeats // 4 + 1)))
+        facts = self._read.facts
+        params = (
+            c_void_p(self._buffer.data_ptr()), c_int64(num_bytes // 16), c_void_p(out.data_ptr()),
+        )  # fmt: skip
+        read = Launch(
+            self._read, self._read.kernel("read_kernel"), params, threads=facts["threads"],
+            grid=(self._gpu.multi_processor_count * facts["ctas_per_sm"], 1),
+        )  # fmt: skip
+        return float(np.median(device_times(lambda: read(stream), self._repeats // 4 + 1)))
 
 
 @dataclass(slots=True)
 class LiveSlots:
-    """Live slots 0 to `streams` - 1, for as long as the context lasts."""
+    """Slots 0 to `streams` - 1, live as long as the context."""
 
     prompts: Prompts
     backend: _Backend
@@ -275,10 +276,10 @@ def run(
     form: str = "auto",
     report: Report,
 ) -> Iterator[dict[str, Any]]:
-    """The kernel part of the bench's JSON, again after every row, each time with one row more.
+    """Yield the kernel part of the bench's JSON after every row, each time with one row more.
 
     Args:
-        config, talker: what is decoded; bf16, on the GPU.
+        config, talker: what is decoded. The talker is bf16, on the GPU.
         streams, positions: the rows of the table.
         repeats: timed frames for each figure.
         form: of the kernel, one of `build_tts.FORMS`.

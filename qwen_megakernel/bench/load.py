@@ -1,10 +1,10 @@
-"""The bench's load part: how many voices a server holds, and how it bears more.
+"""The bench's load part: how many voices a server holds, and how it copes with more.
 
     closed loop    N voices speak turn after turn, in real time
-    open loop      turns begin as a Poisson process, whatever became of those before
+    open loop      turns begin as a Poisson process, whatever happens to the earlier ones
 
-Several client processes (`bench.load_client`) listen as a player does. The largest number of voices
-without an underrun is found by doubling and bisection.
+Several client processes (`bench.load_client`) listen as a player does. Doubling and bisection find the
+largest number of voices without an underrun.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from qwen_megakernel.tools.machine import usable_cores
 
 CLIENT = ("-m", "qwen_megakernel.bench.load_client")
 RAMP_S = 6.0
-"""Voices begin in this time: about the length of a turn, so that they are evenly out of step."""
+"""Voices begin within this time. It is about the length of a turn, so they are evenly out of step."""
 MAX_CLIENT_LAG_MS = 5.0
 MAX_CLIENT_SHARE = 0.8
-"""Beyond one of these the client processes are the bottleneck, and the figures are theirs."""
+"""Above this lag or this share of a core, the client processes are the bottleneck, and the figures are
+theirs."""
 TURN_S = 6.0
-"""Seconds of audio of a mean turn: 90 characters."""
+"""Seconds of audio of a mean turn, of 90 characters."""
 _EXTRA_S = 60.0
-"""For a client process to begin and to end, beyond the run."""
+"""Time for a client process to begin and to end, beyond the run."""
 
 Report = Callable[[str], None]
 
@@ -52,25 +53,26 @@ class LoadPlan:
     """What is measured."""
 
     voices: tuple[int, ...] | None = None
-    """Closed loops; None looks for the largest number without an underrun."""
+    """Voices of the closed loops. None looks for the largest number without an underrun."""
     rates: tuple[float, ...] = ()
-    """Open loops, turns a second."""
+    """Turns a second of the open loops."""
     shares: tuple[float, ...] = ()
-    """Open loops at parts of the audio a second that the largest closed loop without an underrun had."""
+    """Rates of further open loops, as shares of the audio a second in the largest closed loop without an
+    underrun."""
     most_voices: int = 512
-    """The search goes no further."""
+    """The search stops at this number."""
     seconds: float = 20.0
-    """Of a run, after its ramp."""
+    """Length of a run after its ramp."""
     processes: int = 1
     network: Network | None = None
     jitter_buffer_s: float = 0.0
     url: str | None = None
-    """Of a server that runs already; None starts one."""
+    """URL of a running server. None starts one."""
     server_options: tuple[str, ...] = ()
 
 
 def default_processes() -> int:
-    """Half of the cores: the server needs the others."""
+    """Half of the cores. The server needs the others."""
     return max(1, min(8, int(usable_cores()) // 2))
 
 
@@ -78,7 +80,7 @@ def default_processes() -> int:
 
 
 class ServerMeter:
-    """What a server and its GPU spend meanwhile."""
+    """What a server and its GPU use during a run."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -91,7 +93,8 @@ class ServerMeter:
         self._thread.start()
 
     def figures(self) -> dict[str, float | None]:
-        """Shares of a core of the process and of the engine's thread, of the GPU; memory in MB."""
+        """Shares of a core that the process and the engine's thread use, share of the GPU, memory in
+        MB."""
         self._stop.set()
         self._thread.join()
         now, wall_s = self._read(), time.monotonic() - self._since
@@ -128,12 +131,12 @@ class ServerMeter:
                 ).stdout
                 used, memory = (float(part) for part in told.splitlines()[0].split(","))
             except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-                return  # no NVIDIA GPU here
+                return  # this machine has no NVIDIA GPU
             self._gpu.append((used, memory))
 
 
 def run_clients(jobs: Sequence[Job], seconds: float) -> list[Findings]:
-    """A process for each job; they begin to speak together.
+    """Run a process for each job. They begin to speak together.
 
     Raises:
         RuntimeError: a process failed, or was not done in time.
@@ -141,7 +144,7 @@ def run_clients(jobs: Sequence[Job], seconds: float) -> list[Findings]:
     with ExitStack() as stack:
         processes = [stack.enter_context(_client_process(job)) for job in jobs]
         for process in processes:
-            _line_of(process)  # `open`
+            _line_of(process)  # the process prints `open`
         for process in processes:
             assert process.stdin is not None
             process.stdin.write("\n")
@@ -189,7 +192,7 @@ def _line_of(process: subprocess.Popen[str]) -> str:
 
 
 def shared_out(job: Job, processes: int) -> list[Job]:
-    """The job as so many jobs, or fewer where there are fewer voices."""
+    """Split the job into `processes` jobs, or fewer if there are fewer voices."""
     count = min(processes, job.voices) if job.voices else processes
     return [
         replace(
@@ -203,7 +206,7 @@ def shared_out(job: Job, processes: int) -> list[Job]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """p50, p95, p99 and the largest; None of no values."""
+    """p50, p95, p99 and the largest. None if there are no values."""
     if not values:
         return None
     names = ("p50", "p95", "p99", "max")
@@ -211,7 +214,7 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def summary(findings: Sequence[Findings], seconds: float) -> dict[str, Any]:
-    """What the clients of a run found together."""
+    """Combine what the clients of a run found."""
     turns = [turn for one in findings for turn in one.turns]
     spoken = [turn for turn in turns if turn.refusal_ms is None]
     outcomes = sorted({turn.outcome for turn in turns})
@@ -247,7 +250,7 @@ def holds(run: dict[str, Any]) -> bool:
 
 
 def find_largest(is_held: Callable[[int], bool], first: int, most: int) -> int:
-    """The largest number that is held, to 3 %, by doubling from `first` and bisection; 0 is none."""
+    """The largest number that is held, to 3 %, by doubling from `first` and bisection. 0 means none."""
     low, high = 0, min(first, most)
     while is_held(high):
         low = high
@@ -264,7 +267,7 @@ def find_largest(is_held: Callable[[int], bool], first: int, most: int) -> int:
 
 
 class LoadBench:
-    """Runs of one plan against one server; `found` grows with each."""
+    """Runs of one plan against one server. `found` grows with each."""
 
     def __init__(self, url: str, plan: LoadPlan, report: Report) -> None:
         self._url, self._plan, self._report = url, plan, report
@@ -278,7 +281,7 @@ class LoadBench:
         }
 
     def run(self) -> Iterator[dict[str, Any]]:
-        """All runs, the result so far after each."""
+        """Do all runs. Yields the result so far after each."""
         plan = self._plan
         if plan.voices is None:
             first = min(64, plan.most_voices) if plan.most_voices >= 64 else 1
@@ -338,7 +341,7 @@ def loaded_server(
 ) -> Iterator[str]:
     """The URL of a server for the plan: the one that it names, or a new one with variables of `environ`.
 
-    The voices of a checkpoint that has a folder of them speak; otherwise a buzz is cloned.
+    If the checkpoint has a folder of voices, these speak. Otherwise a buzz is cloned.
     """
     if plan.url is not None:
         yield plan.url
@@ -366,7 +369,7 @@ def loaded_server(
 def run(
     checkpoint: Path, backend: str, *, device: str, plan: LoadPlan, report: Report
 ) -> Iterator[dict[str, Any]]:
-    """Measure a server under load; the load's part of the bench's JSON, again after each run.
+    """Measure a server under load. Yields the load's part of the bench's JSON after each run.
 
     Args:
         checkpoint: of a model that clones, or with a folder `voices`.
@@ -375,7 +378,8 @@ def run(
         report: told what is being done.
 
     Raises:
-        DemoError: the server did not start or stop; RuntimeError: a client process failed.
+        DemoError: the server did not start or stop.
+        RuntimeError: a client process failed.
     """
     report(f"{backend}: a server under load, {plan.processes} client processes")
     with loaded_server(checkpoint, backend, device, plan, report) as url:

@@ -2,8 +2,8 @@
 
     python -m qwen_megakernel.bench.load_client < job.json
 
-The first line of standard input is a `Job`. Once its connections are open, the process prints `open`,
-waits for another line, speaks, and prints its `Findings`. It imports no torch.
+The first line of standard input is a `Job`. When its connections are open, the process prints `open` and
+waits for another line. Then it speaks, and prints its `Findings`. It imports no torch.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from qwen_megakernel.serving.native_messages import (
 
 _LAG_PERIOD_S = 0.01
 _GRACE_S = 20.0
-"""After the end of a run, for what is still open."""
+"""Time after the end of a run for turns that are still open."""
 _OPEN_AT_ONCE = 16
-"""Handshakes at a time; the server answers 64 at most."""
+"""Handshakes at a time. The server answers at most 64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,15 @@ class Job:
 
     url: str
     seconds: float
-    """Turns begin until then."""
+    """Turns begin until this time."""
     ramp_s: float
-    """The voices of a closed loop begin at random times in this."""
+    """The voices of a closed loop begin at random times within this time."""
     voices: int = 0
-    """Of a closed loop: each speaks turn after turn, in real time."""
+    """Voices of a closed loop. Each speaks turn after turn, in real time."""
     rate: float = 0.0
-    """Of an open loop: turns a second, as a Poisson process; 0 is a closed loop."""
+    """Turns a second of an open loop, as a Poisson process. 0 means a closed loop."""
     chars: tuple[int, int] = (40, 140)
-    """Shortest and longest text of a turn, evenly spread."""
+    """Shortest and longest text of a turn. Lengths are drawn evenly."""
     jitter_buffer_s: float = 0.0
     """Seconds from a turn's first audio until its playback begins."""
     network: Network | None = None
@@ -69,7 +69,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class LoadTurn:
-    """One turn as its listener heard it; times in milliseconds but for seconds of audio."""
+    """One turn as its listener heard it. Times are in milliseconds, audio is in seconds."""
 
     outcome: str
     """`finish_reason`, or the code of the error."""
@@ -81,9 +81,9 @@ class LoadTurn:
     """Text sent to the refusal."""
     audio_s: float = 0.0
     underruns: int = 0
-    """Times that playback stopped for want of audio."""
+    """How many times playback stopped because there was no audio."""
     dry_s: float = 0.0
-    """Seconds in all for which it stopped."""
+    """For how many seconds in all it stood still."""
 
 
 @dataclass(slots=True)
@@ -92,14 +92,14 @@ class Findings:
 
     turns: list[LoadTurn] = field(default_factory=list)
     audio_s: float = 0.0
-    """Received after the ramp, until the end."""
+    """Seconds of audio received after the ramp, until the end."""
     lag_p99_ms: float = 0.0
-    """How late this process was at its own timers: what it measures is wrong by so much."""
+    """How late the process's own timers fired. Its measurements are wrong by as much."""
     lag_max_ms: float = 0.0
     cpu_share: float = 0.0
-    """Of one core."""
+    """Share of one core that the process used."""
     num_stalls: int = 0
-    """Packets that the bad network has lost."""
+    """Packets that the bad network lost."""
     failures: list[str] = field(default_factory=list)
     """Connections that broke."""
 
@@ -113,7 +113,7 @@ class Voice:
 
     @classmethod
     async def open(cls, url: str, run: Run) -> Voice:
-        """Connect and greet."""
+        """Connect and say hello."""
         socket = await connect(url, compression=None, max_size=None, proxy=None, open_timeout=60)
         await socket.send(encode(Hello(client="bench")))
         await socket.recv()
@@ -124,7 +124,8 @@ class Voice:
         await self._socket.close()
 
     async def speak(self, text: str, seed: int) -> tuple[LoadTurn, Player]:
-        """One turn, cancelled when it has said enough for its text, or when the run is over."""
+        """Speak one turn. It is cancelled when it has said enough for its text, or when the run is
+        over."""
         run, self._num_turns = self._run, self._num_turns + 1
         context = f"turn-{self._num_turns}"
         enough = int(len(text) / CHARS_PER_S * SAMPLE_RATE)
@@ -150,7 +151,7 @@ class Voice:
         return _turn_of(message, error, player, start), player
 
     async def _receive(self, limit_at: float | None) -> ServerMessage | None:
-        """The next message; None at the limit."""
+        """The next message, or None at the limit."""
         wait_s = _GRACE_S if limit_at is None else max(0.0, limit_at - time.perf_counter())
         try:
             async with asyncio.timeout(wait_s):
@@ -189,7 +190,7 @@ class Run:
         self._lags: list[float] = []
 
     def count_audio(self, num_samples: int, now: float) -> None:
-        """Samples that came at `now`."""
+        """Count samples that arrived at `now`."""
         if self._counted_from <= now <= self.end_at:
             self.findings.audio_s += num_samples / SAMPLE_RATE
 
@@ -214,7 +215,7 @@ class Run:
 
     @asynccontextmanager
     async def _reached(self) -> AsyncIterator[None]:
-        """The server's address, behind a bad network if there is one."""
+        """The server's address, behind a bad network if the job has one."""
         if self.job.network is None:
             yield
             return
@@ -235,13 +236,13 @@ class Run:
         self._idle += await asyncio.gather(*(one() for _ in range(count)))
 
     async def _voices(self) -> None:
-        """The closed loop."""
+        """Run the closed loop."""
         voices, self._idle = self._idle, []
         starts = [self._random.uniform(0, self.job.ramp_s) for _ in voices]
         await asyncio.gather(*map(self._speak_on, voices, starts))
 
     async def _speak_on(self, voice: Voice, start_s: float) -> None:
-        """Turn after turn; the next begins when this one has been played."""
+        """Speak turn after turn. The next one begins when this one has been played."""
         await asyncio.sleep(start_s)
         while time.perf_counter() < self.end_at:
             played_at = await self._speak(voice)
@@ -251,7 +252,7 @@ class Run:
             await asyncio.sleep(max(0.0, min(played_at, self.end_at) - now))
 
     async def _arrivals(self) -> None:
-        """The open loop: turns begin whatever became of those before."""
+        """Run the open loop: turns begin whatever happens to the earlier ones."""
         async with asyncio.TaskGroup() as tasks:
             due_at = time.perf_counter()
             while (due_at := due_at + self._random.expovariate(self.job.rate)) < self.end_at:
@@ -261,18 +262,18 @@ class Run:
     async def _arrive(self) -> None:
         try:
             voice = self._idle.pop() if self._idle else await Voice.open(self._url, self)
-        except Exception as error:  # a handshake that is refused is a finding, not an end
+        except Exception as error:  # a refused handshake is a finding and does not end the run
             self.findings.failures.append(f"{type(error).__name__}: {error}")
             return
         if await self._speak(voice) is not None:
             self._idle.append(voice)
 
     async def _speak(self, voice: Voice) -> float | None:
-        """One turn; when its playback ends, None if the connection broke."""
+        """Speak one turn. Returns when its playback ends, or None if the connection broke."""
         text = make_text(self._random, *self.job.chars)
         try:
             turn, player = await voice.speak(text, self._random.getrandbits(32))
-        except Exception as error:  # the other voices go on
+        except Exception as error:  # the other voices continue
             self.findings.failures.append(f"{type(error).__name__}: {error}")
             return None
         self.findings.turns.append(turn)
@@ -286,7 +287,7 @@ class Run:
 
 
 def read_job(text: str) -> Job:
-    """A job from its JSON."""
+    """Parse a job from JSON."""
     fields: dict[str, Any] = json.loads(text)
     fields["chars"] = tuple(fields["chars"])
     fields["network"] = fields["network"] and Network(**fields["network"])

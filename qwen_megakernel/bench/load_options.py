@@ -65,7 +65,7 @@ def _network(text: str) -> Network:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that only `--parts load` reads."""
+    """Add the arguments that only `--parts load` reads."""
     load = parser.add_argument_group("load", "For --parts load.")
     load.add_argument(
         "--voices", type=_voices, metavar="LIST",
@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_of(args: argparse.Namespace, on_cpu: bool) -> LoadPlan:
-    """The plan that a command line describes."""
+    """Make the plan that a command line describes."""
     return LoadPlan(
         voices=args.voices,
         rates=args.rates,

@@ -1,4 +1,4 @@
-"""The load part's table and its plot."""
+"""The table and the plot of the load part."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEADER = (
 
 
 def rows(load: dict[str, Any]) -> list[list[str]]:
-    """The cells of the table, a row a run."""
+    """The cells of the table, one row for each run."""
     return [
         *(_row(f"{run['voices']} voices", run) for run in load["closed"]),
         *(_row(f"{run['rate']:.1f} turns a second", run) for run in load["open"]),
@@ -24,7 +24,7 @@ def rows(load: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(load: dict[str, Any]) -> list[str]:
-    """What must be known beside the table."""
+    """What a reader must know beside the table."""
     said = [f"Each run takes {load['seconds']:g} s."]
     if load["largest"] is not None:
         said.append(f"The most voices without an underrun: {load['largest']}.")
@@ -77,7 +77,7 @@ def _number(value: float | None) -> str:
 
 
 def plot(load: dict[str, Any]) -> str:
-    """An SVG: time to first audio over the load, and the part of turns that had an underrun."""
+    """An SVG: time to first audio by load, and the share of turns that had an underrun."""
     kind, unit = ("voices", "voices") if load["closed"] else ("rate", "turns a second")
     runs = sorted(load["closed"] or load["open"], key=lambda run: run[kind])
     runs = [run for run in runs if run["ttfa_ms"]]

@@ -33,12 +33,12 @@ def run(
     frames: int,
     report: Report,
 ) -> dict[str, Any]:
-    """Milliseconds on the host's clock, medians; one entry of the bench's JSON.
+    """Medians in milliseconds on the host's clock, as one entry of the bench's JSON.
 
     Args:
         checkpoint: opened.
         backend: as `TTSDecoder.load` takes it.
-        device: where; bf16 on a GPU, fp32 on a CPU.
+        device: where it runs, in bf16 on a GPU and in fp32 on a CPU.
         streams: how many decode together.
         frames: timed for each figure.
         report: told what is being done.
@@ -67,7 +67,7 @@ def run(
 
 
 def _prefill_ms(decoder: DecoderBackend, rows: torch.Tensor, device: torch.device) -> float:
-    """Prompt rows [p, hidden] into an empty slot."""
+    """Time the prefill of prompt rows [p, hidden] into an empty slot."""
 
     def prefill() -> None:
         decoder.prefill(0, rows, GenerationParams())
@@ -81,7 +81,7 @@ def _prefill_ms(decoder: DecoderBackend, rows: torch.Tensor, device: torch.devic
 def _frame_ms(
     decoder: DecoderBackend, sound: FrameCodec, rows: torch.Tensor, streams: int, frames: int
 ) -> dict[str, float]:
-    """A frame of codes in host memory, and its samples in host memory."""
+    """Time a frame until its codes are in host memory, and until its samples are in host memory."""
     slots = range(streams)
     for slot in slots:
         sound.reset(slot)

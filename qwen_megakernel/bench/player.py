@@ -1,4 +1,4 @@
-"""What a client of the bench says and how it listens: texts of known length, and a player."""
+"""What a client of the bench says, and how it listens: texts of known length, and a player."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 from qwen_megakernel.config import SAMPLE_RATE
 
 SENTENCE = "The train to the coast leaves at nine, so please be on time."
-"""Of 60 characters: the text of the TTFC line."""
+"""60 characters. The text of the TTFC line."""
 WORDS = SENTENCE.replace(",", "").replace(".", "").lower().split()
 CHARS_PER_S = 15
-"""How fast English is spoken, about."""
+"""About how fast English is spoken."""
 AUDIBLE_RMS = 10 ** (-50 / 20)
 _WINDOW = SAMPLE_RATE // 100
 
 
 def make_text(choose: random.Random, shortest: int, longest: int) -> str:
-    """A text of so many characters."""
+    """A text of `shortest` to `longest` characters."""
     length, text = choose.randint(shortest, longest), choose.choice(WORDS).capitalize()
     while len(text) < length - 1:
         text += " " + choose.choice(WORDS)
@@ -26,7 +26,8 @@ def make_text(choose: random.Random, shortest: int, longest: int) -> str:
 
 
 class Player:
-    """Plays chunks as they come: when is something heard, how often and how long is it dry."""
+    """Plays chunks as they come. Measures when something is heard, and how often and how long audio is
+    missing."""
 
     def __init__(self, buffer_s: float = 0.0) -> None:
         """Playback begins `buffer_s` seconds after the first chunk."""
@@ -37,7 +38,7 @@ class Player:
         self.dry_s = 0.0
         """Seconds for which playback stood still."""
         self.dry_at = 0.0
-        """When all that has come will be played."""
+        """The time at which all received audio will have been played."""
         self._buffer_s = buffer_s
 
     def add(self, samples: np.ndarray, now: float) -> None:
@@ -56,7 +57,7 @@ class Player:
         self.dry_at += len(samples) / SAMPLE_RATE
 
     def stop(self, now: float) -> None:
-        """Nothing more will come, although more was to be said."""
+        """End a turn that should have said more."""
         if self.first_at is not None:
             self._run_dry(now)
 

@@ -1,6 +1,6 @@
 """The search for a frame kernel's fastest setting: what is tried, compared and chosen.
 
-It knows no GPU. Times come from functions that it is given.
+It does not use the GPU. Its arguments are functions that return times.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from qwen_megakernel.decoding.weight_packing import STRIP_ROWS, split_of
 from qwen_megakernel.installation.kernel_tuning import Setting
 
 L2_SHARES = (0.0, 0.25, 0.75)
-"""Beside `kernel_tuning.DEFAULT_L2_SHARE`."""
+"""Values to try in addition to `kernel_tuning.DEFAULT_L2_SHARE`."""
 RING_STEPS = (-8, -4, 4, 8)
-"""Slots beside the default."""
+"""Numbers of slots to try, relative to the default."""
 ROUNDS = 2
 """Measurements of a pair of settings, each in the order A B B A, on every instance."""
 
@@ -27,29 +27,29 @@ FrameTime = Callable[[Setting, int], float]
 """Microseconds of a frame with a setting, for a number of streams."""
 DrawsSameCodes = Callable[[Setting], bool]
 Knobs = Mapping[str, Sequence[int | float]]
-"""A field of `Setting`, and the values to try."""
+"""Names of fields of `Setting`, and the values to try."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A setting beside another."""
+    """A setting in comparison with another, the base."""
 
     base: Setting
     setting: Setting
     ratios: dict[int, tuple[float, float]]
-    """By number of streams: time of a frame over the base's, and its upper 95 % bound. Empty where the
-    setting was not timed."""
+    """For each number of streams: the ratio of a frame's time to the base's, and its upper 95 % bound.
+    Empty if the setting was not timed."""
     same_codes: bool = True
 
     @property
     def is_faster(self) -> bool:
-        """Whether it is, beyond doubt, for every number of streams."""
+        """Whether the setting is certainly faster for every number of streams."""
         bounds = [bound for _, bound in self.ratios.values()]
         return self.same_codes and bool(bounds) and max(bounds) < 1
 
     @property
     def worst(self) -> float:
-        """The ratio of the number of streams that gains least."""
+        """The ratio for the number of streams that gains least."""
         return max(ratio for ratio, _ in self.ratios.values())
 
 
@@ -57,10 +57,10 @@ class Trial:
 
 
 def ring_candidates(default: int, least: int, most: int) -> list[int]:
-    """Numbers of slots to try, each of which is another kernel than the default's.
+    """Numbers of slots to try. Each makes another kernel than the default.
 
     Args:
-        default: the sources' number, as far as it fits.
+        default: the number in the sources, limited to what fits.
         least, most: what the kernel takes, and what shared memory has room for.
     """
     near = {min(max(default + step, least), most) for step in RING_STEPS}
@@ -68,14 +68,14 @@ def ring_candidates(default: int, least: int, most: int) -> list[int]:
 
 
 def grid_candidates(config: ModelConfig, most: int, least: int) -> list[int]:
-    """Smaller grids in which no CTA computes more items of any product than in the largest one.
+    """Smaller grids in which no CTA computes more items of any product than in the largest grid.
 
-    Fewer CTAs poll fewer packets, and the largest grid leaves some of them idle in the last round.
+    Fewer CTAs poll fewer packets. In the last round of the largest grid some CTAs are idle.
 
     Args:
         config: the shape.
         most: CTAs of the largest grid.
-        least: CTAs of the smallest that the kernel takes.
+        least: CTAs of the smallest grid that the kernel takes.
     """
     items = [count for part in (config.talker, config.predictor) for count in _items(part)]
 
@@ -87,7 +87,7 @@ def grid_candidates(config: ModelConfig, most: int, least: int) -> list[int]:
 
 
 def _items(c: TransformerConfig) -> list[int]:
-    """Items of each product of a layer and of the head, as csrc/products.cuh cuts them."""
+    """Items of each product of a layer and of the head, as in csrc/products.cuh."""
     heads = c.num_heads * c.head_dim
     strips = [heads + 2 * c.num_kv_heads * c.head_dim, 2 * c.intermediate_size, c.vocab_size]
     split = [
@@ -103,7 +103,7 @@ def _items(c: TransformerConfig) -> list[int]:
 def compare(
     base: Setting, setting: Setting, streams: Sequence[int], instances: Sequence[FrameTime]
 ) -> Trial:
-    """Time two settings in turns.
+    """Time two settings alternately.
 
     Args:
         base, setting: A and B.
@@ -114,14 +114,14 @@ def compare(
     for n in streams:
         pairs = [_paired_ratios(base, setting, n, time) for time in instances]
         found = np.array(pairs)
-        # A pair has one set of addresses: its ratio spreads less than its times.
+        # A pair has one set of addresses, so its ratio spreads less than its times.
         bound = ratio_bound(np.ones_like(found), found)
         ratios[n] = (float(np.median(np.median(found, axis=1))), bound)
     return Trial(base, setting, ratios)
 
 
 def _paired_ratios(base: Setting, setting: Setting, n: int, time: FrameTime) -> list[float]:
-    """Time of B over that of A, pair by pair, in the order A B B A: a drift meets both alike."""
+    """Time of B over that of A, for each pair, in the order A B B A. A drift meets both alike."""
     ratios = []
     for _ in range(ROUNDS):
         a, b = time(base, n), time(setting, n)
@@ -138,14 +138,14 @@ def search(
     draws_same_codes: DrawsSameCodes,
     report: Callable[[Trial], None],
 ) -> Setting:
-    """Turn one knob after the other, and keep what is faster for every number of streams.
+    """Vary one field after the other, and keep what is faster for every number of streams.
 
-    Of several tries one may win by chance: `confirm` the result.
+    One of several trials may win by chance, so pass the result to `confirm`.
 
     Args:
         knobs: what to try.
         streams, instances: see `compare`.
-        draws_same_codes: whether a setting draws the default's codes; one that does not is not timed.
+        draws_same_codes: whether a setting draws the default's codes. One that does not is not timed.
         report: told of every trial.
     """
     best = Setting()
@@ -167,5 +167,5 @@ def search(
 
 
 def confirm(setting: Setting, streams: Sequence[int], instances: Sequence[FrameTime]) -> Trial:
-    """Compare what a search found with the default, with measurements that did not choose it."""
+    """Compare the result of a search with the default, by measurements that did not choose it."""
     return compare(Setting(), setting, streams, instances)

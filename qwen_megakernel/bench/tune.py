@@ -1,13 +1,12 @@
-"""`python -m qwen_megakernel tune`: the frame kernel's fastest setting on this GPU, kept for the server.
+"""`python -m qwen_megakernel tune`: finds the frame kernel's fastest setting on this GPU for the server.
 
-Every setting draws the same codes, which is checked. One is kept only if it beats the default beyond
-doubt, for one stream and for as many as share a frame.
+Every setting must draw the same codes, which is checked. A setting is kept only if it certainly beats
+the default, both for one stream and for as many as share a frame.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import sys
 import time
@@ -35,6 +34,7 @@ from qwen_megakernel.checkpoint import CheckpointError
 from qwen_megakernel.config import ConfigError, ModelConfig
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
 from qwen_megakernel.engine.backends import tuning_target
+from qwen_megakernel.installation.cubin import read_cubin
 from qwen_megakernel.installation.kernel_tuning import Setting, Target, Tuning
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.synth.checkpoint import random_talker
@@ -43,24 +43,24 @@ from qwen_megakernel.tools.build import DEFAULT_MODEL, find_config
 from qwen_megakernel.tts_model import choose_device
 
 INSTANCES = 3
-"""Copies of the packed weights. Their addresses move a figure, and with fewer copies the bound is
-too narrow."""
+"""Copies of the packed weights. Their addresses move a figure. With fewer copies the bound would be too
+narrow."""
 STREAMS = (1, 8)
-"""Streams of the frames that are timed."""
+"""Numbers of streams for which frames are timed."""
 REPEATS = 50
 """Frames of a measurement."""
 POSITION = 200
-"""Around which they lie."""
+"""The timed frames lie around this position."""
 CODE_ROWS, CODE_FRAMES = 230, 64
-"""Prompt rows and frames whose codes are compared; attention gets a second item on the way."""
+"""Prompt rows and frames whose codes are compared. Within these frames attention gets a second item."""
 LEAST_RING_SLOTS = 8
-"""The kernel's own limit: half of its computing warps (csrc/shared_memory.cuh)."""
+"""The kernel's own limit, which is half of its computing warps (csrc/shared_memory.cuh)."""
 
 _started = time.monotonic()
 
 
 def tell(line: str) -> None:
-    """Progress goes to stderr: stdout is the table."""
+    """Print progress to stderr. stdout is for the table."""
     print(f"{time.monotonic() - _started:5.1f} s  {line}", file=sys.stderr, flush=True)
 
 
@@ -68,7 +68,7 @@ def tell(line: str) -> None:
 
 
 class KernelInstance:
-    """One copy of the packed weights, which any of the builds can run on."""
+    """One copy of the packed weights, on which every build can run."""
 
     def __init__(
         self, config: ModelConfig, talker: Talker, libraries: dict[int | None, Path], prompts: Prompts
@@ -78,7 +78,7 @@ class KernelInstance:
         Args:
             config: the shape.
             talker: bf16, on the GPU.
-            libraries: builds by `Setting.ring_slots`, the default's under None.
+            libraries: builds by `Setting.ring_slots`. The default's is under None.
             prompts: fill the slots.
         """
         self._libraries, self._prompts = libraries, prompts
@@ -92,7 +92,7 @@ class KernelInstance:
         self.max_grid = self._backend.max_grid
 
     def frame_time(self, setting: Setting, streams: int) -> float:
-        """Microseconds of a frame, the median of those queued back to back."""
+        """Microseconds of a frame: the median of frames that are queued back to back."""
         self._backend.load_kernel(self._libraries[setting.ring_slots], setting)
         text = torch.zeros(streams, self._hidden, device=self._device)
         rows = POSITION - REPEATS // 2 - WARM_UP
@@ -107,7 +107,7 @@ class KernelInstance:
         return all(map(torch.equal, self._codes(setting), self._expected))
 
     def _codes(self, setting: Setting) -> list[Tensor]:
-        """Codes [frames, n, 16] by number of streams n."""
+        """Codes [frames, n, 16] for each number of streams n."""
         self._backend.load_kernel(self._libraries[setting.ring_slots], setting)
         found = []
         for n in self.streams:
@@ -119,14 +119,14 @@ class KernelInstance:
 
 
 def build_rings(config: ModelConfig, target: Target) -> dict[int | None, Path]:
-    """The default kernel, and those with other rings, by number of slots.
+    """Build the default kernel and kernels with other rings, by number of slots.
 
     Raises:
-        BuildError: the default cannot be built. Another that cannot be built is left out.
+        BuildError: the default cannot be built. Others that cannot be built are left out.
     """
     default = build(frame_library(config, target.arch, target.form), target.arch, tell)
-    sizes = ctypes.CDLL(str(default))
-    slots = ring_candidates(sizes.frame_ring_slots(), LEAST_RING_SLOTS, sizes.frame_most_ring_slots())
+    sizes = read_cubin(default).facts
+    slots = ring_candidates(sizes["ring_slots"], LEAST_RING_SLOTS, sizes["most_ring_slots"])
 
     def build_ring(count: int) -> Path | None:
         try:
@@ -143,7 +143,7 @@ def build_rings(config: ModelConfig, target: Target) -> dict[int | None, Path]:
 
 
 class Bench:
-    """Random weights on the device, and the builds that can run on them."""
+    """Random weights on the device, and the builds that run on them."""
 
     def __init__(
         self, config: ModelConfig, device: torch.device, libraries: dict[int | None, Path]
@@ -157,7 +157,7 @@ class Bench:
         return [KernelInstance(*self._shape, self._prompts) for _ in range(INSTANCES)]
 
     def search(self) -> tuple[Setting, list[Trial], tuple[int, ...]]:
-        """The setting that won, all trials, and the numbers of streams that were timed."""
+        """Returns the setting that won, all trials, and the numbers of streams that were timed."""
         instances, trials = self._pack(), list[Trial]()
         first, config, libraries = instances[0], self._shape[0], self._shape[2]
 
@@ -175,7 +175,7 @@ class Bench:
         return best, trials, first.streams
 
     def confirm(self, setting: Setting, streams: Sequence[int]) -> Trial:
-        """The setting beside the default, on other copies of the weights."""
+        """Compare the setting with the default, on other copies of the weights."""
         tell(f"{setting}: comparing it with the default once more")
         return confirm(setting, streams, [instance.frame_time for instance in self._pack()])
 
@@ -184,7 +184,7 @@ class Bench:
 
 
 def verdict(trial: Trial) -> str:
-    """What came of a trial, in a word or two."""
+    """The result of a trial, in a word or two."""
     if not trial.same_codes:
         return "draws other codes"
     if trial.is_faster:
@@ -193,7 +193,7 @@ def verdict(trial: Trial) -> str:
 
 
 def table(trials: Sequence[Trial], streams: Sequence[int]) -> str:
-    """A Markdown table of what was tried."""
+    """A Markdown table of the trials."""
     names = [f"{n} stream{'s' * (n > 1)} (at most)" for n in streams]
     rows = [["tried", "beside", *names, ""], ["---"] * (3 + len(names))]
     for trial in trials:
@@ -205,14 +205,14 @@ def table(trials: Sequence[Trial], streams: Sequence[int]) -> str:
 
 
 def keep(target: Target, final: Trial | None) -> str:
-    """Write the tuning, or remove one that is there where nothing beats the default; says which.
+    """Write the tuning. If nothing beats the default, remove a tuning that is there. Says what was done.
 
     Args:
         target: what was tuned.
-        final: the setting that won beside the default; None where none won.
+        final: the setting that won, in comparison with the default. None if none won.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the tuning cannot be written.
     """
     if final is None or not final.is_faster:
         target.path.unlink(missing_ok=True)
@@ -225,7 +225,7 @@ def keep(target: Target, final: Trial | None) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `python -m qwen_megakernel tune`."""
+    """Add the arguments of `python -m qwen_megakernel tune`."""
     parser.add_argument(
         "model", nargs="?", default=DEFAULT_MODEL, metavar="MODEL",
         help=f"whose shape: {', '.join(SHAPES)}, a checkpoint on disk, or a Hugging Face id in the "
@@ -239,7 +239,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tune, print what was tried, keep what won; 1 if it cannot be done."""
+    """Tune, print the trials, keep the winner. Returns 1 if this cannot be done."""
     try:
         device = choose_device(args.device)
         if device.type != "cuda":

@@ -38,10 +38,10 @@ from qwen_megakernel.serving.native_messages import (
 from qwen_megakernel.tools.demo import running_server
 
 CHARS = (20, 140)
-"""Lengths of the mixed turns' texts: at most 9.3 s of speech, so that no turn runs into the server's
-limit of 10 s ahead of real time."""
+"""Lengths of the texts of mixed turns. The longest is 9.3 s of speech, so that no turn reaches the
+server's limit of 10 s ahead of real time."""
 DIALECT_TURNS = 50
-"""Of each dialect, at most."""
+"""The most turns of each dialect."""
 TURN_S = 120.0
 
 Report = Callable[[str], None]
@@ -49,29 +49,29 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class TurnFigures:
-    """One turn as its client saw it; times in milliseconds but for seconds of audio."""
+    """One turn as its client saw it. Times are in milliseconds, audio is in seconds."""
 
     chars: int
     ttfc_ms: float
-    """Server's clock: text accepted to first chunk handed to the socket."""
+    """On the server's clock: text accepted to first chunk handed to the socket."""
     ttfb_ms: float
     """Text sent to first chunk received."""
     ttfa_ms: float | None
     """Text sent to first audible sample played: the first 10 ms above -50 dBFS."""
     rtf: float
-    """Server's clock: time of generation over audio."""
+    """On the server's clock: time of generation over audio."""
     cancel_ms: float | None
-    """Cancel sent to its acknowledgement; None where the turn ended by itself."""
+    """Cancel sent to its acknowledgement, or None if the turn ended by itself."""
     audio_s: float
-    """Received."""
+    """Seconds of audio received."""
     underruns: int
-    """Chunks that came after all before them had been played."""
+    """Chunks that came after all earlier ones had been played."""
     finish_reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How a figure is spread over turns."""
+    """The spread of a figure over turns."""
 
     p50: float
     p95: float
@@ -80,7 +80,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Percentiles with linear interpolation between neighbours; of at least one value."""
+        """Percentiles of at least one value, with linear interpolation between neighbours."""
         p50, p95, p99 = (float(p) for p in np.percentile(values, (50, 95, 99)))
         return cls(p50, p95, p99, len(values))
 
@@ -100,10 +100,10 @@ class BenchClient:
         self._socket.close()
 
     def speak(self, text: str, seed: int) -> TurnFigures:
-        """One turn, cancelled when it has said enough for its text.
+        """Speak one turn. It is cancelled when it has said enough for its text.
 
         Raises:
-            RuntimeError: the server refused it or failed.
+            RuntimeError: the server refused the turn or failed.
         """
         self._num_turns += 1
         context = f"turn-{self._num_turns}"
@@ -150,20 +150,20 @@ def _figures(text: str, done: Done, player: Player, start: float, cancel_s: floa
 
 
 def write_voice(path: Path, seconds: float = 3.0) -> None:
-    """A recording to clone: a buzz whose loudness comes and goes like syllables."""
+    """Write a recording to clone: a buzz whose loudness rises and falls like syllables."""
     t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     buzz = sum(np.sin(2 * np.pi * 120 * k * t) / k for k in range(1, 13))
     soundfile.write(path, 0.18 * buzz * (0.6 + 0.4 * np.sin(2 * np.pi * 3 * t)), SAMPLE_RATE)
 
 
 def mixed_texts(count: int, seed: int = 0) -> list[str]:
-    """Texts of `CHARS` characters, the same for every backend."""
+    """Texts of `CHARS` characters. They are the same for every backend."""
     choose = random.Random(seed)
     return [make_text(choose, *CHARS) for _ in range(count)]
 
 
 def summary(turns: Sequence[TurnFigures]) -> dict[str, Any]:
-    """Spreads of the turns' figures, and what they added up to."""
+    """Spreads of the turns' figures, and their sums."""
     cancels = [turn.cancel_ms for turn in turns if turn.cancel_ms is not None]
     audible = [turn.ttfa_ms for turn in turns if turn.ttfa_ms is not None]
     return {
@@ -179,9 +179,9 @@ def summary(turns: Sequence[TurnFigures]) -> dict[str, Any]:
 
 
 def speak_at_once(port: int, clients: int, turns: int) -> list[TurnFigures]:
-    """`SENTENCE` from several clients at the same time, each turn after turn, `turns` of them in all.
+    """Speak `SENTENCE` from several clients at once, each turn after turn, `turns` in all.
 
-    The clients share this process: under load their clocks (TTFB, TTFA) tell of it, too.
+    The clients share this process, so under load their figures (TTFB, TTFA) include its delays.
     """
 
     def speak(number: int) -> list[TurnFigures]:
@@ -204,18 +204,19 @@ def run(
     at_once: Sequence[int] = (),
     report: Report,
 ) -> dict[str, Any]:
-    """Start a server on a checkpoint, measure its turns, stop it; one entry of the bench's JSON.
+    """Start a server on a checkpoint, measure its turns and stop it. One entry of the bench's JSON.
 
     Args:
-        checkpoint: a Base checkpoint; a buzz is cloned as its voice by speaker embedding alone.
+        checkpoint: a Base checkpoint. A buzz is cloned as its voice, by speaker embedding alone.
         backend, device: as `server.py` takes them.
-        turns: of `SENTENCE`, then as many of mixed length, one at a time. Then up to 50 of `SENTENCE`
-            in each dialect, to its first audio.
-        at_once: numbers of clients that then speak `SENTENCE` together, a turn each at least.
+        turns: number of turns of `SENTENCE`, then as many of mixed length, one at a time. Then up to 50
+            of `SENTENCE` in each dialect, to its first audio.
+        at_once: numbers of clients that then speak `SENTENCE` together, at least one turn each.
         report: told what is being done.
 
     Raises:
-        DemoError: the server did not start or stop; RuntimeError: a turn failed.
+        DemoError: the server did not start or stop.
+        RuntimeError: a turn failed.
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         voice = Path(folder) / "voice.wav"
@@ -223,7 +224,7 @@ def run(
         options = ("--model", checkpoint, "--speaker-ref", voice, "--backend", backend)
         ready = threading.Event()
         start = time.perf_counter()
-        # In JSON it prints no banner.
+        # With JSON output it prints no banner.
         with running_server(
             *options, "--device", device, "--log-format", "json",
             show=lambda line: None if ready.is_set() else report(line),

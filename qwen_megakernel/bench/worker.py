@@ -1,9 +1,9 @@
 """A process of `bench --against`: it drives one version of this package, request by request.
 
-`bench.against` runs this file as a script, `python -P worker.py TREE DEVICE`, with another
-tree first on the import path. The script therefore imports nothing of its own package by name: what
-it needs of a version is in `MODULES`. A request is a line of JSON on standard input, its reply a line
-on standard output; whatever the version itself prints goes to standard error.
+`bench.against` runs this file as a script, `python -P worker.py TREE DEVICE`, with another tree first on
+the import path. So the script imports nothing of its own package by name. `MODULES` has what it needs of
+a version. A request is a line of JSON on standard input. Its reply is a line on standard output. The
+version's own output goes to standard error.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ MODULES = {
     "turn": ("turn",),
     "weights": ("synth.checkpoint", "synth_checkpoint"),
 }
-"""What the worker uses of a version, and the modules that may hold it, the newest name first."""
+"""What the worker uses of a version, and the modules that may have it, the newest name first."""
 
 NUM_SLOTS = 8
 PROMPT_ROWS = (138, 9, 61, 3, 140, 17, 52, 30)
-"""By stream. Prompts of 49 rows and more take the CUDA graph, in pieces of 128, and the rest takes the
-frame kernel: the first prompt takes both."""
+"""For each stream. Prompts of 49 rows and more go through the CUDA graph, in pieces of 128. The rest
+goes through the frame kernel. The first prompt uses both."""
 WARM_UP = 10
-"""Frames before those that are timed; on a CPU a third of it."""
+"""Frames before the timed ones. On a CPU there are a third as many."""
 WARM_UP_TURNS = 3
 TURN_FRAMES = 2
-"""Of a timed turn: its first frame goes to the codec, and the second is launched meanwhile."""
+"""Frames of a timed turn. The first one goes to the codec while the second is launched."""
 SPEECH_FRAMES = 12
-"""Of the turn whose samples are compared."""
+"""Frames of the turn whose samples are compared."""
 TURN_TIMEOUT_S = 60.0
 SENTENCE = "The train to the coast leaves at nine, so please be on time."
 
@@ -61,13 +61,13 @@ def find_module(role: str) -> ModuleType:
             return import_module(name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise  # the module is there, and something that it needs is not
+                raise  # the module exists, but something that it imports does not
             missing = error
     raise missing
 
 
 def device_times(launch: Callable[[], object], repeats: int) -> list[float]:
-    """Microseconds from the end of a launch to the end of the next, all queued back to back."""
+    """Microseconds from the end of a launch to the end of the next. All are queued back to back."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     for _ in range(WARM_UP):
         launch()
@@ -90,7 +90,7 @@ def host_times(run: Callable[[], object], repeats: int) -> list[float]:
 
 
 def weights_digest(module: torch.nn.Module) -> int:
-    """A sum over the bits of all bf16 weights: other weights explain other codes."""
+    """A sum over the bits of all bf16 weights. Different weights explain different codes."""
     return sum(
         int(weight.detach().view(torch.int16).sum(dtype=torch.int64))
         for weight in module.state_dict().values()
@@ -102,14 +102,14 @@ class Worker:
     """One version on one device. A request names a public method."""
 
     def __init__(self, tree: Path, device: torch.device) -> None:
-        """Import all that is needed, so that no request waits for it.
+        """Import all that is needed, so that no request waits for an import.
 
         Args:
             tree: the root of the version's tree.
             device: `cpu` or `cuda:N`.
 
         Raises:
-            RuntimeError: the package that was imported is not the tree's.
+            RuntimeError: the imported package is not the tree's.
         """
         self._modules = {role: find_module(role) for role in MODULES}
         home = Path(str(sys.modules[PACKAGE].__file__)).resolve()
@@ -121,11 +121,11 @@ class Worker:
         self._tts: Any = None
 
     def ready(self) -> dict[str, Any]:
-        """Answer once the imports are done."""
+        """Answer when the imports are done."""
         return {}
 
     def build(self, shapes: Sequence[str]) -> dict[str, Any]:
-        """Compile the frame kernel of each shape and the codec's kernels, side by side."""
+        """Compile the frame kernel of each shape and the codec's kernels, in parallel."""
         build = self._modules["build"]
         arch = build.detect_arch(self._device)
         libraries = [build.frame_library(self._config(shape), arch) for shape in shapes]
@@ -141,7 +141,7 @@ class Worker:
 
         Args:
             shape: of the weights.
-            streams: how many decode together, each number with new slots.
+            streams: how many decode together. Each number gets new slots.
             frames: to decode.
 
         Returns:
@@ -167,12 +167,12 @@ class Worker:
         return {"weights": weights, "codes": found}
 
     def load(self, shape: str, checkpoint: str, longest: int, repeats: int) -> dict[str, Any]:
-        """Get ready to `measure`: a backend with random weights, and a checkpoint that speaks.
+        """Prepare to `measure`: a backend with random weights, and a checkpoint that speaks.
 
         Args:
             shape: of the random weights.
             checkpoint: a folder.
-            longest, repeats: the last of the positions and the number of frames to be timed there.
+            longest, repeats: the last position, and the number of frames that are timed there.
 
         Returns:
             `speech`: a digest of the samples of a turn.
@@ -196,11 +196,11 @@ class Worker:
     def measure(
         self, streams: Sequence[int], positions: Sequence[int], repeats: int, turns: int
     ) -> dict[str, list[float]]:
-        """Microseconds by figure: every frame and every turn that was timed.
+        """Microseconds of every timed frame and turn, by figure.
 
         Args:
             streams, positions: of the frames.
-            repeats: frames to time for each of them; they lie around the position.
+            repeats: frames to time for each pair of these. They lie around the position.
             turns: to time, one after the other.
         """
         figures = {
@@ -225,7 +225,7 @@ class Worker:
         return self._modules["config"].GenerationParams(**fields)
 
     def _random_backend(self, shape: str, max_positions: int) -> tuple[int, Any]:
-        """A backend with random weights, fp32 on a CPU and bf16 on a GPU, and the weights' digest."""
+        """A backend with random weights, and a digest of them. It is fp32 on a CPU and bf16 on a GPU."""
         config = self._config(shape)
         talker = self._modules["weights"].random_talker(config, self._device)
         digest = weights_digest(talker)
@@ -254,7 +254,8 @@ class Worker:
         return times
 
     def _turn(self, seed: int, frames: int) -> tuple[float, list[bytes]]:
-        """One turn: microseconds from `open_turn` to its first audio, and its samples."""
+        """Speak one turn. Returns the microseconds from `open_turn` to its first audio, and its
+        samples."""
         turn, heard, finished = self._modules["turn"], [], threading.Event()
 
         def sink(event: Any) -> None:
@@ -272,7 +273,7 @@ class Worker:
 
 
 def _normal(seed: int, *shape: int) -> torch.Tensor:
-    """Random values, fp32 on the CPU, the same in every process."""
+    """Random values, fp32 on the CPU. They are the same in every process."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -285,7 +286,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(1)  # threads that wait for each other make times of a busy CPU useless
+        torch.set_num_threads(1)  # on a busy CPU, threads that wait for each other make times useless
     worker = Worker(Path(sys.argv[1]), device)
     for line in sys.stdin:
         request = json.loads(line)

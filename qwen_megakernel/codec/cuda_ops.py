@@ -1,6 +1,6 @@
-"""The launches a codec frame is made of, as data: what they read, compute and write.
+"""The launches that make up a codec frame, as data: what each reads, computes and writes.
 
-csrc/codec_params.h has the same, with pointers for tensors.
+csrc/codec_params.h has the same structures with pointers in place of tensors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class EmbedOp:
-    """Codes -> the sum of their 16 projected vectors; counts the slots' frames."""
+    """Turns codes into the sum of their 16 projected vectors, and counts the slots' frames."""
 
     table: Tensor
     """float32 [16 * codebook_size, channels]."""
@@ -55,7 +55,7 @@ class EmbedOp:
 
 @dataclass(frozen=True, slots=True)
 class GemmOp:
-    """out = act(norm(W x) * mul + add + residual); see `Gemm` of codec_params.h."""
+    """out = act(norm(W x) * mul + add + residual). See `Gemm` of codec_params.h."""
 
     weights: Tensor
     source: Rows
@@ -77,11 +77,12 @@ class GemmOp:
     act_b: Tensor | None = None
     squares_out: Tensor | None = None
     middle: tuple[Tensor, Tensor, Tensor] | None = None
-    """A residual unit in one: bias and snake's vectors between its two products."""
+    """If set, this is a whole residual unit: the bias and the two vectors of the snake between its two
+    products."""
 
     @property
     def history(self) -> int:
-        """Rows before the present one that the first tap looks back."""
+        """How many rows the first tap looks back."""
         return (self.taps - 1) * self.dilation
 
     @property
@@ -92,7 +93,7 @@ class GemmOp:
 
 @dataclass(frozen=True, slots=True)
 class AttentionOp:
-    """Attention over the window, with the new key and value put into the ring."""
+    """Attention over the window. Also stores the new key and value in the ring."""
 
     qkv: Rows
     kv: Rows
@@ -123,7 +124,7 @@ class DepthwiseNormOp:
 
 @dataclass(frozen=True, slots=True)
 class LastConvOp:
-    """The convolution to one channel, clamped: the samples."""
+    """The last convolution, to one channel. Clamps the samples."""
 
     source: Rows
     weights: Tensor

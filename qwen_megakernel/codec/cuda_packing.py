@@ -1,7 +1,7 @@
-"""The codec's weights as the kernels of csrc/codec_*.cu read them: matrices in mma fragment order.
+"""Packs the codec's weights for the kernels of csrc/codec_*.cu: matrices in mma fragment order.
 
-A layer becomes one matrix [outputs, taps * inputs], oldest tap first. Channels are padded with
-zeros to whole pieces of 8, so that a piece of 16 bytes never mixes two taps or two layers' rows.
+A layer becomes one matrix [outputs, taps * inputs], with the oldest tap first. Channels are padded with
+zeros to whole pieces of 8, so a piece of 16 bytes never mixes two taps or the rows of two layers.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ __all__ = [
 ]
 
 PIECE = 8
-"""bf16 values in 16 bytes, the unit of every copy of activations."""
+"""The bf16 values in 16 bytes, which is the unit of every copy of activations."""
 BLOCK = 64
-"""k of one pipeline stage; kBlock of codec_gemm.cuh."""
+"""k of one pipeline stage. Equals kBlock of codec_gemm.cuh."""
 ROWS = 64
-"""Outputs of one tile; kM of its Tile."""
+"""Outputs of one tile. Equals kM of Tile there."""
 
 
 def padded(count: int) -> int:
@@ -37,7 +37,7 @@ def padded(count: int) -> int:
 
 
 def pad_channels(x: Tensor, dim: int) -> Tensor:
-    """`x` with dimension `dim` padded with zeros to whole pieces."""
+    """Pad dimension `dim` of `x` with zeros to whole pieces."""
     missing = padded(x.shape[dim]) - x.shape[dim]
     return F.pad(x, (0, 0) * (x.dim() - 1 - dim % x.dim()) + (0, missing)) if missing else x
 
@@ -48,10 +48,10 @@ def conv_matrix(weight: Tensor) -> Tensor:
 
 
 def upsample_matrix(weight: Tensor, factor: int) -> Tensor:
-    """Transposed convolution [inputs, outputs, taps * factor] to a matrix.
+    """Transposed convolution [inputs, outputs, taps * factor] -> a matrix.
 
-    The matrix is [factor * padded outputs, taps * padded inputs]. Of the `factor` steps that an
-    input yields, step `phase` is row block `phase`; its tap j looks j inputs back.
+    The matrix is [factor * padded outputs, taps * padded inputs]. An input yields `factor` output steps.
+    Step `phase` is row block `phase`, and its tap j reads the input j before.
     """
     taps = weight.shape[2] // factor
     by_tap = weight.unflatten(2, (taps, factor)).flip(2)  # [inputs, outputs, oldest first, phase]
@@ -60,24 +60,24 @@ def upsample_matrix(weight: Tensor, factor: int) -> Tensor:
 
 
 def pad_heads(x: Tensor, heads: int) -> Tensor:
-    """Dimension 0 of `x`, heads * head_dim, with both halves of every head padded to whole pieces.
+    """Pad both halves of every head in dimension 0 of `x`, heads * head_dim, to whole pieces.
 
-    RoPE turns the halves against each other, so each starts on a piece of its own.
+    RoPE rotates the two halves against each other, so each begins with a piece of its own.
     """
     return pad_channels(x.unflatten(0, (heads, 2, -1)), 2).flatten(0, 2)
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """Rows of two matrices [n, k] in turn, n padded to whole pieces: [2 * padded n, k]."""
+    """Interleave the rows of two matrices [n, k]. n is padded to whole pieces: [2 * padded n, k]."""
     return torch.stack((pad_channels(gate, 0), pad_channels(up, 0)), 1).flatten(0, 1)
 
 
 def pack_fragments(matrix: Tensor, rows: int = ROWS, columns: int = BLOCK) -> Tensor:
     """[m, k] -> bf16 [m / rows, k / columns, rows / 16, columns / 16, 32, 8], padded with zeros.
 
-    A tile of rows x columns is what one bulk copy brings. In a 16 x 16 tile of that, lane 4 g + q
-    holds rows g and g + 8 at columns 2 q, 2 q + 1, and the same 8 columns on: the A operand of
-    mma.m16n8k16, 16 bytes a lane.
+    One bulk copy fetches a tile of rows x columns. In each 16 x 16 tile of it, lane 4 g + q holds 16
+    bytes: rows g and g + 8 at columns 2 q, 2 q + 1, 2 q + 8 and 2 q + 9. This is the A operand of
+    mma.m16n8k16.
     """
     m, k = matrix.shape
     full = F.pad(matrix, (0, -k % columns, 0, -m % rows)).to(torch.bfloat16)
@@ -87,5 +87,6 @@ def pack_fragments(matrix: Tensor, rows: int = ROWS, columns: int = BLOCK) -> Te
 
 
 def unit_block(channels: int) -> int:
-    """k of one stage of a residual unit's weights: a whole tap of 96 channels, a third of one of 192."""
+    """k of one stage of a residual unit's weights: a whole tap of 96 channels, or a third of one of
+    192."""
     return BLOCK if channels % BLOCK == 0 else channels

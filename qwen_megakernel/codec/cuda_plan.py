@@ -1,13 +1,13 @@
 """One codec frame as a fixed sequence of kernel launches over tensors.
 
-The plan holds the packed weights, the state of all slots and the buffers between launches. It
-computes what `CodecDecoder` does, rearranged where that is the same function:
+The plan holds the packed weights, the state of all slots and the buffers between launches. It computes
+the same function as `CodecDecoder`, with these changes:
 
 - The two projections around the transformer are merged with the convolutions beside them.
 - The launch that writes a row applies the weight of its RMSNorm. The launch that multiplies the row
   applies 1/rms.
-- A layer's history is a ring in the slot's state. It holds the history and the new frame, and the layer
-  before writes straight into it.
+- A layer's history is a ring in the slot's state. The ring holds the history and the new frame, and the
+  previous layer writes directly into it.
 
 Values between launches are bf16. The transformer's residual, norms, softmax, RoPE, activations and all
 sums are float32.
@@ -60,7 +60,7 @@ __all__ = ["CodecPlan"]
 class CodecPlan:
     """The launches of a frame for up to `max_streams` of `num_slots` slots.
 
-    Slot `num_slots` is scratch: it stands in for streams that a call does not have.
+    Slot `num_slots` is scratch. Rows of a call that have no stream use it.
     """
 
     decoder: CodecDecoder
@@ -68,9 +68,9 @@ class CodecPlan:
     max_streams: int
     ops: list[Op] = field(default_factory=list)
     state: Tensor = field(init=False)
-    """bf16 [num_slots + 1, elements]: every ring of a slot; zeros are a new slot's."""
+    """bf16 [num_slots + 1, elements]: all rings of each slot. A new slot's are zeros."""
     frame_counts: Tensor = field(init=False)
-    """int32 [num_slots + 1]: frames decoded."""
+    """int32 [num_slots + 1]: frames that each slot has decoded."""
     pcm: Tensor = field(init=False)
     """float32 [max_streams, 1920]."""
     _rings: dict[str, Rows] = field(init=False)
@@ -88,7 +88,7 @@ class CodecPlan:
             )
         }
         self._build()
-        del self.decoder  # the plan needs none of its tensors any more
+        del self.decoder  # the plan no longer needs its tensors
 
     # ------------------------------------------------------------------ tensors
 
@@ -164,7 +164,8 @@ class CodecPlan:
         )  # fmt: skip
 
     def _transformer(self) -> tuple[Rows, Tensor]:
-        """Codes' vectors -> the last layer's output times the norm's weight, and its squares."""
+        """Vectors of codes -> the last layer's output times the norm's weight, and its sums of
+        squares."""
         config, transformer = self.decoder.config, self.decoder.pre_transformer
         hidden, head_dim = padded(config.hidden_size), 2 * padded(config.head_dim // 2)
         x, row = self._scratch(1, hidden, torch.float32), self._scratch(1, hidden)
@@ -179,7 +180,8 @@ class CodecPlan:
         rope = pad_channels(table, 2).permute(1, 2, 0).contiguous()
 
         def written(norm: torch.nn.RMSNorm) -> dict[str, Any]:
-            """The residual stream moves on; its row is left ready for `norm`."""
+            """Fields of a launch that adds to the residual and also writes the row that `norm`'s product
+            reads."""
             return {
                 "raw": x, "out": row, "activation": Activation.NORM_WEIGHT,
                 "act_a": self._vector(norm.weight), "squares_out": squares,

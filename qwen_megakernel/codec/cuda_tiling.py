@@ -1,4 +1,4 @@
-"""How the codec's layers are cut: rings of state, segments of k, tiles of a launch."""
+"""How the codec's layers are divided: rings of state, segments of k, tiles of a launch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from qwen_megakernel.config import CodecConfig
 __all__ = [
     "UNIT_CHANNELS",
     "UNIT_TILES",
+    "attention_bytes",
     "choose_tile",
     "choose_unit_shape",
     "num_tiles",
@@ -19,24 +20,25 @@ __all__ = [
 ]
 
 MAX_SEGMENTS = 8
-"""The largest cluster that every GPU with clusters can launch."""
+"""The size of the largest cluster that every GPU with clusters can launch."""
 ENOUGH_CTAS = 120
-"""Fewer leave a GPU's memory bus idle while one stream's weights are read."""
+"""With fewer CTAs, a GPU's memory bus is partly idle while the weights are read for one stream."""
 
 MIN_SEGMENT_BLOCKS = 4
-"""Of k in a segment: with fewer, adding up the segments takes longer than the product."""
+"""Least blocks of k in a segment. With fewer, adding the segments takes longer than the product."""
 GEMM_TILES = (8, 16, 32, 64, 128)
-"""Columns of a CTA of csrc/codec_gemm.cuh."""
+"""Allowed columns of a CTA of csrc/codec_gemm.cuh."""
 UNIT_CHANNELS = (96, 192)
 """Widths of residual units that csrc/codec_unit.cuh runs in one launch."""
 UNIT_TILES = (16, 32, 64, 128)
-"""Columns of a CTA there."""
+"""Allowed columns of a CTA of csrc/codec_unit.cuh."""
 
 
 def ring_shapes(config: CodecConfig) -> dict[str, tuple[int, int, int]]:
-    """Every ring of a slot's state: name -> (frames, rows, channels).
+    """The rings of a slot's state: name -> (frames, rows, channels).
 
-    A ring holds whole frames, enough for the reader's history and the frame being written.
+    A ring holds whole frames: as many as its reader's history needs, and the frame that is being
+    written.
     """
 
     def ring(rows: int, channels: int, history: int) -> tuple[int, int, int]:
@@ -63,8 +65,8 @@ def ring_shapes(config: CodecConfig) -> dict[str, tuple[int, int, int]]:
 def segments_for(m: int, k_blocks: int, rows: int) -> int:
     """Into how many parts of k a layer is cut.
 
-    A property of the layer and never of the call, since it decides the order of the sums: as
-    many as a single stream needs to keep all memory channels busy.
+    The number depends on the layer alone and never on the call, because it decides the order of the
+    sums. It is what a single stream needs to keep all memory channels busy.
     """
     tiles, segments = ceil(m / ROWS) * ceil(rows / 32), 1
     while (
@@ -77,9 +79,10 @@ def segments_for(m: int, k_blocks: int, rows: int) -> int:
 
 
 def choose_tile(m: int, columns: int, segments: int, num_sms: int) -> int:
-    """Columns of a CTA's tile: many, so that weights are read seldom, if all SMs get one.
+    """Columns of a CTA's tile. One tile holds up to 32 columns.
 
-    The results do not depend on it.
+    For more columns it is the widest tile with which every SM gets one, or 32. Wide tiles read the
+    weights less often. The results do not depend on the choice.
     """
     if columns <= 32:
         return next(n for n in GEMM_TILES if columns <= n)
@@ -88,13 +91,13 @@ def choose_tile(m: int, columns: int, segments: int, num_sms: int) -> int:
 
 
 def num_tiles(m: int, columns: int) -> int:
-    """The most tiles that a product of so many columns or fewer is cut into."""
+    """The most tiles into which a product of up to `columns` columns is cut."""
     return ceil(m / ROWS) * ceil(columns / GEMM_TILES[0])
 
 
 def partial_floats(m: int, columns: int) -> int:
-    """The most room that one segment's sums take, whichever tiles are chosen; csrc/codec_gemm.cuh has
-    the pitch of a column."""
+    """The most floats that the sums of one segment take, for any tile. csrc/codec_gemm.cuh has the pitch
+    of a column."""
     widest = GEMM_TILES[-1]
     return ceil(m / ROWS) * (ROWS + 4) * ceil(columns / widest) * widest
 
@@ -102,12 +105,13 @@ def partial_floats(m: int, columns: int) -> int:
 def choose_unit_shape(
     channels: int, rows: int, streams: int, num_sms: int, sm_bytes: int
 ) -> tuple[int, int]:
-    """(columns, pipeline stages) of a residual unit's CTA; the results do not depend on them.
+    """(columns, pipeline stages) of a residual unit's CTA. The results do not depend on them.
 
-    Every CTA reads all weights, at 64 bytes a clock or its share of the L2 cache's 3000, and
-    multiplies at 1000 a clock: few columns read too often, many leave SMs without work. The rows
-    that a tile's taps look at must fit in shared memory, with two stages of weights. Two CTAs, or
-    one and the next kernel's, share an SM; only where SMs are left over may one have its own.
+    Every CTA reads all weights, at 64 bytes a clock or at its share of the 3000 of the L2 cache. It
+    multiplies at 1000 a clock. With few columns the weights are read too often. With many, some SMs have
+    no work. The rows that a tile's taps read must fit into shared memory beside two stages of weights.
+    Two CTAs, or one and that of the next kernel, share an SM. A CTA may have an SM alone only if there
+    are SMs to spare.
     """
     weights, stage = 8 * channels**2, 2 * channels * unit_block(channels)
 
@@ -124,3 +128,9 @@ def choose_unit_shape(
     tile = min(tiles, key=clocks)
     alone = 2 * rows * streams // tile <= num_sms or stages(tile, 2) < 2
     return tile, stages(tile, 1 if alone else 2)
+
+
+def attention_bytes(head_dim: int, window: int, threads: int) -> int:
+    """Shared memory of a CTA of csrc/codec_attention.cuh: eight sums a thread, the query, the pieces of
+    the scores, and every warp's softmax, all fp32."""
+    return 4 * (8 * threads + head_dim + window * (head_dim // 16) + threads // 32 * window)

@@ -1,15 +1,15 @@
 """The codec: 16 codes a frame in, 1920 samples a frame out, streaming and exact.
 
-`CodecDecoder` holds the weights under the official names (`decoder.*` of
-`speech_tokenizer/model.safetensors`, the prefix removed); the reference is
-`Qwen3TTSTokenizerV2Decoder` in qwen_tts.core.tokenizer_12hz.modeling_qwen3_tts_tokenizer_v2.
-`CodecStream` runs it for many slots at once, each continuing where it stopped.
+`CodecDecoder` holds the weights under the official names: `decoder.*` of
+`speech_tokenizer/model.safetensors`, without the prefix. The reference is `Qwen3TTSTokenizerV2Decoder`
+in qwen_tts.core.tokenizer_12hz.modeling_qwen3_tts_tokenizer_v2. `CodecStream` runs the decoder for many
+slots at once. Each slot continues where it stopped.
 
-Everything in the decoder is causal, so every layer needs only the end of its earlier input: a
-convolution its receptive field, attention its window of keys and values. These ends and the number
-of decoded frames are the whole codec state; a new slot's is all zeros. A frame decoded from the
-state is the same as in one pass over all frames. (The official `chunked_decode` differs: its chunks
-see 25 frames of context.)
+The whole decoder is causal, so each layer needs only the end of its earlier input: a convolution its
+receptive field, attention its window of keys and values. These ends and the number of decoded frames are
+the whole codec state. A new slot's state is all zeros. A frame that is decoded from the state is the
+same as in one pass over all frames. (The official `chunked_decode` differs: its chunks see 25 frames of
+context.)
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = ["CodecDecoder", "CodecStream"]
 
 
 _FRAMES_AT_ONCE = 32
-"""Frames of a reference that are decoded in one call: memory grows with them."""
+"""Frames of a reference that one call decodes. Memory grows with the number."""
 
 
 class Codebook(nn.Module):
-    """One codebook, stored as running sums over the training vectors of each code."""
+    """One codebook. It is stored as sums over the training vectors of each code, and their counts."""
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class ResidualQuantizer(nn.Module):
     def __init__(self, config: CodecConfig, num_codebooks: int) -> None:
         super().__init__()
         dim = config.codebook_dim // 2
-        # The encoder's half; part of the checkpoint, not used to decode.
+        # The encoder's half is in the checkpoint, but decoding does not use it.
         self.input_proj = nn.Conv1d(config.codebook_dim, dim, 1, bias=False)
         self.output_proj = nn.Conv1d(dim, config.codebook_dim, 1, bias=False)
         layers = (
@@ -68,7 +68,7 @@ class ResidualQuantizer(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Codes to vectors: one semantic codebook, fifteen acoustic ones, all summed."""
+    """Codes to vectors: one semantic codebook and fifteen acoustic ones, all summed."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -77,8 +77,8 @@ class Quantizer(nn.Module):
         self.codebook_size = config.codebook_size
 
     def prepare(self) -> None:
-        """Compute what follows from the loaded weights alone."""
-        # A projection of a sum is the sum of projections: a frame is then 16 rows, summed.
+        """Compute what depends on the loaded weights alone."""
+        # A projection of a sum is the sum of projections. So a frame is the sum of 16 rows.
         self._table = torch.cat((self.rvq_first.rows(), self.rvq_rest.rows()))
         self._first_row = torch.arange(NUM_CODEBOOKS, device=self._table.device) * self.codebook_size
 
@@ -89,7 +89,7 @@ class Quantizer(nn.Module):
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # whoever asks first: training may ask next
+@torch.inference_mode(False)  # training must not get an inference tensor from the cache
 def rope_table(config: CodecConfig, length: int, device: torch.device) -> Tensor:
     """Cosines and sines of the angles at positions 0 .. length-1, float32 [2, length, head_dim/2]."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
@@ -98,17 +98,17 @@ def rope_table(config: CodecConfig, length: int, device: torch.device) -> Tensor
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Apply RoPE to x [n, heads, time, head_dim], in float32; halves are the rotated pairs."""
+    """Apply RoPE to x [n, heads, time, head_dim], in float32. The two halves are the rotated pairs."""
     (cos, sin), (a, b) = rope, x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Attention(Recurrent):
-    """Causal attention over the last `sliding_window` frames, the present one included.
+    """Causal attention over the last `sliding_window` frames, which include the present one.
 
-    The history is keys *before* RoPE, and values. Attention depends on distances only, so
-    positions are counted from the start of the history: no stream is too long, and the angles
-    stay small enough to be exact.
+    The history has keys *before* RoPE, and values. Attention depends on distances alone, so positions
+    are counted from the start of the history. A stream can have any length, and the angles stay small
+    enough to be exact.
     """
 
     time_dim = 1
@@ -152,7 +152,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learnt factor per channel on what a sublayer adds to the residual."""
+    """Multiplies what a sublayer adds to the residual by a learnt factor for each channel."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class LayerScale(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and MLP, each normed before and scaled after."""
+    """Attention and MLP, each with a norm before and a LayerScale after."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The transformer at frame rate, [n, frames, latent_dim] in and out."""
+    """The transformer at frame rate. Input and output are [n, frames, latent_dim]."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -203,8 +203,8 @@ class Transformer(nn.Module):
     def _mask(frame_counts: Tensor, past: int, frames: int) -> Tensor:
         """Which keys each query sees, bool [n, 1, frames, past + frames].
 
-        Query i stands at key past + i. It sees that key and `past` earlier ones, but no part of
-        the history that lies before the slot's first frame.
+        Query i is at key past + i. It sees that key and the `past` keys before it, except keys from
+        before the slot's first frame.
         """
         key = torch.arange(past + frames, device=frame_counts.device)
         query = torch.arange(frames, device=frame_counts.device)[:, None]
@@ -264,7 +264,7 @@ class UpsampleBlock(nn.Module):
 
 
 class CodecDecoder(nn.Module):
-    """The weights and the arithmetic of the codec decoder; may be built on the meta device."""
+    """The weights and the arithmetic of the codec decoder. It may be built on the meta device."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -290,17 +290,17 @@ class CodecDecoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations and codec states are kept in."""
+        """The dtype of activations and codec states."""
         return self.pre_conv.conv.weight.dtype
 
     def prepare(self) -> None:
-        """Compute what follows from the weights alone; call again if they change or move."""
+        """Compute what depends on the weights alone. Call it again if they change or move."""
         for module in self.modules():
             if isinstance(module, (Quantizer, SnakeBeta, CausalUpsample)):
                 module.prepare()
 
     def forward(self, codes: Tensor, states: SlotStates) -> Tensor:
-        """Codes [n, frames, 16] -> float32 [n, frames * 1920] in [-1, 1]; moves `states` on."""
+        """Codes [n, frames, 16] -> float32 [n, frames * 1920] in [-1, 1]. Advances `states`."""
         x = self.quantizer(codes).to(self.dtype)
         x = self.pre_conv(x.transpose(1, 2), states)
         x = self.pre_transformer(x.transpose(1, 2), states).transpose(1, 2)
@@ -314,7 +314,8 @@ class CodecDecoder(nn.Module):
 
 
 def check_slots(slots: Sequence[int], num_slots: int) -> None:
-    """Raise `ValueError` unless `slots` are one or more, each once, of 0 .. num_slots - 1."""
+    """Raise `ValueError` unless `slots` has at least one slot, no slot repeats, and all are 0 ..
+    num_slots - 1."""
     for slot in slots:
         if not 0 <= slot < num_slots:
             raise ValueError(f"slot is {slot}, allowed: 0 to {num_slots - 1}")
@@ -323,7 +324,8 @@ def check_slots(slots: Sequence[int], num_slots: int) -> None:
 
 
 def check_codes(codes: Tensor, num_slots: int, codebook_size: int) -> None:
-    """Raise `ValueError` unless `codes` are int64 [num_slots, 1 or more, 16] of known codes."""
+    """Raise `ValueError` unless `codes` is int64 [num_slots, 1 or more, 16] with codes of the
+    codebook."""
     shape, wanted = tuple(codes.shape), f"[{num_slots}, 1 or more, {NUM_CODEBOOKS}]"
     if len(shape) != 3 or shape != (num_slots, shape[1], NUM_CODEBOOKS) or not shape[1]:
         raise ValueError(f"codes have shape {list(shape)}, allowed: {wanted}")
@@ -335,11 +337,11 @@ def check_codes(codes: Tensor, num_slots: int, codebook_size: int) -> None:
 
 
 class CodecStream:
-    """Decodes the codes of many slots as they come; each slot goes on where it stopped.
+    """Decodes the codes of many slots as they come. Each slot continues where it stopped.
 
-    Device and dtype are those of `decoder`, whose weights must be loaded and stay as they are.
-    In bf16 the codebooks, norms, softmax, RoPE and SnakeBeta are computed in float32. In float32
-    on CUDA, convolutions are TF32 unless `torch.backends.cudnn.allow_tf32` is off.
+    It works on the device and in the dtype of `decoder`, whose weights must be loaded and must not
+    change. In bf16, codebooks, norms, softmax, RoPE and SnakeBeta are computed in float32. In float32 on
+    CUDA, convolutions are TF32 unless `torch.backends.cudnn.allow_tf32` is off.
     """
 
     @torch.no_grad()
@@ -354,20 +356,20 @@ class CodecStream:
             m for m in decoder.modules() if isinstance(m, Recurrent) and prod(m.history_shape) > 0
         ]
         self._sizes = [prod(layer.history_shape) for layer in self._layers]
-        # One row per slot holds all its histories, so that a reset is one fill.
+        # One row for each slot holds all its histories, so a reset is one fill.
         self._state = torch.zeros(num_slots, sum(self._sizes), dtype=decoder.dtype, device=self._device)
         self._histories = self._histories_in(self._state)
         self._frame_counts = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
 
     def _histories_in(self, state: Tensor) -> dict[Recurrent, Tensor]:
-        """The histories of all layers, as views of rows like those of `_state`."""
+        """The histories of all layers, as views of `state`, whose rows are like those of `_state`."""
         return {
             layer: part.unflatten(1, layer.history_shape)
             for layer, part in zip(self._layers, state.split(self._sizes, dim=1), strict=True)
         }
 
     def reset(self, slot: int) -> None:
-        """Make `slot` as new."""
+        """Reset `slot` to the state of a new one."""
         check_slots([slot], self.num_slots)
         self._state[slot].zero_()
         self._frame_counts[slot] = 0
@@ -390,27 +392,27 @@ class CodecStream:
         self._frame_counts[slot] = state.num_frames
 
     def _clamped(self, codes: Tensor) -> Tensor:
-        """Codes of the codebook, int64, on the decoder's device."""
+        """`codes` as int64 on the decoder's device, clamped to the codebook."""
         return codes.to(self._device, torch.int64).clamp(0, self._decoder.config.codebook_size - 1)
 
     @torch.no_grad()
     def decode(self, slots: Sequence[int], codes: Tensor) -> Tensor:
-        """The next frames of `slots`, all of them by the same number.
+        """Decode the next frames of `slots`, the same number for each.
 
-        A slot's samples depend on its own codes alone, not on how they are split over calls
-        nor on which slots share the call. Memory grows with the number of frames.
+        A slot's samples depend on its own codes alone, neither on how they are split over calls nor on
+        which slots share a call. Memory grows with the number of frames.
 
         Args:
             slots: n different slots.
-            codes: int64 [n, frames, 16], on any device. Their range is checked, which waits
-                for the device where they are not in host memory.
+            codes: int64 [n, frames, 16], on any device. Their range is checked. If they are not in host
+                memory, the check waits for the device.
 
         Returns:
             float32 [n, frames * 1920] in [-1, 1], on the decoder's device.
 
         Raises:
-            ValueError: a slot or a code out of range, a slot twice, codes of another shape.
-                No slot has moved. After any other error the slots need a reset.
+            ValueError: a slot or a code is out of range, a slot repeats, or the codes have another
+                shape. No slot has changed. After any other error the slots need a reset.
         """
         check_slots(slots, self.num_slots)
         check_codes(codes, len(slots), self._decoder.config.codebook_size)
@@ -419,14 +421,14 @@ class CodecStream:
 
     @torch.no_grad()
     def launch(self, slots: Sequence[int], codes: Tensor) -> LaunchedAudio:
-        """See `FrameCodec.launch`. Raises `ValueError` for a slot out of range or twice."""
+        """See `FrameCodec.launch`. Raises `ValueError` for a slot that is out of range or repeats."""
         check_slots(slots, self.num_slots)
         slot_ids = torch.tensor(slots, dtype=torch.int64, device=self._device)
         pcm = self._step(slot_ids, self._clamped(codes)[:, None])
         return LaunchedAudio(ready=lambda: True, samples=lambda: pcm.cpu().numpy())
 
     def _step(self, slots: Tensor, codes: Tensor) -> Tensor:
-        """`decode` on the device only: no check, no wait, the same launches for equal shapes."""
+        """`decode` without checks and waits: it makes the same launches for equal shapes."""
         states = SlotStates(self._histories, self._frame_counts, slots)
         pcm = self._decoder(codes, states)
         self._frame_counts.index_add_(0, slots, torch.full_like(slots, codes.shape[1]))

@@ -1,14 +1,15 @@
 """The codec's encoder: samples of a reference recording to codes, 16 a frame.
 
-The analysis half of Mimi (https://arxiv.org/abs/2410.00037): SEANet convolutions to 25 Hz, a
+It is the analysis half of Mimi (https://arxiv.org/abs/2410.00037): SEANet convolutions to 25 Hz, a
 causal transformer, one more convolution to 12.5 Hz, residual vector quantization. It runs once for each
 voice, in float32.
 """
 
-# Why this is not transformers' MimiModel, which reads the released file up to 5.17 (5.18 renames its
-# tensors). Its RoPE buffers are not in the file, so a model made on the meta device stays unfinished.
-# Since 5.0 it applies the `sliding_window` of `encoder_config`, which the official code's transformers,
-# 4.57, ignores. And the official package, once imported, changes the table from which it makes its RoPE.
+# Why this is not transformers' MimiModel: its releases up to 5.17 read the released file, but 5.18
+# renames the tensors. Its RoPE buffers are not in the file, so a model on the meta device stays
+# incomplete. Since 5.0 it applies the `sliding_window` of `encoder_config`; 4.57, which the official
+# code uses, ignores it. The official package, once imported, changes the table from which MimiModel
+# makes its RoPE.
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ CODEBOOK_SIZE = 2048
 
 @dataclass(frozen=True, slots=True)
 class MimiShape:
-    """What decides shapes in `encoder_config`; defaults as in the official class (MimiConfig)."""
+    """The shapes in `encoder_config`. Defaults are those of the official class (MimiConfig)."""
 
     num_filters: int = 64
     num_residual_layers: int = 1
@@ -59,7 +60,7 @@ class MimiShape:
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> MimiShape:
-        """From `encoder_config`; raises `ConfigError` for what no released codec has."""
+        """Read `encoder_config`. Raises `ConfigError` for values that no released codec has."""
         fixed = {
             "audio_channels": 1, "attention_bias": False, "codebook_size": CODEBOOK_SIZE,
             "hidden_act": "gelu", "pad_mode": "constant", "sampling_rate": SAMPLE_RATE,
@@ -68,7 +69,7 @@ class MimiShape:
         for key, expected in fixed.items():
             if section.get(key, expected) != expected:
                 raise ConfigError(f"encoder_config: {key} is {section[key]!r}, expected {expected!r}")
-        rope = section.get("rope_parameters")  # where transformers 5 writes it
+        rope = section.get("rope_parameters")  # transformers 5 writes it there
         given = dict(rope) if isinstance(rope, dict) else {}
         given |= {name: value for name, value in section.items() if value is not None}
         read = {int: get_count, tuple: get_counts, float: get_positive}
@@ -94,7 +95,7 @@ class MimiShape:
 
 
 class _CausalConv(nn.Module):
-    """Convolution that sees no later sample; its output has ceil(length / stride) positions."""
+    """Convolution that sees no later sample. The output has ceil(length / stride) positions."""
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class _SEANet(nn.Module):
         super().__init__()
         channels = shape.num_filters
         layers: list[nn.Module] = [_CausalConv(1, channels, shape.kernel_size)]
-        for ratio in reversed(shape.upsampling_ratios):  # listed in the decoder's order
+        for ratio in reversed(shape.upsampling_ratios):  # the list is in the decoder's order
             layers += [
                 _ResidualUnit(shape, channels, shape.dilation_growth_rate**depth)
                 for depth in range(shape.num_residual_layers)
@@ -156,7 +157,7 @@ class _SEANet(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Causal over all earlier frames, with rotary positions."""
+    """Attention over all earlier frames, with rotary positions."""
 
     def __init__(self, shape: MimiShape) -> None:
         super().__init__()
@@ -225,7 +226,7 @@ class _TransformerLayer(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """`[1, hidden, positions]` to the same; there is no final norm."""
+    """`[1, hidden, positions]` to the same shape. There is no final norm."""
 
     def __init__(self, shape: MimiShape) -> None:
         super().__init__()
@@ -236,7 +237,7 @@ class _Transformer(nn.Module):
 
 
 class _Codebook(nn.Module):
-    """Entries as training keeps them: a running sum of vectors, and how many there were."""
+    """The entries as training stores them: a running sum of vectors, and their count."""
 
     cluster_usage: Tensor
     embed_sum: Tensor
@@ -248,14 +249,14 @@ class _Codebook(nn.Module):
         self.register_buffer("embed_sum", torch.zeros(CODEBOOK_SIZE, width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest entry of each row of `[frames, width]`: its index and itself."""
+        """The nearest entry to each row of `[frames, width]`: its index and its vector."""
         entries = self.embed_sum / self.cluster_usage.clamp(min=1e-5)[:, None]
         codes = torch.cdist(x[None], entries[None])[0].argmin(dim=-1)
         return codes, entries[codes]
 
 
 class _Quantizer(nn.Module):
-    """Codebooks in a chain, each for what those before it left over."""
+    """A chain of codebooks. Each quantises what the earlier ones left over."""
 
     def __init__(self, shape: MimiShape, num_codebooks: int) -> None:
         super().__init__()
@@ -281,14 +282,16 @@ class _Quantizer(nn.Module):
 
 
 class CodecEncoder(nn.Module):
-    """Audio to codes; parameter names as in `speech_tokenizer/model.safetensors`, less `encoder.`.
+    """Audio to codes. Parameter names are those of `speech_tokenizer/model.safetensors` without
+    `encoder.`.
 
-    An instance made on the meta device is complete after `load_state_dict(assign=True)`:
-    every buffer is in the file.
+    An instance on the meta device is complete after `load_state_dict(assign=True)`: the file has every
+    buffer.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """From `ModelConfig.codec_encoder`; raises `ConfigError` for what no released codec has."""
+        """Build it from `ModelConfig.codec_encoder`. Raises `ConfigError` for values that no released
+        codec has."""
         super().__init__()
         shape = MimiShape.from_dict(config)
         width, semantic = shape.hidden_size, shape.num_semantic_quantizers
@@ -305,7 +308,7 @@ class CodecEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, audio: Tensor) -> Tensor:
-        """The 16 codes of each 80 ms.
+        """Encode audio into the 16 codes of each 80 ms.
 
         Args:
             audio: `[samples]`, mono, 24 kHz, on any device; at least one sample.
@@ -320,7 +323,7 @@ class CodecEncoder(nn.Module):
         return torch.cat(
             (
                 semantic(latents, self._num_semantic),
-                # The file has more codebooks than the talker speaks.
+                # The file has more codebooks than the talker uses.
                 acoustic(latents, NUM_CODEBOOKS - self._num_semantic),
             ),
             dim=1,

@@ -1,4 +1,4 @@
-"""The PyTorch codec as CUDA graphs: for a GPU that the codec's kernels cannot serve."""
+"""The PyTorch codec as CUDA graphs, for GPUs on which the codec's kernels cannot run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qwen_megakernel.model.cuda_graphs import capture
 class GraphCodecStream(CodecStream):
     """`CodecStream` whose `launch` replays a CUDA graph, one for each of `batch_sizes`.
 
-    Without a GPU it runs what the graphs would. Rows without a stream decode into a slot of their own.
+    Without a GPU it runs the same work without graphs. Rows without a stream decode into a scratch slot.
     """
 
     @torch.no_grad()
@@ -35,10 +35,10 @@ class GraphCodecStream(CodecStream):
         """Allocate the states and, on a GPU, capture the graphs.
 
         Args:
-            decoder: its weights must be loaded and stay as they are.
+            decoder: its weights must be loaded and must not change.
             num_slots: how many streams have state.
-            max_streams: the most slots that one launch will name; None is all of them.
-            progress: told how long the capture takes.
+            max_streams: the most slots that one launch will name. None is `num_slots`.
+            progress: told what is being done.
 
         Raises:
             ValueError: `num_slots` or `max_streams` is below 1.
@@ -58,11 +58,11 @@ class GraphCodecStream(CodecStream):
         self._slots = torch.full((most,), num_slots, dtype=torch.int64, device=device)
         self._codes = torch.zeros(most, 1, NUM_CODEBOOKS, dtype=torch.int64, device=device)
         self._pcm = torch.zeros(most, HOP, device=device)
-        # The graphs read this table, and `rope_table` keeps only the latest ones.
+        # The graphs read this table. `rope_table` keeps only the latest tables.
         self._rope = rope_table(decoder.config, decoder.config.sliding_window, device)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._runs: dict[int, Callable[[], None]] = {}
-        """By the number of rows, from the smallest on."""
+        """By number of rows, in rising order."""
         for size in sizes:
             run = partial(self._run, size)
             self._runs[size] = capture(run, device, pool).replay if pool else run
@@ -73,8 +73,8 @@ class GraphCodecStream(CodecStream):
         """See `FrameCodec.launch`.
 
         Raises:
-            ValueError: a slot out of range or twice, or more than `max_streams` slots. No slot
-                has moved.
+            ValueError: a slot is out of range or repeats, or there are more than `max_streams` slots. No
+                slot has changed.
         """
         check_slots(slots, self.num_slots)
         streams = len(slots)
@@ -101,6 +101,6 @@ class GraphCodecStream(CodecStream):
         return LaunchedAudio(ready=copied.query, samples=samples)
 
     def _run(self, size: int) -> None:
-        """The next frame of the first `size` rows."""
+        """Decode the next frame of the first `size` rows."""
         codes = self._codes[:size].clamp(0, self._decoder.config.codebook_size - 1)
         self._pcm[:size].copy_(self._step(self._slots[:size], codes))

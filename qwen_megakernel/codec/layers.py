@@ -1,4 +1,4 @@
-"""Streaming layers of the codec: convolutions that continue where they stopped, and their states."""
+"""Streaming layers of the codec: convolutions that continue where they stopped, and their state."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from qwen_megakernel.model.batch_invariant import (
 
 
 class Recurrent(nn.Module):
-    """A layer that reads the end of its earlier input (its history) along with the new one."""
+    """A layer that reads the end of its earlier input, its history, before the new input."""
 
     history_shape: tuple[int, int]
-    """Shape of one slot's history; as the input's, time included, without the batch."""
+    """Shape of one slot's history: that of the input with time, without the batch."""
     time_dim: int
     """The dimension of time in a batched input."""
 
 
 class SlotStates:
-    """The codec states of the slots of one call, in the call's order.
+    """The codec states of the slots of one call, in the order of the call.
 
-    All reads and writes go through a tensor of slot numbers, so shapes depend on nothing but
-    the number of slots and frames: the same launches serve any slots.
+    All reads and writes go through a tensor of slot numbers. So shapes depend only on the number of
+    slots and frames, and the same launches serve any slots.
     """
 
     def __init__(self, histories: dict[Recurrent, Tensor], frame_counts: Tensor, slots: Tensor) -> None:
@@ -36,7 +36,7 @@ class SlotStates:
         """Frames decoded before this call, int64 [n]."""
 
     def extend(self, layer: Recurrent, new: Tensor) -> Tensor:
-        """`layer`'s history followed by `new`; the end of that becomes the history."""
+        """Returns `layer`'s history followed by `new`. The end of the result becomes the history."""
         history = self._histories.get(layer)
         if history is None:
             return new
@@ -47,8 +47,8 @@ class SlotStates:
 
 
 def takes_products(x: Tensor) -> bool:
-    """Whether convolutions are products (`batch_invariant`): on a CPU, except in training, which
-    keeps all intermediate values."""
+    """Whether convolutions run as products (`batch_invariant`). They do on a CPU, except in training,
+    which keeps all intermediate values."""
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
@@ -65,7 +65,7 @@ class CausalConv(Recurrent):
         self.history_shape = (inputs, (kernel - 1) * dilation)
 
     def forward(self, x: Tensor, states: SlotStates) -> Tensor:
-        """x: [n, inputs, time]; [n, outputs, time]. The end of x becomes the history."""
+        """x: [n, inputs, time]. Returns [n, outputs, time]. The end of x becomes the history."""
         x = states.extend(self, x)
         if not takes_products(x):
             return self.conv(x)
@@ -77,9 +77,9 @@ class CausalConv(Recurrent):
 class CausalUpsample(Recurrent):
     """Transposed convolution, [n, inputs, time] -> [n, outputs, time * factor].
 
-    Neighbouring steps overlap in the output. The history is the inputs that still reach into
-    it rather than their half-summed outputs: each sample is then summed in one place, with its
-    bias, exactly as in one pass.
+    Neighbouring steps overlap in the output. The history has the inputs that still reach into the next
+    output, not half-summed outputs. So each sample is summed in one place, with its bias, exactly as in
+    one pass.
     """
 
     time_dim = 2
@@ -92,7 +92,7 @@ class CausalUpsample(Recurrent):
         self._matrix: Tensor | None = None
 
     def prepare(self) -> None:
-        """Lay the loaded weights out as a product takes them, where there will be one."""
+        """Lay out the loaded weights for a product, if there will be one."""
         if takes_products(self.conv.weight):
             self._matrix = upsampling_matrix(self.conv.weight, self.factor)
 
@@ -106,7 +106,7 @@ class CausalUpsample(Recurrent):
 
 
 class SnakeBeta(nn.Module):
-    """x + sin(x * exp(alpha))^2 / exp(beta), per channel, in float32; [n, channels, time]."""
+    """x + sin(x * exp(alpha))^2 / exp(beta) for each channel, in float32. x is [n, channels, time]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -114,11 +114,11 @@ class SnakeBeta(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def prepare(self) -> None:
-        """Compute what follows from the loaded weights alone."""
+        """Compute what depends on the loaded weights alone."""
         self._frequency = self.alpha.float().exp()[:, None]
         self._strength = (self.beta.float().exp() + 1e-9).reciprocal()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [n, channels, time], any dtype; the same shape and dtype."""
+        """x: [n, channels, time], any dtype. The result has the same shape and dtype."""
         wave = (x * self._frequency).sin_()
         return torch.addcmul(x, wave * self._strength, wave).to(x.dtype)

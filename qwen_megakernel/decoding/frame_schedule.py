@@ -1,4 +1,4 @@
-"""The exchanges of a kernel's frame, by name, as a built kernel lists them (csrc/frame_schedule.cuh).
+"""The exchanges of a kernel's frame, by name, as a built kernel lists them (csrc/frame_exchanges.cuh).
 
 An exchange is what the kernel's CTAs publish under one tag. A frame has a few hundred, in a fixed order.
 The watchdog, the bench and the tests name them by this list.
@@ -6,7 +6,14 @@ The watchdog, the bench and the tests name them by this list.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
+from itertools import islice
+
+from qwen_megakernel.installation.cubin import Cubin
+
+_ENTRY = struct.Struct("<iii")
+"""Pass, layer and step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +37,24 @@ class Exchange:
         return f"{self.model}{in_pass}{in_layer} {self.step}"
 
 
-def parse_exchanges(text: str) -> list[Exchange]:
-    """What `frame_exchanges` of csrc/kernel_tts.h gives: a line each, in the order of their tags."""
-    found = []
-    for line in text.splitlines():
-        model, predictor_pass, layer, step = line.split()
-        found.append(Exchange(model, int(predictor_pass), int(layer), step))
-    return found
+def listed_exchanges(cubin: Cubin, num_streams: int) -> list[Exchange]:
+    """The exchanges that a built kernel lists (csrc/frame_exchanges.cuh), in the order of their tags.
+
+    Args:
+        cubin: the frame kernel's.
+        num_streams: of the frame.
+
+    Raises:
+        ValueError: a number of streams that a frame cannot have.
+    """
+    facts, most = cubin.facts, cubin.facts["max_columns"]
+    if not 1 <= num_streams <= most:
+        raise ValueError(f"a frame of {num_streams} streams, allowed: 1 to {most}")
+    few = num_streams <= facts["paired_streams"]
+    values = _ENTRY.iter_unpack(cubin.values["exchanges_of_few" if few else "exchanges_of_many"])
+    count = facts["num_exchanges_of_few"] if few else facts["num_tags"]
+    steps = cubin.text("step_names").split()
+    return [
+        Exchange("predictor" if at_pass >= 0 else "talker", at_pass, layer, steps[step])
+        for at_pass, layer, step in islice(values, count)
+    ]

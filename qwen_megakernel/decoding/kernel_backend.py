@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_megakernel.build_tts import library_name
 from qwen_megakernel.config import NUM_CODEBOOKS, GenerationParams, PredictorConfig, TalkerConfig
-from qwen_megakernel.decoding.frame_schedule import Exchange, parse_exchanges
+from qwen_megakernel.decoding.frame_launcher import STREAM, FrameDumps, FrameKernelFile, FrameLauncher
+from qwen_megakernel.decoding.frame_schedule import Exchange
 from qwen_megakernel.decoding.interface import (
     LaunchedFrame,
     check_decode,
@@ -54,17 +54,6 @@ _FIRST_EPOCH = 2
 _MAX_SPINS = 4_000_000
 """Polls, about half a microsecond each, after which a wait inside the kernel is an error."""
 
-_STREAM = np.dtype(
-    [
-        ("slot", "<i4"), ("position", "<i4"), ("first", "<i4"), ("frame", "<i4"),
-        ("suppress_eos", "<i4"),
-        ("seed", "<u4", 2), ("talker_temperature", "<f4"), ("talker_tail_mass", "<f4"),
-        ("talker_penalty", "<f4"), ("predictor_temperature", "<f4"), ("predictor_tail_mass", "<f4"),
-        ("talker_top_k", "<i4"), ("predictor_top_k", "<i4"),
-    ]
-)  # fmt: skip
-"""`Stream` of csrc/params.h."""
-
 
 class KernelError(RuntimeError):
     """A frame that the GPU did not finish. The CUDA context is lost: restart the process."""
@@ -77,18 +66,6 @@ class _Stream:
     params: GenerationParams
     position: int
     frame: int
-
-
-@dataclass(slots=True)
-class FrameDumps:
-    """Tensors on the device that a launch fills, for tests."""
-
-    logits: Tensor | None = None
-    """fp32 [n, 16, talker vocabulary]."""
-    exchanges: Tensor | None = None
-    """fp32 [exchanges, rows, max_batch], all published values; see `MegakernelBackend.exchange_dump`."""
-    stamps: Tensor | None = None
-    """int64 [`num_exchanges`]: the time in ns at which CTA 0 finished its part of each exchange."""
 
 
 class MegakernelBackend:
@@ -129,24 +106,20 @@ class MegakernelBackend:
             max_spins: polls after which a wait inside the kernel is an error.
 
         Raises:
-            ValueError: a number out of range.
+            ValueError: a number out of range, or a kernel of other sources.
+            RuntimeError: the driver refuses the kernel.
         """
-        torch.ops.load_library(str(library))
-        self._ops = getattr(torch.ops, library_name(library))
-        self.max_batch = self._ops.max_columns()
-        self._prefill_rows_at_once = self._ops.prefill_rows()
+        self._device = talker.codec_head.weight.device
+        self._file = FrameKernelFile(library, self._device)
+        self.max_batch = self._file.facts["max_columns"]
+        self._prefill_rows_at_once = self._file.facts["narrow_columns"]
         num_slots = self.max_batch if num_slots is None else num_slots
         check_max_positions(num_slots, max_positions, min(MAX_POSITIONS, talker_config.max_positions))
         self.num_slots, self.max_positions = num_slots, max_positions
         self._config, self._predictor_config = talker_config, predictor_config
-        self._device = talker.codec_head.weight.device
         self._streams: dict[int, _Stream] = {}
-        self._stream_params = np.zeros(num_slots, dtype=_STREAM)
+        self._stream_params = np.zeros(num_slots, dtype=STREAM)
         """By slot; each launch fills in position, first, frame and suppress_eos."""
-        if self._ops.stream_bytes() != _STREAM.itemsize:
-            raise ValueError(
-                f"the kernel's streams have {self._ops.stream_bytes()} bytes, not {_STREAM.itemsize}"
-            )
         self._choose_grid(grid)  # refused before weights are packed
         packed = self._pack(talker)
         self.kv_cache = KvCache(
@@ -162,7 +135,7 @@ class MegakernelBackend:
         self._prefixes = PrefixCache(self.kv_cache)
         self._long_prompts = TalkerPrefill(talker, talker_config, self.kv_cache)
         self._max_spins = max_spins
-        self._epoch, self._num_tags = _FIRST_EPOCH, self._ops.num_tags()
+        self._epoch, self._num_tags = _FIRST_EPOCH, self._file.facts["num_tags"]
         self._codes_host = torch.zeros(self.max_batch, NUM_CODEBOOKS, dtype=torch.int32, pin_memory=True)
         self._copied = CopyEvents()
         """When the codes of a frame are on the host."""
@@ -178,21 +151,25 @@ class MegakernelBackend:
         Raises:
             ValueError: a grid out of range.
         """
-        torch.ops.load_library(str(library))
-        grid = self._choose_grid(setting.grid)
-        kernel_class = getattr(torch.classes, library_name(library)).FrameKernel
-        self._kernel = kernel_class(
-            self._tensors, self.num_slots, self.max_positions, grid, self._max_spins
-        )
+        self._file = FrameKernelFile(library, self._device)
         share = DEFAULT_L2_SHARE if setting.l2_share is None else setting.l2_share
         l2_bytes = torch.cuda.get_device_properties(self._device).L2_cache_size
-        self._kernel.keep_in_l2(int(l2_bytes * share) // self._predictor_config.num_layers)
+        with torch.cuda.device(self._device):
+            self._kernel = FrameLauncher(
+                self._file,
+                self._tensors,
+                num_slots=self.num_slots,
+                max_positions=self.max_positions,
+                grid=self._choose_grid(setting.grid),
+                max_spins=self._max_spins,
+                predictor_kept_bytes=int(l2_bytes * share) // self._predictor_config.num_layers,
+            )
 
     @property
     def max_grid(self) -> int:
         """CTAs of the largest launch: one on each SM, limited by the work that the shape has."""
         sms = torch.cuda.get_device_properties(self._device).multi_processor_count
-        return min(sms, self._ops.max_grid())
+        return min(sms, self._file.facts["max_grid"])
 
     def _choose_grid(self, grid: int | None) -> int:
         most = self.max_grid
@@ -249,7 +226,7 @@ class MegakernelBackend:
 
     def _reserve(self) -> dict[str, Tensor]:
         """State, scratch and exchange buffers, under the kernel's names."""
-        c, p = self._config, self._predictor_config
+        c, p, facts = self._config, self._predictor_config, self._file.facts
         scratch = (p.num_layers, self.max_batch, p.num_kv_heads, 2, NUM_CODEBOOKS, p.head_dim)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -261,8 +238,8 @@ class MegakernelBackend:
             "next_rows": zeros(self.num_slots, c.hidden_size, dtype=torch.float32),
             "seen": zeros(self.num_slots, c.vocab_size // 32, dtype=torch.int32),
             "codes": zeros(self.max_batch, NUM_CODEBOOKS, dtype=torch.int32),
-            "noise_scratch": zeros(self.max_batch, self._ops.noise_floats(), dtype=torch.float32),
-            "packets": zeros(self._ops.num_packets(), dtype=torch.int64),
+            "noise_scratch": zeros(self.max_batch, facts["noise_floats"], dtype=torch.float32),
+            "packets": zeros(facts["num_packets"], dtype=torch.int64),
             "watchdog": torch.zeros(4, dtype=torch.int32, pin_memory=True),
         }
 
@@ -369,12 +346,12 @@ class MegakernelBackend:
 
     def exchange_dump(self) -> Tensor:
         """A tensor for `FrameDumps.exchanges`, fp32 [exchanges, rows, max_batch]: not-a-number."""
-        shape = (self._num_tags, self._ops.dump_rows(), self.max_batch)
+        shape = (self._num_tags, self._file.facts["dump_rows"], self.max_batch)
         return torch.full(shape, torch.nan, device=self._device)
 
     def _params_of(self, slot: int, params: GenerationParams) -> np.ndarray:
         """A stream's parameters that do not change from frame to frame."""
-        stream = np.zeros((), dtype=_STREAM)
+        stream = np.zeros((), dtype=STREAM)
         stream["slot"], stream["seed"] = slot, split_seed(params.seed)
         vocab = {"talker": self._config.vocab_size, "predictor": self._predictor_config.vocab_size}
         for name, sampling in (("talker", params.talker), ("predictor", params.predictor)):
@@ -398,16 +375,14 @@ class MegakernelBackend:
             self._tensors["packets"].zero_()
             self._epoch = _FIRST_EPOCH
         self._kernel.launch(
-            torch.from_numpy(columns.view(np.uint8)),
-            prefill,
-            self._epoch,
+            columns,
             text_rows,
-            noise,
-            forced_codes,
-            dumps.logits if dumps else None,
-            dumps.exchanges if dumps else None,
-            dumps.stamps if dumps else None,
-            torch.cuda.current_stream(self._device).cuda_stream,
+            prefill=prefill,
+            epoch=self._epoch,
+            noise=noise,
+            forced_codes=forced_codes,
+            dumps=dumps,
+            cuda_stream=torch.cuda.current_stream(self._device).cuda_stream,
         )
         self._epoch += self._num_tags
 
@@ -427,14 +402,14 @@ class MegakernelBackend:
                     f"frame {frame} failed: CTA {cta} computed a value that is not a number or above "
                     f"2^32 {where}"
                 ) from error
-            waited_for = self._ops.phases().splitlines()[phase]
+            waited_for = self._file.phases[phase]
             raise KernelError(
                 f"frame {frame} hung: CTA {cta} waited for {waited_for} {where}"
             ) from error
 
     def exchanges(self, num_streams: int) -> list[Exchange]:
         """The exchanges of a frame of so many streams, in the order of `FrameDumps`."""
-        return parse_exchanges(self._ops.exchanges(num_streams))
+        return self._file.exchanges(num_streams)
 
     def _describe(self, exchange: int, num_streams: int) -> str:
         """Where in the frame an exchange is."""

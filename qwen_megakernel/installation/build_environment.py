@@ -1,4 +1,4 @@
-"""The CUDA compiler of this machine, and the folders that keep built kernels and downloads.
+"""GPU architectures by name, and the folders that keep built kernels and downloads.
 
 Standard library only, so that `doctor` asks the same question as the build, before torch is installed.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import stat
-import sysconfig
 import tempfile
 from contextlib import suppress
 from functools import cache
@@ -24,15 +22,6 @@ HOPPER = (9, 0)
 ARCH_VARIABLE = "QWEN_MEGAKERNEL_ARCH"
 PREBUILT_VARIABLE = "QWEN_MEGAKERNEL_KERNELS"
 
-HOST_COMPILERS = ("g++", "c++", "clang++")
-HOST_COMPILER_FIX = (
-    "sudo apt install g++; without root: conda install -c conda-forge gxx; "
-    "or take kernels that were built elsewhere (QWEN_MEGAKERNEL_KERNELS)"
-)
-PIP_CUDA = "13.0"
-"""Where torch says no release: that of the version that is pinned."""
-USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
-
 
 def arch_of(capability: tuple[int, ...]) -> str:
     """The name of an architecture's kernels, such as `86` or `90a`, by its compute capability."""
@@ -43,34 +32,6 @@ def arch_of(capability: tuple[int, ...]) -> str:
 def named_arch() -> str | None:
     """QWEN_MEGAKERNEL_ARCH: older kernels than the GPU's own, such as `86`. They run by their PTX."""
     return os.environ.get(ARCH_VARIABLE) or None
-
-
-def find_nvcc() -> Path | None:
-    """The CUDA compiler: below CUDA_HOME or CUDA_PATH, else on the PATH, else in the usual place, else
-    the one that pip installed into this environment."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    below_home = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
-    found = below_home or shutil.which("nvcc") or shutil.which(USUAL_NVCC) or _nvcc_of_pip()
-    return Path(found) if found else None
-
-
-def _nvcc_of_pip() -> str | None:
-    packages = Path(sysconfig.get_path("purelib"))
-    found = sorted(packages.glob("nvidia/cu*/bin/nvcc"))
-    return shutil.which(found[-1]) if found else None
-
-
-def pip_nvcc_command(cuda: str | None) -> str:
-    """How pip installs the compiler for torch's release of CUDA, such as `13.0`."""
-    return f'pip install "cuda-toolkit[nvcc,cccl]=={cuda or PIP_CUDA}.*"'
-
-
-def find_host_compiler() -> Path | None:
-    """The C++ compiler that nvcc works with: NVCC_CCBIN, else CXX, else the first of `HOST_COMPILERS`
-    on the PATH."""
-    named = os.environ.get("NVCC_CCBIN") or os.environ.get("CXX")
-    found = [shutil.which(name) for name in ([named] if named else HOST_COMPILERS)]
-    return next((Path(path) for path in found if path), None)
 
 
 def cache_folder() -> Path:

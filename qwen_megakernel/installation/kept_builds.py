@@ -1,7 +1,7 @@
-"""Built libraries in a folder: the cache, or a folder of prebuilt ones.
+"""Built kernels in a folder: the cache, or a folder of prebuilt ones.
 
-Each has a folder of its own with the library, a checksum and the facts that it depends on. Standard
-library only.
+Each has a folder of its own with the cubin, its PTX if newer GPUs shall run it, a checksum and the facts
+that it depends on. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ except ImportError:  # Windows, which has everything but the kernels
 
 CAN_LOCK = fcntl is not None
 FACTS = "build.json"
-"""Beside a library: what it was built from."""
+"""Beside a cubin: what it was built from."""
 
 
 def find(folder: Path, stem: str, name: str) -> list[Path]:
-    """Libraries of a name whose folders begin with `stem`, whole or not, the newest compiler's last."""
-    return sorted(folder.glob(f"{stem}-nvcc*/{name}.so"))
+    """Cubins of a name whose folders begin with `stem`, whole or not, the newest compiler's last."""
+    return sorted(folder.glob(f"{stem}-nvrtc*/{name}.cubin"))
 
 
 def seal(product: Path, facts: dict[str, str]) -> None:
-    """Write beside a library what tells that it is whole, and what it was built from."""
+    """Write beside a cubin what tells that it is whole, and what it was built from."""
     _checksum_file(product).write_text(_checksum(product))
     (product.parent / FACTS).write_text(json.dumps(facts, indent=2))
 
@@ -36,7 +36,7 @@ def seal(product: Path, facts: dict[str, str]) -> None:
 def strip(product: Path) -> None:
     """Leave of a build only what a server needs."""
     for path in product.parent.iterdir():
-        if path not in (product, _checksum_file(product), product.parent / FACTS):
+        if path not in (product, ptx_of(product), _checksum_file(product), product.parent / FACTS):
             path.unlink()
 
 
@@ -44,13 +44,18 @@ def _checksum_file(product: Path) -> Path:
     return product.with_suffix(".sha256")
 
 
+def ptx_of(product: Path) -> Path:
+    """Where the PTX of a cubin is, if it has any."""
+    return product.with_suffix(".ptx")
+
+
 def _checksum(product: Path) -> str:
-    return hashlib.sha256(product.read_bytes()).hexdigest()
+    content, ptx = product.read_bytes(), ptx_of(product)
+    return hashlib.sha256(content + (ptx.read_bytes() if ptx.is_file() else b"")).hexdigest()
 
 
 def is_whole(product: Path) -> bool:
-    """Whether a built library is what was built: a power cut or a full disk may leave part of it, and
-    the loader would crash on that."""
+    """Whether cubin and PTX are what was built: a power cut or a full disk may leave part of it."""
     try:
         return _checksum_file(product).read_bytes() == _checksum(product).encode()
     except OSError:

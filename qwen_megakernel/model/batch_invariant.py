@@ -1,9 +1,9 @@
 """Linear layers and convolutions for one frame at a time on a CPU: fast, and the same in any batch.
 
 BLAS and oneDNN are made for large batches. With the few columns of a frame they take slow paths: a
-transposed convolution of four steps takes ten times as long as its product. Their rounding also
-depends on how many streams share a call. Here every such layer is a plain product of windows and
-weights.
+transposed convolution of four steps takes ten times as long as the product that computes it. Their
+rounding also depends on how many streams share a call. Here every such layer is a plain product of
+windows and weights.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _FEW = 16
-"""Up to this many steps, windows are the rows of a product. If there are more, they are its columns."""
+"""Up to this many steps, windows are the rows of a product. With more steps, they are its columns."""
 
 
 def linear_by_stream(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer whose result for a stream does not depend on how many streams there are.
 
-    BLAS libraries take other code paths, and round differently, for other row counts. On a CPU
-    each stream is multiplied alone, which also is the fastest for one; on a GPU the backend gives
-    every frame the same number of rows.
+    BLAS libraries take other code paths for other row counts, and round differently. On a CPU each
+    stream is multiplied alone, which is also fastest for one stream. On a GPU the backend gives every
+    frame the same number of rows.
 
     Args:
         x: [streams, ..., in].
@@ -69,23 +69,22 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1) -> Tens
 
 
 def convolve_channels(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`F.conv1d` of each channel by itself: x [n, channels, length], weight [channels, 1, taps]."""
+    """`F.conv1d` of each channel alone. x is [n, channels, length], weight [channels, 1, taps]."""
     windows = x.unfold(2, weight.shape[2], 1)
     return torch.matmul(windows, weight.transpose(1, 2)).squeeze(-1) + bias[:, None]
 
 
 def upsampling_matrix(weight: Tensor, factor: int) -> Tensor:
-    """A transposed convolution's weight [in, out, taps * factor] as `upsample` takes it.
+    """Lay out a transposed convolution's weight [in, out, taps * factor] for `upsample`.
 
     Returns:
-        [factor, out, taps, in], the last tap the newest step's.
+        [factor, out, taps, in]. The last tap is that of the newest step.
     """
     return weight.unflatten(2, (-1, factor)).flip(2).permute(3, 1, 2, 0).contiguous()
 
 
 def upsample(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    """`F.conv_transpose1d` with a stride of `factor`, without the steps that do not see all of their
-    input.
+    """`F.conv_transpose1d` with a stride of `factor`, without the steps that lack a part of their input.
 
     Args:
         x: [n, in, taps - 1 + steps].
@@ -108,7 +107,7 @@ def upsample(x: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
 
 
 def _windows(x: Tensor, taps: int, dilation: int) -> Tensor:
-    """What each step sees of x [n, channels, length]: a view [n, channels, taps, steps]."""
+    """The inputs of each step of x [n, channels, length], as a view [n, channels, taps, steps]."""
     n, channels, length = x.shape
     batch, channel, step = x.stride()
     shape = (n, channels, taps, length - (taps - 1) * dilation)

@@ -1,8 +1,8 @@
-"""Decoder layers as they run: `talker.DecoderLayer` in less than half of its operations.
+"""Decoder layers as the backends run them: `talker.DecoderLayer` in less than half of its operations.
 
-A frame of a small model is a thousand operations, and each takes no longer than its call, on a CPU
+A frame of a small model is a thousand operations. Each of them takes no longer than its call, on a CPU
 and on a GPU. So products of the same input are joined, and so are the norms and RoPE of queries and
-keys. The modules' weights become views of the joined ones, so nothing is in memory twice.
+keys. The modules' weights become views of the joined ones, so memory holds nothing twice.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from qwen_megakernel.model.batch_invariant import add_by_stream, linear_by_strea
 from qwen_megakernel.model.talker import Attend, DecoderLayer
 
 Rope = tuple[Tensor, Tensor]
-"""Cosine and signed sine, see `joined_rope`."""
+"""Cosine and signed sine, from `joined_rope`."""
 
 
 def joined_rope(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Rope:
-    """Rotary tables [positions, head_dim] as `JoinedLayer` takes them: [positions, 1, head_dim].
+    """Turn rotary tables [positions, head_dim] into the form of `JoinedLayer`: [positions, 1, head_dim].
 
-    Half of the sines are negated, so that rotating a vector only has to swap its halves.
+    Half of the sines are negated. To rotate a vector, it is then enough to swap its halves.
     """
     sign = torch.ones_like(sin)
     sign[:, : sin.shape[1] // 2] = -1
@@ -32,7 +32,7 @@ def joined_rope(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Rope:
 
 
 def _join(*products: nn.Linear) -> Tensor:
-    """The weights [out, in] of products of the same input, stacked along out."""
+    """Stack the weights [out, in] of products of the same input along out."""
     joined = torch.cat([product.weight.detach() for product in products])
     for product, part in zip(
         products, joined.split([len(product.weight) for product in products]), strict=True
@@ -62,7 +62,8 @@ class JoinedLayer:
         self._down = mlp.down_proj.weight.detach()
 
     def __call__(self, x: Tensor, rope: Rope, layer: int, attend: Attend) -> Tensor:
-        """x: [n, t, hidden]; the same shape. rope: of the rows, [n or 1, t, 1, head_dim] each."""
+        """x: [n, t, hidden]. The result has the same shape. rope: of the rows, [n or 1, t, 1, head_dim]
+        each."""
         qkv = linear_by_stream(rms_norm(x, self._input_norm, self._eps), self._qkv)
         qkv = qkv.view(*x.shape[:2], *self._head_shape)
         rotated, kv_heads = self._heads + self._kv_heads, self._kv_heads
@@ -85,12 +86,14 @@ class JoinedLayers:
         self._norm, self._eps = norm.detach(), config.rms_norm_eps
 
     def __call__(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        """Input rows [n, t, hidden] -> normed hidden states; rope as `JoinedLayer` takes it."""
+        """Input rows [n, t, hidden] -> normed hidden states [n, t, hidden]. rope: as for
+        `JoinedLayer`."""
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, index, attend)
         return rms_norm(x, self._norm, self._eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`talker.RMSNorm`: computed in fp32, the weight [..., size] applied in x's dtype."""
+    """`talker.RMSNorm`. The norm is computed in fp32, and the weight [..., size] is applied in x's
+    dtype."""
     return F.rms_norm(x, x.shape[-1:], None, eps) * weight

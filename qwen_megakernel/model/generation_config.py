@@ -13,12 +13,12 @@ the repetition penalty if the file has none. It never has one for the predictor.
 
 
 def read_generation_config(folder: Path) -> GenerationParams:
-    """The sampling in a checkpoint's `generation_config.json`, as the official package takes it.
+    """Read the sampling in a checkpoint's `generation_config.json`, as the official package does.
 
-    A key or a file that is missing is the official package's own default. Limits are not read.
+    If a key or the file is missing, the official package's default applies. Limits are not read.
 
     Raises:
-        ConfigError: a value out of range or of another type, or a file that is no JSON object.
+        ConfigError: a value is out of range or of another type, or the file is not a JSON object.
     """
     path = folder / "generation_config.json"
     values = read_json(path) if path.is_file() else {}

@@ -1,11 +1,11 @@
-"""One code from its logits: Gumbel-max over the HF-exact truncated set, with counted draws.
+"""Draws a code from its logits: Gumbel-max over the same truncated set as Hugging Face, counted draws.
 
-The order is that of Hugging Face `generate`: repetition penalty, suppression (and EOS before
-the minimum length), temperature, top-k (ties kept), top-p. The draw adds Gumbel noise and takes
-the maximum, which samples the same distribution as softmax + multinomial. The noise of
-code `index` of `codebook` in `frame` is a pure function of (seed, frame, codebook, index), so a turn's
-codes do not depend on slot, batch or backend. The function is Philox4x32-10 (Salmon et al., "Parallel
-random numbers: as easy as 1, 2, 3", SC11).
+The order is that of Hugging Face `generate`: repetition penalty, suppression (with EOS before the
+minimum length), temperature, top-k (ties kept), top-p. The draw adds Gumbel noise and takes the maximum.
+This samples the same distribution as softmax and multinomial. The noise of code `index` of `codebook` in
+`frame` is a pure function of (seed, frame, codebook, index), so a turn's codes do not depend on slot,
+batch or backend. The function is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
+2, 3", SC11).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK32 = 0xFFFFFFFF
 _ROUNDS = 10
 _UNIFORM_BITS = 23
-"""Bits of a draw: k + 0.5 over 2**23 is exact in fp32 for every k, and never 0 or 1."""
+"""Bits of a draw. (k + 0.5) / 2**23 is exact in fp32 for every k, and never 0 or 1."""
 
 
 def _mul_hi(a: Tensor, b: int) -> Tensor:
-    """High 32 bits of a 32 x 32 bit product, without leaving int64's positive range."""
+    """High 32 bits of a 32 x 32 bit product. No step leaves the positive range of int64."""
     return (a * (b >> 16) + ((a * (b & 0xFFFF)) >> 16)) >> 16
 
 
@@ -57,9 +57,9 @@ def gumbel_noise(seeds: Tensor, frames: Tensor, codebooks: Tensor, vocab_size: i
 
     Args:
         seeds: int64 [n, 2], low and high word of each stream's seed.
-        frames: int64 [n], the frame each stream is at.
+        frames: int64 [n], the number of each stream's frame.
         codebooks: int64 [c], 0..15.
-        vocab_size: indices per codebook.
+        vocab_size: indices of each codebook.
 
     Returns:
         fp32 [n, c, vocab_size]. Index v is lane v % 4 of counter (v // 4, codebook, frame, 0).
@@ -79,9 +79,9 @@ def gumbel_noise(seeds: Tensor, frames: Tensor, codebooks: Tensor, vocab_size: i
 
 
 class Draws:
-    """The noise of one stream, several frames at a time.
+    """The noise of one stream, made for several frames at a time.
 
-    It takes a hundred small operations, whether for one frame or for some.
+    To make it takes about a hundred small operations, for one frame as for several.
     """
 
     AT_A_TIME = 8
@@ -94,7 +94,7 @@ class Draws:
         self._noise: tuple[Tensor, Tensor] | None = None
 
     def of(self, frame: int) -> tuple[Tensor, Tensor]:
-        """fp32 [1, talker vocabulary] for code 0, [1, 15, predictor vocabulary] for the others."""
+        """fp32 [1, talker vocabulary] for code 0, and [1, 15, predictor vocabulary] for the others."""
         if not 0 <= frame - self._first < self.AT_A_TIME:
             self._first = frame
             frames = torch.arange(frame, frame + self.AT_A_TIME, device=self._device)
@@ -103,7 +103,7 @@ class Draws:
                 gumbel_noise(self._seeds, frames, part, size)
                 for part, size in zip(codebooks.split((1, NUM_CODEBOOKS - 1)), self._sizes, strict=True)
             )
-        assert self._noise is not None  # made above, the first time
+        assert self._noise is not None  # made above by the first call
         here = slice(frame - self._first, frame - self._first + 1)
         return self._noise[0][here, 0], self._noise[1][here]
 
@@ -115,22 +115,22 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """The parameters of n streams side by side; every tensor is [n, 1]."""
+    """The sampling parameters of n streams. Every tensor is [n, 1]."""
 
     temperature: Tensor
-    """fp32; 0 is greedy."""
+    """fp32. 0 is greedy."""
     divisor: Tensor
-    """fp32, what logits are divided by: the temperature, 1 where it is 0."""
+    """fp32, the number by which logits are divided: the temperature, or 1 if that is 0."""
     kth: Tensor
-    """int64, the index of the last code kept among the `max_top_k` best."""
+    """int64, the index of the last code that is kept among the `max_top_k` best."""
     keeps_all: Tensor | None
-    """bool, streams that truncate nothing; None where there are none."""
+    """bool, the streams that truncate nothing. None if there are none."""
     tail_mass: Tensor
-    """fp32, 1 - top_p, rounded once as Hugging Face rounds it."""
+    """fp32, 1 - top_p, rounded once as in Hugging Face."""
     repetition_penalty: Tensor
     """fp32."""
     max_top_k: int
-    """Largest top-k, 0 when no stream truncates."""
+    """The largest top-k, or 0 if no stream truncates."""
     uses_top_p: bool
     uses_penalty: bool
 
@@ -138,7 +138,7 @@ class SamplingBatch:
     def gather(
         cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device
     ) -> SamplingBatch:
-        """Stack per-stream parameters; a top-k of 0 or beyond the vocabulary keeps all."""
+        """Stack the parameters of streams. A top-k of 0 or beyond the vocabulary keeps all codes."""
         top_k = [min(p.top_k, vocab_size) or vocab_size for p in params]
         most = 0 if min(top_k) == vocab_size else max(top_k)
 
@@ -164,23 +164,23 @@ class SamplingBatch:
 def gather_sampling(
     params: tuple[SamplingParams, ...], vocab_size: int, device: torch.device
 ) -> SamplingBatch:
-    """`SamplingBatch.gather`, once for frame after frame of the same streams."""
+    """`SamplingBatch.gather`, cached for successive frames of the same streams."""
     return SamplingBatch.gather(params, vocab_size, device)
 
 
 def process_logits(
     logits: Tensor, batch: SamplingBatch, seen: Tensor | None = None, suppress: Tensor | None = None
 ) -> Tensor:
-    """The truncated, scaled logits that a draw is made from.
+    """The truncated and scaled logits from which a code is drawn.
 
     Args:
         logits: fp32 [n, vocabulary].
         batch: parameters of the n streams.
-        seen: bool [n, vocabulary], codes the stream has produced (for the repetition penalty).
-        suppress: bool [n or 1, vocabulary], codes that may not be drawn.
+        seen: bool [n, vocabulary], codes that the stream has produced, for the repetition penalty.
+        suppress: bool [n or 1, vocabulary], codes that must not be drawn.
 
     Returns:
-        fp32 [n, vocabulary]; minus infinity where a code is out.
+        fp32 [n, vocabulary], minus infinity for excluded codes.
     """
     scores = logits
     if seen is not None and batch.uses_penalty:
@@ -202,7 +202,8 @@ def process_logits(
 
 
 def _beyond_top_p(scores: Tensor, tail_mass: Tensor) -> Tensor:
-    """Codes of the least likely `tail_mass`, as HF's TopPLogitsWarper removes them."""
+    """The codes that make up the least likely `tail_mass`, as Hugging Face's TopPLogitsWarper removes
+    them."""
     ascending, order = torch.sort(scores, dim=-1, stable=True)
     removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= tail_mass
     removed[:, -1].fill_(False)  # the most likely code always stays
@@ -211,7 +212,8 @@ def _beyond_top_p(scores: Tensor, tail_mass: Tensor) -> Tensor:
 
 
 def draw(scores: Tensor, temperature: Tensor, noise: Tensor) -> Tensor:
-    """Codes int64 [n]: the arg-max of scores plus noise; without noise where temperature is 0.
+    """Draw codes int64 [n]: the arg-max of scores plus noise, or of scores alone if the temperature is
+    0.
 
     Args:
         scores: fp32 [n, vocabulary] from `process_logits`.

@@ -1,9 +1,9 @@
 """The talker and the code predictor in plain PyTorch.
 
-The readable specification of one frame, the torch backend's arithmetic, and the oracle of the
-kernel. Module and parameter names are the checkpoint's (official module
-`Qwen3TTSTalkerForConditionalGeneration`), so loading is strict by name.
-How keys and values are kept is not decided here: a layer hands q, k, v to an `Attend`.
+This is the readable specification of one frame, the arithmetic of the torch backend, and the reference
+for the kernel's tests. Names of modules and parameters are the checkpoint's (official module
+`Qwen3TTSTalkerForConditionalGeneration`), so weights are loaded strictly by name. A layer hands q, k and
+v to an `Attend`, which decides how keys and values are kept.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from qwen_megakernel.config import NUM_CODEBOOKS, PredictorConfig, TalkerConfig,
 from qwen_megakernel.model.batch_invariant import linear_by_stream
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [n, t, heads, head_dim], k and v [n, t, kv_heads, head_dim], RoPE applied) -> like q."""
+"""(layer, q [n, t, heads, head_dim], k and v [n, t, kv_heads, head_dim], RoPE applied) -> shaped like
+q."""
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm in fp32, weight applied in the model's dtype."""
+    """Root mean square norm in fp32. The weight is applied in the model's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -30,14 +31,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., size], any dtype; the same shape and dtype."""
+        """x: [..., size], any dtype. The result has the same shape and dtype."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
 
 def rope_tables(config: TransformerConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles: fp32 [..., head_dim], both halves alike."""
+    """Cosine and sine of the rotary angles: fp32 [..., head_dim]. Both halves are the same."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent
     angle = positions[..., None].float() * frequency
@@ -46,9 +47,9 @@ def rope_tables(config: TransformerConfig, positions: Tensor) -> tuple[Tensor, T
 
 
 def mrope_tables(config: TalkerConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Interleaved multimodal RoPE: of each triple of frequencies one follows each axis.
+    """Interleaved multimodal RoPE: each axis has one of every three frequencies.
 
-    In speech the three axes are always equal, and this is then plain rotate-half RoPE.
+    In speech the three axes are always equal, so this is plain rotate-half RoPE.
 
     Args:
         config: the talker's.
@@ -68,15 +69,15 @@ def mrope_tables(config: TalkerConfig, positions: Tensor) -> tuple[Tensor, Tenso
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate halves. x: [n, t, heads, head_dim]; cos and sin: [n or 1, t, head_dim]."""
+    """Rotate halves. x is [n, t, heads, head_dim]. cos and sin are [n or 1, t, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
     return x * cos[:, :, None].to(x.dtype) + rotated * sin[:, :, None].to(x.dtype)
 
 
 class Embedding(nn.Embedding):
-    """Like torch's, but quick to make on the meta device, where drawing values imports a compiler
-    for 2 s."""
+    """torch's Embedding, made fast to create on the meta device: there torch's own imports a compiler
+    for 2 s to draw values."""
 
     def reset_parameters(self) -> None:
         """Draw the weights, unless they are on the meta device."""
@@ -88,7 +89,7 @@ class StreamLinear(nn.Linear):
     """`linear_by_stream` as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [streams, ..., in_features]; [streams, ..., out_features]."""
+        """x: [streams, ..., in_features]. Returns [streams, ..., out_features]."""
         return linear_by_stream(x, self.weight, self.bias)
 
 
@@ -107,7 +108,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        """x: [n, t, hidden]; the same shape."""
+        """x: [n, t, hidden]. The result has the same shape."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -127,7 +128,7 @@ class MLP(nn.Module):
         self.down_proj = StreamLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden]; the same shape."""
+        """x: [..., hidden]. The result has the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -142,7 +143,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
-        """x: [n, t, hidden]; the same shape."""
+        """x: [n, t, hidden]. The result has the same shape."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -167,7 +168,7 @@ class TextProjection(nn.Module):
         self.linear_fc2 = nn.Linear(config.text_hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., text_hidden]; [..., hidden]."""
+        """x: [..., text_hidden]. Returns [..., hidden]."""
         return self.linear_fc2(F.silu(self.linear_fc1(x)))
 
 
@@ -184,7 +185,7 @@ class PredictorModel(nn.Module):
 
 
 class CodePredictor(nn.Module):
-    """Codes 1..15 of a frame, each from its own head, given the talker's hidden row and code 0."""
+    """Codes 1..15 of a frame, given the talker's hidden row and code 0. Each code has its own head."""
 
     def __init__(self, config: PredictorConfig, talker_hidden: int) -> None:
         super().__init__()
@@ -217,7 +218,7 @@ class Talker(nn.Module):
         self.codec_head = StreamLinear(config.hidden_size, config.vocab_size, bias=False)
         self.code_predictor = CodePredictor(predictor, config.hidden_size)
         self.text_table: Tensor | None = None
-        """Once made by `tabulate_text`."""
+        """Set by `tabulate_text`."""
 
     def forward(self, rows: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """Input rows [n, t, hidden] -> normed hidden states [n, t, hidden]."""
@@ -234,9 +235,10 @@ class Talker(nn.Module):
 
     @torch.inference_mode()
     def tabulate_text(self) -> Tensor:
-        """Every text token's row, [text vocabulary, hidden], instead of the weights that make them.
+        """Replace the text embedding and projection by a table of all rows: [text vocabulary, hidden].
 
-        Half as large as those, and a row no longer depends on how many are computed at a time.
+        The table is half as large as those weights. A row from it does not depend on how many rows are
+        computed at a time.
         """
         if self.text_table is None:
             tokens = torch.arange(
@@ -248,7 +250,7 @@ class Talker(nn.Module):
         return self.text_table
 
     def code_rows(self, codes: Tensor) -> Tensor:
-        """Frames of codes int64 [n, 16] -> the sum of their embeddings [n, hidden]."""
+        """Frames of codes int64 [n, 16] -> the sum of each frame's embeddings [n, hidden]."""
         embedded = [self.model.codec_embedding(codes[:, 0])]
         for codebook, embedding in enumerate(self.code_predictor.model.codec_embedding, start=1):
             embedded.append(embedding(codes[:, codebook]))
@@ -256,18 +258,19 @@ class Talker(nn.Module):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of the last t positions over all.
+    """Softmax attention of the last t positions over all positions.
 
     Args:
         q: [n, t, heads, head_dim].
-        k, v: [n, kv_heads, length, head_dim], length >= t; query i sees length - t + i + 1 of them.
+        k, v: [n, kv_heads, length, head_dim] with length >= t. Query i sees the first length - t + i +
+            1.
 
     Returns:
         [n, t, heads, head_dim].
     """
     n, t, heads, dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
-    if t == 1:  # the query heads of a group share their keys: they can stand in for positions
+    if t == 1:  # query heads of a group share their keys, so they can take the place of positions
         grouped = q.reshape(n, kv_heads, heads // kv_heads, dim)
         return F.scaled_dot_product_attention(grouped, k, v).reshape(n, 1, heads, dim)
     mask = torch.ones(t, length, dtype=torch.bool, device=q.device).tril(length - t)

@@ -1,14 +1,14 @@
-"""Text and voice to rows: the prompt that is prefilled, and one text row for each frame after.
+"""Text and voice to rows: the prompt that is prefilled, then one text row for each frame.
 
-Layouts as in the official `Qwen3TTSForConditionalGeneration.generate`: every row is a text
-embedding plus a codec embedding. With C codec rows (the bos, in ICL mode followed by the
-reference's frames) and the text rows T (in ICL mode after the reference's text, at the end EOS):
+Layouts are those of the official `Qwen3TTSForConditionalGeneration.generate`. Every row is a text
+embedding plus a codec embedding. There are C codec rows: the bos and, in ICL mode, the reference's
+frames. The text rows T begin with the reference's text in ICL mode, and end with EOS:
 
     streaming       prefix, T[:C] + codec rows        then one of T[C:] a frame, then padding
     non-streaming   prefix, T + pad, pad + codec rows  then padding
 
-A turn's text may still be growing: `Prompt` says when enough is there to start, and answers
-None where the next text row has not come yet. It never pads in place of late text.
+A turn's text may still grow. `Prompt` says when there is enough text to start. It returns None while the
+next text row has not come. It never pads in place of late text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OF_THE_TALKER = (
 )  # fmt: skip
 """Attributes of a `PromptBuilder` that hold the device's memory."""
 _ROWS_AHEAD = 64
-"""Text rows that are made at a time: one a frame is used."""
+"""Text rows that are made together. Each frame uses one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,33 +45,33 @@ class _Prefix:
 
     voice: Voice
     key: int
-    """One of its own."""
+    """Different for each prefix."""
     rows: Tensor
     """[p, hidden]: template, language and speaker tags."""
     codec_rows: Tensor
     """[C, hidden]: bos, then the reference's frames in ICL mode."""
     ref_text_rows: Tensor
-    """[r, hidden]: the reference's text in ICL mode, else none."""
+    """[r, hidden]: the reference's text in ICL mode, otherwise no rows."""
 
 
 class Prompt:
-    """The rows of one turn, growing with its text."""
+    """The rows of one turn. They grow with its text."""
 
     def __init__(self, builder: PromptBuilder, prefix: _Prefix, *, streaming: bool) -> None:
         self._builder, self._prefix, self.streaming = builder, prefix, streaming
         self._token_ids: list[int] = []
         self._text_rows = list(prefix.ref_text_rows)
-        """Those made so far: a long text's are made as they are needed."""
+        """The text rows made so far. The rows of a long text are made when they are needed."""
         self._num_ref_rows = len(self._text_rows)
         self._next = 0
         self._ended = False
 
     def extend(self, token_ids: list[int]) -> None:
-        """More tokens of the turn's text (see `TextFeed`)."""
+        """Add tokens to the turn's text (see `TextFeed`)."""
         self._token_ids += token_ids
 
     def end(self) -> None:
-        """No more text: EOS follows."""
+        """End the text. EOS follows it."""
         self._ended = True
 
     @property
@@ -81,7 +81,7 @@ class Prompt:
 
     @property
     def _num_text_rows(self) -> int:
-        """Rows that there can be so far: the reference's text, the text, EOS."""
+        """Text rows that can be made so far: the reference's text, the text, EOS."""
         return self._num_ref_rows + len(self._token_ids) + self._ended
 
     def _make_rows(self, count: int) -> list[Tensor]:
@@ -103,24 +103,24 @@ class Prompt:
 
     @property
     def empty(self) -> bool:
-        """Complete, and there is nothing to say."""
+        """Whether the text is complete and has nothing to say."""
         return self._ended and not self._token_ids
 
     @property
     def ready(self) -> bool:
-        """Whether enough text is there for `rows`."""
+        """Whether there is enough text for `rows`."""
         if not self.streaming:
             return self._ended
         return self._ended or self._num_text_rows >= len(self._prefix.codec_rows)
 
     @property
     def num_rows(self) -> int:
-        """How many `rows` there are, for the text so far."""
+        """How many `rows` there are for the text so far."""
         count = len(self._prefix.rows) + len(self._prefix.codec_rows)
         return count if self.streaming else count + self._num_text_rows
 
     def rows(self) -> Tensor:
-        """Prompt rows [p, hidden] to prefill; call once, when `ready`."""
+        """Prompt rows [p, hidden] to prefill. Call it once, when `ready`."""
         prefix, codec, builder = self._prefix, self._prefix.codec_rows, self._builder
         if not self.streaming:
             text = torch.stack(self._make_rows(self._num_text_rows)) + builder.codec_pad_row
@@ -133,16 +133,16 @@ class Prompt:
 
     @property
     def shared(self) -> SharedRows:
-        """The beginning of `rows` that every text has with this voice and language."""
+        """The first of `rows` that are the same for every text with this voice and language."""
         count = len(self._prefix.rows)
-        if self.streaming:  # the reference's text, but for the last row, which is decoded
+        if self.streaming:  # the reference's text without its last row, which is decoded
             count += min(len(self._prefix.ref_text_rows), len(self._prefix.codec_rows) - 1)
         return SharedRows(self._prefix.key, count)
 
     def next_text_row(self) -> Tensor | None:
-        """The text row [hidden] of the next frame; None when the text is late.
+        """The text row [hidden] of the next frame, or None if the text is late.
 
-        Taken by `advance`, so that a caller may ask again.
+        A caller may ask again. `advance` goes on to the next row.
         """
         if self._next < self._num_text_rows:
             if self._next >= len(self._text_rows):
@@ -151,22 +151,22 @@ class Prompt:
         return self._builder.pad_row if self._ended else None
 
     def advance(self) -> None:
-        """The row of `next_text_row` was used."""
+        """Mark the row of `next_text_row` as used."""
         self._next += 1
 
     @property
     def text_exhausted(self) -> bool:
-        """Whether all text rows, EOS included, were fed."""
+        """Whether all text rows, with EOS, have been used."""
         return self._ended and self._next >= self._num_text_rows
 
 
 class PromptBuilder:
-    """Makes prompts; holds what all of them share, computed once."""
+    """Makes prompts. Holds what all of them share, which is computed once."""
 
     def __init__(
         self, talker: Talker, config: ModelConfig, tokenizer: Tokenizer, *, clean_text: bool = True
     ) -> None:
-        """`clean_text`: whether feeds leave out what cannot be spoken (see docs/text.md)."""
+        """`clean_text`: whether feeds drop what cannot be spoken (see docs/text.md)."""
         self._config, self._clean_text = config, clean_text
         self.tokenizer = TextTokenizer(tokenizer)
         self._newline = self.tokenizer.encode("\n")
@@ -179,7 +179,7 @@ class PromptBuilder:
         config, self._talker = self._config, talker
         weight = talker.codec_head.weight
         self._device, self._dtype = weight.device, weight.dtype
-        # On a CPU the table takes longer to make than a thousand turns to speak.
+        # On a CPU the table takes longer to make than a thousand turns take to speak.
         self._text_table = talker.tabulate_text() if self._device.type == "cuda" else None
         special = self.text_rows([config.tts_bos_id, config.tts_eos_id, config.tts_pad_id])
         self._bos_row, self.eos_row, self.pad_row = special
@@ -194,7 +194,7 @@ class PromptBuilder:
             self.__dict__.pop(name, None)
 
     def open_feed(self) -> TextFeed:
-        """What turns one turn's text into the tokens of its `Prompt`; touches no tensors."""
+        """A feed that turns one turn's text into the tokens of its `Prompt`. It uses no tensors."""
         return TextFeed(self.tokenizer, TextCleaner() if self._clean_text else None)
 
     @torch.inference_mode()
@@ -204,7 +204,7 @@ class PromptBuilder:
 
     @torch.inference_mode()
     def each_text_row(self, token_ids: list[int]) -> Sequence[Tensor]:
-        """The rows [hidden] of text tokens, one by one; of a table, they are only looked at."""
+        """The rows [hidden] of text tokens, one by one. If there is a table, they are views of it."""
         if self._text_table is None:
             return self.text_rows(token_ids).unbind()
         return [self._text_table[token] for token in token_ids]
@@ -217,14 +217,15 @@ class PromptBuilder:
         ids_on_host = torch.tensor(ids, dtype=torch.int64)
         if self._device.type != "cuda":
             return ids_on_host.to(self._device)
-        # From memory that is not pinned the copy would wait for the frame that runs.
+        # If this memory were not pinned, the copy would wait for the running frame.
         return ids_on_host.pin_memory().to(self._device, non_blocking=True)
 
     def check(self, voice: Voice, language: str = "auto", *, instruct: str | None = None) -> None:
-        """Whether `open` would take this; touches no tensors, so any thread may ask.
+        """Check the arguments of `open`. Uses no tensors, so any thread may call it.
 
         Raises:
-            RequestError: unknown language or preset; voice or instruct that the checkpoint lacks.
+            RequestError: the language or preset is unknown, or the checkpoint does not take such a voice
+                or an instruction.
         """
         self._check_voice(voice)
         allowed = self._config.talker.languages
@@ -242,7 +243,8 @@ class PromptBuilder:
     def count_fixed_rows(
         self, voice: Voice, language: str, *, instruct: str | None, streaming: bool
     ) -> int:
-        """Prompt rows that do not come from the turn's own text; touches no tensors, as `check`."""
+        """Count the prompt rows that do not come from the turn's own text. Uses no tensors, as
+        `check`."""
         tags = self._language_tags(voice, language.lower())
         count = self._num_role_rows + len(tags) + (voice.mode != "designed") + 1
         count += 1 if voice.ref_codes is None else 1 + len(voice.ref_codes)
@@ -255,7 +257,7 @@ class PromptBuilder:
         return count
 
     def streams(self, streaming: bool | None) -> bool:
-        """The text layout that is meant: the checkpoint's own where None is asked for."""
+        """Whether the text layout is streaming. None means the checkpoint's own layout."""
         return self._config.mode == "base" if streaming is None else streaming
 
     @torch.inference_mode()
@@ -267,13 +269,13 @@ class PromptBuilder:
         instruct: str | None = None,
         streaming: bool | None = None,
     ) -> Prompt:
-        """An empty prompt, to be fed with text.
+        """An empty prompt, for text to come.
 
         Args:
-            voice: of the kind the checkpoint takes.
-            language: one of `TalkerConfig.languages`, in any case.
+            voice: of the kind that the checkpoint takes.
+            language: one of `TalkerConfig.languages`, in upper or lower case.
             instruct: a description of how to speak (VoiceDesign, 1.7B CustomVoice).
-            streaming: text layout; default as the official package: streaming for Base.
+            streaming: the text layout. The default is the official package's: streaming for Base.
 
         Raises:
             RequestError: see `check`.
@@ -348,7 +350,7 @@ class PromptBuilder:
         return [codec.codec_think_id, codec.codec_think_bos_id, tag, codec.codec_think_eos_id]
 
     def _speaker_row(self, voice: Voice) -> Tensor | None:
-        """[1, hidden] of the voice's speaker, None when it has none."""
+        """[1, hidden] of the voice's speaker, or None if it has none."""
         if voice.speaker is not None:
             return self._codec_rows([self._config.talker.speaker_ids[voice.speaker.lower()]])
         if voice.speaker_embedding is None:

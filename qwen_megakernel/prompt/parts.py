@@ -1,9 +1,9 @@
-"""A turn's text as prompts: one where a single utterance holds it, else one for each part.
+"""A turn's text as prompts: one if a single utterance can hold it, otherwise one for each part.
 
-A part has at most as many tokens as fit into an utterance (`max_part_tokens`). Tokens of its first
-half go to its prompt at once. Then only whole sentences go: one that does not fit begins the next
-part. If one sentence fills the half, the part ends at a clause, else at a word, else where it must.
-The cuts depend on the text alone, not on how it arrives.
+A part has at most as many tokens as fit into an utterance (`max_part_tokens`). The tokens of its first
+half go to its prompt at once. After these, only whole sentences are added: a sentence that does not fit
+begins the next part. If one sentence fills the half, the part ends at a clause, otherwise at a word,
+otherwise anywhere. The cuts depend on the text alone, not on how it arrives.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from qwen_megakernel.prompt.text_feed import TextFeed, TextTokenizer
 PART_BORDER = -1
 """Stands between the tokens of two parts."""
 MIN_PART_TOKENS = 32
-"""However little room there is, a part is not made smaller."""
+"""A part is never smaller than this, however little room there is."""
 _TAIL_TOKENS = 8
-"""As many as tell whether a sentence ends."""
+"""This many tokens are enough to tell whether a sentence ends."""
 
 _NOTHING, _WORD, _CLAUSE, _SENTENCE = range(4)
 _WIDE = "。！？｡，；：、"
-"""Signs that no space follows. They share a word with the letters behind them."""
+"""Signs that no space follows. They share a word with the letters after them."""
 _WIDE_ENDS = re.compile(r"[。！？｡]['\"’”)\]}」』】）》]*$")
 _ENDS = re.compile(r"[.!?…]['\"’”)\]}»」』】）》]*$")
 _WIDE_PAUSES, _PAUSES = tuple("，；：、"), tuple(",;:–—")
 
 
 def max_part_tokens(guards: Guards, room: int, *, streaming: bool) -> int:
-    """Text tokens of a part, so that its length budget is within an utterance's limit.
+    """The most text tokens of a part whose length budget stays within an utterance's limit.
 
     Args:
-        guards: of the turn; the default ones where their budget is off.
-        room: positions of a slot that are left beside the prompt's rows of no text.
-        streaming: the text layout; otherwise each token takes a position of its own.
+        guards: of the turn. If their budget is off, the default guards apply.
+        room: positions of a slot that remain after the prompt's rows without text.
+        streaming: the text layout. In the non-streaming layout each token takes a position of its own.
     """
     bound = guards if guards.frames_per_token else Guards()
     by_frames = (MAX_UTTERANCE_FRAMES - bound.base_frames) // bound.frames_per_token
@@ -48,26 +48,26 @@ class PartFeed:
     """A turn's text as tokens, with `PART_BORDER` between the parts."""
 
     def __init__(self, feed: TextFeed, tokenizer: TextTokenizer, max_tokens: int) -> None:
-        """Cut what `feed` gives, as it is tokenised by `tokenizer`, so that a part has `max_tokens`."""
+        """Cut the output of `feed`, which `tokenizer` tokenises, into parts of at most `max_tokens`."""
         self._feed, self._tokenizer = feed, tokenizer
         self._max_tokens, self._free_tokens = max_tokens, max_tokens // 2
         self._given: list[int] = []
-        """Tokens to return."""
+        """Tokens that the current call returns."""
         self._count = 0
-        """Tokens that the last part has."""
+        """Number of tokens of the last part."""
         self._tail: list[int] = []
-        """The last of them."""
+        """The last tokens of that part."""
         self._held: list[tuple[str, list[int]]] = []
-        """Words of a sentence that may belong to the next part, and their tokens."""
+        """Words of a sentence that may belong to the next part, with their tokens."""
         self._num_held = 0
 
     def append(self, text: str) -> list[int]:
-        """Take more text; the tokens of which it is clear to what part they belong."""
+        """Take more text. Returns the tokens whose part is certain."""
         self._take(self._feed.append(text))
         return self._take_given()
 
     def flush(self) -> list[int]:
-        """The tokens of all text that was held back."""
+        """Returns the tokens of all text that was held back."""
         self._take(self._feed.flush())
         self._give_held()
         return self._take_given()
@@ -107,13 +107,14 @@ class PartFeed:
             self._cut(word)
 
     def _cut(self, word: str) -> None:
-        """End the part at the best place before `word`, and add what is behind it to the next."""
+        """End the part at the best place before `word`, and give what follows that place to the next
+        part."""
         words = [*(w for w, _ in self._held), word]
         before, text = self._tokenizer.decode(self._tail), "".join(words)
-        places, start = [], 0  # number of a word, characters of it, characters of the text
+        places, start = [], 0  # number of a word, characters into it, characters into the text
         for number, one in enumerate(words):
             places.append((number, 0, start))
-            # With an apostrophe that began the next part, letters would make other tokens.
+            # If an apostrophe began the next part, it and the letters after it would give other tokens.
             if len(one) > 1 and one[0] in _WIDE and one[1:] != "'":
                 places.append((number, 1, start + 1))
             start += len(one)
@@ -147,17 +148,17 @@ class PromptParts:
     """The prompts of one turn, in the order in which they are spoken."""
 
     def __init__(self, first: Prompt) -> None:
-        """`first` is empty; the others are made like it."""
+        """`first` is an empty prompt. The others are made like it."""
         self._prompts = deque([first])
 
     @property
     def current(self) -> Prompt:
-        """The prompt to speak now."""
+        """The prompt that is spoken now."""
         return self._prompts[0]
 
     @property
     def has_next(self) -> bool:
-        """Whether there is a prompt behind the current one; if so, that one is complete."""
+        """Whether there is a prompt after the current one. If so, the current one is complete."""
         return len(self._prompts) > 1
 
     def advance(self) -> None:
@@ -165,7 +166,7 @@ class PromptParts:
         self._prompts.popleft()
 
     def extend(self, token_ids: list[int]) -> None:
-        """More tokens, as `PartFeed` gives them."""
+        """Add tokens, as `PartFeed` returns them."""
         while PART_BORDER in token_ids:
             border = token_ids.index(PART_BORDER)
             self._prompts[-1].extend(token_ids[:border])
@@ -175,17 +176,17 @@ class PromptParts:
         self._prompts[-1].extend(token_ids)
 
     def cut(self) -> None:
-        """End the last prompt here: later tokens are of another."""
+        """End the last prompt here. Later tokens go to the next one."""
         self._prompts[-1].end()
         self._prompts.append(self._prompts[-1].sibling())
 
     def end(self) -> None:
-        """No more tokens."""
+        """End the text. No more tokens come."""
         self._prompts[-1].end()
 
 
 def _border(before: str, after: str) -> int:
-    """What ends between two texts: the higher, the better a place to cut."""
+    """What ends between two texts, as a number. A higher one is a better place to cut."""
     said = before.rstrip()
     rest = after.lstrip()
     gap = before[len(said) :] + after[: len(after) - len(rest)]

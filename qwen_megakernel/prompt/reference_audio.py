@@ -1,7 +1,7 @@
 """Reference recordings: untrusted WAV or FLAC bytes to samples.
 
-Size, container, format and length are checked in this order, each before the code that it protects.
-Nothing here turns a client's string into a path.
+Size, container, format and length are checked in this order. Each check comes before the code that it
+protects. Nothing here turns a client's string into a path.
 """
 
 from __future__ import annotations
@@ -26,30 +26,35 @@ MAX_SOURCE_RATE = 192_000
 _SILENT_PEAK = 1e-3
 _FULL_SCALE = 0.999
 _CLIPPED_RUN = 3
-"""Samples at full scale in a row. A loud sound touches it with one or two."""
+"""Samples at full scale in a row that count as clipped. A loud sound reaches full scale with one or
+two."""
 _MAX_CLIPPED = 0.001
-"""Share of a recording in such runs that is not heard."""
+"""Share of a recording in clipped runs that nobody hears."""
 _MAX_PEAK = 4.0
-"""Above full scale by more than any mastering; a float file in another unit, such as 32768."""
+"""No mastering goes this far above full scale. A float file that does has another unit, such as
+32768."""
 _SUBTYPES = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
-"""libsndfile's names. WAV may hold MP3 or GSM too: more decoder than a stranger needs to reach."""
+"""Allowed formats, with libsndfile's names. WAV may also hold MP3 or GSM, whose decoders a client must
+not reach."""
 
 _PLACEHOLDER = 0x3FFF_0000
-"""Sizes from here on are what writers to a pipe put, who cannot know theirs: 0x3FFFFFFF, 2,000,000,000,
-0x7FFFF000, 0xFFFFFFFF. A recording of 1 GiB is far above what is taken, cut off or not."""
+"""From this size on, a size is a placeholder. Programs that write to a pipe, and cannot know the size,
+put 0x3FFFFFFF, 2,000,000,000, 0x7FFFF000 or 0xFFFFFFFF. A real recording of 1 GiB is far above the
+limit, whether it is cut off or not."""
 _MAX_CHUNKS = 100
-"""Chunks among which the samples are looked for. Studio recorders write about ten before them."""
+"""Chunks that are searched for the samples. Studio recorders write about ten before them."""
 
 
 class VoiceError(ValueError):
-    """A recording, voice or voice file that cannot be used; one line: what is given and allowed."""
+    """A recording, voice or voice file that cannot be used. The message is one line: what is given and
+    what is allowed."""
 
 
 def read_reference(path: Path) -> bytes:
-    """The bytes of a recording that the operator named; never call it with a client's string.
+    """Read a recording that the operator named. Never call it with a client's string.
 
     Raises:
-        VoiceError: not a regular file, unreadable, or above 20 MiB.
+        VoiceError: the file is not regular, cannot be read, or is above 20 MiB.
     """
     try:
         if not path.is_file():
@@ -63,18 +68,18 @@ def read_reference(path: Path) -> bytes:
 
 
 def decode_reference(data: bytes, *, refuse_clipped: bool = False) -> np.ndarray:
-    """Samples of a WAV or FLAC file.
+    """Decode a WAV or FLAC file.
 
     Args:
-        data: the file; up to 20 MiB, 1 to 30 s, 8 to 192 kHz, mono or stereo (averaged).
+        data: the file: up to 20 MiB, 1 to 30 s, 8 to 192 kHz, mono or stereo, which is averaged.
         refuse_clipped: whether a recording that was too loud is an error.
 
     Returns:
         `[samples]` float32 at 24 kHz, full scale 1.
 
     Raises:
-        VoiceError: anything else, and silence. Memory stays bounded whatever the bytes: format,
-            rate, channels and length come from the header, and no more is decoded than it said.
+        VoiceError: anything else, and silence. Memory is bounded for any bytes: format, rate, channels
+            and length come from the header, and no more is decoded than the header says.
     """
     _check_num_bytes(len(data))
     _check_container(data)
@@ -95,10 +100,10 @@ def decode_reference(data: bytes, *, refuse_clipped: bool = False) -> np.ndarray
 
 
 def _resample(audio: np.ndarray, rate: int) -> np.ndarray:
-    """`[samples]` at `rate` as `[samples]` at 24 kHz, sample for sample what the official package makes.
+    """Resample `[samples]` at `rate` to 24 kHz. The result is the official package's, sample for sample.
 
-    It calls `librosa.resample`, which takes soxr's HQ and rounds the length up, in floating point:
-    4 s at 44.1 kHz are 96,001 samples. The codes agree only if the lengths do.
+    That package calls `librosa.resample`, which uses soxr's HQ and rounds the length up in floating
+    point: 4 s at 44.1 kHz become 96,001 samples. The codes agree only if the lengths do.
     """
     num_samples = math.ceil(len(audio) * (SAMPLE_RATE / rate))
     resampled = soxr.resample(audio, rate, SAMPLE_RATE, quality="HQ")[:num_samples]
@@ -111,7 +116,7 @@ def _check_num_bytes(num_bytes: int) -> None:
 
 
 def _check_container(data: bytes) -> None:
-    # Before libsndfile sees them: it guesses among twenty formats, MP3 and Ogg among them.
+    # This comes before libsndfile, which guesses among twenty formats, such as MP3 and Ogg.
     if data[:4] == b"fLaC":
         return
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
@@ -119,20 +124,21 @@ def _check_container(data: bytes) -> None:
     (size,) = struct.unpack_from("<I", data, 4)
     _check_end(data, size + 8)
     at = _data_chunk(data)
-    # A whole RIFF with a chunk that claims more is a careless writer's, and libsndfile takes it.
+    # If the RIFF is whole but a chunk claims more, its writer was careless. libsndfile accepts that.
     if at is not None and abs(len(data) - size - 8) > 1:
         (size,) = struct.unpack_from("<I", data, at + 4)
         _check_end(data, at + 8 + size)
 
 
 def _check_end(data: bytes, end: int) -> None:
-    # One byte off is a missing pad byte.
+    # A difference of one byte is a missing pad byte.
     if len(data) + 1 < end < _PLACEHOLDER:
         raise VoiceError(f"reference audio is cut off: {len(data)} of {end} bytes are there")
 
 
 def _data_chunk(data: bytes) -> int | None:
-    """Where the header of a WAV file's `data` chunk begins; None where it is not among the first."""
+    """Where the header of a WAV file's `data` chunk begins, or None if it is not among the first
+    chunks."""
     at = 12
     for _ in range(_MAX_CHUNKS):
         if at + 8 > len(data):
@@ -145,9 +151,9 @@ def _data_chunk(data: bytes) -> int | None:
 
 
 def _with_data_size(data: bytes) -> bytes:
-    """The file with the size of its samples filled in where its writer left 0, as far as the end.
+    """Fill in the size of the samples, up to the end of the file, if its writer left 0.
 
-    libsndfile reads to the end where the size is too large, but takes 0 for no samples.
+    libsndfile reads to the end if the size is too large, but a size of 0 means no samples to it.
     """
     at = _data_chunk(data) if data[:4] == b"RIFF" else None
     if at is None or data[at + 4 : at + 8] != bytes(4):
@@ -167,7 +173,7 @@ def _check_header(file: soundfile.SoundFile) -> None:
             f"reference audio has {file.samplerate} samples a second, "
             f"allowed: {MIN_SOURCE_RATE} to {MAX_SOURCE_RATE}"
         )
-    if file.frames >= 1 << 62:  # libsndfile's "unknown"
+    if file.frames >= 1 << 62:  # libsndfile's value for "unknown"
         raise VoiceError("reference audio does not say how long it is: its FLAC header lacks the length")
     seconds = file.frames / file.samplerate
     if not MIN_REFERENCE_S <= seconds <= MAX_REFERENCE_S:
@@ -179,7 +185,7 @@ def _check_header(file: soundfile.SoundFile) -> None:
 
 def _check_level(audio: np.ndarray) -> None:
     peak = float(np.abs(audio).max())
-    if not np.isfinite(peak):  # max and abs hand NaN on
+    if not np.isfinite(peak):  # max and abs pass NaN on
         raise VoiceError("reference audio has samples that are not finite numbers")
     if peak < _SILENT_PEAK:
         raise VoiceError(
@@ -192,7 +198,7 @@ def _check_level(audio: np.ndarray) -> None:
 
 
 def _check_clipping(frames: np.ndarray) -> None:
-    """`[samples, channels]`; each channel for itself, because an average hides it."""
+    """`[samples, channels]`. Each channel is checked alone, because an average hides clipping."""
     full = np.abs(frames) >= _FULL_SCALE
     inside = full[: 1 - _CLIPPED_RUN].copy()
     for offset in range(1, _CLIPPED_RUN):

@@ -1,4 +1,4 @@
-"""The first rows that prompts share, and the key by which a decoder may keep them."""
+"""The first rows that prompts share, and the key under which a decoder may keep them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SharedRows:
-    """How much of a prompt is shared, and with whom."""
+    """How many rows of a prompt are shared, and with which prompts."""
 
     key: int
-    """The same for prompts whose first `count` rows are the same."""
+    """Equal for prompts whose first `count` rows are the same."""
     count: int

@@ -1,6 +1,6 @@
 """The speaker encoder: log-mel spectrogram and ECAPA-TDNN (https://arxiv.org/abs/2005.07143).
 
-It makes one vector of a reference recording, which becomes a row of the prompt. It runs once for each
+It turns a reference recording into one vector, which becomes a row of the prompt. It runs once for each
 voice, in float32, on the device of its weights.
 """
 
@@ -19,14 +19,15 @@ N_FFT = 1024
 MEL_HOP = 256
 NUM_MELS = 128
 _MEL_PAD = (N_FFT - MEL_HOP) // 2
-"""Samples reflected at both ends, so that frame k is about samples k * MEL_HOP .. (k + 1) * MEL_HOP."""
+"""Samples reflected at both ends. With them frame k is centred on samples k * MEL_HOP .. (k + 1) *
+MEL_HOP."""
 
 
 def mel_filters() -> np.ndarray:
     """Triangular filters of unit area from 0 Hz to 12 kHz, `[128, 513]` float32.
 
-    The scale is Slaney's (Auditory Toolbox, 1998): linear, 200/3 Hz a mel, up to 1 kHz, then
-    logarithmic, a factor 6.4 in 27 mels. `librosa.filters.mel` has it as its default.
+    The scale is Slaney's (Auditory Toolbox, 1998): linear up to 1 kHz, with 200/3 Hz for each mel, then
+    logarithmic, with a factor of 6.4 in 27 mels. It is the default of `librosa.filters.mel`.
     """
     nyquist = SAMPLE_RATE / 2
     bins = np.linspace(0.0, nyquist, N_FFT // 2 + 1)
@@ -55,7 +56,7 @@ def log_mel(audio: Tensor) -> Tensor:
     filters, window = _mel_constants(audio.device)
     padded = F.pad(audio[None, None], (_MEL_PAD, _MEL_PAD), mode="reflect")[0, 0]
     spectrum = torch.stft(padded, N_FFT, MEL_HOP, window=window, center=False, return_complex=True)
-    # The small constant is inside the root: the model was trained on exactly this.
+    # The small constant is inside the root, because the model was trained on exactly this.
     magnitude = torch.sqrt(torch.view_as_real(spectrum).square().sum(-1) + 1e-9)
     return torch.log((filters @ magnitude).clamp(min=1e-5)).T
 
@@ -80,7 +81,7 @@ class _TimeDelayBlock(nn.Module):
 
 
 class _Res2NetBlock(nn.Module):
-    """Channel groups in a chain: each convolution sees its group plus the previous group's output."""
+    """A chain of channel groups. Each convolution sees its group plus the previous group's output."""
 
     def __init__(self, channels: int, scale: int, kernel_size: int, dilation: int) -> None:
         super().__init__()
@@ -92,14 +93,14 @@ class _Res2NetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, *groups = x.chunk(self.scale, dim=1)
-        outputs = [first]  # passes unchanged, and is not added to the second
+        outputs = [first]  # the first group passes unchanged, and is not added to the second
         for block, group in zip(self.blocks, groups, strict=True):
             outputs.append(block(group if len(outputs) == 1 else group + outputs[-1]))
         return torch.cat(outputs, dim=1)
 
 
 class _SqueezeExcitation(nn.Module):
-    """Scales each channel by a gate computed from all channels' means over time."""
+    """Scales each channel by a gate. The gate is computed from the means of all channels over time."""
 
     def __init__(self, channels: int, se_channels: int) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class _SERes2NetBlock(nn.Module):
 
 
 class _AttentiveStatsPooling(nn.Module):
-    """Mean and standard deviation over time, weighted by an attention of each channel's own."""
+    """Mean and standard deviation over time. Each channel has its own attention weights."""
 
     def __init__(self, channels: int, attention_channels: int) -> None:
         super().__init__()
@@ -149,21 +150,21 @@ class _AttentiveStatsPooling(nn.Module):
 
 
 class SpeakerEncoder(nn.Module):
-    """The speaker encoder of Base checkpoints; parameter names as there, less `speaker_encoder.`.
+    """The speaker encoder of Base checkpoints. Parameter names are theirs without `speaker_encoder.`.
 
-    It has no buffers, so an instance made on the meta device is complete after
+    It has no buffers, so an instance on the meta device is complete after
     `load_state_dict(assign=True)`.
     """
 
     def __init__(self, config: SpeakerEncoderConfig) -> None:
-        """Raises `ValueError` where the channel counts do not fit together."""
+        """Raises `ValueError` if the channel counts do not fit together."""
         super().__init__()
         _check_geometry(config)
         channels = config.enc_channels
         layers = list(zip(channels, config.enc_kernel_sizes, config.enc_dilations, strict=True))
         self.config = config
         self.min_samples = MEL_HOP * (1 + _max_padding(config))
-        """Shortest input, in samples: a reflection needs more frames than it adds."""
+        """The shortest input, in samples. A reflection needs more frames than it adds."""
         self.blocks = nn.ModuleList([_TimeDelayBlock(config.mel_dim, *layers[0])])
         for width, kernel_size, dilation in layers[1:-1]:
             self.blocks.append(_SERes2NetBlock(width, config, kernel_size, dilation))
@@ -183,16 +184,16 @@ class SpeakerEncoder(nn.Module):
 
     @torch.no_grad()
     def embed(self, audio: Tensor) -> Tensor:
-        """The speaker embedding of one recording.
+        """Compute the speaker embedding of one recording.
 
         Args:
             audio: `[samples]` float32, mono, 24 kHz, on any device.
 
         Returns:
-            `[enc_dim]`, on the device and in the type of the weights.
+            `[enc_dim]`, on the device and in the dtype of the weights.
 
         Raises:
-            ValueError: not one channel, or shorter than `min_samples`.
+            ValueError: the audio has more than one channel, or is shorter than `min_samples`.
         """
         if audio.dim() != 1 or len(audio) < self.min_samples:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""Text cleaning: leave out what cannot be spoken and what breaks words. See docs/text.md.
+"""Text cleaning: drops what cannot be spoken and what breaks words. See docs/text.md.
 
-The decision about a character depends only on the characters before it, so the result is the same
+The decision about a character depends only on the characters before it. So the result is the same
 however the text is split.
 """
 
@@ -14,16 +14,16 @@ from typing import Literal
 _Kind = Literal["word", "sign", "mark", "joiner", "space", "nothing"]
 
 MAX_REPEATS = 3
-"""Times that a sign may follow itself: `.........` is spoken as `...`."""
+"""A sign may stand this many times in a row: `.........` is spoken as `...`."""
 MAX_MARKS = 4
-"""Combining marks on one letter; more are decoration."""
+"""Combining marks that a letter may have. More are decoration."""
 MAX_LEAD = 16
-"""Signs that stay before the first word."""
+"""Signs that may stand before the first word."""
 
 SPOKEN_SIGNS = frozenset("%‰&@§")
-"""Signs that are something to say by themselves, beside letters, numbers and currency signs."""
+"""Signs that are spoken on their own. So are letters, numbers and currency signs."""
 SPOKEN_SYMBOLS = frozenset("°©®")
-"""Symbols that stay, beside those that stand for letters or numbers (№, ℃, ™, ㎏)."""
+"""Symbols that stay. So do symbols that stand for letters or numbers (№, ℃, ™, ㎏)."""
 
 _IGNORABLE = (
     (0x00AD, 0x00AD), (0x034F, 0x034F), (0x061C, 0x061C), (0x115F, 0x1160), (0x17B4, 0x17B5),
@@ -31,17 +31,18 @@ _IGNORABLE = (
     (0xFDD0, 0xFDEF), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFFB),
     (0x1BCA0, 0x1BCA3), (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
 )  # fmt: skip
-"""Unicode's Default_Ignorable_Code_Point, which Python does not know; noncharacters; annotation."""
+"""Unicode's Default_Ignorable_Code_Point, which Python does not have; noncharacters; annotations."""
 _PICTURES = ((0x25A0, 0x25FF), (0x1F3FB, 0x1F3FF))
-"""Geometric shapes and skin tones: pictures whose category is not So, or not always."""
+"""Geometric shapes and skin tones. They are pictures, although Unicode puts some outside category So."""
 _JOINING_SCRIPTS = (
     (0x0600, 0x0DFF), (0x0F00, 0x109F), (0x1780, 0x18AF), (0x1A20, 0x1AAF), (0x1B00, 0x1BFF),
     (0x1CD0, 0x1CFF), (0xA800, 0xABFF), (0xFB50, 0xFDFF), (0xFE70, 0xFEFE), (0x10A00, 0x11FFF),
 )  # fmt: skip
-"""Blocks of scripts in which ZWJ and ZWNJ are spelling: Arabic, Syriac, those of India, and so on."""
+"""Blocks of scripts in which ZWJ and ZWNJ belong to the spelling: Arabic, Syriac, those of India,
+others."""
 
 _OPENING = ("Ps", "Pi", "Zs")
-"""Categories of signs that stay before a space: « and its like."""
+"""Categories of signs that may stand before a space: « and similar ones."""
 _PARTS = re.compile(r"[A-Za-z0-9]+|.", re.DOTALL)
 
 
@@ -52,16 +53,17 @@ class TextCleaner:
         self._begun = False
         """Whether something to say has come."""
         self._lead = ""
-        """Signs before that, of the word that has not ended; opening ones stay beyond a space."""
+        """Signs before the first word. A space drops them unless all are opening signs."""
         self._last = " "
-        """The last character of the cleaned text, white space before its beginning."""
+        """The last character of the cleaned text. A space stands for its beginning."""
         self._num_repeats = 0
-        """How often the last sign follows itself."""
+        """How many times the last sign stands in a row."""
         self._num_marks = 0
-        """On the last letter."""
+        """Marks on the last letter."""
 
     def clean(self, text: str) -> str:
-        """What is spoken of more text. White space at the end of the whole text may be left."""
+        """Take more text. Returns what is spoken of it. White space may remain at the end of the whole
+        text."""
         return "".join([self._take(part) for part in _PARTS.findall(text)])
 
     def _take(self, part: str) -> str:
@@ -82,7 +84,7 @@ class TextCleaner:
         return ""
 
     def _stays(self, kind: _Kind, char: str) -> bool:
-        """Whether a character is spoken, or shapes what is; keeps the counts."""
+        """Whether a character is spoken or shapes what is spoken. Updates the counts."""
         last = self._last
         if kind == "space":
             return last != " "
@@ -96,7 +98,7 @@ class TextCleaner:
         return kind == "word" or self._num_repeats <= MAX_REPEATS
 
     def _hold(self, kind: _Kind, part: str) -> None:
-        """Keep what comes before the first word in case that a word follows."""
+        """Keep what comes before the first word, in case a word follows."""
         if kind == "space" and any(unicodedata.category(c) not in _OPENING for c in self._lead):
             self._lead = ""
         elif self._lead or kind != "space":

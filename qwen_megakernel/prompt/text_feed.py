@@ -1,4 +1,5 @@
-"""Text to tokens while it is still being written: the tokens of the whole text, however it is split."""
+"""Text to tokens while it is being written. The tokens are those of the whole text, however it is
+split."""
 
 from __future__ import annotations
 
@@ -10,19 +11,20 @@ from tokenizers import Tokenizer
 from qwen_megakernel.prompt.text_cleaning import TextCleaner
 
 _PIECE = 1024
-"""Characters that are looked at together: the tokenizer's time grows faster than a longer text."""
+"""Characters that are tokenised together. The tokenizer's time grows faster than the length of a
+text."""
 _LETTER, _NUMBER, _SPACE, _OTHER = "L", "N", " ", "*"
 
 
 class TextTokenizer:
-    """The checkpoint's byte-level BPE; control tokens spelt out in a text stay plain text."""
+    """The checkpoint's byte-level BPE. Control tokens that a text spells out stay plain text."""
 
     def __init__(self, backend: Tokenizer) -> None:
         self._backend = Tokenizer.from_str(backend.to_str())
         self._backend.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, no control tokens added."""
+        """Token ids of a text, without control tokens."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, token_ids: list[int]) -> str:
@@ -30,42 +32,43 @@ class TextTokenizer:
         return self._backend.decode(token_ids, skip_special_tokens=False)
 
     def words(self, text: str) -> list[str]:
-        """The pieces of a text that are tokenised one by one."""
+        """The pieces of a text that are tokenised separately."""
         return [
             text[start:end] for _, (start, end) in self._backend.pre_tokenizer.pre_tokenize_str(text)
         ]
 
     def normalise(self, text: str) -> str:
-        """The form that is tokenised (NFC)."""
+        """The form of a text that is tokenised (NFC)."""
         normaliser = self._backend.normalizer
         return normaliser.normalize_str(text) if normaliser else text
 
     def token_starts(self, text: str) -> list[int]:
-        """Where the pre-tokens of a normalised text start; BPE merges nothing across them."""
+        """Where the pre-tokens of a normalised text start. BPE merges nothing across them."""
         return [start for _, (start, _) in self._backend.pre_tokenizer.pre_tokenize_str(text)]
 
 
 class TextFeed:
     """Turns text that arrives in pieces into exactly the tokens of the whole text.
 
-    White space around the whole text is dropped. The work is linear in the text: a pre-token that goes
-    on growing is looked at when it may have ended, not at each append.
+    White space around the whole text is dropped. The work is linear in the text: a pre-token that keeps
+    growing is examined only when it may have ended, not at each append.
     """
 
     def __init__(self, tokenizer: TextTokenizer, cleaner: TextCleaner | None = None) -> None:
-        """Tokenise with `tokenizer` what `cleaner` leaves of the text; None leaves all of it."""
+        """Tokenise with `tokenizer` what `cleaner` leaves of the text. None leaves all of it."""
         self._tokenizer, self._cleaner = tokenizer, cleaner
         self._held: list[str] = []
-        """Pieces of the text that is not committed."""
+        """Pieces of the text that is not tokenised yet."""
         self._num_held = 0
         self._last_class = _SPACE
-        """Of the last character."""
+        """Class of the last character."""
         self._next_look = 0
-        """After a look in vain: the number of held characters that makes another look worthwhile."""
+        """Number of held characters from which on it is worthwhile to look again, after a look without
+        result."""
         self._begun = False
 
     def append(self, text: str) -> list[int]:
-        """Take more text; the tokens that can no longer change."""
+        """Take more text. Returns the tokens that can no longer change."""
         if self._cleaner is not None:
             text = self._cleaner.clean(text)
         ids = []
@@ -74,7 +77,7 @@ class TextFeed:
         return ids
 
     def flush(self) -> list[int]:
-        """The tokens of all held text, as if the text ended here; more may follow."""
+        """Returns the tokens of all held text, as if the text ended here. More text may follow."""
         held = self._tokenizer.normalise("".join(self._held))
         return self._commit(held, len(held.rstrip()))
 
@@ -94,11 +97,10 @@ class TextFeed:
         return self._commit(held, self._final_length(held))
 
     def _final_length(self, held: str) -> int:
-        """How many leading characters of a normalised text tokenise the same whatever text follows.
+        """How many leading characters of a normalised text keep their tokens whatever text follows.
 
-        All pre-tokens but the last are final once the text goes on with something that is no white
-        space. White space behind the last one ends it too, unless it is a line break that the
-        pre-token would take in.
+        When something other than white space follows, all pre-tokens except the last are final. White
+        space after the last one ends it too, unless it is a line break that the pre-token would include.
         """
         body = held.rstrip()
         space = held[len(body) :]
@@ -118,7 +120,7 @@ class TextFeed:
 
 
 def _ends_a_token(before: str, text: str) -> bool:
-    """Whether a pre-token may end in a text that follows a character of class `before`."""
+    """Whether a pre-token may end in `text`, which follows a character of class `before`."""
     for char in text:
         found = _class_of(char)
         if found != before or found == _NUMBER:
@@ -128,7 +130,7 @@ def _ends_a_token(before: str, text: str) -> bool:
 
 @lru_cache(4096)
 def _class_of(char: str) -> str:
-    """Classes that the tokenizer's split distinguishes: runs of a class are never split, except
+    """The class of a character for the tokenizer's split. Runs of a class are never split, except
     numbers."""
     if char.isspace():
         return _SPACE
@@ -148,10 +150,10 @@ def _settled_length(text: str) -> int:
 
 @lru_cache(4096)
 def _joins_backward(char: str) -> bool:
-    """Whether NFC may reorder a character before others or compose it with the one before.
+    """Whether NFC may move a character before others, or compose it with the one before.
 
-    Marks, vowel and final jamo, and the letters of Kirat Rai do; for a character that Python does
-    not know, this is assumed.
+    This is so for marks, for vowel and final jamo, and for the letters of Kirat Rai. It is assumed for
+    characters that Python does not know.
     """
     if unicodedata.category(char)[0] == "M" or unicodedata.category(char) == "Cn":
         return True

@@ -1,7 +1,7 @@
 """The text tokenizer of a checkpoint: Qwen2's byte-level BPE, read from its three files.
 
-Built here rather than by transformers, whose import alone takes as long as everything else that
-a server loads; the tests hold the two against each other.
+It is built here and not by transformers, because the import of transformers takes as long as everything
+else that a server loads. The tests compare the two.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""What BPE works within. No file of a checkpoint says it: it belongs to the class `Qwen2Tokenizer`."""
+"""How text is split before BPE. No file of a checkpoint has it; it belongs to the class
+`Qwen2Tokenizer`."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""Of an added token, as `tokenizer_config.json` names them."""
+"""Flags of an added token, under their names in `tokenizer_config.json`."""
 
 
 def qwen2_tokenizer(bpe: models.BPE) -> Tokenizer:
-    """A tokenizer that splits as Qwen2's does, around any vocabulary and merges."""
+    """A tokenizer that splits text as Qwen2's does, with the given vocabulary and merges."""
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -39,11 +40,11 @@ def qwen2_tokenizer(bpe: models.BPE) -> Tokenizer:
 
 
 def load_tokenizer(folder: Path, vocab_size: int = MAX_SIZE) -> Tokenizer:
-    """The text tokenizer of a local checkpoint.
+    """Load the text tokenizer of a local checkpoint.
 
     Args:
         folder: of the checkpoint.
-        vocab_size: rows of the text embedding; all ids are below.
+        vocab_size: rows of the text embedding. All ids are below it.
 
     Raises:
         CheckpointError: a file is missing or malformed.
@@ -56,13 +57,13 @@ def load_tokenizer(folder: Path, vocab_size: int = MAX_SIZE) -> Tokenizer:
         _check_ids(json.loads(vocab.read_text(encoding="utf-8")), vocab_size)
         tokenizer = qwen2_tokenizer(models.BPE.from_file(str(vocab), str(merges)))
         _add_tokens(tokenizer, json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"])
-    except Exception as error:  # a malformed file surfaces as anything, also from Rust
+    except Exception as error:  # a malformed file can raise any error, also one from Rust
         raise CheckpointError(f"{folder}: the text tokenizer cannot be read ({error})") from error
     return tokenizer
 
 
 def _check_ids(vocab: dict[str, int], vocab_size: int) -> None:
-    """Raise `ValueError` for an id that no row belongs to. BPE fills a table up to the largest."""
+    """Raise `ValueError` for an id that has no row. BPE fills a table up to the largest id."""
     for token, number in vocab.items():
         if type(number) is not int or not 0 <= number < vocab_size:
             raise ValueError(
@@ -71,7 +72,7 @@ def _check_ids(vocab: dict[str, int], vocab_size: int) -> None:
 
 
 def _add_tokens(tokenizer: Tokenizer, added: dict[str, dict[str, Any]]) -> None:
-    """Add the tokens beside the BPE, by id. Raises `ValueError` where one would get another id."""
+    """Add the tokens that are not BPE's, by id. Raises `ValueError` if one would get another id."""
     tokens = {int(number): fields for number, fields in added.items()}
     tokenizer.add_tokens(
         [

@@ -1,9 +1,9 @@
-"""Voices: what a prompt needs to know of a speaker, and how that is made from a recording.
+"""Voices: what a prompt needs to know about a speaker, and how a recording becomes a voice.
 
-A `Voice` is a preset of the checkpoint, a vector, a vector with the recording's codes and
-transcript, or a description. `VoiceCloner` makes the second and third from WAV or FLAC bytes. What a
-client sends is only ever bytes, a name or a description. Names are looked up in a dict, and one that
-becomes a file's name has passed `voice_name_ok`.
+A `Voice` is a preset of the checkpoint, a vector, a vector with the recording's codes and transcript, or
+a description. `VoiceCloner` makes the second and the third from WAV or FLAC bytes. A client sends only
+bytes, a name or a description. Names are looked up in a dict. A name that becomes a file's name has
+passed `voice_name_ok`.
 """
 
 from __future__ import annotations
@@ -33,48 +33,48 @@ from qwen_megakernel.prompt.reference_audio import (
 from qwen_megakernel.prompt.speaker_encoder import SpeakerEncoder
 
 MAX_REF_TEXT = 2_000
-"""Characters of a reference transcript; 30 s of fast speech are about 700."""
+"""Characters of a reference transcript. 30 s of fast speech have about 700."""
 MAX_REF_FRAMES = ceil(MAX_REFERENCE_S / FRAME_S) + 1
-"""Resampling may add a sample to the longest reference, and that sample a frame."""
+"""Resampling may add a sample to the longest reference, and this sample may add a frame."""
 MAX_VOICE_FILE_BYTES = 1024 * 1024
-"""A saved voice is below 100 kB."""
+"""Limit for a file. A saved voice is below 100 kB."""
 MAX_DESCRIPTION = 1000
 """Characters that describe a designed voice."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _FILE_FORMAT = {"format": "qwen-megakernel-voice", "version": "1"}
 _NOTE = "note."
-"""Begins the names of notes in a file's metadata."""
+"""Prefix of the names of notes in a file's metadata."""
 
 _TENSORS: dict[str, set[str]] = {
     "x_vector": {"speaker_embedding"},
     "icl": {"speaker_embedding", "ref_codes"},
     "designed": set(),
 }
-"""What a voice file has, by its mode."""
+"""What a voice file has, for each mode."""
 
 VoiceKind = Literal["preset", "x_vector", "icl", "designed"]
 
 
 @dataclass(frozen=True, eq=False)
 class Voice:
-    """A speaker, in the form that the prompt takes; made by the constructors below, on the CPU.
+    """A speaker, in the form that the prompt needs. The constructors below make it, on the CPU.
 
-    Compared by identity. Raises `VoiceError` for parts that do not fit together.
+    Voices are compared by identity. Raises `VoiceError` for parts that do not fit together.
     """
 
     speaker: str | None = None
     """Lower-case name of a preset of the checkpoint."""
     speaker_embedding: Tensor | None = None
-    """`[hidden_size]` float32: it takes one row of the talker's prompt."""
+    """`[hidden_size]` float32. It is one row of the talker's prompt."""
     ref_codes: Tensor | None = None
     """`[frames, 16]` int64, the codes of the reference recording."""
     ref_text: str | None = None
     """What is said in the reference recording."""
     description: str | None = None
-    """How a designed voice sounds, where a turn has no instruction of its own."""
+    """How a designed voice sounds if a turn has no instruction of its own."""
     notes: Mapping[str, str] = field(default_factory=dict)
-    """Where the voice comes from, for people; a saved voice keeps them."""
+    """Where the voice comes from, for people to read. A saved voice keeps them."""
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -83,12 +83,13 @@ class Voice:
 
     @classmethod
     def x_vector(cls, embedding: Tensor) -> Self:
-        """The voice of a recording, by its speaker embedding alone."""
+        """The voice of a recording, from its speaker embedding alone."""
         return cls(speaker_embedding=_detached(embedding, torch.float32))
 
     @classmethod
     def icl(cls, embedding: Tensor, ref_codes: Tensor, ref_text: str) -> Self:
-        """The voice of a recording that the model continues (in-context learning): closest, slowest."""
+        """The voice of a recording that the model continues (in-context learning). The closest and the
+        slowest."""
         return cls(
             speaker_embedding=_detached(embedding, torch.float32),
             ref_codes=_detached(ref_codes, torch.int64),
@@ -97,7 +98,8 @@ class Voice:
 
     @classmethod
     def designed(cls, description: str | None = None) -> Self:
-        """No speaker: a VoiceDesign checkpoint makes one up from the description or instruction."""
+        """No speaker. A VoiceDesign checkpoint invents one from the description or the turn's
+        instruction."""
         return cls(description=None if description is None else description.strip())
 
     def with_notes(self, **notes: str) -> Self:
@@ -124,7 +126,7 @@ class Voice:
 
     @property
     def mode(self) -> VoiceKind:
-        """Which of the constructors this voice is from."""
+        """The constructor that made this voice."""
         if self.speaker is not None:
             return "preset"
         if self.speaker_embedding is None:
@@ -134,10 +136,11 @@ class Voice:
     def save(self, path: Path) -> None:
         """Write a cloned or described voice as safetensors, in full precision.
 
-        The file is there as a whole or not at all, also after a crash.
+        The file is written whole or not at all, even after a crash.
 
         Raises:
-            VoiceError: a voice that has nothing to write: a preset, or designed without a description.
+            VoiceError: the voice has nothing to write: it is a preset, or designed without a
+                description.
             OSError: the file cannot be written.
         """
         if self.speaker_embedding is None and self.description is None:
@@ -150,7 +153,7 @@ class Voice:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the talker that the voice is for; 0 if it fits any."""
+        """Width of the talker that the voice is for, or 0 if it fits any."""
         return 0 if self.speaker_embedding is None else len(self.speaker_embedding)
 
     @property
@@ -160,10 +163,11 @@ class Voice:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote; for files of the operator.
+        """Read a file that `save` wrote. For files of the operator.
 
         Raises:
-            VoiceError: not such a file, or one whose parts do not fit together; it names the file.
+            VoiceError: the file is not such a file, or its parts do not fit together. The message names
+                the file.
         """
         try:
             if not path.is_file() or path.stat().st_size > MAX_VOICE_FILE_BYTES:
@@ -225,7 +229,7 @@ def _check_ref_text(text: str) -> None:
         raise VoiceError(
             f"reference text has {len(text)} characters, allowed: 1 to {MAX_REF_TEXT}, not blank"
         )
-    if any("\ud800" <= char <= "\udfff" for char in text):  # JSON can carry it, UTF-8 cannot
+    if any("\ud800" <= char <= "\udfff" for char in text):  # JSON can hold this, UTF-8 cannot
         raise VoiceError("reference text has half of a surrogate pair")
 
 
@@ -242,7 +246,7 @@ def _check_description(voice: Voice) -> None:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place, hidden, and move it there."""
+    """Write a hidden file in the same folder, and move it to its name."""
     aside = path.with_name(f".{path.stem}-{secrets.token_hex(4)}")
     try:
         with aside.open("xb") as file:
@@ -262,29 +266,29 @@ def _describe(tensor: Tensor) -> str:
 class VoiceCloner:
     """Recordings to voices, with the two encoders of a Base checkpoint.
 
-    Stateless, so threads may share it. The embedding and the codes come out on the CPU.
+    It has no state, so threads may share it. The embedding and the codes are on the CPU.
     """
 
     def __init__(self, speaker_encoder: SpeakerEncoder, codec_encoder: CodecEncoder | None) -> None:
-        """Without a codec encoder, which a checkpoint may lack, there are only x-vector voices."""
+        """A checkpoint may lack a codec encoder. Then there are only x-vector voices."""
         self.speaker_encoder = speaker_encoder.eval()
         self.codec_encoder = codec_encoder.eval() if codec_encoder is not None else None
 
     @property
     def hidden_size(self) -> int:
-        """Width of the embeddings it makes, and of the talker that they are for."""
+        """Width of the embeddings that it makes, and of the talker that they are for."""
         return self.speaker_encoder.config.enc_dim
 
     def clone(self, data: bytes, ref_text: str | None = None, *, refuse_clipped: bool = False) -> Voice:
-        """A voice from a WAV or FLAC file (see `decode_reference`).
+        """Make a voice from a WAV or FLAC file (see `decode_reference`).
 
         Args:
             data: the file's bytes.
-            ref_text: what is said in it, which makes an ICL voice; None makes an x-vector voice.
+            ref_text: what is said in it, for an ICL voice. None makes an x-vector voice.
             refuse_clipped: whether a recording that was too loud is an error.
 
         Raises:
-            VoiceError: a recording or a transcript that cannot be used.
+            VoiceError: the recording or the transcript cannot be used.
         """
         if ref_text is not None:
             if self.codec_encoder is None:
@@ -292,7 +296,7 @@ class VoiceCloner:
                     "this checkpoint has no codec encoder, so it cannot clone in context: "
                     "leave the transcript away"
                 )
-            _check_ref_text(ref_text)  # before the expensive part
+            _check_ref_text(ref_text)  # comes before the expensive part
         audio = torch.from_numpy(decode_reference(data, refuse_clipped=refuse_clipped))
         embedding = self.speaker_encoder.embed(audio)
         if ref_text is None or self.codec_encoder is None:
@@ -304,25 +308,26 @@ class VoiceCloner:
 
 
 def voice_name_ok(name: str) -> bool:
-    """Whether `name` can name a voice: 1 to 64 letters, digits, `-` and `_`, with a letter or digit
-    first."""
+    """Whether `name` can name a voice: 1 to 64 letters, digits, `-` and `_`, the first a letter or
+    digit."""
     return _NAME.fullmatch(name) is not None
 
 
 def load_voices(folder: Path, cloner: VoiceCloner | None) -> dict[str, Voice]:
-    """All voices of a folder of the operator, by name; read once, so that a lookup touches no file.
+    """Load all voices of a folder of the operator, by name. They are read once, so a lookup reads no
+    file.
 
-    `NAME.safetensors` is a saved voice, `NAME.wav` or `NAME.flac` a recording: an x-vector voice,
-    or with its transcript beside it in `NAME.txt` an ICL voice. Other files and hidden ones
-    are left alone.
+    `NAME.safetensors` is a saved voice. `NAME.wav` or `NAME.flac` is a recording: an ICL voice if its
+    transcript is beside it in `NAME.txt`, otherwise an x-vector voice. Other files and hidden files are
+    ignored.
 
     Args:
         folder: of the operator.
-        cloner: None for a VoiceDesign checkpoint, whose voices are described ones.
+        cloner: None for a VoiceDesign checkpoint, whose voices are described.
 
     Raises:
-        VoiceError: the first file that is not usable, by name: a bad or doubled name, a link
-            that leads out of the folder, a voice for a model of another width, bad content.
+        VoiceError: the first file, by name, that cannot be used: a name that is not allowed or repeats,
+            a link that leads out of the folder, a voice for a model of another width, bad content.
     """
     if not folder.is_dir():
         raise VoiceError(f"{folder}: not a folder")
@@ -373,7 +378,7 @@ def _clone_file(path: Path, folder: Path, cloner: VoiceCloner | None) -> Voice:
 
 def _read_transcript(path: Path) -> str:
     try:
-        if path.stat().st_size > 4 * MAX_REF_TEXT + 4:  # UTF-8's longest, and a byte order mark
+        if path.stat().st_size > 4 * MAX_REF_TEXT + 4:  # the longest UTF-8, and a byte order mark
             raise VoiceError(f"{path}: too long, allowed: {MAX_REF_TEXT} characters")
         return path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import struct
 from dataclasses import dataclass
+from functools import cache
 from io import RawIOBase
 from typing import Any, Protocol
 
@@ -59,7 +60,13 @@ class FileFormat:
     @property
     def encodable(self) -> bool:
         """Whether it can be written here: a compressed format needs PyAV."""
-        return self.encoding not in _CODECS or importlib.util.find_spec("av") is not None
+        return self.encoding not in _CODECS or pyav_is_installed()
+
+
+@cache
+def pyav_is_installed() -> bool:
+    """Whether PyAV is installed. Looking for it takes a millisecond, and each greeting asks."""
+    return importlib.util.find_spec("av") is not None
 
 
 class AudioEncoder(Protocol):

@@ -42,6 +42,10 @@ BACKLOG = 64
 """Connections that the kernel accepts ahead of us. asyncio takes as many at a time."""
 FAILURE_POLL_S = 0.1
 """How often the engine is asked whether it lives: its thread knows no event loop to tell."""
+SWITCH_INTERVAL_S = 0.0002
+"""For which a thread may keep the interpreter while another waits for it. The engine's thread gives it
+up in every call of PyTorch. With the default of 5 ms it would wait that long in each of them while the
+event loop is busy, and an overload of requests would stop everybody's speech."""
 MOST_FOLLOWING = 512
 """Connections for which there are sockets where their number follows from the slots."""
 OTHER_FILES = 64
@@ -91,6 +95,7 @@ def run(
         load: makes the decoder, in a thread of its own; what it raises is told in one line.
         announce: called once turns are taken.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     return asyncio.run(_run(App(settings), listener, load, announce))
 
 

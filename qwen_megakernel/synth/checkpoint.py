@@ -1,9 +1,9 @@
-"""Random checkpoints in the official layout, for machines where no weights can be had.
+"""Random checkpoints in the official layout, for machines that have no released weights.
 
-Every file, tensor name, shape and dtype is that of a released Qwen3-TTS-12Hz checkpoint, so
-whatever runs on one of these runs on the real one. The numbers are random: the audio is noise.
-The scales are chosen so that a mistake shows: logits spread as a trained model's do, no
-branch is negligible, and the waveform is neither silent nor clipped.
+Every file, tensor name, shape and dtype is that of a released Qwen3-TTS-12Hz checkpoint, so whatever
+runs on a random one runs on a released one. The numbers are random, so the audio is noise. The scales
+are chosen so that mistakes show: logits spread as in a trained model, no branch is negligible, and the
+waveform is neither silent nor clipped.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from qwen_megakernel.synth.config import SHAPES, Shape, json_files, shape_config
 from qwen_megakernel.synth.tokenizer import write_tokenizer
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes written, bytes in all) of the file being written."""
+"""Called with (bytes written, all bytes) of the file that is being written."""
 
 SYNTHETIC_KEY = "synthetic"
-"""Key in the safetensors metadata that marks a random checkpoint; no released file has it."""
+"""Key in the safetensors metadata that marks a random checkpoint. No released file has it."""
 
 _CHUNK = 1 << 22
-"""Values drawn at a time: bounds memory at the 311 M text embeddings."""
+"""Values drawn at a time. Limits memory for the 311 M values of the text embeddings."""
 
 
 class SynthError(ValueError):
-    """The checkpoint cannot be written there; one line that says why."""
+    """The checkpoint cannot be written to this folder. The message is one line that says why."""
 
 
 # --- tensors -----------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ class SynthError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape of one tensor and the distribution of its values: `offset + scale * draw`."""
+    """Shape of one tensor, and the distribution of its values: `offset + scale * draw`."""
 
     shape: tuple[int, ...]
     scale: float
@@ -59,7 +59,7 @@ class TensorSpec:
     uniform: bool = False
     """Draw from [0, 1) instead of a standard normal."""
     zero_sum: bool = False
-    """Take the mean out of the last axis (a convolution's taps), so that it passes no DC."""
+    """Subtract the mean over the last axis (a convolution's taps), so that the layer passes no DC."""
 
     @property
     def numel(self) -> int:
@@ -78,59 +78,60 @@ def _around(mean: float, std: float) -> ToSpec:
 
 
 def _fan_in(gain: float = 1.0, *, zero_sum: bool = False) -> ToSpec:
-    """Linear layers `[out, in]`, convolutions `[out, in, kernel]`: `gain` times the input's size."""
+    """For linear layers `[out, in]` and convolutions `[out, in, kernel]`: output of `gain` times the
+    input's size."""
     return lambda shape: TensorSpec(shape, gain / sqrt(prod(shape[1:])), zero_sum=zero_sum)
 
 
 def _transposed(taps: int) -> ToSpec:
-    """Transposed convolutions `[in, out, kernel]`; `taps` of the kernel reach each output sample."""
+    """For transposed convolutions `[in, out, kernel]`. `taps` of the kernel reach each output sample."""
     return lambda shape: TensorSpec(shape, 1 / sqrt(shape[0] * taps))
 
 
 def _rules(config: ModelConfig) -> list[tuple[str, ToSpec]]:
-    """Patterns, searched for in a tensor's full name; the first that is found decides."""
+    """Patterns that are searched for in a tensor's full name. The first match decides."""
 
     def branch(layers: int) -> ToSpec:
-        # A deep random stack would drown its input: keep the branches' sum near the input's size.
+        # In a deep random stack the branches would drown the input. This keeps their sum near its size.
         return _fan_in(min(1.0, 2 / sqrt(layers)))
 
     last_conv = rf"^decoder\.decoder\.{len(config.codec.upsample_rates) + 2}\.conv\."
     return [
-        # Around one, never exactly, so that leaving a norm out is noticed.
+        # Around one but never exactly one, so that a missing norm shows.
         (r"norm\.weight$", _around(1.0, 0.1)),
         (r"(_layer_scale\.scale|\.gamma)$", _around(0.3, 0.03)),
-        (r"\.(alpha|beta)$", _around(0.0, 0.2)),  # both act through exp()
+        (r"\.(alpha|beta)$", _around(0.0, 0.2)),  # both are used as exp()
         (r"\.cluster_usage$", lambda shape: TensorSpec(shape, 1.5, offset=0.5, uniform=True)),
         (r"\.initialized$", _around(1.0, 0.0)),
-        # An entry is sum / usage; the acoustic ones are summed, so each is smaller.
+        # An entry is sum / usage. The acoustic entries are summed, so each is smaller.
         (r"\.rvq_rest\..*\.embedding_sum$", _around(0.0, 1.5 / sqrt(NUM_CODEBOOKS - 1))),
         (r"\.embedding_sum$", _around(0.0, 1.5)),
         (r"\.embed_sum$", _around(0.0, 1.0)),
         (r"\.text_embedding\.", _around(0.0, 1.0)),
-        (r"\.codec_embedding\.", _around(0.0, 0.3)),  # sixteen make a row: about as much as the text's
+        (r"\.codec_embedding\.", _around(0.0, 0.3)),  # sixteen add up to the size of a text row
         (last_conv + "bias$", _around(0.0, 0.005)),
         (r"\.bias$", _around(0.0, 0.05)),
         (r"^talker\.text_projection\.linear_fc2\.", _fan_in(1.6)),
-        (r"^talker\.(codec_head|code_predictor\.lm_head)\.", _fan_in(3.0)),  # the logits' deviation
+        (r"^talker\.(codec_head|code_predictor\.lm_head)\.", _fan_in(3.0)),  # deviation of the logits
         (r"^talker\.model\..*\.(o_proj|down_proj)\.", branch(config.talker.num_layers)),
         (r"^talker\.code_predictor\..*\.(o_proj|down_proj)\.", branch(config.predictor.num_layers)),
         (r"^speaker_encoder\.blocks\.0\.", _fan_in(0.3)),  # log-mels are about -5
         (r"^speaker_encoder\.fc\.", _fan_in(0.6)),
         (r"^speaker_encoder\.", _fan_in(sqrt(2))),  # ReLU
-        (r"^encoder\.encoder\.layers\.0\.", _fan_in(10.0)),  # speech: a root mean square of about 0.1
+        (r"^encoder\.encoder\.layers\.0\.", _fan_in(10.0)),  # the RMS of speech is about 0.1
         (r"^encoder\.encoder\.layers\.", _fan_in(1.2)),
         (r"^decoder\.upsample\.\d\.0\.", _transposed(1)),
         (r"^decoder\.decoder\.\d\.block\.1\.", _transposed(2)),
         (r"^decoder\.decoder\..*\.conv1\.", _fan_in(0.7)),
         (r"^decoder\.decoder\..*\.conv2\.", _fan_in(0.5)),
-        # SnakeBeta never averages to zero: without zero-sum taps the waveform would be mostly DC.
+        # SnakeBeta's mean is never zero. Without zero-sum taps the waveform would be mostly DC.
         (last_conv + "weight$", _fan_in(0.035, zero_sum=True)),
         (r"", _fan_in()),
     ]
 
 
 def tensor_specs(config: ModelConfig) -> tuple[Specs, Specs]:
-    """Every tensor of the root `model.safetensors`, and of the one in `speech_tokenizer/`."""
+    """All tensors of the root `model.safetensors`, and those of the one in `speech_tokenizer/`."""
     with torch.device("meta"):
         root: dict[str, torch.nn.Module] = {"talker.": Talker(config.talker, config.predictor)}
         if config.speaker_encoder is not None:
@@ -155,16 +156,16 @@ def tensor_specs(config: ModelConfig) -> tuple[Specs, Specs]:
 
 
 def random_talker(config: ModelConfig, device: torch.device | str, *, seed: int = 0) -> Talker:
-    """A talker with weights of these distributions, drawn on the device: no file, no waiting.
+    """A talker with weights of these distributions, drawn on the device, without a file.
 
     Args:
         config: the shape.
-        device: where the weights are made, bf16. They depend on the kind of device, and are not
+        device: where the weights are made, bf16. They depend on the kind of device, and differ from
             those of `write_checkpoint`.
         seed: key of the weights.
 
     Returns:
-        The talker; its text embedding, which a frame does not use, stays on the meta device.
+        The talker. Its text embedding, which a frame does not use, stays on the meta device.
     """
     with torch.device("meta"):
         talker = Talker(config.talker, config.predictor)
@@ -186,15 +187,15 @@ def random_talker(config: ModelConfig, device: torch.device | str, *, seed: int 
 
 
 def _draw(spec: TensorSpec, seed: int, name: str) -> Iterator[torch.Tensor]:
-    """The tensor's values in order, flat float32 pieces of at most `_CHUNK`."""
-    # keyed by the name, so that a tensor's values do not depend on what else is in the file
+    """The tensor's values in order, as flat float32 pieces of at most `_CHUNK`."""
+    # The key contains the name, so a tensor's values do not depend on the other tensors in the file.
     key = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
     rng = np.random.Generator(np.random.SFC64(key))
     for start in range(0, spec.numel, _CHUNK):
         size = min(_CHUNK, spec.numel - start)
         draw = rng.random if spec.uniform else rng.standard_normal
         values = draw(size, dtype=np.float32)
-        if spec.zero_sum:  # only small tensors, drawn whole
+        if spec.zero_sum:  # only small tensors, which are drawn whole
             taps = values.reshape(spec.shape)
             values = (taps - taps.mean(axis=-1, keepdims=True)).reshape(-1)
         values *= np.float32(spec.scale)
@@ -218,14 +219,14 @@ def _header(specs: Specs, dtype: torch.dtype, metadata: dict[str, str]) -> bytes
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned
+    text += b" " * (-len(text) % 8)  # aligns the start of the data
     return struct.pack("<Q", len(text)) + text
 
 
 def _write_tensors(
     path: Path, specs: Specs, dtype: torch.dtype, seed: int, note: str, progress: Progress | None
 ) -> None:
-    """Write a safetensors file piece by piece; it appears under its name only when complete."""
+    """Write a safetensors file piece by piece. It gets its name only when it is complete."""
     total = sum(spec.numel for spec in specs.values()) * dtype.itemsize
     done = 0
     partial = path.with_name(path.name + ".partial")
@@ -257,10 +258,10 @@ def _is_synthetic(path: Path) -> bool:
 
 
 def _check_target(folder: Path) -> None:
-    """Refuse to write over anything but an earlier synthetic checkpoint."""
+    """Refuse to overwrite anything but an earlier synthetic checkpoint."""
     if folder.exists() and not folder.is_dir():
         raise SynthError(f"{folder}: is a file, expected a folder to write to")
-    if not any(path.is_file() for path in folder.rglob("*")):  # also after a failed first try
+    if not any(path.is_file() for path in folder.rglob("*")):  # a failed first try leaves this too
         return
     if not _is_synthetic(folder / "model.safetensors"):
         raise SynthError(
@@ -276,17 +277,17 @@ def write_checkpoint(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> None:
-    """Write a random checkpoint in the official layout; the same arguments give the same bytes.
+    """Write a random checkpoint in the official layout. The same arguments give the same bytes.
 
     Args:
-        folder: created if missing; may hold an earlier synthetic checkpoint, which is replaced.
+        folder: created if missing. It may hold an earlier synthetic checkpoint, which is replaced.
         shape: `tiny` (about 30 MB), `tiny-1.7b`, or a true one: `0.6b` (2.5 GB), `1.7b` (4.5 GB).
-        mode: the model type to imitate; only `base` has a speaker encoder.
+        mode: the model type to imitate. Only `base` has a speaker encoder.
         seed: key of the weights.
-        progress: called with bytes written and total, for each of the two weight files.
+        progress: called with the bytes written and all bytes, for each of the two weight files.
 
     Raises:
-        SynthError: unknown shape or mode, or the folder holds something else.
+        SynthError: the shape or mode is unknown, or the folder holds something else.
     """
     if shape not in SHAPES:
         raise SynthError(f"shape is {shape!r}, expected one of {', '.join(SHAPES)}")
@@ -299,7 +300,7 @@ def write_checkpoint(
     note = f"random weights, shape {shape}, seed {seed}: the audio is noise"
     files = json_files(shape, mode)
     root_specs, speech_specs = tensor_specs(shape_config(shape, mode))
-    # First, because its note is what allows a second try into this folder.
+    # This file comes first, because its metadata allows a second try in this folder.
     _write_tensors(folder / "model.safetensors", root_specs, torch.bfloat16, seed, note, progress)
     _write_tensors(speech / "model.safetensors", speech_specs, torch.float32, seed, note, progress)
     for name, value in files.items():
@@ -309,7 +310,7 @@ def write_checkpoint(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `python -m qwen_megakernel synth-checkpoint`."""
+    """Add the arguments of `python -m qwen_megakernel synth-checkpoint`."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="where to write; created if missing")
     parser.add_argument(
         "--shape",
@@ -329,7 +330,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the checkpoint that the command line asks for; returns the exit status."""
+    """Write the checkpoint that the command line asks for. Returns the exit status."""
 
     def show(done: int, total: int) -> None:
         end = "\n" if done == total else ""

@@ -1,4 +1,5 @@
-"""The JSON files of a random checkpoint: what the released ones say, at a true or a tiny size."""
+"""The JSON files of a random checkpoint. Their contents are the released ones', at a true or a tiny
+size."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from qwen_megakernel.config import HOP, NUM_CODEBOOKS, SAMPLE_RATE, ModelConfig,
 from qwen_megakernel.synth.tokenizer import special_ids
 
 Shape = Literal["tiny", "tiny-1.7b", "0.6b", "1.7b"]
-"""`tiny-1.7b` is tiny with a talker wider than its predictor, as in 1.7B."""
+"""`tiny-1.7b` is tiny with a talker that is wider than its predictor, as in 1.7B."""
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 
 
 @dataclass(frozen=True, slots=True)
 class _Geometry:
-    """What differs between the shapes; the rest is common to all released checkpoints."""
+    """The values in which the shapes differ. All others are common to all released checkpoints."""
 
     size: str
     hidden: int
@@ -97,7 +98,7 @@ def _talker_config(geo: _Geometry, mode: VoiceMode) -> dict[str, Any]:
 
 def _speaker_config(geo: _Geometry) -> dict[str, Any]:
     config: dict[str, Any] = {"enc_dim": geo.hidden, "sample_rate": SAMPLE_RATE}
-    if geo.tiny:  # the released files leave all this at the official class's defaults
+    if geo.tiny:  # the released files leave these to the defaults of the official class
         config.update(
             enc_channels=[32, 32, 32, 32, 96], enc_attention_channels=16, enc_se_channels=16,
             enc_kernel_sizes=[5, 3, 3, 3, 1], enc_dilations=[1, 2, 3, 4, 1], enc_res2net_scale=8,
@@ -206,7 +207,7 @@ _SPEECH_PREPROCESSOR_CONFIG = {
 
 
 def json_files(shape: Shape, mode: VoiceMode) -> dict[str, dict[str, Any]]:
-    """Contents of the files that are neither weights nor text, by path inside the checkpoint."""
+    """Contents of the files that are neither weights nor text, by their path in the checkpoint."""
     return {
         "config.json": root_config(shape, mode),
         "generation_config.json": _GENERATION_CONFIG,
@@ -217,6 +218,6 @@ def json_files(shape: Shape, mode: VoiceMode) -> dict[str, dict[str, Any]]:
 
 
 def shape_config(shape: Shape, mode: VoiceMode = "base") -> ModelConfig:
-    """What a loader reads from these files."""
+    """The configuration that a loader reads from these files."""
     files = json_files(shape, mode)
     return ModelConfig.from_dicts(files["config.json"], files["speech_tokenizer/config.json"])

@@ -1,7 +1,7 @@
 """The text tokenizer of a random checkpoint: Qwen2's files, with merges learned from the text below.
 
-It splits as the released one does, has its special tokens and takes any text. Its vocabulary is
-small, so the same text has more tokens.
+It splits text as the released tokenizer does, has the same special tokens and takes any text. Its
+vocabulary is small, so a text has more tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from qwen_megakernel.prompt.tokenizer import qwen2_tokenizer
 
-# Special tokens at their true ids; a tiny vocabulary has them from _TINY_FIRST_SPECIAL on.
+# Special tokens at their true ids. In a tiny vocabulary they begin at _TINY_FIRST_SPECIAL.
 _SPECIALS = {
     "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645,
     "<|audio_start|>": 151669, "<|audio_end|>": 151670, "<tts_pad>": 151671,
@@ -26,7 +26,7 @@ _ASSISTANT_ID = 77091
 
 
 def special_ids(tiny: bool) -> dict[str, int]:
-    """Special tokens and their ids, the true ones or those of a tiny vocabulary."""
+    """Special tokens and their ids: the true ones, or those of a tiny vocabulary."""
     if not tiny:
         return dict(_SPECIALS)
     return {token: _TINY_FIRST_SPECIAL + i for i, token in enumerate(_SPECIALS)}
@@ -62,13 +62,13 @@ O mercado abre às oito da manhã e fecha às seis, mas hoje vai ficar aberto at
 今日はとても良い天気なので、午後から公園を散歩しましょう。
 오늘은 날씨가 아주 좋아서 오후에 공원을 산책하려고 합니다.
 """
-# The chat template's role words and line end must each be a single token, whatever the text.
+# Role words and line end of the chat template must each be a single token, whatever the text is.
 _ROLE_LINES = "assistant\nuser\nsystem\n" * 40
 
 
 def _train_bpe(text: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary (token -> rank) and merges, learned from a text."""
-    tokenizer = qwen2_tokenizer(models.BPE())  # merges are of use only if learned from the same split
+    """Learn a vocabulary (token -> rank) and merges from a text."""
+    tokenizer = qwen2_tokenizer(models.BPE())  # merges need the split that they are used with
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -80,19 +80,19 @@ def _train_bpe(text: Iterable[str], size: int) -> tuple[dict[str, int], list[tup
 
 
 def write_tokenizer(folder: Path, tiny: bool, text: Iterable[str] = (_SAMPLE_TEXT,)) -> None:
-    """`vocab.json`, `merges.txt` and `tokenizer_config.json` of a Qwen2 tokenizer.
+    """Write `vocab.json`, `merges.txt` and `tokenizer_config.json` of a Qwen2 tokenizer.
 
     Args:
-        folder: where to.
-        tiny: special tokens from 1000 on, instead of at their true ids.
-        text: what the merges are learned from.
+        folder: where the files go.
+        tiny: number special tokens from 1000 on, not with their true ids.
+        text: the merges are learned from it.
     """
     vocab, merges = _train_bpe(text, _TINY_FIRST_SPECIAL)
     if not tiny:
         vocab["assistant"] = _ASSISTANT_ID
     specials = special_ids(tiny)
-    # Without these entries the special tokens would be numbered on from the last rank,
-    # whatever ids the configuration asks for (a full vocabulary ends right before them).
+    # Without these entries the special tokens would get the ids after the last rank, whatever ids the
+    # configuration asks for. (A full vocabulary ends right before them.)
     vocab.update(specials)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from qwen_megakernel.build_tts import (
     compiler_release,
     detect_arch,
     frame_library,
-    require_nvcc,
+    require_compiler,
 )
 from qwen_megakernel.checkpoint import CheckpointError, resolve
 from qwen_megakernel.config import ConfigError, ModelConfig
@@ -39,9 +39,9 @@ from qwen_megakernel.installation.build_environment import (
     arch_of,
     cache_folder,
 )
+from qwen_megakernel.installation.cubin import CubinError
 from qwen_megakernel.synth.config import SHAPES, Shape, shape_config
 from qwen_megakernel.tools import machine_code
-from qwen_megakernel.tools.cubin import CubinError
 from qwen_megakernel.tools.machine_code import resources
 
 DEFAULT_MODEL = "0.6b"
@@ -85,11 +85,9 @@ def table_builds() -> list[KernelBuild]:
     """All builds that the table of the machine code covers, in its order.
 
     The released shapes are built for all architectures, the tiny ones for those that the tests build.
-    The frame kernels come without the host's part: it has no machine code of the GPU, and takes most of
-    a build's time.
     """
     frames = [
-        KernelBuild(replace(frame_library(shape_config(shape), arch), cpp_sources=()), arch, shape)
+        KernelBuild(frame_library(shape_config(shape), arch), arch, shape)
         for shape in SHAPES
         for arch in (ARCHES if shape in RELEASED_SHAPES else KNOWN_ARCHES)
     ]
@@ -160,12 +158,12 @@ def _write_table(builds: Sequence[KernelBuild], products: Sequence[Path]) -> Non
         for one, product in zip(builds, products, strict=True)
         for row in machine_code.rows(product, one.shape, one.arch)
     ]
-    release = compiler_release(require_nvcc())
+    release = compiler_release(require_compiler())
     differences: list[str] = []
     with suppress(FileNotFoundError, ValueError):  # there is none, or a merge left it in pieces
         differences = machine_code.parse(machine_code.TABLE.read_text()).differences(made)
     machine_code.TABLE.write_text(machine_code.render(made, release))
-    print(f"wrote {machine_code.TABLE}: {len(made)} kernels, nvcc {release}")
+    print(f"wrote {machine_code.TABLE}: {len(made)} kernels, NVRTC {release}")
     for line in differences:
         print(f"  {line}")
 

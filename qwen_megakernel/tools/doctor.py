@@ -23,7 +23,7 @@ from qwen_megakernel.installation.build_environment import (
     cache_folder,
 )
 from qwen_megakernel.tools.findings import Check, dotted
-from qwen_megakernel.tools.kernel_checks import check_compiler, check_kernels, check_nvcc, check_tuning
+from qwen_megakernel.tools.kernel_checks import check_compiler, check_kernels, check_tuning
 from qwen_megakernel.tools.machine import (
     Gpus,
     Model,
@@ -294,7 +294,7 @@ def examine(name: str, port: int) -> list[Check]:
     """Run every check."""
     gpus, torch = ask_nvidia_smi(), ask_torch()
     size = next((size for part, size in SIZES.items() if part in name), SIZES["0.6B"])
-    tools = [check_nvcc(gpus, torch), check_compiler(gpus)]
+    compiler = check_compiler(gpus, torch)
     checks = [
         check_python(),
         check_packages(read_requirements()),
@@ -302,8 +302,8 @@ def examine(name: str, port: int) -> list[Check]:
         check_driver(gpus, torch),
         check_gpu(gpus, size),
         check_torch(gpus, torch),
-        *tools,
-        check_kernels(gpus, tools),
+        compiler,
+        check_kernels(gpus, compiler),
         check_tuning(gpus),
     ]
     try:

@@ -2,75 +2,50 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from qwen_megakernel.installation import kernel_tuning
+from qwen_megakernel.installation import kernel_tuning, nvrtc
 from qwen_megakernel.installation.build_environment import (
-    HOST_COMPILER_FIX,
     MIN_CAPABILITY,
     arch_of,
     cache_folder,
-    find_host_compiler,
-    find_nvcc,
-    pip_nvcc_command,
     prebuilt_folder,
 )
 from qwen_megakernel.installation.known_gpus import expected_frames
 from qwen_megakernel.tools.findings import Check, dotted
-from qwen_megakernel.tools.machine import Gpus, Torch, parse_version, run_tool
+from qwen_megakernel.tools.machine import Gpus, Torch, parse_version
 
 BLACKWELL = (12, 0)
 
 
-def check_nvcc(found: Gpus, torch: Torch) -> Check:
-    """A CUDA compiler of torch's major version that knows the GPU."""
-    path = find_nvcc()
-    if path is None:
-        fix = "install the CUDA toolkit of torch's version, 12.8 or newer"
-        if torch.cuda is not None and torch.cuda >= (13, 0):
-            fix += f"; or its compiler: {pip_nvcc_command(dotted(torch.cuda))}"
-        return _absent("nvcc", found, fix)
-    out, error = run_tool(str(path), "--version")
-    match = re.search(r"release (\d+\.\d+)", out)
-    if error or match is None:
-        return Check(
-            "nvcc",
-            "warn",
-            f"{path}: {error or 'does not say its version'}",
-            "reinstall the CUDA toolkit",
-        )
-    version = parse_version(match[1])
-    detail = f"{match[1]} ({path})"
-    fix = "install the CUDA toolkit of torch's version, and set CUDA_HOME to it"
+def check_compiler(found: Gpus, torch: Torch) -> Check:
+    """A CUDA compiler of torch's major version that knows the GPU, and runs."""
+    cuda = dotted(torch.cuda) if torch.cuda else None
+    compiler = nvrtc.find_compiler()
+    if compiler is None:
+        return _absent("compiler", found, nvrtc.pip_command(cuda))
+    try:
+        release = nvrtc.release_of(compiler)
+    except nvrtc.CompilerError as error:
+        return Check("compiler", "warn", str(error), nvrtc.pip_command(cuda))
+    version = parse_version(release)
+    detail = f"NVRTC {release} ({compiler.library})"
+    fix = f"{nvrtc.pip_command(cuda)}, without CUDA_HOME"
     if torch.cuda is not None and version[0] != torch.cuda[0]:
-        return Check("nvcc", "warn", f"{detail}, but torch has CUDA {dotted(torch.cuda)}", fix)
+        return Check("compiler", "warn", f"{detail}, but torch has CUDA {cuda}", fix)
     if found.gpus and found.gpus[0].capability >= BLACKWELL and version < (12, 8):
-        return Check(
-            "nvcc", "warn", f"{detail} does not know this GPU, 12.8 is the first that does", fix
-        )
-    return Check("nvcc", "ok", detail)
+        detail += " does not know this GPU, 12.8 is the first that does"
+        return Check("compiler", "warn", detail, fix)
+    return Check("compiler", "ok", detail)
 
 
-def check_compiler(found: Gpus) -> Check:
-    """The C++ compiler that the build gives to nvcc."""
-    path = find_host_compiler()
-    if path is None:
-        return _absent("compiler", found, HOST_COMPILER_FIX)
-    out, error = run_tool(str(path), "--version")
-    if error or not out.strip():
-        return Check("compiler", "warn", f"{path}: {error or 'no answer'}", HOST_COMPILER_FIX)
-    return Check("compiler", "ok", f"{out.splitlines()[0].strip()} ({path})")
-
-
-def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None) -> Check:
+def check_kernels(found: Gpus, compiler: Check, cache: Path | None = None) -> Check:
     """Whether `--backend auto` takes the CUDA kernels, and what is missing if not.
 
     Args:
         found: the GPUs.
-        tools: what was found of the build tools.
+        compiler: what `check_compiler` says.
         cache: where builds are kept; None is the prebuilt ones' folder, or the cache.
     """
     if not found.gpus:
@@ -87,14 +62,13 @@ def check_kernels(found: Gpus, tools: Sequence[Check], cache: Path | None = None
     folder = cache or prebuilt_folder() or cache_folder()
     frames = expected_frames(found.gpus[0].name)
     expected = f"; {frames}" if frames else ""
-    kept = {name for name in ("frame", "codec") if any(folder.glob(f"{name}-{arch}-*/{name}.so"))}
-    missing = [tool.name for tool in tools if tool.status == "warn"]
+    kept = {name for name in ("frame", "codec") if any(folder.glob(f"{name}-{arch}-*/{name}.cubin"))}
     if kept == {"frame", "codec"}:
         return Check("kernels", "ok", f"{arch}: some are built in {folder}{expected}")
-    if missing:
-        detail = f"{arch}: none are built, and {' and '.join(missing)} will not do; PyTorch decodes"
+    if compiler.status == "warn":
+        detail = f"{arch}: none are built, and there is no compiler that will do; PyTorch decodes"
         return Check("kernels", "warn", detail, "see above; PyTorch works, more slowly")
-    detail = f"{arch}: compiled at the first start, about a minute"
+    detail = f"{arch}: compiled at the first start, in about a minute"
     return Check("kernels", "ok", f"{detail}, or before: python -m qwen_megakernel build{expected}")
 
 
@@ -136,7 +110,7 @@ def _is_of_present_kernels(target: kernel_tuning.Target) -> bool:
 
 
 def _absent(name: str, found: Gpus, fix: str) -> Check:
-    """A missing build tool, which only a machine with a GPU has a use for."""
+    """A missing compiler, which only a machine with a GPU has a use for."""
     if not found.gpus:
         return Check(name, "skipped", "not found, and not needed without a GPU")
     return Check(name, "warn", "not found: needed to build the megakernel", fix)

@@ -6,16 +6,14 @@ fresh build, so that no change of the machine code goes unseen.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from qwen_megakernel.installation.bundled import bundled_folder
-from qwen_megakernel.tools.cubin import CubinError, read_cubin
+from qwen_megakernel.installation.cubin import CubinError, read_cubin
 
 TABLE = bundled_folder("csrc") / "machine_code.md"
 UPDATE_COMMAND = "python -m qwen_megakernel build --table"
@@ -23,7 +21,7 @@ INSTRUCTION_BYTES = 16
 """Of every architecture since sm_70."""
 DIGEST_DIGITS = 12
 _KEY_COLUMNS = 4
-_RELEASE = re.compile(r"^Compiler: nvcc ([\d.]+)$", re.MULTILINE)
+_RELEASE = re.compile(r"^Compiler: NVRTC ([\d.]+)$", re.MULTILINE)
 _HEAD = """# Machine code of the kernels
 
 `{command}` writes this file, and the tests compare it with a
@@ -32,7 +30,7 @@ together with the change that caused it.
 
 The figures belong to one release of the compiler. With another release the tests skip the comparison.
 
-Compiler: nvcc {release}
+Compiler: NVRTC {release}
 
 - registers: of a thread, as ptxas reports them. `setmaxnreg` changes them while the frame kernel runs.
 - spills: bytes of stores to local memory plus bytes of loads from it, for want of registers.
@@ -79,17 +77,9 @@ def system_calls(product: Path) -> list[str]:
     """Instructions of a built library that ptxas replaced by a call of a routine in the driver.
 
     Raises:
-        CubinError: there is no machine code beside the library.
+        CubinError: it is no cubin.
     """
-    undefined = {name for path in _objects(product) for name in read_cubin(path).undefined}
-    return sorted(name for name in undefined if name.startswith("__cuda_syscall"))
-
-
-def _objects(product: Path) -> list[Path]:
-    objects = sorted(product.parent.glob("*.cu.o"))
-    if not objects:
-        raise CubinError(f"{product.parent} has no object files of CUDA sources")
-    return objects
+    return sorted(name for name in read_cubin(product).undefined if name.startswith("__cuda_syscall"))
 
 
 # ---------------------------------------------------------------------------- rows of the table
@@ -128,49 +118,25 @@ def rows(product: Path, shape: str, arch: str) -> list[Row]:
         arch: such as `90a`.
 
     Raises:
-        CubinError: the machine code is missing beside the library, or cannot be read, or two
-            kernels would have the same name in the table.
+        CubinError: it is no cubin, or the compiler's log does not name its kernels.
     """
-    cubins = [read_cubin(path) for path in _objects(product)]
-    functions = {name.removeprefix(".text."): c for c in cubins for name in c.sections if _is_code(name)}
+    cubin = read_cubin(product)
     used = {kernel.kernel: kernel for kernel in resources(product)}
-    if functions.keys() != used.keys():
-        odd = ", ".join(sorted(functions.keys() ^ used.keys()))
+    if used.keys() != set(cubin.functions):
+        odd = ", ".join(sorted(used.keys() ^ set(cubin.functions)))
         raise CubinError(f"{product}: only one of ptxas's log and the machine code has {odd}")
-    dynamic = _dynamic_shared_bytes(product)
     made = []
     for name, kernel in used.items():
-        code = functions[name].code(name)
-        digest = hashlib.sha256(code + functions[name].constants(name)).hexdigest()[:DIGEST_DIGITS]
+        code = cubin.code(name)
+        digest = hashlib.sha256(code + cubin.constants(name)).hexdigest()[:DIGEST_DIGITS]
         made.append(
             Row(
-                product.stem, shape, f"sm_{arch}", _short_name(name), kernel.registers,
-                kernel.spill_bytes, kernel.static_shared_bytes, dynamic,
+                product.stem, shape, f"sm_{arch}", name, kernel.registers,
+                kernel.spill_bytes, kernel.static_shared_bytes, cubin.facts.get(f"{name}_shared_bytes"),
                 len(code) // INSTRUCTION_BYTES, digest,
             )
         )  # fmt: skip
-    if len({row.kernel for row in made}) < len(made):  # one row would hide the other
-        raise CubinError(f"{product}: two kernels have the same name but for namespace and parameters")
     return sorted(made, key=lambda row: _natural(row.kernel))
-
-
-def _is_code(section: str) -> bool:
-    return section.startswith(".text.")
-
-
-def _dynamic_shared_bytes(product: Path) -> int | None:
-    """What a library of one kernel, such as `frame`, says by a function `frame_shared_bytes`."""
-    function = getattr(ctypes.CDLL(str(product)), f"{product.stem}_shared_bytes", None)
-    return None if function is None else function()
-
-
-def _short_name(mangled: str) -> str:
-    """A kernel's name with its template arguments, without namespaces and parameters.
-
-    nvcc needs a host compiler, and that one needs binutils, which has c++filt.
-    """
-    said = subprocess.run(["c++filt", "-p", mangled], capture_output=True, text=True, check=True).stdout
-    return re.sub(r"(?:\w+|\(anonymous namespace\))::", "", said.strip()).replace(" >", ">")
 
 
 def _natural(name: str) -> list[str | int]:
