@@ -84,7 +84,7 @@ class Engine:
         self._prompts, self._eos_id = prompts, eos_id
         self.num_slots = backend.num_slots
         """Turns that can hold a slot."""
-        self._max_positions, self._max_batch = backend.max_positions, backend.max_batch
+        self._max_positions = backend.max_positions
         self.standby = standby or Standby(StandbyPlan(), None, prompts)
         self._max_text_wait_s = max_text_wait_s
         self._cpu_threads = cpu_threads
@@ -218,7 +218,7 @@ class Engine:
         more_text = self._take_news()
         self._end_late_utterances()
         prefilled = self._prefill_waiting()
-        batch = self._schedule.choose(self._speaking, self._max_batch)
+        batch = self._schedule.choose(self._speaking, self._backend.max_batch)
         launched = self._launch(batch) if batch else None
         delivered = self._hand_out()
         if launched is not None:
@@ -333,7 +333,7 @@ class Engine:
         last = self._prefill_next()
         if last is None:
             return False
-        room = self._max_batch - sum(not a.begun for a in self._speaking)
+        room = self._backend.max_batch - sum(not a.begun for a in self._speaking)
         while room > 0 and last is not None and not last.scant:
             last = self._prefill_next()
             room -= 1
