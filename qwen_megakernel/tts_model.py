@@ -24,18 +24,19 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
 
 from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, resolve
-from qwen_megakernel.codec.decoder import CodecDecoder
 from qwen_megakernel.codec.encoder import CodecEncoder
 from qwen_megakernel.config import SAMPLE_RATE, SAMPLINGS, GenerationParams
 from qwen_megakernel.engine.active_turn import TurnRequest
-from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
+from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread
 from qwen_megakernel.engine.capacity import Capacity
 from qwen_megakernel.engine.engine import Engine
 from qwen_megakernel.engine.memory import CacheSizes, choose_sizes
+from qwen_megakernel.engine.model_loader import ModelLoader
+from qwen_megakernel.engine.pace import thread_cpu_s
 from qwen_megakernel.engine.slot_order import Owner
+from qwen_megakernel.engine.standby import Standby, StandbyPlan
 from qwen_megakernel.model.generation_config import read_generation_config
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.builder import PromptBuilder
@@ -98,6 +99,7 @@ class TTSDecoder:
         params: GenerationParams,
         text_cleaning: bool,
         sms: int | None,
+        standby: StandbyPlan,
         name: str,
         progress: Progress,
     ) -> None:
@@ -118,34 +120,30 @@ class TTSDecoder:
         # Its imports take seconds, and run while weights are read.
         tokenizer = in_daemon_thread(load_tokenizer, checkpoint.folder, config.talker.text_vocab_size)
         backends = Backends(backend, config, device, dtype, progress, sms)
-        progress("laying out the modules")
-        with torch.device("meta"):
-            talker, codec = Talker(config.talker, config.predictor), CodecDecoder(config.codec)
-        progress("loading the talker and the code predictor")
-        checkpoint.load("talker.", talker, dtype=dtype, device=device)
-        progress("loading the codec")
-        checkpoint.load("decoder.", codec, dtype=dtype, device=device)
         self._checkpoint, self._device = checkpoint, device
-        small = device.type == "cpu" and _num_weights(talker, codec) < _FEW_WEIGHTS
         self._cloners: dict[torch.device, VoiceCloner] = {}
         for speaker in config.talker.speaker_ids:
             self.add_voice(speaker, Voice.preset(speaker))
         self._designed = Voice.designed()
-        progress("loading the tokenizer")
-        self._prompts = PromptBuilder(talker, config, tokenizer.result(), clean_text=text_cleaning)
-        decoder = backends.make_decoder(
-            talker,
-            num_slots=sizes.num_slots,
-            num_pages=sizes.num_pages,
-            max_positions=max_positions,
-        )
-        progress(f"reserved {sizes}")
+        loader = ModelLoader(
+            checkpoint, backends, device=device, dtype=dtype, sizes=sizes, max_positions=max_positions,
+            progress=progress,
+        )  # fmt: skip
+
+        def make_prompts(talker: Talker) -> None:
+            progress("loading the tokenizer")
+            self._prompts = PromptBuilder(talker, config, tokenizer.result(), clean_text=text_cleaning)
+
+        decoder, frame_codec = loader.load(make_prompts)
+        loader.also_free = self._cloners.clear
+        small = device.type == "cpu" and loader.num_weights < _FEW_WEIGHTS
         self._engine = Engine(
             decoder,
-            backends.make_codec(codec, sizes.num_slots, decoder.max_batch),
+            frame_codec,
             self._prompts,
             eos_id=config.talker.codec_eos_id,
             cpu_threads=1 if small else None,
+            standby=Standby(standby, loader, self._prompts),
         )
         self.description = {
             "model": name,
@@ -167,6 +165,7 @@ class TTSDecoder:
         num_slots: int | None = None,
         memory: int | None = None,
         sms: int | None = None,
+        standby: StandbyPlan | None = None,
         max_positions: int = 3072,
         sampling: str = "original",
         text_cleaning: bool = True,
@@ -185,6 +184,7 @@ class TTSDecoder:
             memory: bytes for keys, values and the codec's state; None is 5.8 GB. A turn begins when
                 there is memory for all that it may come to need.
             sms: streaming multiprocessors that a frame takes (frame kernel only); None is all.
+            standby: what is done while nobody speaks; None is nothing.
             max_positions: prompt rows plus frames of one turn (12.5 frames a second).
             sampling: the sampling of a turn that chooses none: `original` (the talker at temperature
                 0.3 and top-k 15) or `checkpoint` (its `generation_config.json`; the released ones say
@@ -224,22 +224,20 @@ class TTSDecoder:
             )
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        try:
-            return cls(
-                checkpoint,
-                backend=backend,
-                device=chosen,
-                dtype=precision,
-                sizes=sizes,
-                max_positions=max_positions,
-                params=params,
-                text_cleaning=text_cleaning,
-                sms=sms,
-                name=str(model),
-                progress=report,
-            )
-        except torch.OutOfMemoryError as error:
-            raise CheckpointError(memory_refusal(chosen, sizes)) from error
+        return cls(
+            checkpoint,
+            backend=backend,
+            device=chosen,
+            dtype=precision,
+            sizes=sizes,
+            max_positions=max_positions,
+            params=params,
+            text_cleaning=text_cleaning,
+            sms=sms,
+            standby=standby or StandbyPlan(),
+            name=str(model),
+            progress=report,
+        )
 
     # -- voices -----------------------------------------------------------------------------
 
@@ -452,7 +450,12 @@ class TTSDecoder:
     @property
     def engine_cpu_s(self) -> float:
         """Seconds of CPU time that the engine's thread has taken."""
-        return self._engine.cpu_s
+        return thread_cpu_s(self._engine.thread)
+
+    @property
+    def standby(self) -> Standby:
+        """What is done while nobody speaks, and whether the model is on the device."""
+        return self._engine.standby
 
     @property
     def error(self) -> Exception | None:
@@ -490,10 +493,6 @@ def _yield_to_others() -> None:
     if hasattr(os, "setpriority"):
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _num_weights(*modules: nn.Module) -> int:
-    return sum(weight.numel() for module in modules for weight in module.parameters())
 
 
 def _device_name(device: torch.device) -> str:

@@ -90,7 +90,7 @@ def test_a_long_queue_costs_a_tick_nothing_while_no_slot_is_free(tts, monkeypatc
     looks, ticks, ready, tick = [0], [0], ActiveTurn.ready.fget, Engine._tick
 
     def looked(active):
-        looks[0] += threading.current_thread() is tts._engine._thread and active.slot is None
+        looks[0] += threading.current_thread() is tts._engine.thread and active.slot is None
         return ready(active)
 
     def ticked(engine):

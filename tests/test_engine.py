@@ -483,7 +483,7 @@ def test_text_is_tokenised_by_its_caller_and_embedded_as_it_is_needed(tts, monke
 
 
 def test_a_text_longer_than_the_engine_takes_at_a_time_is_taken_whole(tts, monkeypatch):
-    monkeypatch.setattr("qwen_megakernel.engine.engine.max_part_tokens", lambda *_, **__: 10_000)
+    monkeypatch.setattr("qwen_megakernel.engine.active_turn.max_part_tokens", lambda *_, **__: 10_000)
     num_tokens = len(tts._prompts.tokenizer.encode(TEXT * 60))
     assert num_tokens > 2 * MAX_BLOCK
     for streaming in (True, False):

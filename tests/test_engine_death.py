@@ -174,6 +174,7 @@ def test_dead_engine_is_unhealthy_and_takes_no_turns():
         "num_active": 0,
         "num_waiting": 0,
         "num_slots": 4,
+        "standby": SimpleNamespace(memory="loaded"),
     }
     app.start_serving(SimpleNamespace(**dead))
 

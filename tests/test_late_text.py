@@ -10,7 +10,7 @@ import pytest
 from listener import Listener, wait_idle
 
 from qwen_megakernel import GenerationParams, TTSDecoder
-from qwen_megakernel.engine import engine
+from qwen_megakernel.engine import active_turn, engine
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
 from qwen_megakernel.engine.reservations import Reservations
 from qwen_megakernel.engine.schedule import Schedule
@@ -145,7 +145,7 @@ def test_turns_with_late_text_take_turns(tts):
 
 def between_parts(tts, monkeypatch, text, **options):
     """A turn that holds the slot, has spoken a part, and has too little text for the next."""
-    monkeypatch.setattr(engine, "max_part_tokens", lambda *_, **__: 40)
+    monkeypatch.setattr(active_turn, "max_part_tokens", lambda *_, **__: 40)
     listener = Listener()
     turn = tts.open_turn(text, sink=listener, params=PARAMS, **options)
     deadline = time.monotonic() + 60

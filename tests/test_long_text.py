@@ -80,7 +80,7 @@ def brief(brief_base):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Make parts of up to 40 tokens, so that few sentences are several parts."""
-    monkeypatch.setattr("qwen_megakernel.engine.engine.max_part_tokens", lambda *_, **__: 40)
+    monkeypatch.setattr("qwen_megakernel.engine.active_turn.max_part_tokens", lambda *_, **__: 40)
 
 
 def split(tokenizer, pieces: list[str], max_tokens: int = 167) -> list[list[int]]:

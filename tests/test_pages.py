@@ -14,7 +14,7 @@ from live_server import ROOT
 from test_layout import PACKAGE, SOURCES, write_tree
 
 from qwen_megakernel.__main__ import COMMANDS, SCRIPT
-from qwen_megakernel.tools.serve import banner
+from qwen_megakernel.tools.banner import banner
 
 README_WORDS = 1000
 SENTENCE_WORDS = 40

@@ -12,10 +12,18 @@ from torch import Tensor
 
 from qwen_megakernel.config import FRAME_S, MAX_UTTERANCE_FRAMES, GenerationParams, Guards
 from qwen_megakernel.engine.slot_order import ENOUGH_TOKENS, Owner
-from qwen_megakernel.prompt.builder import Prompt
-from qwen_megakernel.prompt.parts import PromptParts
+from qwen_megakernel.prompt.builder import Prompt, PromptBuilder
+from qwen_megakernel.prompt.parts import PartFeed, PromptParts, max_part_tokens
 from qwen_megakernel.prompt.voice import Voice
-from qwen_megakernel.turn import Audio, Finished, FinishReason, Sink, Turn, TurnEvent
+from qwen_megakernel.turn import (
+    Audio,
+    Finished,
+    FinishReason,
+    RequestError,
+    Sink,
+    Turn,
+    TurnEvent,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +52,24 @@ class TurnRequest:
     """Seconds by which the generated audio may be ahead of its playback; None is no limit."""
     owner: Owner = ()
     """Whom the turn is for: owners take turns where slots are short."""
+
+    def check(self, text: str, end: bool) -> None:
+        """Raise `RequestError` for what no model can speak; `end` says that the text is complete."""
+        if end and not text.strip():
+            raise RequestError("bad_request", "the text is empty")
+        if self.chunk_frames is not None and self.chunk_frames < 1:
+            raise RequestError("bad_request", f"chunk_frames is {self.chunk_frames}, allowed: 1 up")
+
+
+def open_feed(prompts: PromptBuilder, request: TurnRequest, max_positions: int) -> PartFeed:
+    """What turns the text of a turn into tokens, on its caller's thread."""
+    streaming = prompts.streams(request.streaming)
+    num_fixed = prompts.count_fixed_rows(
+        request.voice, request.language, instruct=request.instruct, streaming=streaming
+    )
+    room = max_positions - num_fixed
+    max_tokens = max_part_tokens(request.params.guards, room, streaming=streaming)
+    return PartFeed(prompts.open_feed(), prompts.tokenizer, max_tokens)
 
 
 @dataclass(slots=True)
@@ -385,3 +411,9 @@ def emit(turn: Turn, sink: Sink, event: TurnEvent) -> None:
     except Exception:
         log.exception("a turn's sink failed; the turn is cancelled")
         turn.cancel()
+
+
+def finish_unopened(turn: Turn, sink: Sink, reason: FinishReason, error: str | None = None) -> None:
+    """Give the last event to the sink of a turn that has no prompt."""
+    turn.mark_finished()
+    emit(turn, sink, Finished(reason, 0, 0, 0.0, error))

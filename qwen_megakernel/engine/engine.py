@@ -26,25 +26,25 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
 from typing import cast
 
 import numpy as np
 import torch
 
+from qwen_megakernel.checkpoint import CheckpointError
 from qwen_megakernel.codec.interface import FrameCodec
 from qwen_megakernel.config import HOP
 from qwen_megakernel.decoding.interface import DecoderBackend
-from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest, emit
+from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest, finish_unopened, open_feed
 from qwen_megakernel.engine.capacity import Capacity, SlotClock
 from qwen_megakernel.engine.in_flight import FrameSlot, InFlightFrame
 from qwen_megakernel.engine.reference_states import ReferenceStates
 from qwen_megakernel.engine.reservations import Reservations
 from qwen_megakernel.engine.schedule import Schedule
 from qwen_megakernel.engine.slot_order import Owner, SlotOrder, num_before
+from qwen_megakernel.engine.standby import Standby, StandbyPlan
 from qwen_megakernel.prompt.builder import PromptBuilder
-from qwen_megakernel.prompt.parts import PartFeed, max_part_tokens
-from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
+from qwen_megakernel.turn import FinishReason, RequestError, Sink, Started, Turn
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Engine:
         eos_id: int,
         max_text_wait_s: float = 60.0,
         cpu_threads: int | None = None,
+        standby: Standby | None = None,
     ) -> None:
         """Start the engine's thread.
 
@@ -78,14 +79,18 @@ class Engine:
             eos_id: the value of code 0 that ends an utterance.
             max_text_wait_s: a turn that waits longer than this for text ends as an error.
             cpu_threads: PyTorch's threads; None leaves the number to PyTorch.
+            standby: what is done while no turn is open; None does nothing.
         """
-        self._backend, self._codec, self._prompts, self._eos_id = backend, codec, prompts, eos_id
+        self._prompts, self._eos_id = prompts, eos_id
+        self.num_slots = backend.num_slots
+        """Turns that can hold a slot."""
+        self._max_positions = backend.max_positions
+        self.standby = standby or Standby(StandbyPlan(), None, prompts)
         self._max_text_wait_s = max_text_wait_s
         self._cpu_threads = cpu_threads
         self._references = ReferenceStates()
-        self._zero_row = torch.zeros_like(prompts.pad_row)
         self._free_slots = list(range(backend.num_slots))
-        self._slot_clock = SlotClock(backend.num_slots)
+        self._slot_clock = SlotClock(self.num_slots)
         self._slot_order = SlotOrder(backend.num_slots)
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
         self._news: deque[Turn] = deque()
@@ -93,7 +98,8 @@ class Engine:
         self._active: dict[Turn, ActiveTurn] = {}
         """The turns that wait and the turns that speak."""
         self._sweep_at = 0.0
-        self._schedule, self._reservations = Schedule(backend.max_batch), Reservations(backend)
+        self._schedule, self._reservations = Schedule(backend.max_batch), Reservations(None)
+        self._use(backend, codec)
         self._num_prefilled = 0
         """Prompt rows that were prefilled in this tick."""
         self._waiting: list[ActiveTurn] = []
@@ -106,13 +112,8 @@ class Engine:
         self._cancel_all = False
         self.error: Exception | None = None
         """What stopped the engine; it serves no turn after that."""
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
-    @property
-    def num_slots(self) -> int:
-        """The most turns that can hold a slot at a time."""
-        return self._backend.num_slots
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
 
     @property
     def num_waiting(self) -> int:
@@ -124,14 +125,6 @@ class Engine:
         """Turns that hold a slot."""
         return len(self._speaking)
 
-    @property
-    def cpu_s(self) -> float:
-        """CPU time of the engine's thread in seconds; 0 where the system does not tell."""
-        ident = self._thread.ident
-        if ident is None or not self._thread.is_alive() or not hasattr(time, "pthread_getcpuclockid"):
-            return 0.0
-        return time.clock_gettime(time.pthread_getcpuclockid(ident))
-
     def capacity(self, owner: Owner = ()) -> Capacity:
         """The current load, as a new turn of `owner` would meet it. Any thread may call it."""
         now, speaking = time.monotonic(), list(self._speaking)
@@ -139,7 +132,7 @@ class Engine:
         waiting = [(a.turn, a.request) for a in list(self._waiting) if a.ready and not a.scant]
         queue = [request.owner for turn, request in (*opened, *waiting) if not turn.cancelled]
         num_free = self._num_free()
-        num_slots = self._backend.num_slots if num_free or not self._free_slots else len(speaking)
+        num_slots = self.num_slots if num_free or not self._free_slots else len(speaking)
         return Capacity(
             num_slots=max(1, num_slots),
             num_free=num_free,
@@ -160,17 +153,14 @@ class Engine:
             RequestError: the request cannot be served, or the engine has failed or is closed.
         """
         self._prompts.check(request.voice, request.language, instruct=request.instruct)
-        if end and not text.strip():
-            raise RequestError("bad_request", "the text is empty")
-        if request.chunk_frames is not None and request.chunk_frames < 1:
-            raise RequestError("bad_request", f"chunk_frames is {request.chunk_frames}, allowed: 1 up")
-        self._check_open()  # before the text is tokenised: a refused turn costs nothing
+        request.check(text, end)
+        self._check_open()  # a turn that is refused costs no tokenising
 
         def tell() -> None:
             self._news.append(turn)
             self._wake.set()
 
-        turn = Turn(tell, self._open_feed(request))
+        turn = Turn(tell, open_feed(self._prompts, request, self._max_positions))
         turn.append(text)
         if end:
             turn.end()
@@ -179,16 +169,6 @@ class Engine:
             self._opened.append((turn, request, sink))
         self._wake.set()
         return turn
-
-    def _open_feed(self, request: TurnRequest) -> PartFeed:
-        """The object that turns a turn's text into tokens, on the caller's thread."""
-        streaming = self._prompts.streams(request.streaming)
-        num_fixed = self._prompts.count_fixed_rows(
-            request.voice, request.language, instruct=request.instruct, streaming=streaming
-        )
-        room = self._backend.max_positions - num_fixed
-        max_tokens = max_part_tokens(request.params.guards, room, streaming=streaming)
-        return PartFeed(self._prompts.open_feed(), self._prompts.tokenizer, max_tokens)
 
     def _check_open(self) -> None:
         if self.error is not None:
@@ -205,9 +185,14 @@ class Engine:
             time.sleep(0.01)
         self._cancel_all = True
         self._wake.set()
-        self._thread.join()
+        self.thread.join()
 
     # -- the engine's thread ----------------------------------------------------------------
+
+    def _use(self, backend: DecoderBackend, codec: FrameCodec) -> None:
+        self._backend, self._codec = backend, codec
+        self._reservations.use(backend)
+        self._zero_row = torch.zeros_like(self._prompts.pad_row)
 
     def _run(self) -> None:
         if self._cpu_threads is not None:
@@ -246,7 +231,11 @@ class Engine:
             turn, request, sink = self._opened[0]  # it counts as waiting while its prompt is made
             if turn.cancelled:
                 self._opened.popleft()
-                _finish_unopened(turn, sink, "cancelled")
+                finish_unopened(turn, sink, "cancelled")
+                continue
+            self.standby.end()
+            if self.standby.memory == "unloaded":
+                self._load_again()
                 continue
             try:
                 prompt = self._prompts.open(
@@ -258,7 +247,7 @@ class Engine:
             except Exception:
                 log.exception("a turn's prompt could not be made")
                 self._opened.popleft()
-                _finish_unopened(turn, sink, "error", "the prompt could not be made")
+                finish_unopened(turn, sink, "error", "the prompt could not be made")
                 continue
             with self._open_lock:
                 self._opened.popleft()
@@ -363,7 +352,7 @@ class Engine:
             return None
         self._num_prefilled += active.num_prompt_rows
         rows = active.prompt.rows()
-        room = self._backend.max_positions - len(rows)
+        room = self._max_positions - len(rows)
         if room < 1:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
             return active
@@ -469,26 +458,43 @@ class Engine:
         self._slot_clock.add(time.monotonic() - active.slot_since)
 
     def _idle_timeout(self) -> float | None:
-        """Seconds until a turn can run without news from a caller; None if no turn is open."""
-        if not self._speaking and not self._waiting:
-            return None
+        """Seconds until a turn may run without a call from outside; without turns, see `_pass_time`."""
+        if not self._speaking and not self.num_waiting:
+            return self._pass_time()
         now = time.monotonic()
-        waits: Iterable[float] = (a.wait_s(now) for a in self._speaking)
+        waits = [a.wait_s(now) for a in self._speaking]
         return min([*waits, self._late_limit_s(), self._max_text_wait_s, 1.0])
+
+    def _pass_time(self) -> float | None:
+        """Do what is due while no turn is open; seconds until more is."""
+        due = self.standby.due(time.monotonic())
+        if due == "warm":
+            self.standby.warm(self._backend, self._codec)
+        elif due == "unload":
+            self._reservations.use(None)
+            self._references, self._pending_audio = ReferenceStates(), None
+            del self._backend, self._codec, self._zero_row
+            self.standby.unload()
+        return self.standby.wait_s(time.monotonic())
+
+    def _load_again(self) -> None:
+        """Load the model for the turns that were opened; where that fails, so do they."""
+        try:
+            self._use(*self.standby.load())
+        except CheckpointError as error:
+            with self._open_lock:
+                self._fail_opened(str(error))
+
+    def _fail_opened(self, message: str) -> None:
+        for turn, _, sink in self._opened:
+            finish_unopened(turn, sink, "error", message)
+        self._opened.clear()
 
     def _fail_all(self) -> None:
         """Tell every turn that the device is lost."""
         self._pending_audio = None
-        for turn, _, sink in self._opened:
-            _finish_unopened(turn, sink, "error", _DECODER_FAILED)
+        self._fail_opened(_DECODER_FAILED)
         for active in [*self._waiting, *self._speaking]:
             active.finish("error", _DECODER_FAILED)
-        self._opened.clear()
         self._waiting.clear()
         self._speaking.clear()
-
-
-def _finish_unopened(turn: Turn, sink: Sink, reason: FinishReason, error: str | None = None) -> None:
-    """Give the last event to the sink of a turn that has no prompt."""
-    turn.mark_finished()
-    emit(turn, sink, Finished(reason, 0, 0, 0.0, error))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from threading import Thread
+
 from qwen_megakernel.config import FRAME_S
 
 _WEIGHT = 0.1
@@ -45,6 +48,14 @@ class Pace:
     def num_voices(self) -> float | None:
         """The voices that full frames can serve in real time; None before the first full frame."""
         return None if self._full_s is None else _SHARE * self._max_batch * FRAME_S / self._full_s
+
+
+def thread_cpu_s(thread: Thread) -> float:
+    """Seconds of CPU time that a thread has taken; 0 where that is not known."""
+    ident = thread.ident
+    if ident is None or not thread.is_alive() or not hasattr(time, "pthread_getcpuclockid"):
+        return 0.0
+    return time.clock_gettime(time.pthread_getcpuclockid(ident))
 
 
 def _mean(mean: float, value: float) -> float:

@@ -144,6 +144,8 @@ class App:
             num_waiting=lambda: self._server.decoder.num_waiting if self._server else 0,
             num_unsent_bytes=lambda: self._sessions.unsent_bytes,
             engine_cpu_s=lambda: self._server.decoder.engine_cpu_s if self._server else 0.0,
+            is_loaded=lambda: self._server is not None and self._server.decoder.standby.loaded,
+            num_warm_frames=lambda: self._server.decoder.standby.num_warm_frames if self._server else 0,
         )
         routes: list[BaseRoute] = [
             Route("/health", self._health),
@@ -224,6 +226,7 @@ class App:
                 "voice_uploads": self._server.voices_folder is not None,
                 "active": decoder.num_active,
                 "waiting": decoder.num_waiting,
+                "memory": decoder.standby.memory,
                 "connections": len(self._sessions),
             }
         return JSONResponse(body, 200 if phase == "ready" else 503)

@@ -73,6 +73,8 @@ class Metrics:
         num_waiting: Callable[[], float],
         num_unsent_bytes: Callable[[], float],
         engine_cpu_s: Callable[[], float],
+        is_loaded: Callable[[], float],
+        num_warm_frames: Callable[[], float],
     ) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -84,6 +86,8 @@ class Metrics:
             ("turns_waiting", "Turns waiting for a slot", num_waiting),
             ("unsent_bytes", "Bytes held for clients that have not taken them", num_unsent_bytes),
             ("engine_cpu_seconds", "CPU time of the engine's thread", engine_cpu_s),
+            ("model_loaded", "1 while the model is on its device, else 0", is_loaded),
+            ("warm_frames", "Frames that kept the GPU warm while nobody spoke", num_warm_frames),
         ):
             Gauge(f"{name}_{suffix}", text, registry=self.registry).set_function(source)
         self._turns = Counter(

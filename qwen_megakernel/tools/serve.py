@@ -9,19 +9,21 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_megakernel.config import SAMPLINGS
 from qwen_megakernel.installation.build_environment import ARCH_VARIABLE, PREBUILT_VARIABLE
+from qwen_megakernel.installation.cuda_context import begin_context
 from qwen_megakernel.serving.access import is_loopback
 from qwen_megakernel.serving.app import Phase, ServerSettings
 from qwen_megakernel.serving.observe import configure_logging, log
 from qwen_megakernel.serving.openai_messages import VOICE_NAMES
 from qwen_megakernel.serving.process import Report, bind
 from qwen_megakernel.serving.process import run as serve
+from qwen_megakernel.tools.banner import banner, show, time_spent
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
@@ -233,6 +235,21 @@ MODEL_OPTIONS = (
         "streaming multiprocessors that a frame takes, where others share the GPU; default: all",
         "N",
     ),
+    Option(
+        "--keep-warm",
+        False,
+        _flag,
+        "decode a frame twice a second while nobody speaks, so that the GPU keeps its clocks up",
+        "",
+    ),
+    Option(
+        "--unload-after",
+        None,
+        _timeout,
+        "seconds without a turn after which the model leaves the GPU; the next turn loads it again; "
+        "default: never",
+        "SECONDS",
+    ),
 )
 VOICE_OPTIONS = (
     Option("--speaker-ref", None, _file, "recording to clone as the voice 'default'", "PATH"),
@@ -366,17 +383,23 @@ def warn_unknown_variables(environ: Mapping[str, str]) -> None:
 
 def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
     """Load model and voices, and warm up. Runs in the loader's thread."""
-    steps = [("starting", _STARTED)]
+    steps, started = [("starting", _STARTED)], False
 
     def tell(phase: Phase, text: str) -> None:
+        if started:  # a model that was unloaded comes back: turns are taken all the time
+            log.info("%s", text)
+            return
         steps.append((text, time.monotonic()))
         report(phase, text)
 
     def progress(text: str) -> None:
         tell("loading", text)
 
+    begin_context(options.device)
     progress("importing torch")
-    from qwen_megakernel.tts_model import TTSDecoder  # takes seconds; the port answers meanwhile
+    # These take seconds; the port answers meanwhile.
+    from qwen_megakernel.engine.standby import StandbyPlan
+    from qwen_megakernel.tts_model import TTSDecoder
 
     decoder = TTSDecoder.load(
         options.model,
@@ -386,6 +409,7 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
         num_slots=options.num_slots,
         memory=options.memory,
         sms=options.sms,
+        standby=StandbyPlan(options.keep_warm, options.unload_after),
         sampling=options.sampling,
         text_cleaning=options.text_cleaning == "on",
         revision=options.revision,
@@ -405,49 +429,12 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
             known = ", ".join(sorted(decoder.voices)) or "none"
             raise ValueError(f"--openai-voice {name}={voice}: the voice is unknown; known: {known}")
     decoder.warm_up(lambda text: tell("warming_up", text))
+    started = True
     log.info("%s", time_spent(steps, time.monotonic()))
     # The garbage collector stops all turns. It need not look again at what stays loaded.
     gc.collect()
     gc.freeze()
     return decoder
-
-
-def time_spent(steps: Sequence[tuple[str, float]], now: float) -> str:
-    """How long each step took, from the times when they began. Steps of less than 0.1 s are left out."""
-    ends = [*(start for _, start in steps[1:]), now]
-    spent = [(text, end - start) for (text, start), end in zip(steps, ends, strict=True)]
-    parts = "; ".join(f"{text} {seconds:.1f} s" for text, seconds in spent if seconds >= 0.1)
-    return f"{now - steps[0][1]:.1f} s since the start: {parts}"
-
-
-def banner(decoder: TTSDecoder, host: str, port: int, has_token: bool) -> str:
-    """The banner: what to do next, ready to paste."""
-    facts = [f"  {name + ':':<9}{value}" for name, value in decoder.description.items()]
-    voices = ", ".join(sorted(decoder.voices)) or "none (give one with --speaker-ref or --voices)"
-    here = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    address = f"[{here}]" if ":" in here else here
-    token = f' --token "${PREFIX}TOKEN"' if has_token else ""
-    tunnel = [f"  tunnel:  ssh -L {port}:127.0.0.1:{port} user@host"] if is_loopback(host) else []
-    return "\n".join(
-        [
-            f"Ready on ws://{address}:{port}",
-            *facts,
-            f"  voices:  {voices}",
-            *tunnel,
-            f"  try:     python -m qwen_megakernel say --url ws://{address}:{port}{token} "
-            '--text "Hello, I can hear you."',
-        ]
-    )
-
-
-def show(text: str) -> None:
-    """Print to standard output. If that cannot be written, the server goes on without it."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        log.warning("cannot print what is ready: %s", error.strerror)
-        # Python writes the rest of its buffer when it exits: send that to nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(args: argparse.Namespace) -> int:

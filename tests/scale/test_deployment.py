@@ -30,7 +30,10 @@ def variables_of(name):
 
 def served_metrics():
     sources = ("sessions", "slots", "active", "waiting", "unsent_bytes")
-    zero = dict.fromkeys([*(f"num_{name}" for name in sources), "engine_cpu_s"], lambda: 0.0)
+    zero = dict.fromkeys(
+        [*(f"num_{name}" for name in sources), "engine_cpu_s", "is_loaded", "num_warm_frames"],
+        lambda: 0.0,
+    )
     return set(re.findall(r"^(\w+)[{ ]", Metrics(**zero).page().decode(), re.M))
 
 
