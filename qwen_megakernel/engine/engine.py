@@ -215,6 +215,8 @@ class Engine:
         """Run one round. Returns whether it computed anything."""
         start = time.monotonic()
         self._take_opened()
+        if not self.standby.loaded:  # so no turn has a prompt
+            return False
         more_text = self._take_news()
         self._end_late_utterances()
         prefilled = self._prefill_waiting()
