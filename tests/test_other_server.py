@@ -6,6 +6,7 @@ import json
 
 import pytest
 import uvicorn
+from live_server import LONG
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosedOK, InvalidStatus
 
@@ -81,5 +82,27 @@ def test_a_drain_closes_sockets(tts):
             with pytest.raises(ConnectionClosedOK) as closed:
                 await client.recv()
             assert closed.value.rcvd.code == 1001
+
+    run(script)
+
+
+def test_load_is_the_share_of_connections_or_of_slots(tts):
+    async def script():
+        async with (
+            plain_uvicorn(tts, max_connections=8) as (app, url),
+            contextlib.AsyncExitStack() as stack,
+        ):
+            assert app.load == 0
+            client = await stack.enter_async_context(connect(url))
+            await stack.enter_async_context(connect(url))
+            assert app.load == 2 / 8
+            # One of four slots is no more than that; of two turns it is.
+            await client.send(json.dumps(LONG))
+            await client.recv()
+            assert app.load == 2 / 8
+            other = await stack.enter_async_context(connect(url))
+            await other.send(json.dumps(LONG))
+            await other.recv()
+            assert app.load == 2 / 4
 
     run(script)
