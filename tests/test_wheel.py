@@ -20,7 +20,7 @@ from qwen_megakernel import __version__
 
 BUILT_FROM = (
     "pyproject.toml", "README.md", "LICENSE", "requirements.txt",
-    "qwen_megakernel", "pipecat_client", "csrc", "demo_voice",
+    "qwen_megakernel", "pipecat_client", "csrc", "demo_voice", "deploy",
 )  # fmt: skip
 """Everything from which a wheel is built."""
 PLACES = {
@@ -105,10 +105,11 @@ def test_says_what_it_needs(wheel):
     metadata = metadata_of(wheel)
     assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"server", "pipecat"}
+    assert set(metadata.get_all("Provides-Extra")) == {"server", "pipecat", "ray"}
     needed = metadata.get_all("Requires-Dist")
     assert all("extra ==" in line for line in needed)
-    for extra, package in (("server", "torch"), ("server", "starlette"), ("pipecat", "pipecat-ai")):
+    of_extras = (("server", "torch"), ("server", "starlette"), ("pipecat", "pipecat-ai"), ("ray", "ray"))
+    for extra, package in of_extras:
         assert [line for line in needed if line.startswith(package) and f'extra == "{extra}"' in line], (
             extra,
             package,

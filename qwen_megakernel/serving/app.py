@@ -171,6 +171,16 @@ class App:
         rules = AccessRules(settings.host, settings.tokens, settings.allow_origins)
         self.asgi: ASGIApp = _Gate(starlette, rules)
 
+    @property
+    def load(self) -> float:
+        """The share that is taken: of the slots by turns, or of the connections, whichever is larger.
+        At 1 the server is full; above 1 turns wait."""
+        if self._server is None:
+            return 0.0
+        decoder = self._server.decoder
+        turns = (decoder.num_active + decoder.num_waiting) / decoder.num_slots
+        return max(turns, len(self._sessions) / self._admission.limits.max_connections)
+
     def report(self, phase: Phase, detail: str = "") -> None:
         """Enter a phase. Any thread may call it."""
         if self.phase not in ("draining", "failed"):

@@ -42,12 +42,42 @@ class Dialect(Protocol):
         """The messages to send for an event. Events come in the session's order."""
 
 
+class Transport(Protocol):
+    """What is asked of a socket; an `asyncio.Transport` has it."""
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes that the kernel has not taken."""
+
+    def is_closing(self) -> bool:
+        """Whether nothing more is sent or read."""
+
+    def abort(self) -> None:
+        """Close without sending what is left."""
+
+
+class UnseenTransport:
+    """Stands for the socket of a server that hands none over: all but `SocketProtocol`. Such a server
+    cuts clients that do not read by its own limits."""
+
+    def get_write_buffer_size(self) -> int:
+        """Unknown. `send` waits while it is too much."""
+        return 0
+
+    def is_closing(self) -> bool:
+        """Unknown. The next message is a disconnect."""
+        return False
+
+    def abort(self) -> None:
+        """The server closes the socket once the application has returned."""
+
+
 class Connection:
     """A client's socket; `run` lives as long as it does."""
 
     def __init__(self, websocket: WebSocket, session: Session, dialect: Dialect) -> None:
         self._websocket, self._session, self._dialect = websocket, session, dialect
-        self._transport: asyncio.Transport = websocket.scope["extensions"]["transport"]["is"]
+        extensions = websocket.scope.get("extensions") or {}
+        self._transport: Transport = extensions.get("transport", {}).get("is", UnseenTransport())
         session.bytes_in_carrier = self._transport.get_write_buffer_size
 
     async def run(self) -> None:

@@ -437,21 +437,9 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
     return decoder
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the server. Returns the exit code."""
-    options = resolve(args, os.environ)
-    configure_logging(options.log_format)
-    warn_unknown_variables(os.environ)
-    try:
-        listener = bind(options.host, options.port)
-    except OSError as error:
-        reason = error.strerror or error
-        address = f"{options.host} port {options.port}"
-        print(f"{args.parser.prog}: cannot listen on {address}: {reason}", file=sys.stderr)
-        return 1
-    port = listener.getsockname()[1]
-    log.info("listening on %s port %d", options.host, port, extra={"fields": {"port": port}})
-    settings = ServerSettings(
+def server_settings(options: argparse.Namespace, port: int) -> ServerSettings:
+    """What resolved options decide about serving on a port."""
+    return ServerSettings(
         host=options.host,
         port=port,
         tokens=_all_tokens(options),
@@ -473,6 +461,23 @@ def run(args: argparse.Namespace) -> int:
         voices_folder=options.voices,
         trim_leading_silence=options.trim_leading_silence,
     )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the server; the exit code."""
+    options = resolve(args, os.environ)
+    configure_logging(options.log_format)
+    warn_unknown_variables(os.environ)
+    try:
+        listener = bind(options.host, options.port)
+    except OSError as error:
+        reason = error.strerror or error
+        address = f"{options.host} port {options.port}"
+        print(f"{args.parser.prog}: cannot listen on {address}: {reason}", file=sys.stderr)
+        return 1
+    port = listener.getsockname()[1]
+    log.info("listening on %s port %d", options.host, port, extra={"fields": {"port": port}})
+    settings = server_settings(options, port)
 
     def announce(decoder: TTSDecoder) -> None:
         if options.log_format == "text":

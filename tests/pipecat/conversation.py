@@ -57,7 +57,7 @@ def until(condition: Callable[[], object], limit_s: float = 60.0) -> Iterator[Sl
 
 
 async def play(
-    service: MegakernelTTSService, script: Iterable[Frame]
+    service: MegakernelTTSService, script: Iterable[Frame], limit_s: float = 120.0
 ) -> tuple[list[Frame], list[ErrorFrame]]:
     """Frames that came out downstream, and errors."""
     failures: list[Exception] = []
@@ -77,7 +77,7 @@ async def play(
             start_timeout=15.0,
             pipeline_params=PipelineParams(enable_metrics=True, enable_usage_metrics=True),
         ),
-        120,
+        limit_s,
     )
     if failures:
         raise failures[0]

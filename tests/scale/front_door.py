@@ -93,7 +93,12 @@ class FrontDoor:
             assert time.monotonic() < deadline, self.connections()
             time.sleep(0.02)
 
+    def kill(self, number: int) -> None:
+        """As `kill -9` does."""
+        self.replicas[number].process.kill()
+
     def start_again(self, number: int) -> None:
+        self.replicas[number].kill()
         self.replicas[number] = self._replica(number)
 
     def set_state(self, number: int, state: str) -> None:
