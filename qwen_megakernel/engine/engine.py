@@ -49,8 +49,7 @@ from qwen_megakernel.turn import FinishReason, RequestError, Sink, Started, Turn
 log = logging.getLogger(__name__)
 
 LATE_TEXT_S = 0.5
-"""Seconds in all for which an utterance may hold a slot without text, while one turn waits for a
-slot. While two wait it is half of this, and so on."""
+"""An utterance may hold a slot without text for so many seconds in all, divided by the turns that wait."""
 _SWEEP_S = 1.0
 """Seconds between two looks at turns that cannot run. One that has waited too long for text ends."""
 _DECODER_FAILED = "the decoder has failed; the process must be restarted"
@@ -342,8 +341,7 @@ class Engine:
         return True
 
     def _prefill_next(self) -> ActiveTurn | None:
-        """Prefill the next part of a turn that speaks, or else the turn that gets a free slot. Returns
-        the turn that was served, if any."""
+        """Prefill a part of a turn that speaks, else a turn that gets a slot. Returns it, if any."""
         active = next((a for a in self._speaking if not a.prefilled and a.ready), None)
         # A long queue costs a tick nothing while no slot is free.
         if active is None and self._waiting and (num_free := self._num_free()):
