@@ -49,7 +49,7 @@ from qwen_megakernel.turn import FinishReason, RequestError, Sink, Started, Turn
 log = logging.getLogger(__name__)
 
 LATE_TEXT_S = 0.5
-"""An utterance may hold a slot without text for so many seconds in all, divided by the turns that wait."""
+"""An utterance may hold a slot without text for so long in all, divided by the turns that wait."""
 _SWEEP_S = 1.0
 """Seconds between two looks at turns that cannot run. One that has waited too long for text ends."""
 _DECODER_FAILED = "the decoder has failed; the process must be restarted"
