@@ -184,9 +184,12 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   if constexpr (kHopper) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "n"(kCount) : "memory");
   } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
+    // A count is allowed only for arrivals that do not end the phase. The last arrival is another instruction.
+    if constexpr (kCount > 1)
+      asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.noComplete.shared.b64 state, [%0], %1;\n}" ::"r"(barrier),
+                   "n"(kCount - 1)
+                   : "memory");
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
   }
 }
 // The barrier's phase ends after `bytes` bytes have been copied.
@@ -233,9 +236,11 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
 __device__ __forceinline__ void cp_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
 }
-// Copies 16 bytes with an L2 policy.
-__device__ __forceinline__ void cp_async(uint32_t to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
+// Copies 16 bytes with an L2 policy. Both addresses are kOffset bytes further.
+template <int kOffset>
+__device__ __forceinline__ void cp_async_at(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0+%3], [%1+%3], 16, %2;" ::"r"(to), "l"(from), "l"(policy),
+               "n"(kOffset)
                : "memory");
 }
 // Arrives once at the barrier when all earlier copies of this thread are done.
