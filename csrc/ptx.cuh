@@ -61,12 +61,6 @@ __device__ __forceinline__ char* shared_memory() { return dynamic_shared_memory;
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-__device__ __forceinline__ float load_shared_float(uint32_t address) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
-}
-
 __device__ __forceinline__ float4 load_shared_floats(uint32_t address) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -138,6 +132,11 @@ __device__ __forceinline__ uint32_t high_half(uint64_t x) {
 }
 __device__ __forceinline__ void store_word(uint64_t* p, uint64_t x) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+}
+
+// Stores two neighbouring words. Each is whole, but not both together.
+__device__ __forceinline__ void store_two_words(uint64_t* p, uint64_t a, uint64_t b) {
+  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1,%2};" ::"l"(p), "l"(a), "l"(b) : "memory");
 }
 
 __device__ __forceinline__ void store_half_word(uint32_t* p, uint32_t x) {
