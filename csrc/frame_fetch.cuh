@@ -10,18 +10,18 @@ template <class Form>
 struct FrameFetch : FramePlace {
   RingWriter<typename Form::Ring> ring;
   const FrameParams& p;
-  const ItemRows* attended;     // this CTA's items
-  uint64_t once, kept, normal;  // L2 policies
+  const ItemRows* attended;  // this CTA's items
 
-  // Fetches an item of a product whose weights begin at `from`. The product's first kept_bytes should stay in L2. Each
-  // lane fetches a piece, for the warps that share it.
+  // Fetches an item of a product whose weights begin at `from`. The product's first kept_bytes should stay in L2. A
+  // piece is for the warps that share it.
   template <class Prod>
   __device__ __forceinline__ void one_item(const char* from, int item, int64_t kept_bytes) {
-    from += lane_index() * (Prod::kOwners * Prod::kPieces * Prod::kWarpPieceBytes);
+    constexpr int kStride = Prod::kOwners * Prod::kPieces * Prod::kWarpPieceBytes;
 #pragma unroll 1
     for (int piece = 0; piece < Prod::kPieces; ++piece)
-      ring.push(kWarps / Prod::kOwners, from + item * Prod::kItemBytes + piece * Prod::kWarpPieceBytes,
-                Prod::kPieceBytes, item * Prod::kItemBytes < kept_bytes ? kept : once);
+      ring.template push<kStride, Prod::kPieceBytes>(kWarps / Prod::kOwners,
+                                                     from + item * Prod::kItemBytes + piece * Prod::kWarpPieceBytes,
+                                                     item * Prod::kItemBytes < kept_bytes ? Keep::kKept : Keep::kOnce);
   }
   // Fetches this CTA's items of a product.
   template <class Prod>
@@ -81,19 +81,19 @@ struct FrameFetch : FramePlace {
   __device__ __forceinline__ void attention() {
     if constexpr (is_same<D, T>) keys_and_values();
   }
-  // Each lane fetches for one warp.
+  // A piece is for one warp.
   __device__ __forceinline__ void keys_and_values() {
-    constexpr int kRowBytes = KvTile<T>::kRowBytes;
+    constexpr int kRowBytes = KvTile<T>::kRowBytes, kTileBytes = kTilePositions * kRowBytes;
 #pragma unroll 1
     for (const ItemRows* rows = attended; AttentionItem{rows->bits}.exists(); ++rows) {
-      const int begin = AttentionItem{rows->bits}.begin(), of_lane = lane_index() * kTilePositions;
-      const int first = begin + of_lane;
-      const int64_t at = cache_at<T>(p, layer(), *rows) * 2 + of_lane * kRowBytes;
-      const int bytes = max(0, min(kTilePositions, cached_rows(*rows, first))) * kRowBytes;
-      ring.push(warps_with_rows(cached_rows(*rows, begin)), reinterpret_cast<const char*>(p.k_cache) + at, bytes,
-                normal);
+      const int begin = AttentionItem{rows->bits}.begin(), cached = cached_rows(*rows, begin);
+      const int64_t at = cache_at<T>(p, layer(), *rows) * 2;
+      ring.template push_part<kTileBytes>(warps_with_rows(cached), reinterpret_cast<const char*>(p.k_cache) + at,
+                                          cached * kRowBytes, Keep::kNormal);
       // A tile of values also has room for rows of this launch (complete_values).
-      ring.push(warps_with_rows(used_rows(*rows, begin)), reinterpret_cast<const char*>(p.v_cache) + at, bytes, normal);
+      ring.template push_part<kTileBytes>(warps_with_rows(used_rows(*rows, begin)),
+                                          reinterpret_cast<const char*>(p.v_cache) + at, cached * kRowBytes,
+                                          Keep::kNormal);
     }
   }
   template <class D>
@@ -109,7 +109,7 @@ struct FrameFetch : FramePlace {
 
 template <class Form>
 __device__ __forceinline__ void fetch_frame(const FrameParams& p, typename Form::Ring& ring, const ItemRows* attended) {
-  FrameFetch<Form> fetch{{}, {ring}, p, attended, policy_evict_first(), policy_evict_last(), policy_evict_normal()};
+  FrameFetch<Form> fetch{{}, {ring}, p, attended};
   walk_frame(fetch, p.num_columns, p.prefill);
   if constexpr (kLanesCopy) {  // a warp does not end before its copies
     cp_async_commit();

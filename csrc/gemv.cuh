@@ -10,47 +10,47 @@
 
 namespace qwen_tts {
 
-// The two rows of a finished tile that one thread holds: rows 2 * pair and 2 * pair + 1 of the strip, of one column.
-// Four warps finish a tile. In each warp, lanes 0..7 hold a pair p of each column, and lanes 16..23 the pair p + 4.
-// Lanes 8..15 and 24..31 sum the odd rows for them and hold nothing.
-struct Cell {
-  int entry, column, pair;  // entry: which of the product's tiles
-  bool leads;               // whether this lane holds rows
-  int packet;               // where the pair stands among a strip's packets
-  uint32_t sums;            // shared address of this lane's row in the first warp's tile
+// The four values of a finished tile that a lane has, its quad. One warp finishes a tile. Lane (r, t) = (lane / 4,
+// lane % 4) has rows r and r + 8 of columns 2t and 2t + 1, where the tensor cores leave them.
+__device__ __forceinline__ int quad_row() { return lane_index() >> 2; }
+__device__ __forceinline__ int quad_column() { return 2 * (lane_index() & 3); }
+static_assert(kTileColumns == 8 && kStripRows == 16, "a lane has four values of a tile");
 
-  // Whether this lane holds rows of a stream.
-  __device__ __forceinline__ bool holds(const Context& c) const { return leads && c.uses(column); }
-};
-static_assert(kTileColumns == 8 && kStripRows == 16, "a cell's lanes are those of an 8-column tile");
-
-// The indices of the epilogue, computed before the barrier. After the barrier every step adds to the latency.
-__device__ __forceinline__ Cell epilogue_cell(const float (*partial)[kWarps][kTileFloats]) {
-  const int lane = lane_index(), warp = warp_index();
-  Cell cell;
-  cell.entry = warp >> 2;
-  cell.column = lane & (kTileColumns - 1);
-  cell.pair = (warp & 3) + 4 * (lane >> 4);
-  cell.leads = (lane & kTileColumns) == 0;
-  cell.packet = packet_index(0, cell.pair, cell.column);
-  // No two of a warp's lanes read the same bank.
-  const int row = 2 * cell.pair + (cell.leads ? 0 : 1);
-  const int at = ((row & 7) * 4 + (cell.column >> 1)) * 4 + (row >= 8 ? 2 : 0) + (cell.column & 1);
-  cell.sums = smem_address(&partial[0][0][0]) + 4 * (cell.entry * kWarps * kTileFloats + at);
-  opaque(cell.packet);
-  opaque(cell.sums);
-  return cell;
+// The shared address of this lane's quad in the first warp's part of a tile.
+__device__ __forceinline__ uint32_t quad_address(const float (&tile)[kWarps][kTileFloats]) {
+  return smem_address(&tile[0][0]) + 16 * lane_index();
+}
+// Sums the warps' parts of a lane's quad in the order of the warps: {row r of column 2t, row r of 2t + 1, row r + 8 of
+// 2t, row r + 8 of 2t + 1}. No two lanes read the same bank at once.
+__device__ __forceinline__ float4 sum_quad(uint32_t from) {
+  constexpr int kAtOnce = 4;  // as registers allow
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+  for (int first = 0; first < kWarps; first += kAtOnce) {
+    float4 part[kAtOnce];
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) part[w] = load_shared_floats(from + 4 * (first + w) * kTileFloats);
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) {
+      sum.x += part[w].x;
+      sum.y += part[w].y;
+      sum.z += part[w].z;
+      sum.w += part[w].w;
+    }
+  }
+  return sum;
 }
 
-// Each lane sums one row.
-__device__ __forceinline__ float2 sum_rows(const Cell& cell) {
-  float part[kWarps], sum = 0.f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) part[w] = load_shared_float(cell.sums + 4 * w * kTileFloats);
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += part[w];
-  return make_float2(sum, __shfl_down_sync(~0u, sum, kTileColumns));
+// Two lanes of neighbouring rows exchange values. Then each has rows 2 * word_pair() and the next of word_column().
+__device__ __forceinline__ int word_column() { return quad_column() + (quad_row() & 1); }
+__device__ __forceinline__ int word_pair() { return quad_row() >> 1; }
+__device__ __forceinline__ float2 word_rows(float even, float odd) {  // of columns 2t and 2t + 1
+  const bool upper = quad_row() & 1;
+  const float other = __shfl_xor_sync(~0u, upper ? even : odd, 4);
+  return upper ? make_float2(other, odd) : make_float2(even, other);
 }
+// The index of a lane's first packet among those of a strip. The next packet has the rows that are eight further.
+__device__ __forceinline__ int word_packets() { return packet_index(0, word_pair(), word_column()); }
 
 // A quarter of the sum of squares of a column, in the tile of columns that begins at `first`. The four lanes of a
 // column have a quarter each, and rms_scale adds them.
@@ -140,7 +140,7 @@ __device__ __forceinline__ int multiply_group(Context& c, int& item, uint4 (&a)[
 // at each use, to save registers.
 //   fragments(split, first, f): fills f[kHeld] with the B operand of this warp's part of k, from
 //     chunk `first` of that part. A CTA without items does not call it.
-//   finish(strip, split, cell, rows, packets, squares): takes two finished rows. Whole warps call it together.
+//   finish(strip, split, quad, packets, squares): takes a lane's values (sum_quad). Whole warps call it together.
 //     `packets` is the exchange memory. `squares` is this lane's part of the sum of squares, if kNorm names a norm.
 // With kAhead, a warp loads the weights of one or two items from the ring before it waits for the operand, and further
 // weights while it multiplies. This shortens the time from the operand's arrival to the results. Partial sums are in
@@ -167,16 +167,19 @@ __device__ __forceinline__ void gemv(Context& c, Fragments&& fragments, Finish&&
     } else {
       n = multiply_group<Prod, Tiles>(c, item, a[0], f, fragments);
     }
-    const Cell cell = epilogue_cell(c.scratch.partial + Tiles::kFirst);
+    // Each of the first warps finishes an item. The address is computed before the barrier, because after it every step
+    // adds to the latency.
+    const int entry = warp_index();
+    uint32_t sums = quad_address(c.scratch.partial[Tiles::kFirst]) + 4 * kWarps * kTileFloats * entry;
+    opaque(sums);
     sync_compute();
-    if (cell.entry < n) {
+    if (entry < n) {
       uint64_t* const packets = c.p.packets;
       float squares = 0.f;
       if constexpr (kNorm >= 0) squares = squares_part(c.scratch, kNorm);
-      const float2 rows = sum_rows(cell);
-      const int finished = first + cell.entry * gridDim.x;
+      const int finished = first + entry * gridDim.x;
       const int split = Prod::kSplit > 1 ? finished / Prod::kStrips : 0;
-      finish(finished - split * Prod::kStrips, split, cell, rows, packets, squares);
+      finish(finished - split * Prod::kStrips, split, sum_quad(sums), packets, squares);
     }
     if (item >= Prod::kItems) break;
     if (Prod::kItemsAhead == 2) load_first();

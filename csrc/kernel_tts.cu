@@ -24,8 +24,9 @@ template <class Form>
 struct Shared {
   typename Form::Ring ring;
   // A copy of the kernel's parameters, to save registers. The compiler reads this copy again after each wait. It would
-  // keep addresses computed from the constant parameters over waits, and spill them.
-  FrameParams params;
+  // keep addresses computed from the constant parameters over waits, and spill them. The copy ends with the last stream
+  // that the kernel can have.
+  alignas(16) char params[param_bytes(Form::Scratch::kColumns)];
   typename Form::Scratch scratch;
 };
 static_assert(max_of(sizeof(Shared<NarrowForm>), sizeof(Shared<WideForm>)) <= kSharedBytes,
@@ -42,22 +43,23 @@ __device__ __forceinline__ void run_frame(const FrameParams& p) {
   Shared<Form>& sh = *reinterpret_cast<Shared<Form>*>(shared_memory());
   if (block_index() == p.withheld_cta) return;
   sh.ring.init();
-  static_assert(sizeof(FrameParams) % 4 == 0, "words are copied");
-  for (int i = threadIdx.x; i < int(sizeof(FrameParams) / 4); i += kAllThreads)
-    reinterpret_cast<uint32_t*>(&sh.params)[i] = reinterpret_cast<const uint32_t*>(&p)[i];
+  static_assert(sizeof(sh.params) % 4 == 0, "words are copied");
+  for (int i = threadIdx.x; i < int(sizeof(sh.params) / 4); i += kAllThreads)
+    reinterpret_cast<uint32_t*>(sh.params)[i] = reinterpret_cast<const uint32_t*>(&p)[i];
+  const FrameParams& params = *reinterpret_cast<const FrameParams*>(sh.params);
   __syncthreads();
-  if (threadIdx.x < kThreads) list_items<T>(sh.params, sh.scratch);
+  if (threadIdx.x < kThreads) list_items<T>(params, sh.scratch);
   __syncthreads();
   if (threadIdx.x < kThreads) {
     take_registers<112>();
     if constexpr (Form::kWide) {
-      compute_wide_frame(sh.params, sh.scratch, sh.ring);
+      compute_wide_frame(params, sh.scratch, sh.ring);
     } else {
-      compute_frame(sh.params, sh.scratch, sh.ring);
+      compute_frame(params, sh.scratch, sh.ring);
     }
   } else {
     give_registers<32>();
-    if (threadIdx.x < kThreads + 32) fetch_frame<Form>(p, sh.ring, sh.scratch.items);
+    if (threadIdx.x < kThreads + 32 * kFetchers) fetch_frame<Form>(p, sh.ring, sh.scratch.items);
   }
 }
 

@@ -50,13 +50,14 @@ __device__ __forceinline__ void qkv(Context& c, Residual<D>& r, FirstPosition&& 
         if (c.layer() > 0) r.template add_deltas<Products<D>::Down::kSplit>(c, c.p.packets + L::kDeltaDown, c.tag - 1);
         normed_fragments<D>(c, r, 0, f);
       },
-      [&](int strip, int /*split*/, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
-        const float scale = rms_scale<D>(squares);
-        if (!cell.holds(c)) return;
-        publish_at(c,
-                   packets + (first_position() ? L::kFirstPositionQkv : L::kQkv) + strip * kStripPackets + cell.packet,
-                   rows.x * scale, rows.y * scale, strip * kStripRows + 2 * cell.pair, cell.column,
-                   first_position() ? kFirstPositionDelay : 0);
+      [&](int strip, int /*split*/, const float4& quad, uint64_t* packets, float squares) {
+        const float2 scale = quad_scale<D>(squares);
+        const float2 low = word_rows(quad.x * scale.x, quad.y * scale.y);
+        const float2 high = word_rows(quad.z * scale.x, quad.w * scale.y);
+        if (!c.uses(word_column())) return;
+        publish_two(
+            c, packets + (first_position() ? L::kFirstPositionQkv : L::kQkv) + strip * kStripPackets + word_packets(),
+            low, high, strip * kStripRows + 2 * word_pair(), word_column(), first_position() ? kFirstPositionDelay : 0);
       });
 }
 
@@ -68,11 +69,13 @@ __device__ __forceinline__ void deltas(Context& c, int64_t input, int64_t output
       [&](int split, int first_chunk, uint2(&f)[Prod::kHeld]) {
         wait_fragments<Prod>(c, c.p.packets + input, split, first_chunk, c.tag - 1, phase, f);
       },
-      [&](int strip, int split, const Cell& cell, float2 rows, uint64_t* packets, float /*squares*/) {
-        if (!cell.holds(c)) return;
-        publish_at(
-            c, packets + output + split * vector_packets(PacketLayout::kHidden) + strip * kStripPackets + cell.packet,
-            rows.x, rows.y, split * D::kHidden + strip * kStripRows + 2 * cell.pair, cell.column);
+      [&](int strip, int split, const float4& quad, uint64_t* packets, float /*squares*/) {
+        const float2 low = word_rows(quad.x, quad.y), high = word_rows(quad.z, quad.w);
+        if (!c.uses(word_column())) return;
+        publish_two(
+            c,
+            packets + output + split * vector_packets(PacketLayout::kHidden) + strip * kStripPackets + word_packets(),
+            low, high, split * D::kHidden + strip * kStripRows + 2 * word_pair(), word_column());
       });
 }
 
@@ -96,17 +99,17 @@ __device__ __forceinline__ void gate_up(Context& c, Residual<D>& r) {
         r.template add_deltas<Products<D>::Out::kSplit>(c, c.p.packets + L::kDeltaO, c.tag - 1);
         normed_fragments<D>(c, r, 1, f);
       },
-      [&](int strip, int /*split*/, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
+      [&](int strip, int /*split*/, const float4& quad, uint64_t* packets, float squares) {
         // Rows 0..7 of a strip are gates. Rows 8..15 are the ups of the same eight. So two strips make one strip of the
         // vector.
-        const float up_low = __shfl_down_sync(~0u, rows.x, 16), up_high = __shfl_down_sync(~0u, rows.y, 16);
-        const float scale = rms_scale<D>(squares);
-        if (cell.pair >= 4 || !cell.holds(c)) return;
-        const float low = rows.x * scale, high = rows.y * scale;
+        const float2 scale = quad_scale<D>(squares);
+        const float2 inner =
+            word_rows(silu(quad.x * scale.x) * (quad.z * scale.x), silu(quad.y * scale.y) * (quad.w * scale.y));
+        if (!c.uses(word_column())) return;
         const int at =
-            strip / 2 * kStripPackets + 8 * cell.column + 4 * (strip % 2) + cell.pair;  // see weight_packing.py
-        publish_at(c, packets + L::kMlpInner + at, silu(low) * (up_low * scale), silu(high) * (up_high * scale),
-                   strip * (kStripRows / 2) + 2 * cell.pair, cell.column);
+            strip / 2 * kStripPackets + 8 * word_column() + 4 * (strip % 2) + word_pair();  // see weight_packing.py
+        publish_at(c, packets + L::kMlpInner + at, inner.x, inner.y, strip * (kStripRows / 2) + 2 * word_pair(),
+                   word_column());
       });
 }
 

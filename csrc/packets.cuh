@@ -154,6 +154,24 @@ __device__ __forceinline__ void publish_at(const Context& c, uint64_t* to, float
   }
 }
 
+// The same for two neighbouring packets: rows dump_row and the next, and those that are eight rows further.
+template <class Context>
+__device__ __forceinline__ void publish_two(const Context& c, uint64_t* to, float2 low, float2 high, int dump_row,
+                                            int column, int later = 0) {
+  const uint64_t tagged = uint64_t(c.tag + later) << 32;
+  const uint32_t a = pack_bf16(low.x, low.y), b = pack_bf16(high.x, high.y);
+  store_two_words(to, tagged | a, tagged | b);
+  if (c.dumps()) {
+    float* at =
+        c.p.dump_exchanges + (((c.tag - c.p.epoch) * PacketLayout::kDumpRows + dump_row) * kMaxColumns + column);
+    const float2 first = unpack_bf16(a), second = unpack_bf16(b);
+    at[0] = first.x;
+    at[kMaxColumns] = first.y;
+    at[8 * kMaxColumns] = second.x;
+    at[9 * kMaxColumns] = second.y;
+  }
+}
+
 // Publishes rows `row`, which is even, and row + 1 of a vector.
 template <class Context>
 __device__ __forceinline__ void publish_pair(const Context& c, uint64_t* vector, int row, int column, float low,

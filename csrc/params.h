@@ -42,7 +42,6 @@ struct FrameParams {
   int num_columns;
   int prefill;     // 1: run only the talker's layers, to fill the KV cache; the input rows are text_rows
   uint32_t epoch;  // the tag of this launch's first exchange (packets.cuh)
-  Stream streams[kMaxColumns];
 
   // Weights in mma A-fragment order (decoding/weight_packing.py). A layer has the items of QKV, O, gate-up and down.
   const char* talker_layers;
@@ -86,6 +85,8 @@ struct FrameParams {
   int* watchdog;         // host-mapped: {state, cta, phase, exchange}
   unsigned max_spins;    // polls after which a wait is an error
   int withheld_cta;      // a CTA that does nothing, to test the watchdog, or -1
+
+  Stream streams[kMaxColumns];  // last, because a CTA copies only as many as its kernel has columns
 };
 
 }  // namespace qwen_tts

@@ -16,12 +16,14 @@ __device__ __forceinline__ void project_hidden(Context& c, const Residual<T>& hi
         for (int j = 0; j < Projection::kHeld; ++j)
           f[j] = make_uint2(pack_bf16(hidden.x[j][0], hidden.x[j][1]), pack_bf16(hidden.x[j][2], hidden.x[j][3]));
       },
-      [&](int strip, int /*split*/, const Cell& cell, float2 rows, uint64_t* /*packets*/, float /*squares*/) {
-        if (!cell.holds(c)) return;
-        const float2 b =
-            unpack_bf16(reinterpret_cast<const uint32_t*>(p.projection_bias)[strip * (kStripRows / 2) + cell.pair]);
-        publish_at(c, projected + strip * kStripPackets + cell.packet, rows.x + b.x, rows.y + b.y,
-                   strip * kStripRows + 2 * cell.pair, cell.column);
+      [&](int strip, int /*split*/, const float4& quad, uint64_t* /*packets*/, float /*squares*/) {
+        const __nv_bfloat16* const bias = p.projection_bias + strip * kStripRows + quad_row();
+        const float of_row = __bfloat162float(bias[0]), further = __bfloat162float(bias[8]);
+        const float2 low = word_rows(quad.x + of_row, quad.y + of_row);
+        const float2 high = word_rows(quad.z + further, quad.w + further);
+        if (!c.uses(word_column())) return;
+        publish_two(c, projected + strip * kStripPackets + word_packets(), low, high,
+                    strip * kStripRows + 2 * word_pair(), word_column());
       });
   row.clear();
   row.template add_deltas<1>(c, projected, c.tag);

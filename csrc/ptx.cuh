@@ -61,12 +61,6 @@ __device__ __forceinline__ char* shared_memory() { return dynamic_shared_memory;
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-__device__ __forceinline__ float load_shared_float(uint32_t address) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
-}
-
 __device__ __forceinline__ float4 load_shared_floats(uint32_t address) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -140,6 +134,11 @@ __device__ __forceinline__ void store_word(uint64_t* p, uint64_t x) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
 
+// Stores two neighbouring words. Each is whole, but not both together.
+__device__ __forceinline__ void store_two_words(uint64_t* p, uint64_t a, uint64_t b) {
+  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1,%2};" ::"l"(p), "l"(a), "l"(b) : "memory");
+}
+
 __device__ __forceinline__ void store_half_word(uint32_t* p, uint32_t x) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
@@ -184,9 +183,12 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   if constexpr (kHopper) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "n"(kCount) : "memory");
   } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
+    // A count is allowed only for arrivals that do not end the phase. The last arrival is another instruction.
+    if constexpr (kCount > 1)
+      asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.noComplete.shared.b64 state, [%0], %1;\n}" ::"r"(barrier),
+                   "n"(kCount - 1)
+                   : "memory");
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
   }
 }
 // The barrier's phase ends after `bytes` bytes have been copied.
@@ -233,9 +235,11 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
 __device__ __forceinline__ void cp_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
 }
-// Copies 16 bytes with an L2 policy.
-__device__ __forceinline__ void cp_async(uint32_t to, const void* from, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
+// Copies 16 bytes with an L2 policy. Both addresses are kOffset bytes further.
+template <int kOffset>
+__device__ __forceinline__ void cp_async_at(uint32_t to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0+%3], [%1+%3], 16, %2;" ::"r"(to), "l"(from), "l"(policy),
+               "n"(kOffset)
                : "memory");
 }
 // Arrives once at the barrier when all earlier copies of this thread are done.

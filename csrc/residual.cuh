@@ -91,13 +91,19 @@ __device__ __forceinline__ void normed_fragments(Context& c, const Residual<D>& 
   store_squares(c.scratch, squares_at, 0, f);
 }
 
-// 1 / rms of the column whose rows a lane finishes (Cell). `squares` is the result of squares_part. Whole warps call
-// it.
+// 1 / rms of column lane % 8. `squares` is the result of squares_part. Whole warps call it.
 template <class D>
 __device__ __forceinline__ float rms_scale(float squares) {
   squares += __shfl_xor_sync(~0u, squares, kTileColumns);
   squares += __shfl_xor_sync(~0u, squares, 2 * kTileColumns);
   return rsqrtf(squares * (1.f / D::kHidden) + D::kEps);
+}
+
+// The same for the two columns of a lane's quad.
+template <class D>
+__device__ __forceinline__ float2 quad_scale(float squares) {
+  const float scale = rms_scale<D>(squares);
+  return make_float2(__shfl_sync(~0u, scale, quad_column()), __shfl_sync(~0u, scale, quad_column() + 1));
 }
 
 }  // namespace qwen_tts

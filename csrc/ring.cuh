@@ -1,10 +1,11 @@
-// The weight ring. One warp of the CTA fetches weights, keys and values for the sixteen others. It never stops at a
-// dependency, so the memory system stays busy while those wait for packets.
+// The weight ring. One warp of the CTA fetches weights, keys and values for the sixteen that compute. It never stops at
+// a dependency, so the memory system stays busy while those wait for packets.
 //
 // The ring has kSlots slots of kSlotBytes. A piece is one copy by the bulk copy engine and takes one slot. A copy costs
 // the fetching warp some fifty cycles whatever its size, so a piece serves as many warps as fill a slot, its owners.
-// Before Hopper there is no such engine: the fetching warp's lanes copy a piece together, 16 bytes each at a time. A
-// piece holds mma A fragments of one 16-row strip for a few 16-wide chunks of k: 512 bytes a chunk, lane by lane 16
+// Before Hopper there is no such engine. Four warps fetch there, and the lanes of each copy a piece together.
+//
+// A piece holds mma A fragments of one 16-row strip for a few 16-wide chunks of k: 512 bytes a chunk, lane by lane 16
 // bytes, so a lane's load is its operand. Or it holds one warp's rows of keys or values (kv_tile.cuh). All warps know
 // the order of all pieces: each reads its own and steps over those of others. Each slot has two mbarriers: one says
 // that a piece has arrived, the other that its owners have read it.
@@ -34,6 +35,10 @@ constexpr int kReaders = kRacecheck ? 32 : 1;
 // Whether the lanes copy a piece together. Each lane then arrives when its part has been copied.
 constexpr bool kLanesCopy = !kHopper && !kRacecheck;
 constexpr int kFillers = kLanesCopy ? 32 : 1;
+// Warps that fetch. A warp takes longer to copy a piece by its lanes than memory does, so each scheduler of the SM has
+// a fetching warp. A slot always has the same one, which keeps the order of its pieces.
+constexpr int kFetchers = kLanesCopy ? 4 : 1;
+__device__ __forceinline__ bool owns_slot(int slot) { return slot % kFetchers == warp_index() - kWarps; }
 
 // The round in which each slot was filled last. A warp reads only some of a slot's pieces, so it can be more than one
 // piece ahead of the slot. The parity of a barrier cannot tell that.
@@ -98,6 +103,12 @@ struct RingPlace {
         ++round;
       }
   }
+  __device__ __forceinline__ void step() {
+    if (++slot == kSlots) {
+      slot = 0;
+      ++round;
+    }
+  }
   // `pieces` further, at most kWarps.
   __device__ __forceinline__ RingPlace after(int pieces) const {
     RingPlace place = *this;
@@ -129,23 +140,61 @@ struct RingReader {
   __device__ __forceinline__ void release(const Place& place, uint32_t loaded) {
     const uint32_t nothing = loaded & uint32_t(int(place.round) >> 31);
     __syncwarp();
-    // Before Hopper an arrival has no count, and as many lanes arrive.
-    constexpr int kCount = kMaxOwners / kOwners, kLanes = kLanesCopy ? kCount : kReaders;
-    if (lane_index() < kLanes) mbarrier_arrive<kLanesCopy ? 1 : kCount>(smem_address(&sh.empty[place.slot]) + nothing);
+    if (lane_index() < kReaders) mbarrier_arrive<kMaxOwners / kOwners>(smem_address(&sh.empty[place.slot]) + nothing);
   }
 };
 
-// The fetching warp's side: its lanes fetch pieces side by side, or together one after the other.
+// How long L2 should keep the fetched bytes.
+enum class Keep { kOnce, kKept, kNormal };
+
+__device__ __forceinline__ uint64_t keep_policy(Keep keep) {
+  return keep == Keep::kKept ? policy_evict_last() : keep == Keep::kOnce ? policy_evict_first() : policy_evict_normal();
+}
+
+// A fetching warp's side. Its lanes fetch pieces side by side, or copy each piece together.
 template <class Shared>
 struct RingWriter {
   using Place = RingPlace<Shared::kSlots>;
   Shared& sh;
   Place next;
 
-  // Fetches the next `count` pieces, at most kWarps, one for each lane. Lane i has the i-th of them: `bytes` bytes from
-  // `from` on.
-  __device__ __forceinline__ void push(int count, const char* from, int bytes, uint64_t policy) {
-    if constexpr (kLanesCopy) return push_together(count, from, bytes, policy);
+  // Fetches the next `count` pieces, at most kWarps. Piece i is the kBytes bytes from from + i * kStride on.
+  template <int kStride, int kBytes>
+  __device__ __forceinline__ void push(int count, const char* from, Keep keep) {
+    push_some<kStride, kBytes, true>(count, from, 0, keep);
+  }
+  // The same for pieces that follow each other and have `bytes` bytes together, which may be less than the pieces hold.
+  template <int kStride>
+  __device__ __forceinline__ void push_part(int count, const char* from, int bytes, Keep keep) {
+    push_some<kStride, kStride, false>(count, from, bytes, keep);
+  }
+
+ private:
+  // Pieces that are fetched side by side. No two of them may share a slot: a barrier's parity tells only whether the
+  // last piece of the slot has been read, not the piece before it.
+  static constexpr int kAtOnce = Shared::kSlots >= kWarps ? kWarps : kWarps / 2;
+  static_assert(Shared::kSlots >= kAtOnce, "more pieces at once than slots");
+
+  template <int kStride, int kBytes, bool kWhole>
+  __device__ __forceinline__ void push_some(int count, const char* from, int total, Keep keep) {
+    if constexpr (kLanesCopy) {
+      // Each policy has a loop of its own, in which it is a constant.
+      if (!kWhole) {
+        push_together<kStride, kBytes, kWhole, Keep::kNormal>(count, from, total);
+      } else if (keep == Keep::kKept) {
+        push_together<kStride, kBytes, kWhole, Keep::kKept>(count, from, total);
+      } else {
+        push_together<kStride, kBytes, kWhole, Keep::kOnce>(count, from, total);
+      }
+    } else {
+      const int of_lane = lane_index() * kStride;
+      const int bytes = kWhole ? kBytes : max(0, min(kBytes, total - of_lane));
+      push_side_by_side(count, from + of_lane, bytes, keep_policy(keep));
+    }
+  }
+
+  // Lane i fetches piece i: `bytes` bytes from `from` on.
+  __device__ __forceinline__ void push_side_by_side(int count, const char* from, int bytes, uint64_t policy) {
     const Place place = next.after(lane_index() & (kWarps - 1));
     const uint32_t empty = smem_address(&sh.empty[place.slot]);
 #pragma unroll
@@ -163,31 +212,33 @@ struct RingWriter {
     next.skip(count);
   }
 
- private:
-  // Pieces that are fetched side by side. No two of them may share a slot: a barrier's parity tells only whether the
-  // last piece of the slot has been read, not the piece before it.
-  static constexpr int kAtOnce = Shared::kSlots >= kWarps ? kWarps : kWarps / 2;
-  static_assert(Shared::kSlots >= kAtOnce, "more pieces at once than slots");
-
-  __device__ __forceinline__ void push_together(int count, const char* from, int bytes, uint64_t policy) {
-    constexpr int kRowBytes = 32 * 16;
+  // The lanes copy a piece together, in rows of 16 bytes a lane. A fetching warp steps over the slots of the others.
+  template <int kStride, int kBytes, bool kWhole, Keep kKeep>
+  __device__ __forceinline__ void push_together(int count, const char* from, int total) {
     const int within = 16 * lane_index();
+    from += within;
+    total -= within;
 #pragma unroll 1
-    for (int piece = 0; piece < count; ++piece) {
-      const char* const source = lane_pointer(from, piece) + within;
-      const int last = __shfl_sync(~0u, bytes, piece) - within;
-      const uint32_t to = smem_address(sh.data[next.slot]) + within, full = smem_address(&sh.full[next.slot]);
-      mbarrier_wait(smem_address(&sh.empty[next.slot]), (next.round & 1) ^ 1);
-      if (lane_index() == 0) sh.filled.set(next.slot, next.round);
-#pragma unroll
-      for (int row = 0; row < kSlotBytes; row += kRowBytes)
-        if (row < last) cp_async(to + row, source + row, policy);
-      cp_async_arrive(full);
-      next.skip(1);
+    for (; count > 0; --count) {
+      if (__all_sync(~0u, owns_slot(next.slot))) {  // the vote tells the compiler that all lanes agree
+        mbarrier_wait(smem_address(&sh.empty[next.slot]), (next.round & 1) ^ 1);
+        if (lane_index() == 0) sh.filled.set(next.slot, next.round);
+        copy_rows<kBytes, kWhole, 0>(smem_address(sh.data[next.slot]) + within, from, total, keep_policy(kKeep));
+        cp_async_arrive(smem_address(&sh.full[next.slot]));
+      }
+      next.step();
+      from += kStride;
+      total -= kStride;
     }
   }
-  static __device__ __forceinline__ const char* lane_pointer(const char* p, int lane) {
-    return reinterpret_cast<const char*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(p), lane));
+  template <int kBytes, bool kWhole, int kFrom>
+  __device__ __forceinline__ void copy_rows(uint32_t to, const char* from, int total, uint64_t policy) {
+    constexpr int kRowBytes = 32 * 16;
+    if constexpr (kFrom < kBytes) {
+      const bool partly = kBytes - kFrom < kRowBytes && 16 * lane_index() >= kBytes - kFrom;
+      if ((kWhole || kFrom < total) && !partly) cp_async_at<kFrom>(to, from, policy);
+      copy_rows<kBytes, kWhole, kFrom + kRowBytes>(to, from, total, policy);
+    }
   }
 
   static __device__ __forceinline__ void fill(char* to, const char* from, int bytes, uint64_t* full, uint64_t policy) {

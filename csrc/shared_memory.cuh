@@ -55,8 +55,12 @@ struct SamplerShared {
 #ifndef QWEN_TTS_RING_SLOTS  // geometry.h defines it if `tune` found a better number for this GPU
 #define QWEN_TTS_RING_SLOTS 22
 #endif
-__device__ constexpr int most_ring_slots(int scratch_bytes) {
-  return ring_slots(kSharedBytes - scratch_bytes - int(sizeof(FrameParams)));
+// The size of a CTA's copy of the parameters, which has the streams of `columns` columns.
+__device__ constexpr int param_bytes(int columns) {
+  return int(offsetof(FrameParams, streams) + columns * sizeof(Stream));
+}
+__device__ constexpr int most_ring_slots(int columns, int scratch_bytes) {
+  return ring_slots(kSharedBytes - scratch_bytes - param_bytes(columns));
 }
 
 // The two kernels. A narrow frame has up to kTileColumns streams, in one tile of columns. Its exchanges are packets,
@@ -67,7 +71,7 @@ template <bool kWide_, int kColumns, int kTiles>
 struct Form {
   static constexpr bool kWide = kWide_;
   using Scratch = ScratchOf<kColumns, kTiles>;
-  static constexpr int kMostSlots = most_ring_slots(sizeof(Scratch));
+  static constexpr int kMostSlots = most_ring_slots(kColumns, sizeof(Scratch));
   static constexpr int kSlots = min_of(QWEN_TTS_RING_SLOTS, kMostSlots);
   using Ring = RingShared<kSlots>;
   static_assert(kSlots >= kWarps / 2, "the ring must hold an item of most products");

@@ -100,14 +100,19 @@ __device__ __forceinline__ void head_logits(Context& c, Residual<D>& r, First&& 
         r.template add_deltas<Products<D>::Down::kSplit>(c, c.p.packets + PacketLayout::kDeltaDown, c.tag - 1);
         normed_fragments<D>(c, r, 1, f);
       },
-      [&](int strip, int /*split*/, const Cell& cell, float2 rows, uint64_t* packets, float squares) {
-        const int stream = cell.column - first();
-        const float scale = rms_scale<D>(squares);
-        if (stream < 0 || !cell.holds(c)) return;
-        uint64_t* to =
-            packets + PacketLayout::kLogits + stream * PacketLayout::kVocab + strip * kStripRows + 2 * cell.pair;
-        store_packet(to, __float_as_uint(rows.x * scale), c.tag);
-        store_packet(to + 1, __float_as_uint(rows.y * scale), c.tag);
+      [&](int strip, int /*split*/, const float4& quad, uint64_t* packets, float squares) {
+        const float2 scale = quad_scale<D>(squares);
+        const int stream = quad_column() - first();
+        uint64_t* const to =
+            packets + PacketLayout::kLogits + stream * PacketLayout::kVocab + strip * kStripRows + quad_row();
+        if (stream >= 0 && c.uses(quad_column())) {
+          store_packet(to, __float_as_uint(quad.x * scale.x), c.tag);
+          store_packet(to + 8, __float_as_uint(quad.z * scale.x), c.tag);
+        }
+        if (stream + 1 >= 0 && c.uses(quad_column() + 1)) {
+          store_packet(to + PacketLayout::kVocab, __float_as_uint(quad.y * scale.y), c.tag);
+          store_packet(to + PacketLayout::kVocab + 8, __float_as_uint(quad.w * scale.y), c.tag);
+        }
       });
 }
 

@@ -1,6 +1,6 @@
 // Products of a wide frame: the same weights as in gemv.cuh, for up to four tiles of eight columns. A CTA reads each
 // weight once and computes only the tiles in use. One barrier covers the partial sums of all tiles of an item. After it
-// each warp finishes a quarter of a tile.
+// four warps finish the item, a tile each. The others go on with the next item.
 //
 // The order of all sums is that of gemv.cuh: each warp takes the same part of k in the same two chains, and the warps'
 // parts are added in the order of the warps.
@@ -75,8 +75,8 @@ struct DenseOperand {
   }
 };
 
-// The row of a finished strip that a lane sums, for one column. A warp finishes a quarter of a strip. The pairs of rows
-// have the same lanes as in the narrow frame's Cell.
+// The row of a fed strip that a lane has, for one column. A warp has a quarter of a strip: lanes 0..7 the even row of a
+// pair for each column, lanes 8..15 its odd row, and lanes 16..31 those of the pair that is eight rows further.
 struct WideCell {
   int column, pair;
   bool leads;  // whether this lane has the even row of its pair
@@ -88,17 +88,9 @@ __device__ __forceinline__ WideCell wide_cell(int quarter) {
   return {lane & (kTileColumns - 1), quarter + 4 * (lane >> 4), (lane & kTileColumns) == 0};
 }
 
-// Sums the warps' parts of a lane's row, from a tile of partial sums. No two lanes read the same bank.
-__device__ __forceinline__ float sum_row(const WideContext& c, int tile, const WideCell& cell) {
-  const int row = cell.row();
-  const int at = ((row & 7) * 4 + (cell.column >> 1)) * 4 + (row >= 8 ? 2 : 0) + (cell.column & 1);
-  const uint32_t from = smem_address(&c.scratch.partial[tile][0][0]) + 4 * at;
-  float part[kWarps], sum = 0.f;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) part[w] = load_shared_float(from + 4 * w * kTileFloats);
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) sum += part[w];
-  return sum;
+// Sums a tile of partial sums.
+__device__ __forceinline__ float4 sum_quad(const WideContext& c, int tile) {
+  return sum_quad(quad_address(c.scratch.partial[tile]));
 }
 
 // Starts the loads of the first tiles of a part of k.
@@ -140,20 +132,16 @@ struct Handed {
   uint64_t packet;
 
   __device__ __forceinline__ float value() const { return __uint_as_float(uint32_t(packet)); }
-  __device__ __forceinline__ void set(float x) { packet = packet & ~uint64_t(0xffffffffu) | __float_as_uint(x); }
 };
 
-// A warp finishes a quarter of a strip, for one tile of columns.
+// A warp feeds a quarter of a strip, for one tile of columns.
 __device__ __forceinline__ int finished_tile() { return warp_index() >> 2; }
 __device__ __forceinline__ WideCell finished_cell() { return wide_cell(warp_index() & 3); }
-__device__ __forceinline__ float finished_row(const WideContext& c, int set) {
-  return sum_row(c, set * kMaxColumnTiles + finished_tile(), finished_cell());
-}
 
 // Computes this CTA's strips of a product whose k is not cut: strip block_index() and each gridDim.x-th after it.
 //   x: a DenseOperand
-//   finish(strip, tile, cell, row, scale): takes a lane's finished row. Whole warps call it together. `scale` is
-//     1 / rms of the column if kNorm names a norm, otherwise 1.
+//   finish(strip, tile, quad, scale): takes a lane's values (sum_quad). Whole warps call it together. `scale` is
+//     1 / rms of its two columns if kNorm names a norm, otherwise 1.
 // If registers can hold the operand of all tiles, it is read once. Otherwise it is read once for each item.
 template <class D, class Prod, int kNorm, class Operand, class Finish>
 __device__ __forceinline__ void wide_gemv(WideContext& c, Operand&& x, Finish&& finish) {
@@ -163,7 +151,7 @@ __device__ __forceinline__ void wide_gemv(WideContext& c, Operand&& x, Finish&& 
   const int tiles = column_tiles(c.p);
   uint2 held[kHoldsOperand ? kMaxColumnTiles : 1][Prod::kHeld];
   uint4 a[Prod::kHeld];
-  int strip = block_index(), set = 0;
+  int strip = block_index(), set = 0, turn = 0;
   load_weights<Prod>(c.ring, a);
   auto take = [&](int tile, const uint2(&f)[Prod::kHeld]) {
     if (kNorm >= 0 && strip == block_index()) store_squares(c.scratch, max(kNorm, 0), tile * kTileColumns, f);
@@ -192,11 +180,14 @@ __device__ __forceinline__ void wide_gemv(WideContext& c, Operand&& x, Finish&& 
     if (next < Prod::kStrips) load_weights<Prod>(c.ring, a);
     if (!kHoldsOperand && next < Prod::kStrips) ask_first(x, tiles, 0);
     sync_compute();
-    if (finished_tile() < tiles) {
-      float scale = 1.f;
-      if constexpr (kNorm >= 0) scale = rms_scale<D>(squares_part(c.scratch, kNorm, finished_tile() * kTileColumns));
-      finish(strip, finished_tile(), finished_cell(), finished_row(c, set), scale);
+    // Four warps, one on each scheduler, finish an item, a tile each. The next four finish the next item.
+    const int tile = warp_index() & 3;
+    if (warp_index() >> 2 == turn && tile < tiles) {
+      float2 scale = make_float2(1.f, 1.f);
+      if constexpr (kNorm >= 0) scale = quad_scale<D>(squares_part(c.scratch, kNorm, tile * kTileColumns));
+      finish(strip, tile, sum_quad(c, set * kMaxColumnTiles + tile), scale);
     }
+    turn = (turn + 1) & (kWarps / 4 - 1);
     strip = next;
     if (strip >= Prod::kStrips) return;
     if constexpr (kSets == 1) sync_compute();  // the sums have been read
@@ -205,13 +196,12 @@ __device__ __forceinline__ void wide_gemv(WideContext& c, Operand&& x, Finish&& 
 }
 
 // Computes this CTA's strips of a product that adds to the residual: strip `first_strip` and each gridDim.x-th after
-// it, with all parts of k.
-//   before(strip, tile, cell): starts the load of the residual to which a lane's row is added, and returns it
-//   add(strip, tile, cell, part, row, residual): adds one part of k of a lane's row to the residual. Whole warps call
-//     it together.
-//   finish(strip, tile, cell, residual): takes the sum.
-template <class Prod, class Operand, class Before, class Add, class Finish>
-__device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operand&& x, Before&& before, Add&& add,
+// it, with all parts of k. The first warps finish a tile each.
+//   ask(strip, tile): starts the load of the residual to which a lane's values are added
+//   add(strip, tile, part, quad): adds one part of k of a lane's values (sum_quad). Whole warps call it together.
+//   finish(strip, tile): takes the sum.
+template <class Prod, class Operand, class Ask, class Add, class Finish>
+__device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operand&& x, Ask&& ask, Add&& add,
                                          Finish&& finish) {
   constexpr int kParts = Prod::kSplit;
   constexpr bool kHoldsAll = Prod::kHeld == Prod::kChunks;
@@ -222,10 +212,9 @@ __device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operan
     uint4 a[Prod::kHeld];
     load_weights<Prod>(c.ring, a);
     ask_first(x, tiles, 0);
-    const bool finishes = finished_tile() < tiles;
-    Handed residual{};
-    if (finishes) residual = before(strip, finished_tile(), finished_cell());
     sync_compute();  // the tiles of partial sums are free
+    const int own = warp_index();
+    const bool finishes = own < tiles;
     if constexpr (kHoldsAll) {
 #pragma unroll 1
       for (int part = 0; part < kParts; ++part) {
@@ -233,13 +222,25 @@ __device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operan
         for_tiles<Prod, kAsked>(x, tiles, part, 0, [&](int tile, const uint2(&f)[Prod::kHeld]) {
           multiply_tile<Prod>(c, set, tile, a, f);
         });
-        if (part + 1 < kParts) {
+        const bool last = part + 1 == kParts;
+        if (!last) {
           ask_first(x, tiles, part + 1);
           load_weights<Prod>(c.ring, a);
         }
+        if constexpr (kSets == 1) {  // all parts use the same tiles of partial sums
+          if (finishes && part == 0) ask(strip, own);
+          sync_compute();
+          if (finishes) add(strip, own, part, sum_quad(c, own));
+          if (!last) sync_compute();  // the sums have been read
+        }
+      }
+      if constexpr (kSets > 1) {
+        static_assert(kParts <= kSets, "one barrier covers the sums of all parts");
+        if (finishes) ask(strip, own);
         sync_compute();
-        if (finishes) add(strip, finished_tile(), finished_cell(), part, finished_row(c, set), residual);
-        if (kSets == 1 && part + 1 < kParts) sync_compute();  // the sums have been read
+        if (finishes)
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) add(strip, own, part, sum_quad(c, part * kMaxColumnTiles + own));
       }
     } else {
       float acc[kMaxColumnTiles][2][4] = {};
@@ -255,10 +256,11 @@ __device__ __forceinline__ void wide_add(WideContext& c, int first_strip, Operan
 #pragma unroll
       for (int tile = 0; tile < kMaxColumnTiles; ++tile)
         if (tile < tiles) store_tile(c, tile, acc[tile]);
+      if (finishes) ask(strip, own);
       sync_compute();
-      if (finishes) add(strip, finished_tile(), finished_cell(), 0, finished_row(c, 0), residual);
+      if (finishes) add(strip, own, 0, sum_quad(c, own));
     }
-    if (finishes) finish(strip, finished_tile(), finished_cell(), residual);
+    if (finishes) finish(strip, own);
   }
 }
 

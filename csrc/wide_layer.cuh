@@ -35,6 +35,27 @@ __device__ __forceinline__ void publish_rows(const WideContext& c, int vector, i
   publish_word(c, dense_vector(c.p, tile, vector) + dense_at(strip, cell.column * 4 + cell.pair), low, high, tag);
 }
 
+// Where a lane's word of a strip stands in a vector.
+__device__ __forceinline__ uint64_t* quad_word(const WideContext& c, int vector, int strip, int tile) {
+  return dense_vector(c.p, tile, vector) + dense_at(strip, word_column() * 4 + word_pair());
+}
+
+// Dumps a lane's word for the tests. `row` is the strip's first row in the dump.
+__device__ __forceinline__ void dump_quad(const WideContext& c, int row, int tile, float2 low, float2 high) {
+  const int column = tile * kTileColumns + word_column();
+  if (!c.uses(column)) return;
+  dump_pair(c, row + 2 * word_pair(), column, low.x, low.y);
+  dump_pair(c, row + 2 * word_pair() + 8, column, high.x, high.y);
+}
+
+// Publishes a lane's quad as a word, after an exchange with the lane of the neighbouring row.
+__device__ __forceinline__ void publish_quad(const WideContext& c, int vector, int strip, int tile, const float4& quad,
+                                             uint32_t tag) {
+  const float2 low = word_rows(quad.x, quad.y), high = word_rows(quad.z, quad.w);
+  dump_quad(c, strip * kStripRows, tile, low, high);
+  if (c.uses(tile * kTileColumns + word_column())) publish_word(c, quad_word(c, vector, strip, tile), low, high, tag);
+}
+
 template <class D>
 __device__ __forceinline__ void qkv(WideContext& c) {
   using Qkv = typename Products<D>::Qkv;
@@ -43,8 +64,9 @@ __device__ __forceinline__ void qkv(WideContext& c) {
   const bool fed = c.layer() == 0;
   DenseOperand<Qkv> x{c, fed ? L::kFed : L::kAfterDown, fed ? fed_tag<D>(c.pass()) : dense_number(c, c.tag - 1),
                       Phase::kInput};
-  wide_gemv<D, Qkv, 0>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
-    publish_rows(c, first_position ? L::kFirstPositionQkv : L::kQkv, strip, tile, cell, row * scale,
+  wide_gemv<D, Qkv, 0>(c, x, [&](int strip, int tile, const float4& quad, float2 scale) {
+    publish_quad(c, first_position ? L::kFirstPositionQkv : L::kQkv, strip, tile,
+                 make_float4(quad.x * scale.x, quad.y * scale.y, quad.z * scale.x, quad.w * scale.y),
                  first_position ? kOnceTag : dense_number(c, c.tag));
   });
 }
@@ -53,17 +75,17 @@ template <class D>
 __device__ __forceinline__ void gate_up(WideContext& c) {
   using GateUp = typename Products<D>::GateUp;
   DenseOperand<GateUp> x{c, DenseLayout::kAfterOut, dense_number(c, c.tag - 1), Phase::kInput};
-  wide_gemv<D, GateUp, 1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
+  wide_gemv<D, GateUp, 1>(c, x, [&](int strip, int tile, const float4& quad, float2 scale) {
     // Rows 0..7 of a strip are gates. Rows 8..15 are the ups of the same eight.
-    const float up = __shfl_down_sync(~0u, row, 16);
-    const float inner = silu(row * scale) * (up * scale), next = __shfl_down_sync(~0u, inner, kTileColumns);
-    const int column = tile * kTileColumns + cell.column;
-    if (!cell.leads || cell.pair >= 4 || !c.uses(column)) return;
-    dump_pair(c, strip * (kStripRows / 2) + 2 * cell.pair, column, inner, next);
-    // Four neighbouring rows share a word (weight_packing.py). Two warps write a half each.
-    const int lane = cell.column * 4 + 2 * (strip & 1) + cell.pair / 2;
-    publish_half(c, dense_vector(c.p, tile, DenseLayout::kMlpInner) + dense_at(strip / 2, lane), cell.pair & 1, inner,
-                 next, inner_tag<D>(c.pass(), c.layer()));
+    const float2 inner =
+        word_rows(silu(quad.x * scale.x) * (quad.z * scale.x), silu(quad.y * scale.y) * (quad.w * scale.y));
+    const int column = tile * kTileColumns + word_column();
+    if (!c.uses(column)) return;
+    dump_pair(c, strip * (kStripRows / 2) + 2 * word_pair(), column, inner.x, inner.y);
+    // Four neighbouring rows share a word (weight_packing.py). Two lanes write a half each.
+    const int lane = word_column() * 4 + 2 * (strip & 1) + word_pair() / 2;
+    publish_half(c, dense_vector(c.p, tile, DenseLayout::kMlpInner) + dense_at(strip / 2, lane), word_pair() & 1,
+                 inner.x, inner.y, inner_tag<D>(c.pass(), c.layer()));
   });
 }
 
@@ -90,29 +112,68 @@ __device__ __forceinline__ void wait_handed(const WideContext& c, Handed& x, con
   }
 }
 
+// The rows of the residual that are added to a lane's quad, in the packets by which one owner of a strip hands them to
+// the other.
+struct HandedQuad {
+  static constexpr int kFurther = 8 * kMaxColumns;  // from a row's packets to those eight rows further
+  uint64_t packets[4];
+
+  __device__ __forceinline__ void load(const uint64_t* from) {
+    load_two_words(from, packets[0], packets[1]);
+    load_two_words(from + kFurther, packets[2], packets[3]);
+  }
+  // Waits until the packets, which have been loaded once, carry the tag. Columns without a stream do not count.
+  __device__ __forceinline__ void wait(const WideContext& c, const uint64_t* from, int column, uint32_t tag) {
+    const uint32_t even = c.uses(column) ? ~0u : 0u, odd = c.uses(column + 1) ? ~0u : 0u;
+    for (unsigned spin = 0;; ++spin) {
+      const uint32_t lack = ((high_half(packets[0]) ^ tag) | (high_half(packets[2]) ^ tag)) & even |
+                            ((high_half(packets[1]) ^ tag) | (high_half(packets[3]) ^ tag)) & odd;
+      if (__all_sync(~0u, lack == 0)) return;
+      c.dog.after(spin, Phase::kInput, tag);
+      load(from);
+    }
+  }
+  __device__ __forceinline__ float4 value() const {
+    return make_float4(__uint_as_float(uint32_t(packets[0])), __uint_as_float(uint32_t(packets[1])),
+                       __uint_as_float(uint32_t(packets[2])), __uint_as_float(uint32_t(packets[3])));
+  }
+  // Hands a lane's values on. Columns without a stream are written too. Nobody reads them.
+  static __device__ __forceinline__ void store(uint64_t* to, const float4& quad, uint32_t tag) {
+    const uint64_t tagged = uint64_t(tag) << 32;
+    store_two_words(to, tagged | __float_as_uint(quad.x), tagged | __float_as_uint(quad.y));
+    store_two_words(to + kFurther, tagged | __float_as_uint(quad.z), tagged | __float_as_uint(quad.w));
+  }
+};
+
 // Adds a product to the residual. Reads the residual from the packets at `from`, which carry `tag`. Publishes the sum
 // in the packets at `to` and in `vector`, which the next product reads.
 template <class D, class Prod>
 __device__ __forceinline__ void add(WideContext& c, int first_strip, int input, uint32_t input_tag, Phase phase,
                                     int64_t from, uint32_t tag, int64_t to, int vector) {
   DenseOperand<Prod> x{c, input, input_tag, phase};
-  auto at = [&](int strip, int tile, const WideCell& cell) {
-    return c.p.packets + from + (strip * kStripRows + cell.row()) * kMaxColumns + tile * kTileColumns + cell.column;
+  HandedQuad handed;
+  float4 sum;
+  auto at = [&](int strip, int tile) {
+    return (strip * kStripRows + quad_row()) * kMaxColumns + tile * kTileColumns + quad_column();
   };
   wide_add<Prod>(
-      c, first_strip, x,
-      [&](int strip, int tile, const WideCell& cell) { return Handed{load_word(at(strip, tile, cell))}; },
-      [&](int strip, int tile, const WideCell& cell, int part, float row, Handed& residual) {
-        const int column = tile * kTileColumns + cell.column;
-        if (part == 0) wait_handed(c, residual, at(strip, tile, cell), c.uses(column), tag);
-        const float delta = unpack_bf16(pack_bf16(row, 0.f)).x;
-        const float odd = __shfl_down_sync(~0u, delta, kTileColumns);
-        if (cell.leads && c.uses(column))
-          dump_pair(c, part * D::kHidden + strip * kStripRows + cell.row(), column, delta, odd);
-        residual.set(residual.value() + delta);
+      c, first_strip, x, [&](int strip, int tile) { handed.load(c.p.packets + from + at(strip, tile)); },
+      [&](int strip, int tile, int part, const float4& quad) {
+        if (part == 0) {
+          handed.wait(c, c.p.packets + from + at(strip, tile), tile * kTileColumns + quad_column(), tag);
+          sum = handed.value();
+        }
+        const float2 low = unpack_bf16(pack_bf16(quad.x, quad.y)), high = unpack_bf16(pack_bf16(quad.z, quad.w));
+        sum = make_float4(sum.x + low.x, sum.y + low.y, sum.z + high.x, sum.w + high.y);
+        if (c.dumps())
+          dump_quad(c, part * D::kHidden + strip * kStripRows, tile, word_rows(low.x, low.y),
+                    word_rows(high.x, high.y));
       },
-      [&](int strip, int tile, const WideCell& cell, const Handed& residual) {
-        publish_residual(c, strip, tile, cell, residual.value(), c.tag, to, vector, dense_number(c, c.tag));
+      [&](int strip, int tile) {
+        const float2 low = word_rows(sum.x, sum.y), high = word_rows(sum.z, sum.w);
+        if (c.uses(tile * kTileColumns + word_column()))
+          publish_word(c, quad_word(c, vector, strip, tile), low, high, dense_number(c, c.tag));
+        HandedQuad::store(c.p.packets + to + at(strip, tile), sum, c.tag);
       });
 }
 
@@ -139,20 +200,31 @@ template <class D>
 __device__ __forceinline__ void head(WideContext& c) {
   using Head = typename Products<D>::Head;
   DenseOperand<Head> x{c, DenseLayout::kAfterDown, dense_number(c, c.tag - 1), Phase::kInput};
-  wide_gemv<D, Head, 1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float scale) {
-    const int stream = tile * kTileColumns + cell.column;
-    if (!c.uses(stream)) return;
-    store_packet(c.p.packets + PacketLayout::kLogits + stream * PacketLayout::kVocab + strip * kStripRows + cell.row(),
-                 __float_as_uint(row * scale), c.tag);
+  wide_gemv<D, Head, 1>(c, x, [&](int strip, int tile, const float4& quad, float2 scale) {
+    const int stream = tile * kTileColumns + quad_column(), row = strip * kStripRows + quad_row();
+    uint64_t* const to = c.p.packets + PacketLayout::kLogits + stream * PacketLayout::kVocab + row;
+    auto store = [&](int column, int lower, float x) {
+      store_packet(to + column * PacketLayout::kVocab + lower, __float_as_uint(x), c.tag);
+    };
+    if (c.uses(stream)) {
+      store(0, 0, quad.x * scale.x);
+      store(0, 8, quad.z * scale.x);
+    }
+    if (c.uses(stream + 1)) {
+      store(1, 0, quad.y * scale.y);
+      store(1, 8, quad.w * scale.y);
+    }
   });
 }
 
 // Projects the normed hidden row to the predictor's width, if the widths differ.
 __device__ __forceinline__ void projection(WideContext& c) {
   DenseOperand<Projection> x{c, DenseLayout::kNormed, kOnceTag, Phase::kInput};
-  wide_gemv<P, Projection, -1>(c, x, [&](int strip, int tile, const WideCell& cell, float row, float /*scale*/) {
-    const float bias = __bfloat162float(c.p.projection_bias[strip * kStripRows + cell.row()]);
-    publish_rows(c, DenseLayout::kProjected, strip, tile, cell, row + bias, kOnceTag);
+  wide_gemv<P, Projection, -1>(c, x, [&](int strip, int tile, const float4& quad, float2 /*scale*/) {
+    const __nv_bfloat16* const of_strip = c.p.projection_bias + strip * kStripRows + quad_row();
+    const float low = __bfloat162float(of_strip[0]), high = __bfloat162float(of_strip[8]);
+    publish_quad(c, DenseLayout::kProjected, strip, tile,
+                 make_float4(quad.x + low, quad.y + low, quad.z + high, quad.w + high), kOnceTag);
   });
 }
 

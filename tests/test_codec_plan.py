@@ -104,6 +104,27 @@ def test_a_tile_exists_for_every_size(m, columns):
     assert choose_tile(m, columns, 1, 132) in (8, 16, 32, 64, 128)
 
 
+@pytest.mark.parametrize(
+    ("m", "columns", "segments", "tile"),
+    [
+        (512, 32, 4, 8), (3072, 32, 2, 16), (2048, 32, 2, 8), (2048, 16, 2, 8),
+        (768, 32, 8, 16), (768, 32, 2, 8), (384, 160, 1, 8),
+        (1536, 64, 8, 64), (6144, 64, 2, 64),
+        (4096, 32, 2, 32), (1024, 16, 8, 16), (384, 160, 4, 32), (288, 640, 1, 32), (512, 8, 4, 8),
+    ],
+)  # fmt: skip
+def test_tiles_are_those_that_were_fastest_on_an_h200(m, columns, segments, tile):
+    assert choose_tile(m, columns, segments, 132) == tile
+
+
+@pytest.mark.parametrize(
+    ("unit", "shape"), [((192, 640, 32), (32, 3)), ((96, 1920, 1), (16, 8)), ((96, 1920, 8), (64, 4))]
+)
+def test_units_have_the_shape_that_was_fastest_on_an_h200(unit, shape):
+    assert choose_unit_shape(*unit, num_sms=132, sm_bytes=228 * 1024) == shape
+    assert choose_unit_shape(*unit, num_sms=170, sm_bytes=100 * 1024) != shape
+
+
 @pytest.mark.parametrize("sm_kb", [100, 228])
 @pytest.mark.parametrize("streams", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize(("channels", "rows"), [(96, 1920), (192, 640), (96, 160), (192, 16)])

@@ -32,6 +32,10 @@ UNIT_CHANNELS = (96, 192)
 """Widths of residual units that csrc/codec_unit.cuh runs in one launch."""
 UNIT_TILES = (16, 32, 64, 128)
 """Allowed columns of a CTA of csrc/codec_unit.cuh."""
+_MEASURED_SMS, _MEASURED_SM_BYTES = 132, 228 * 1024
+_MEASURED_UNITS = {(192, 640, 32): (32, 3), (96, 1920, 1): (16, 8), (96, 1920, 8): (64, 4)}
+"""Shapes of residual units that are faster on an H200 than the estimate of `choose_unit_shape`, by
+channels, rows and streams."""
 
 
 def ring_shapes(config: CodecConfig) -> dict[str, tuple[int, int, int]]:
@@ -79,15 +83,23 @@ def segments_for(m: int, k_blocks: int, rows: int) -> int:
 
 
 def choose_tile(m: int, columns: int, segments: int, num_sms: int) -> int:
-    """Columns of a CTA's tile. One tile holds up to 32 columns.
+    """Columns of a CTA's tile. The results do not depend on the choice.
 
-    For more columns it is the widest tile with which every SM gets one, or 32. Wide tiles read the
-    weights less often. The results do not depend on the choice.
+    One tile holds up to 32 columns. For more columns it is the widest tile with which every SM gets one,
+    or 32. Wide tiles read the weights less often. If these tiles leave a quarter of the SMs without
+    work, they are cut until every SM has one, at most to 8 columns.
     """
+
+    def ctas(tile: int) -> int:
+        return ceil(m / ROWS) * ceil(columns / tile) * segments
+
     if columns <= 32:
-        return next(n for n in GEMM_TILES if columns <= n)
-    ctas = {n: ceil(m / ROWS) * ceil(columns / n) * segments for n in (128, 64)}
-    return next((n for n in ctas if ctas[n] >= num_sms), 32)
+        tile = next(n for n in GEMM_TILES if columns <= n)
+    else:
+        tile = next((n for n in (128, 64) if n < 2 * columns and ctas(n) >= num_sms), 32)
+    if 4 * ctas(tile) >= 3 * num_sms:
+        return tile
+    return next((n for n in (16, 8) if n < tile and ctas(n) >= num_sms), 8)
 
 
 def num_tiles(m: int, columns: int) -> int:
@@ -111,8 +123,11 @@ def choose_unit_shape(
     multiplies at 1000 a clock. With few columns the weights are read too often. With many, some SMs have
     no work. The rows that a tile's taps read must fit into shared memory beside two stages of weights.
     Two CTAs, or one and that of the next kernel, share an SM. A CTA may have an SM alone only if there
-    are SMs to spare.
+    are SMs to spare. On an H100 or H200, measured shapes come first.
     """
+    measured = _MEASURED_UNITS.get((channels, rows, streams))
+    if measured and num_sms == _MEASURED_SMS and sm_bytes >= _MEASURED_SM_BYTES:
+        return measured
     weights, stage = 8 * channels**2, 2 * channels * unit_block(channels)
 
     def clocks(tile: int) -> float:

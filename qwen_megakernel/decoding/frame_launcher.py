@@ -55,10 +55,10 @@ def frame_params(max_columns: int) -> type[ctypes.Structure]:
     words = STREAM.itemsize // 4
     fields = [
         ("num_columns", c_int), ("prefill", c_int), ("epoch", c_uint32),
-        ("streams", c_uint32 * (max_columns * words)),
         *pointers(_WEIGHTS), ("predictor_kept_bytes", c_int64), *pointers(_TABLES),
         ("num_slots", c_int), ("num_pages", c_int), ("max_positions", c_int),
         *pointers(_OF_A_FRAME), ("max_spins", c_uint), ("withheld_cta", c_int),
+        ("streams", c_uint32 * (max_columns * words)),
     ]  # fmt: skip
     return type("FrameParams", (ctypes.Structure,), {"_fields_": fields})
 
