@@ -1,4 +1,4 @@
-"""Opening a connection to the server: who we are, what audio we want, and what went wrong."""
+"""Open a connection to the server: name the client, agree on the audio, and explain failures."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from qwen_megakernel.serving.native_messages import (
 from qwen_megakernel.serving.wire import ProtocolError
 
 HANDSHAKE_S = 5.0
-"""Until the server has accepted the connection and said that it is ready."""
+"""Seconds until the server must have accepted the connection and sent `ready`."""
 CONNECT_OPTIONS = {
     "max_size": None,
     "compression": None,  # samples do not compress
-    "ping_interval": 5,  # a peer that is gone is noticed after 5 to 10 s
+    "ping_interval": 5,  # notices a lost peer after 5 to 10 s
     "ping_timeout": 5,
 }
-"""For `websockets.connect`."""
+"""Options of `websockets.connect`."""
 
 
 class ServerError(ConnectionError):
-    """The server cannot be reached or used; one line that says why."""
+    """The server cannot be reached or used. One line says why."""
 
     def __init__(self, message: str, status_code: int | None = None, *, final: bool = False) -> None:
         super().__init__(message)
         self.status_code = status_code
-        """Of the HTTP answer; Pipecat tells from it whether to try again."""
+        """The status of the HTTP answer, by which Pipecat decides whether to try again."""
         self.final = final
-        """Trying again would give the same."""
+        """Whether another try would fail in the same way."""
 
 
 async def open_connection(
     connect: Callable[..., Awaitable[ClientConnection]], url: str, token: str | None, sample_rate: int
 ) -> tuple[ClientConnection, Ready]:
-    """A connection on which 16-bit samples of this rate are agreed, and what the server offers.
+    """Open a connection for 16-bit samples of a rate. Returns it and the server's `ready`.
 
     Raises:
-        ServerError: in every case that is not a bug.
+        ServerError: for every failure that is not a bug.
     """
     try:
         async with asyncio.timeout(HANDSHAKE_S):
@@ -76,7 +76,7 @@ async def open_connection(
 
 
 def connect_options(url: str, token: str | None) -> dict[str, Any]:
-    """Arguments of `websockets.connect`: the token, and no proxy where only this machine is reached.
+    """Options of `websockets.connect`: the token, and no proxy for a server on this machine.
 
     Raises:
         InvalidURI: the host or the port cannot be read.
@@ -90,7 +90,7 @@ def connect_options(url: str, token: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise InvalidURI(url, str(error)) from error
     if is_loopback(host):
-        options["proxy"] = None  # a proxy of the environment cannot reach our loopback
+        options["proxy"] = None  # a proxy cannot reach this machine's loopback
     return options
 
 
@@ -112,7 +112,7 @@ async def _greet(websocket: ClientConnection, url: str, sample_rate: int) -> Rea
 
 
 def _refusal(url: str, error: InvalidStatus) -> ServerError:
-    """A refused handshake, with what the server said about it."""
+    """The error for a refused handshake, with the server's reason."""
     status = error.response.status_code
     said = " ".join((error.response.body or b"").decode(errors="replace").split())[:300]
     hint = {401: " (is the token right?)", 503: " (it will be tried again)"}.get(status, "")

@@ -1,9 +1,9 @@
 """Text that the server has not spoken yet: what to send, and what to send again.
 
-The service writes every text in here first and sends what `take` gives. A connection that breaks
-loses nothing: `restart` takes back what has not been spoken, and the sentence that was cut goes
-on at the sample where it broke off. Each segment has a seed of its own for that: the same
-text, voice and seed give the same speech, so what was heard before is dropped as it comes again.
+The service first writes every text into the journal, and then sends what `take` gives. A broken
+connection loses nothing: `restart` takes back the text that was not spoken, and the interrupted sentence
+goes on at the sample where it broke off. For this, each segment has a seed of its own: the same text,
+voice and seed give the same speech, so samples that were heard before are dropped when they come again.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ class Segment:
     """A sentence, or as much of it as fits into one context of the server."""
 
     options: dict[str, Any]
-    """Fields of `Speak`."""
+    """The options in `Speak`."""
     opens_context: bool
-    """It would not fit into the context of the segment before."""
+    """Whether it needs a new context, because the one of the segment before has no room for it."""
     texts: list[str] = field(default_factory=list)
     complete: bool = False
     num_sent: int = 0
-    """Texts sent on this connection."""
+    """Texts that were sent on this connection."""
     flushed: bool = False
     num_received: int = 0
-    """Samples, over all connections."""
+    """New samples that have come, over all connections."""
     num_to_drop: int = 0
-    """Samples that come again."""
+    """Samples that will come again and are dropped."""
 
     @property
     def blank(self) -> bool:
-        """Whether there is nothing to say as yet; the server makes no segment of that."""
+        """Whether there is nothing to say yet. The server makes no segment of such text."""
         return not any(text.strip() for text in self.texts)
 
     def rewind(self) -> None:
-        """Make it say itself again, up to where it was heard in silence."""
+        """Send it again from the start, and drop the samples that were heard before."""
         self.texts = ["".join(self.texts)]
         self.num_sent, self.flushed = 0, False
         self.num_to_drop = self.num_received
@@ -52,32 +52,32 @@ class Segment:
 
 @dataclass(slots=True)
 class Reply:
-    """One Pipecat context. Its id on the wire is another, as the server takes each only once."""
+    """One Pipecat context. It has another id on the wire, because the server takes each id only once."""
 
     context_id: str
     wire_id: str
     segments: deque[Segment] = field(default_factory=deque)
-    """Those not wholly spoken."""
+    """The segments that are not wholly spoken."""
     ended: bool = False
     num_samples: int = 0
-    """Handed out by `receive`."""
+    """Samples that `receive` has returned."""
     num_refusals: int = 0
-    """In a row, without new audio between them."""
+    """Refusals in a row, without new audio between them."""
     num_chars: int = 0
     is_open: bool = False
     end_sent: bool = False
     num_segments_spoken: int = 0
-    """In this context of the server."""
+    """Segments that were spoken in the current context of the server."""
     goes_on: bool = False
-    """A segment was spoken in an earlier context of the server."""
+    """Whether a segment was spoken in an earlier context of the server."""
 
     @property
     def finished(self) -> bool:
-        """Nothing is left to say, and the server owes nothing."""
+        """Whether nothing is left to say, and nothing more will come from the server."""
         return self.ended and not self.segments and not self.is_open
 
     def receive(self, samples: bytes) -> bytes:
-        """Take audio; what of it is new."""
+        """Take audio. Returns the part of it that is new."""
         if not self.segments:
             return samples
         segment, num_samples = self.segments[0], len(samples) // SAMPLE_BYTES
@@ -90,18 +90,18 @@ class Reply:
         return samples[num_dropped * SAMPLE_BYTES :]
 
     def end_segment(self, index: int) -> None:
-        """The server has spoken the segments up to this one."""
+        """Remove the segments up to `index`: the server has spoken them."""
         while self.segments and self.num_segments_spoken <= index:
             self.segments.popleft()
             self.num_segments_spoken += 1
 
     def close(self) -> None:
-        """The server is done with the context; what it has never seen needs another one."""
+        """End the server's context. Segments that it has never seen need another one."""
         while self.segments and self.segments[0].num_sent:
             self.segments.popleft()
 
     def rewind(self, wire_id: str) -> None:
-        """Start over with what is not spoken, as a new context of the server."""
+        """Send what is not spoken again, in a new context of the server."""
         for segment in self.segments:
             segment.rewind()
         self.wire_id = wire_id
@@ -116,9 +116,9 @@ class Journal:
     def __init__(self) -> None:
         self.trims = False
         self.limits = Limits(max_text_chars=4096, max_contexts=8, max_message_bytes=65_536)
-        """The server's, once it is connected."""
+        """The server's limits, once it is connected."""
         self.on_hold = False
-        """The server takes nothing new for the moment; cancels go out all the same."""
+        """Whether to send no text for the moment. Cancels still go out."""
         self._replies: dict[str, Reply] = {}
         self._cancels: deque[str] = deque()
         self._numbers = count(1)
@@ -141,7 +141,7 @@ class Journal:
     # --- what the bot says
 
     def speak(self, context_id: str, text: str, *, complete: bool, **options: Any) -> Reply:
-        """Add text to a reply. `complete` ends its segment; `options` count where one begins."""
+        """Add text to a reply. `complete` ends its segment. `options` apply if the text begins one."""
         reply = self._replies.get(context_id)
         if reply is None:
             reply = self._replies[context_id] = Reply(context_id, self._wire_id(context_id))
@@ -161,13 +161,13 @@ class Journal:
         return reply
 
     def complete(self, context_id: str) -> None:
-        """The text of a reply's last segment is complete; nothing happens where it says nothing."""
+        """Complete the text of a reply's last segment, if it has something to say."""
         reply = self._replies.get(context_id)
         if reply is not None and reply.segments and not reply.segments[-1].blank:
             reply.segments[-1].complete = True
 
     def end(self, context_id: str) -> None:
-        """The reply's text is complete."""
+        """Complete the reply's text."""
         reply = self._replies.get(context_id)
         if reply is not None:
             reply.ended = True
@@ -175,7 +175,7 @@ class Journal:
                 reply.segments[-1].complete = True
 
     def cancel(self, context_id: str) -> None:
-        """Forget a reply, and have the server stop it."""
+        """Forget a reply, and let the server stop it."""
         reply = self._replies.pop(context_id, None)
         if reply is not None and reply.is_open:
             self._cancels.append(reply.wire_id)
@@ -183,12 +183,12 @@ class Journal:
     # --- what goes out
 
     def take(self) -> ClientMessage | None:
-        """The next message to send, if there is one; it counts as sent."""
+        """The next message to send, if any. It counts as sent from now on."""
         if self._cancels:
             return Cancel(self._cancels.popleft())
         if self.on_hold:
             return None
-        # Those beyond the limit wait until a `done` makes room.
+        # Replies beyond the limit wait until a `done` makes room.
         for reply in islice(self._replies.values(), self.limits.max_contexts):
             message = self._take_of(reply)
             if message is not None or self._waits_for_done(reply):
@@ -208,10 +208,10 @@ class Journal:
                 text = segment.texts[segment.num_sent - 1]
                 if segment.num_sent > 1:
                     return Speak(reply.wire_id, text)
-                # The server adds the index of a segment to its seed; here each has its own.
+                # The server adds a segment's index to the seed. Here each segment has its own seed.
                 options = segment.options | {"seed": (segment.options["seed"] - index) % 2**64}
                 if reply.goes_on and (self.trims or options.get("trim_leading_silence")):
-                    # Its silence was a pause within the reply. The same samples are to come again.
+                    # The silence is a pause within the reply. The same samples must come again.
                     options["trim_leading_silence"] = False
                 return Speak(reply.wire_id, text, **options)
             if segment.complete and not segment.flushed and segment is not self._last_of(reply):
@@ -229,26 +229,26 @@ class Journal:
 
     @staticmethod
     def _waits_for_done(reply: Reply) -> bool:
-        """Whether a reply goes on in another context, which must be spoken before what follows."""
+        """Whether a reply goes on in another context, which must be spoken before later replies."""
         return reply.end_sent and any(segment.num_sent == 0 for segment in reply.segments)
 
     # --- what comes in
 
     def done(self, reply: Reply) -> None:
-        """The server is done with the reply's context."""
+        """Note that the server has ended the reply's context."""
         reply.close()
         reply.rewind(self._wire_id(reply.context_id))
 
     def postpone(self, reply: Reply) -> None:
-        """The server refused the reply's context, or gave it up: keep it for later."""
+        """Keep a reply for later, because the server has refused or given up its context."""
         reply.num_refusals += 1
         reply.rewind(self._wire_id(reply.context_id))
         self.on_hold = True
 
     def restart(self, limits: Limits, *, trims: bool = False) -> None:
-        """A new connection: the server knows nothing of what was said.
+        """Start over on a new connection, on which the server knows no context.
 
-        `trims`: it leaves out the silence before a context's first sound, if it is not told otherwise.
+        `trims`: whether the server by default leaves out the silence before a context's first sound.
         """
         self.limits, self.trims = limits, trims
         self.on_hold = False
@@ -257,7 +257,7 @@ class Journal:
             reply.rewind(self._wire_id(reply.context_id))
 
     def take_finished(self) -> list[str]:
-        """Forget the replies that are over; their ids."""
+        """Forget the replies that are over. Returns their ids."""
         finished = [reply.context_id for reply in self if reply.finished]
         for context_id in finished:
             del self._replies[context_id]

@@ -1,6 +1,6 @@
-"""A Pipecat service that keeps a connection to the server, and sends what its journal holds.
+"""A Pipecat service that keeps a connection to the server and sends what its journal holds.
 
-It reconnects when the line breaks. What the journal has then goes out again over the new line.
+It reconnects when the connection breaks, and sends the contents of the journal again.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pipecat_client.journal import Journal
 from qwen_megakernel.serving.native_messages import Ready, encode
 
 RETRY_S = 1.0
-"""Until text is sent again that a server has refused without saying when to come back."""
+"""Seconds until refused text is sent again, if the server has not said when."""
 MAX_RETRY_S = 60.0
-"""The longest wait that a server can ask for."""
+"""The longest wait in seconds that a server can ask for."""
 KEEP_ALIVE_S = 1.0
-"""How often Pipecat is told that a reply that waits is not over; it would give up after 10 s."""
+"""Seconds between two signs to Pipecat that a waiting reply is not over. It gives up after 10 s."""
 
 
 class JournalTTSService(WebsocketTTSService):
-    """The connection of a service; what comes in is the subclass's."""
+    """The connection of a service. The subclass handles incoming messages."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class JournalTTSService(WebsocketTTSService):
         self._token = token
         self._requested_sample_rate = sample_rate
         self._max_reconnect_attempts = max_reconnect_attempts
-        # Connections in a row that broke within seconds and brought nothing new.
+        # Counts connections in a row that broke within seconds and brought nothing new.
         self._quick_failure_tracker = QuickFailureTracker(
             max_consecutive_failures=max_reconnect_attempts
         )
@@ -60,7 +60,7 @@ class JournalTTSService(WebsocketTTSService):
         self._receive_task: asyncio.Task[None] | None = None
         self._retry_task: asyncio.Task[None] | None = None
         self._retry_at = 0.0
-        """When text is sent again, by the event loop's clock."""
+        """When refused text is sent again, by the event loop's clock."""
 
     # Pipecat's processors take another argument than its BaseObject.
     async def setup(self, setup: FrameProcessorSetup) -> None:  # type: ignore[override]
@@ -70,15 +70,15 @@ class JournalTTSService(WebsocketTTSService):
 
     @abstractmethod
     async def _on_ready(self, ready: Ready) -> None:
-        """A connection is open, and nothing was sent on it."""
+        """Called when a connection is open, before anything is sent on it."""
 
     @abstractmethod
     async def _finish(self, context_id: str) -> None:
-        """A reply was spoken to its end."""
+        """Called when a reply was spoken to its end."""
 
     @abstractmethod
     async def _fail(self, context_id: str) -> None:
-        """A reply will not be spoken to its end."""
+        """Called when a reply will not be spoken to its end."""
 
     # --- connection
 
@@ -129,7 +129,7 @@ class JournalTTSService(WebsocketTTSService):
         return self._websocket is not None and self._websocket.state is State.OPEN
 
     async def _receive_until_given_up(self) -> None:
-        """Receive and reconnect; what is left unspoken at the end is closed."""
+        """Receive and reconnect. At the end, fail the replies that are not spoken."""
         connected = self._websocket is not None
         if not connected and self._reconnect_on_error:
             connected = await self._try_reconnect(report_error=self._report_error)
@@ -160,7 +160,7 @@ class JournalTTSService(WebsocketTTSService):
             )
             self._keep_alive()
         try:
-            # Not our base's: it would close the contexts, and we can resume them.
+            # Not the base class's method: that closes the contexts, which this class can resume.
             return await WebsocketService._reconnect_websocket(self, attempt_number)
         finally:
             self._keep_alive()
@@ -172,7 +172,7 @@ class JournalTTSService(WebsocketTTSService):
     # --- sending
 
     async def _send_due(self) -> None:
-        """Send what the journal has; what a broken connection swallows is sent over the next."""
+        """Send what the journal has. What a broken connection loses goes out over the next one."""
         async with self._sending:
             try:
                 while (websocket := self._websocket) is not None and self._is_connected():
@@ -188,7 +188,7 @@ class JournalTTSService(WebsocketTTSService):
             await self._finish(context_id)
 
     def _retry_in(self, delay_s: float) -> None:
-        """Send again what was refused; of several refusals the latest time counts."""
+        """Send refused text again. Of several refusals the latest time counts."""
         delay_s = min(delay_s, MAX_RETRY_S)
         self._retry_at = max(self._retry_at, asyncio.get_running_loop().time() + delay_s)
         if self._retry_task is None or self._retry_task.done():
@@ -203,7 +203,7 @@ class JournalTTSService(WebsocketTTSService):
         await self._send_due()
 
     async def _close(self, context_id: str) -> None:
-        """All audio of a context is here."""
+        """Close a context, because all its audio is here."""
         if self.audio_context_available(context_id):
             await self.append_to_audio_context(context_id, TTSStoppedFrame(context_id=context_id))
             await self.remove_audio_context(context_id)

@@ -5,10 +5,10 @@
         settings=MegakernelTTSService.Settings(voice="default", language="en"),
     )
 
-One connection carries all turns. A Pipecat context (a bot turn) is a context of the server, a
-sentence is one of its segments. Interruptions cancel the context and keep the connection; settings
-change from one sentence to the next; a server that restarts is waited for, and speech goes on
-where it broke off (`journal`). Words are timed by estimate (`word_timing`).
+One connection carries all turns. A Pipecat context (a bot turn) is a context of the server, and a
+sentence is one of its segments. An interruption cancels the context and keeps the connection. Settings
+can change with each sentence. The service waits for a server that restarts, and speech goes on where it
+broke off (`journal`). The times of words are estimates (`word_timing`).
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ from qwen_megakernel.surrogates import SurrogateJoiner, repair
 
 MAX_REFUSALS = 30
 SENTENCE_PAUSE_S = 0.3
-"""Seconds without text after the end of a sentence, after which the sentence counts as complete."""
+"""If no text comes for so many seconds after the end of a sentence, the sentence counts as complete."""
 MAX_PAUSE_S = 30.0
-"""Seconds without text within a sentence, after which the words so far are spoken as a sentence of
+"""If no text comes for so many seconds within a sentence, the words so far are spoken as a sentence of
 their own. The server would give the sentence up after a minute."""
 _CATEGORIES = {"overloaded": ErrorCategory.RATE_LIMIT, "internal": ErrorCategory.SERVER}
-"""Of an error inside a context; never one that would mute the bot for the session."""
+"""Pipecat's categories for errors inside a context. None of them mutes the bot for the session."""
 _ENDED_BY_DONE = ("unknown_voice", "unknown_language", "unsupported", "internal")
 """Errors after which the server itself ends the context."""
 
@@ -74,7 +74,7 @@ _ENDED_BY_DONE = ("unknown_voice", "unknown_language", "unsupported", "internal"
 class MegakernelTTSService(JournalTTSService):
     """Qwen3-TTS from this project's server, over one WebSocket.
 
-    Where metrics are enabled, the server's own figures of each turn come as `ServerTTSMetricsData`.
+    If metrics are enabled, the server's own figures of each turn come as `ServerTTSMetricsData`.
     """
 
     Settings = MegakernelTTSSettings
@@ -92,23 +92,23 @@ class MegakernelTTSService(JournalTTSService):
         max_reconnect_attempts: int = 20,
         **kwargs: Any,
     ) -> None:
-        """Make the service; it connects when the pipeline is set up.
+        """Make the service. It connects when the pipeline is set up.
 
         Args:
             url: Where `server.py` listens.
             token: The server's secret, if it has one.
             settings: Voice, language and the rest; see `Settings`.
-            text_aggregation_mode: `SENTENCE` (default) speaks whole sentences; `TOKEN` hands each
-                token of the LLM on, and speech begins some words into a sentence.
-            word_timestamps: `estimated` has the conversation hold what was heard when the bot is
-                interrupted; `off` has it hold whole sentences once they were sent.
+            text_aggregation_mode: `SENTENCE` (default) speaks whole sentences. `TOKEN` passes on each
+                token of the LLM, and speech begins after a few words of a sentence.
+            word_timestamps: `estimated`: when the bot is interrupted, the conversation keeps the words
+                that were heard. `off`: it keeps whole sentences once they were sent.
             sample_rate: 8000, 16000, 24000 (the model's own) or 48000, made by the server.
             max_reconnect_attempts: Tries before the service gives up; 20 take about 90 s. A connection
-                that breaks within 5 s and has brought no new speech counts as a try.
-            **kwargs: Of `WebsocketTTSService`.
+                that breaks within 5 s without new speech counts as a try.
+            **kwargs: Arguments of `WebsocketTTSService`.
 
         Raises:
-            ValueError: a setting that no server would take.
+            ValueError: no server takes one of the settings.
         """
         store = self.Settings.defaults()
         if settings is not None:
@@ -133,25 +133,25 @@ class MegakernelTTSService(JournalTTSService):
         self._playbacks: dict[str, Playback] = {}
         self._paces: defaultdict[str | NotGiven | None, Pace] = defaultdict(Pace)
         self._surrogates = SurrogateJoiner()
-        """Of what the LLM streams."""
+        """Joins surrogates in the text that the LLM streams."""
         self._ready: Ready | None = None
-        """What the server has offered."""
+        """The `ready` of the server; None before the first connection."""
         self._stream: Started | None = None
         self._next_sequence = 0
 
-    # --- what Pipecat asks
+    # --- Pipecat's calls
 
     def can_generate_metrics(self) -> bool:
         """Yes: TTFB, TTFA and usage, and the server's figures."""
         return True
 
     def language_to_service_language(self, language: Language) -> str:
-        """English names, as the server has them; a region (`en-GB`) counts as its language."""
+        """The server's name for a language. A region (`en-GB`) counts as its language."""
         code = str(language.value).split("-")[0].lower()
         return LANGUAGE_CODES.get(code, code)
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
-        """As Pipecat does, which cannot split text into sentences that is not Unicode."""
+        """Repair text that is not valid Unicode, which Pipecat cannot split into sentences."""
         if isinstance(frame, (LLMFullResponseEndFrame, EndFrame)):
             if half := self._surrogates.end():
                 await super().process_frame(LLMTextFrame(half), direction)
@@ -165,7 +165,7 @@ class MegakernelTTSService(JournalTTSService):
 
     @traced_tts
     async def run_tts(self, text: str, context_id: str) -> AsyncGenerator[Frame | None, None]:
-        """Ask for a sentence, or in token mode for a piece of one; audio comes on its own."""
+        """Ask for a sentence, or in token mode for a piece of one. The audio comes separately."""
         if len(text) > self._journal.limits.max_text_chars:
             limit = self._journal.limits.max_text_chars
             yield ErrorFrame(
@@ -196,7 +196,7 @@ class MegakernelTTSService(JournalTTSService):
         yield None
 
     def _ask(self, context_id: str, playback: Playback, text: str, *, complete: bool) -> None:
-        """Have a text spoken, which may end a sentence; an empty one can only end it."""
+        """Ask for a text, which may end a sentence. An empty text can only end one."""
         if text:
             options = self._settings.speak_fields()
             self._journal.speak(context_id, text, complete=complete, **options)
@@ -206,7 +206,7 @@ class MegakernelTTSService(JournalTTSService):
             playback.clock.complete_segment()
 
     def _on_pause(self, context_id: str, last_text_at: float) -> None:
-        """The LLM may have paused after the text of this time, at the end of a sentence."""
+        """Complete the sentence if the LLM has ended one and written nothing since `last_text_at`."""
         playback = self._playbacks.get(context_id)
         if playback is None or playback.last_text_at != last_text_at:
             return
@@ -214,30 +214,30 @@ class MegakernelTTSService(JournalTTSService):
             self.create_task(self._complete_sentence(context_id, playback), name="pause")
 
     async def _complete_sentence(self, context_id: str, playback: Playback) -> None:
-        """What the LLM has written is a sentence, although the next one has not begun."""
+        """Treat the text so far as a whole sentence, although the next one has not begun."""
         playback.end_sentence(self.text_aggregation_language)
         self._journal.complete(context_id)
-        # Pipecat holds a sentence's words back until it sees the next one begin.
+        # Pipecat holds a sentence's words back until the next sentence begins.
         frames = await self._aggregated_frame_sequencer.finalize(context_id)
         await self._push_sequencer_frames(frames, context_id)
         await self._send_due()
 
     async def _push_sequencer_frames(self, frames: list[Frame], context_id: str | None) -> None:
-        # Words that Pipecat has held back come before those that are queued.
+        # Words that Pipecat has held back come before the queued ones.
         if context_id and context_id == self._audio_context_manager.playing_context_id:
             await self._push_word_frames(frames)
         else:
             await super()._push_sequencer_frames(frames, context_id)
 
     async def flush_audio(self, context_id: str | None = None) -> None:
-        """The turn's text is complete."""
+        """Complete the turn's text."""
         context_id = context_id or self.get_active_audio_context_id()
         if context_id:
             self._journal.end(context_id)
             await self._send_due()
 
     async def on_turn_context_completed(self) -> None:
-        """Close the context of a turn that was never asked for, or has failed: no `done` would."""
+        """Close the context of a turn that was never asked for or has failed: it gets no `done`."""
         context_id = self._turn_context_id
         await super().on_turn_context_completed()
         playback = self._playbacks.get(context_id or "")
@@ -251,7 +251,7 @@ class MegakernelTTSService(JournalTTSService):
         await super().on_audio_context_interrupted(context_id)
 
     async def on_audio_context_completed(self, context_id: str) -> None:
-        """Free what is left; the server still speaks only if Pipecat has given the context up."""
+        """Free what is left. The server still speaks only if Pipecat has given the context up."""
         await self._forget(context_id)
         await super().on_audio_context_completed(context_id)
 
@@ -271,9 +271,9 @@ class MegakernelTTSService(JournalTTSService):
         return changed
 
     def _problem_with(self, delta: TTSSettings) -> str | None:
-        """Why the settings cannot be changed so, if they cannot."""
+        """Why the settings cannot be changed in this way; None if they can."""
         given = self.Settings()
-        TTSSettings.apply_update(given, delta)  # `delta` need not be of our own class
+        TTSSettings.apply_update(given, delta)  # `delta` may be of another class
         if isinstance(given.language, str):
             given.language = self._service_language(given.language)
         try:
@@ -285,7 +285,7 @@ class MegakernelTTSService(JournalTTSService):
     # --- time to first byte: one for each context, as contexts overlap
 
     async def start_ttfb_metrics(self, *, start_time: float | None = None) -> None:
-        """Nothing: `run_tts` notes when each context was asked for."""
+        """Do nothing: `run_tts` notes when each context was asked for."""
 
     async def stop_ttfb_metrics(self, *, end_time: float | None = None) -> None:
         """Report the context that has begun to play, from the arrival of its first audio."""
@@ -345,7 +345,7 @@ class MegakernelTTSService(JournalTTSService):
             return  # cancelled meanwhile
         samples = reply.receive(chunk.samples)
         if not samples:
-            # Heard before the connection broke; the next new sample may be a while away.
+            # These were heard before the connection broke. The next new sample may take a while.
             self._refresh_audio_context(reply.context_id)
             return
         self._quick_failure_tracker.reset()
@@ -359,7 +359,7 @@ class MegakernelTTSService(JournalTTSService):
             await self._add_words(reply.context_id, words)
 
     async def _on_progress(self, progress: Progress) -> None:
-        """The context lives, also while its text is late."""
+        """Keep the context alive, even while its text is late."""
         reply = self._journal.find(progress.context_id)
         if reply is None:
             return
@@ -405,13 +405,13 @@ class MegakernelTTSService(JournalTTSService):
             category = _CATEGORIES.get(error.code, ErrorCategory.APPLICATION)
             await self.push_error(f"{error.message} ({error.code})", category=category)
             if reply is not None and error.code not in _ENDED_BY_DONE:
-                # The context was not opened, or lives on without this text: there will be no `done`.
+                # The context was not opened, or goes on without this text. No `done` will come.
                 self._journal.cancel(reply.context_id)
                 await self._send_due()
                 await self._fail(reply.context_id)
 
     async def _postpone(self, reply: Reply, reason: str, retry_after_s: float | None = None) -> None:
-        """Ask again when the server says, or in a while, unless that has been done too often."""
+        """Ask again when the server says, or after `RETRY_S`. Give up after `MAX_REFUSALS` refusals."""
         delay_s = RETRY_S if retry_after_s is None else retry_after_s
         logger.warning(f"{self}: {reason}; asking again in {delay_s:g} s")
         self._journal.postpone(reply)
@@ -442,12 +442,12 @@ class MegakernelTTSService(JournalTTSService):
     async def _fail(self, context_id: str) -> None:
         if context_id in self._playbacks:
             self._playbacks[context_id].state = "failed"
-        # While the LLM writes, Pipecat would open a closed context again for each sentence.
+        # While the LLM writes, Pipecat would reopen a closed context for each sentence.
         if context_id != self._turn_context_id:
             await self._close(context_id)
 
     async def _apply_force_complete(self, context_id: str) -> None:
-        """Keep the rest of the text in the conversation only where it was heard."""
+        """Keep the rest of the text in the conversation only if it was heard."""
         playback = self._playbacks.get(context_id)
         if playback is not None and playback.state == "spoken":
             await super()._apply_force_complete(context_id)
@@ -461,15 +461,15 @@ class MegakernelTTSService(JournalTTSService):
         await self._push_word_frames([each for each in frames if not isinstance(each, unheard)])
 
     async def append_to_audio_context(self, context_id: str | None, frame: Any) -> None:
-        """Queue what a context plays; text that was never asked for stays out of the conversation."""
-        if isinstance(frame, TTSTextFrame):  # whole sentences, where words are not timed
+        """Queue a frame of a context. Text that was never asked for stays out of the conversation."""
+        if isinstance(frame, TTSTextFrame):  # whole sentences, if words are not timed
             playback = self._playbacks.get(context_id or "")
             if playback is None or playback.state == "failed":
                 frame.append_to_context = False
         await super().append_to_audio_context(context_id, frame)
 
     async def _record_context_audio_outcome(self, context_id: str, received_audio: bool) -> None:
-        # A text that says nothing is spoken in silence. That is no failure.
+        # A text with nothing to say gives no audio. That is not a failure.
         playback = self._playbacks.get(context_id)
         spoken = playback is not None and playback.state == "spoken"
         await super()._record_context_audio_outcome(context_id, received_audio or spoken)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# So that a checkout works as it is; `pip install -e .` makes this line idle.
+# A checkout then works without an installation. After `pip install -e .` this line has no effect.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
@@ -60,7 +60,7 @@ STT = {
     "moonshine": ("MoonshineSTTService", "moonshine_voice", "requirements-moonshine.txt"),
     "whisper": ("WhisperSTTService", "faster_whisper", "requirements-whisper.txt"),
 }
-"""Pipecat's class, the package that it needs, and the file that installs it."""
+"""Pipecat's class, the package that it needs, and the requirements file that installs the package."""
 KEYED_STT = ("deepgram", "openai")
 EPILOG = f"""\
 who listens and thinks:
@@ -94,7 +94,7 @@ TRANSPORTS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Our options; Pipecat's runner adds its own (`-t`, `--host`, `--port`, ...)."""
+    """The demo's options. Pipecat's runner adds its own (`-t`, `--host`, `--port`, ...)."""
     parser = argparse.ArgumentParser(
         usage="python pipecat_client/pipeline_demo.py [options]",
         description="A voice agent that speaks through server.py.",
@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_stt(options: argparse.Namespace) -> FrameProcessor:
-    """Whoever listens."""
+    """The speech recogniser."""
     if options.scripted:
         return ScriptedSTT()
     name = options.stt or _default_stt()
@@ -147,7 +147,7 @@ def _key_of(name: str) -> str:
 
 
 def make_llm(options: argparse.Namespace) -> FrameProcessor:
-    """Whoever thinks."""
+    """The language model."""
     if options.scripted:
         return ScriptedLLM()
     from pipecat.services.openai.llm import OpenAILLMService
@@ -163,7 +163,7 @@ def make_llm(options: argparse.Namespace) -> FrameProcessor:
 
 
 def make_tts(options: argparse.Namespace) -> MegakernelTTSService:
-    """Whoever speaks."""
+    """The text-to-speech service."""
     return MegakernelTTSService(
         url=options.tts_url,
         token=options.tts_token,
@@ -175,7 +175,7 @@ def make_tts(options: argparse.Namespace) -> MegakernelTTSService:
 async def run_agent(
     transport: BaseTransport, options: argparse.Namespace, **runner_options: Any
 ) -> None:
-    """One conversation, until the client leaves."""
+    """Run one conversation, until the client leaves."""
     mute: list[BaseUserMuteStrategy] = [AlwaysUserMuteStrategy()] if options.half_duplex else []
     user, assistant = LLMContextAggregatorPair(
         LLMContext(),
@@ -214,14 +214,14 @@ async def run_agent(
 
 
 async def bot(arguments: RunnerArguments) -> None:
-    """What Pipecat's runner starts for each client."""
+    """Pipecat's runner calls this for each client."""
     transport = await create_transport(arguments, TRANSPORTS)
-    assert arguments.cli_args is not None  # our own command line has parsed them
+    assert arguments.cli_args is not None  # the demo's command line has parsed them
     await run_agent(transport, arguments.cli_args, handle_sigint=arguments.handle_sigint)
 
 
 async def run_local(options: argparse.Namespace) -> None:
-    """The conversation at this machine's microphone."""
+    """Run a conversation at this machine's microphone."""
     from pipecat.transports.local.audio import LocalAudioTransport, LocalAudioTransportParams
 
     params = LocalAudioTransportParams(audio_in_enabled=True, audio_out_enabled=True)
@@ -229,7 +229,7 @@ async def run_local(options: argparse.Namespace) -> None:
 
 
 def check_needs(options: argparse.Namespace) -> None:
-    """Exit with one line if a key or a package is missing, before anybody is kept waiting."""
+    """Exit with one line if a key or a package is missing, before anything slow begins."""
     packages = [("pyaudio", "requirements-microphone.txt")] if options.local else []
     if not options.scripted:
         name = options.stt or _default_stt()
@@ -242,7 +242,7 @@ def check_needs(options: argparse.Namespace) -> None:
 
 
 def reach_loopback_directly() -> None:
-    """Keep proxies of the environment away from servers on this machine, such as Ollama."""
+    """Connect to servers on this machine, such as Ollama, without the environment's proxies."""
     listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
     if listed != "*":  # the star counts only alone
         names = ",".join(filter(None, [listed, "localhost", "127.0.0.1", "::1"]))
@@ -250,7 +250,7 @@ def reach_loopback_directly() -> None:
 
 
 def print_help() -> None:
-    """Ours, and the three of the runner's options that matter here."""
+    """Print the demo's options, and the three of the runner's that matter here."""
     parser = make_parser()
     page = parser.add_argument_group("page")
     page.add_argument("-t", choices=list(TRANSPORTS), help="offer only this transport")
@@ -260,7 +260,7 @@ def print_help() -> None:
 
 
 def main() -> None:
-    """Serve the page, or talk at this machine."""
+    """Serve the page, or talk on this machine."""
     if {"-h", "--help"} & set(sys.argv):
         print_help()
         return

@@ -1,4 +1,4 @@
-"""What the service knows of a reply until it has been played."""
+"""The service's state of a reply until it has been played."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ class Playback:
 
     clock: WordClock
     sentence_ends: SentenceEnds
-    """Of the text that the LLM streams."""
+    """The ends of sentences in the text that the LLM streams."""
     asked_at: float = field(default_factory=time.time)
-    """Wall clock, like all of Pipecat's metrics."""
+    """When the reply was asked for, by the wall clock, as in all of Pipecat's metrics."""
     last_text_at: float = field(default_factory=time.monotonic)
-    """When the LLM last wrote."""
+    """When the LLM last wrote text."""
     first_audio_at: float | None = None
-    """Wall clock."""
+    """When the first audio came, by the wall clock."""
     ttfb_reported: bool = False
     state: Literal["open", "spoken", "failed"] = "open"
-    """Whether the reply was spoken to its end, or will not be."""
+    """`spoken` to its end, or `failed`: it will not be."""
 
     @classmethod
     def begin(cls, pace: Pace, language: str) -> Playback:
-        """A context that has no text yet; `language` is that of `SentenceEnds`."""
+        """A context without text. `language` is the argument of `SentenceEnds`."""
         return cls(WordClock(pace), SentenceEnds(language))
 
     def append(self, text: str) -> None:
-        """The LLM has written more."""
+        """Add text that the LLM has written."""
         self.clock.append(text)
         self.last_text_at = time.monotonic()
 
     @property
     def pause_s(self) -> float:
-        """Seconds since the LLM last wrote."""
+        """Seconds since the LLM last wrote text."""
         return time.monotonic() - self.last_text_at
 
     def end_sentence(self, language: str) -> None:
-        """The text so far is a whole sentence, although the next one has not begun."""
+        """Treat the text so far as a whole sentence, although the next one has not begun."""
         self.sentence_ends = SentenceEnds(language)
         self.clock.complete_segment()

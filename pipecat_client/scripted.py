@@ -32,10 +32,10 @@ WORDS_PER_SECOND = 30.0
 
 
 class ScriptedSTT(FrameProcessor):
-    """Hears that somebody spoke, and not what."""
+    """Notices that somebody has spoken, but not the words."""
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
-        """Turn the end of speech, as the voice detector sees it, into a transcript."""
+        """Give a transcript when the voice detector finds the end of speech."""
         await super().process_frame(frame, direction)
         await self.push_frame(frame, direction)
         if isinstance(frame, VADUserStoppedSpeakingFrame) and direction is FrameDirection.UPSTREAM:
@@ -45,14 +45,14 @@ class ScriptedSTT(FrameProcessor):
 
 
 class ScriptedLLM(FrameProcessor):
-    """Answers a typed text with an echo of it, and all else from a script, word by word."""
+    """Answers a typed text with an echo, and everything else from a script, word by word."""
 
     def __init__(self) -> None:
         super().__init__()
         self._replies = cycle(REPLIES)
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
-        """Answer a context; an interruption stops the answer where it is, as with any LLM."""
+        """Answer a context. As with any LLM, an interruption stops the answer where it is."""
         await super().process_frame(frame, direction)
         if not isinstance(frame, LLMContextFrame):
             await self.push_frame(frame, direction)

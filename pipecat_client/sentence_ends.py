@@ -10,11 +10,11 @@ from pipecat.utils.text.simple_text_aggregator import SimpleTextAggregator
 
 _NUMBER_MAY_GO_ON = re.compile(r"\d\.$")
 _NEXT_SENTENCE = " A"
-"""Text that shows Pipecat's tokenizer whether the period before it belongs to an abbreviation."""
+"""With this text after a period, Pipecat's tokenizer can tell whether it ends an abbreviation."""
 
 
 class SentenceEnds:
-    """Splits a growing text at the places where Pipecat itself sees sentences end."""
+    """Splits a growing text where Pipecat itself finds the ends of sentences."""
 
     def __init__(self, language: str) -> None:
         """`language` is a code such as `en`, as in `TTSService.text_aggregation_language`."""
@@ -24,10 +24,10 @@ class SentenceEnds:
         """The text since the last end."""
 
     async def split(self, text: str) -> list[str]:
-        """Take more text; its pieces, each of which but the last ends a sentence.
+        """Add text. Returns its pieces: each one but the last ends a sentence.
 
-        A sentence ends where the next one is seen to begin. The first piece is empty where the
-        end lies before this text. An end that is seen too late, within earlier text, is left out.
+        A sentence has ended when the next one begins. The first piece is empty if the end lies before
+        this text. An end within earlier text comes too late and is left out.
         """
         num_given = len(self._sentence)
         whole = self._sentence + text
@@ -44,7 +44,7 @@ class SentenceEnds:
 
     @property
     def at_end(self) -> bool:
-        """Whether the text so far ends with a sentence, if nothing more comes for a while."""
+        """Whether the text so far ends with a whole sentence, if no more text comes for a while."""
         text = self._sentence.rstrip()
         if not text or _NUMBER_MAY_GO_ON.search(text):
             return False

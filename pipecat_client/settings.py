@@ -1,4 +1,4 @@
-"""Settings of the speech that may change while it runs, and figures that the server reports of it."""
+"""Settings of the speech that may change at run time, and the figures that the server reports."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from qwen_megakernel.serving.wire import ProtocolError, language_name
 
 @dataclass
 class MegakernelTTSSettings(TTSSettings):
-    """What can be changed at run time, with a `TTSUpdateSettingsFrame`; None leaves it to the server.
+    """Settings that a `TTSUpdateSettingsFrame` can change at run time. None leaves one to the server.
 
-    `voice` is a name that the server knows, `language` a `Language` or a name (None: told from the
-    text). A change counts from the next sentence.
+    `voice` is the name of a voice of the server. `language` is a `Language` or a name; with None the
+    model tells it from the text. A change applies from the next sentence on.
     """
 
     instruct: str | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    """How to speak, for checkpoints that take it; up to 1000 characters."""
+    """How to speak, for checkpoints that accept instructions; up to 1000 characters."""
     temperature: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
     """0 to 10; 0 takes the most likely code."""
     top_k: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    """0 to 65536; 0 keeps all."""
+    """0 to 65536; 0 keeps all codes."""
     seed: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
     """The same seed, text and voice give the same speech; None draws one for each sentence."""
     chunk_frames: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    """Frames of 80 ms in one audio message, 1 to 8; None begins with one and grows."""
+    """Frames of 80 ms in one audio message, 1 to 8; None begins with one frame and grows."""
     trim_leading_silence: bool | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
     """Whether the silence before a reply's first sound is left out, up to 1 s."""
 
     @classmethod
     def defaults(cls) -> MegakernelTTSSettings:
-        """All to the server; `model` is a name for metrics."""
+        """Settings that leave everything to the server. `model` is a name for metrics."""
         nothing: dict[str, Any] = dict.fromkeys(
             each.name for each in fields(cls) if each.name != "extra"
         )
         return cls(**nothing | {"model": "qwen3-tts"})
 
     def check(self) -> None:
-        """Raise `ValueError`, one line, for a value that no server would take."""
+        """Raise `ValueError`, with one line, for a value that no server takes."""
         try:
             check_values(Speak, self.speak_fields())
         except ProtocolError as error:
             raise ValueError(f"settings: {error}") from None
 
     def unserved(self, ready: Ready) -> str | None:
-        """What this server does not have, in one line, or None."""
+        """One line that says which setting this server cannot serve; None if it can serve all."""
         voice, language = self.voice, self.language
         if isinstance(voice, str) and voice.lower() not in map(str.lower, ready.voices):
             return f"voice {voice} is unknown; known: {', '.join(ready.voices) or 'none'}"
@@ -58,7 +58,7 @@ class MegakernelTTSSettings(TTSSettings):
         return None
 
     def speak_fields(self) -> dict[str, Any]:
-        """For `messages.Speak`."""
+        """The options for `native_messages.Speak`."""
         names = (
             "voice", "language", "instruct", "temperature", "top_k", "seed", "chunk_frames",
             "trim_leading_silence",
@@ -67,10 +67,10 @@ class MegakernelTTSSettings(TTSSettings):
 
 
 class ServerTTSMetricsData(MetricsData):
-    """The server's own figures of one turn, in a `MetricsFrame`; None where there was no audio."""
+    """The server's own figures of one turn, in a `MetricsFrame`. They are None without audio."""
 
     ttfc_ms: float | None
-    """First text at the server to first audio handed to its socket."""
+    """Milliseconds from the first text at the server to the first audio that its socket got."""
     rtf: float | None
     """Generation over duration; below 1 is faster than real time."""
     duration_s: float
@@ -78,7 +78,7 @@ class ServerTTSMetricsData(MetricsData):
 
     @classmethod
     def of(cls, done: Done, processor: str, model: str | None) -> ServerTTSMetricsData:
-        """What a `done` says."""
+        """The figures in a `done`."""
         return cls(
             processor=processor,
             model=model,

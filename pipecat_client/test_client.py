@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Speak a text through the server and measure it; needs only `websockets` and `numpy`.
+"""Speak a text through the server and measure it. It needs only `websockets` and `numpy`.
 
     python test_client.py --text "Hello there." --out hello.wav
 
-Exit code 0 when the server spoke the whole text, 1 with one line on stderr otherwise.
+The exit code is 0 if the server spoke the whole text, and otherwise 1, with one line on stderr.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 
 SAMPLE_RATE = 24_000
 SYNTHETIC = "Synthetic speech, made by a text-to-speech model"
-"""What the metadata of a written file says."""
+"""The comment in the metadata of a written file."""
 AUDIBLE_DBFS = -50.0
 _WINDOW = SAMPLE_RATE // 100  # loudness is judged over 10 ms
 
@@ -49,23 +49,23 @@ figures:
 
 Reply = np.ndarray | dict[str, Any]
 PROBE_BYTES = 65_536
-"""A second of audio and more: what must fit on the disk for a turn to begin."""
+"""Bytes that must fit on the disk before a turn begins: more than a second of audio."""
 
 
 class ClientError(Exception):
-    """Something to tell the user in one line."""
+    """An error for the user, in one line."""
 
     retry_after_s: float | None = None
-    """Seconds after which a busy server takes the same text."""
+    """Seconds after which a busy server will take the same text."""
 
 
 FAILURES = (ClientError, InvalidHandshake, InvalidURI, ConnectionClosed, OSError, TimeoutError)
-"""How a turn can fail without a fault of this program."""
+"""The errors with which a turn can fail without a fault of this program."""
 
 
 @dataclass
 class Playhead:
-    """A player that starts with the first chunk and stops whenever it runs dry; times in seconds."""
+    """A player that starts with the first chunk and stops whenever it runs dry. Times are in seconds."""
 
     chunks: int = 0
     underruns: int = 0
@@ -101,7 +101,7 @@ class Playhead:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `--json` prints; None is a figure that does not exist."""
+    """The figures that `--json` prints. None is a figure that does not exist."""
 
     ttfc_ms: float
     ttfb_ms: float | None
@@ -116,7 +116,7 @@ class Summary:
     out: str | None
 
     def lines(self) -> str:
-        """For people."""
+        """The figures as text for people."""
         return (
             f"TTFC {self.ttfc_ms:.1f} ms   TTFB {_ms(self.ttfb_ms)}   TTFA {_ms(self.ttfa_ms)}   "
             f"RTF {self.rtf:.3f}\n"
@@ -138,7 +138,7 @@ class Speaker:
             import sounddevice
         except ImportError as error:
             raise ClientError(f"--play needs sounddevice (pip install sounddevice): {error}") from None
-        except OSError as error:  # the package is here, the library under it is not
+        except OSError as error:  # the package is here, but not the library that it needs
             hint = "apt install libportaudio2, or brew install portaudio"
             raise ClientError(f"--play needs PortAudio ({hint}): {error}") from None
         try:
@@ -160,7 +160,7 @@ class Speaker:
         self._chunks.put(samples)
 
     def finish(self) -> None:
-        """Wait until all was heard."""
+        """Wait until all chunks were played."""
         self._chunks.put(None)
         self._thread.join()
 
@@ -229,10 +229,10 @@ def read_text(args: argparse.Namespace) -> str:
 
 
 def repair(text: str) -> str:
-    """Join the halves of surrogate pairs; a half that is alone becomes U+FFFD.
+    """Join the halves of surrogate pairs. A single half becomes U+FFFD.
 
     Raises:
-        UnicodeError: a half that stands for a byte that could not be decoded.
+        UnicodeError: a half stands for a byte that could not be decoded.
     """
     text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
     text = re.sub("[\ud800-\udbff\udd00-\udfff]", "\ufffd", text)
@@ -259,7 +259,7 @@ async def send_text(socket: ClientConnection, args: argparse.Namespace, text: st
     if not args.stream_text:
         await socket.send(json.dumps(build_request(args, text)))
         return
-    first, *rest = re.findall(r"\s*\S+|\s+$", text)  # all of it: white space can change the speech
+    first, *rest = re.findall(r"\s*\S+|\s+$", text)  # keep white space: it can change the speech
     await socket.send(json.dumps({**build_request(args, first), "more": True}))
     for word in rest:
         await asyncio.sleep(1 / args.words_per_second)
@@ -268,7 +268,7 @@ async def send_text(socket: ClientConnection, args: argparse.Namespace, text: st
 
 
 async def receive(socket: ClientConnection, timeout_s: float) -> AsyncIterator[Reply]:
-    """Chunks, float32 [n], then the `done` message; raises `ClientError` on an error message."""
+    """Yields chunks, float32 [n], then the `done` message. Raises `ClientError` for an error message."""
     while True:
         try:
             message = await asyncio.wait_for(socket.recv(), timeout_s)
@@ -291,7 +291,7 @@ async def receive(socket: ClientConnection, timeout_s: float) -> AsyncIterator[R
 
 
 async def hear(args: argparse.Namespace, text: str) -> AsyncIterator[tuple[Reply, float]]:
-    """What `receive` gives, and seconds since the text was sent; a busy server is asked again."""
+    """Yields what `receive` gives, and the seconds since the text was sent. Retries on a busy server."""
     patience_ends = time.monotonic() + args.timeout
     while True:
         try:
@@ -313,7 +313,7 @@ async def hear(args: argparse.Namespace, text: str) -> AsyncIterator[tuple[Reply
 
 
 async def speak(args: argparse.Namespace, text: str) -> Summary:
-    """One turn from checking the output to the summary; audio that came is kept, whatever happens."""
+    """Run one turn, from checking the output to the summary. Audio that came is kept in any case."""
     if args.out is not None:
         check_writable(args.out)
     speaker = Speaker() if args.play else None
@@ -344,15 +344,15 @@ async def speak(args: argparse.Namespace, text: str) -> Summary:
 
 
 def open_connection(args: argparse.Namespace) -> connect:
-    """What `async with` connects."""
+    """The connection to open with `async with`."""
     headers = {"Authorization": f"Bearer {args.token}"} if args.token else None
     options: dict[str, Any] = {"additional_headers": headers, "max_size": None, "compression": None}
-    options["proxy"] = None if is_loopback(host_of(args.url)) else True  # none reaches our loopback
+    options["proxy"] = None if is_loopback(host_of(args.url)) else True  # no proxy reaches loopback
     return connect(args.url, open_timeout=args.timeout, **options)
 
 
 def host_of(url: str) -> str:
-    """The host of a WebSocket address; raises `InvalidURI` where it or the port cannot be read."""
+    """The host of a WebSocket address. Raises `InvalidURI` if the host or the port cannot be read."""
     try:
         address = urlsplit(url)
         host, _ = address.hostname or "", address.port
@@ -372,7 +372,7 @@ def is_loopback(host: str) -> bool:
 
 
 def summarise(done: dict[str, Any], playhead: Playhead, out: Path | None) -> Summary:
-    """The server's figures and ours."""
+    """The summary: the server's figures and the client's."""
     first, audible = playhead.first_chunk_s, playhead.first_audible_s
     return Summary(
         ttfc_ms=done.get("ttfc_ms", 0.0),
@@ -390,7 +390,7 @@ def summarise(done: dict[str, Any], playhead: Playhead, out: Path | None) -> Sum
 
 
 def check_writable(path: Path) -> None:
-    """Raise `ClientError` where a file cannot be written, before anything is synthesised for it."""
+    """Raise `ClientError` if a file cannot be written, before anything is synthesised for it."""
     if not path.absolute().parent.is_dir():
         raise ClientError(f"cannot write {path}: its folder does not exist")
     if path.is_dir():
@@ -410,10 +410,10 @@ def check_writable(path: Path) -> None:
 
 
 def write_wav(path: Path, samples: np.ndarray) -> None:
-    """float32 [n] in [-1, 1] to a 16-bit mono WAV file whose metadata says what it is.
+    """Write float32 [n] in [-1, 1] to a 16-bit mono WAV file. Its metadata says that it is synthetic.
 
     Raises:
-        ClientError: it cannot be written; a temporary file has the audio, if there is room for one.
+        ClientError: the file cannot be written. A temporary file has the audio, if there is room for it.
     """
     pcm = np.round(np.clip(samples, -1.0, 1.0) * 32_767).astype("<i2")
     comment = SYNTHETIC.encode("ascii") + b"\0"
@@ -426,7 +426,7 @@ def write_wav(path: Path, samples: np.ndarray) -> None:
         path.write_bytes(content)
     except OSError as error:
         if path.is_file():
-            path.unlink()  # half a file; what it took may be what the other lacks
+            path.unlink()  # half a file: its space may be what the temporary file needs
         try:
             number, name = tempfile.mkstemp(".wav", "speech-")
             with open(number, "wb") as file:
@@ -442,7 +442,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def explain(error: Exception, url: str) -> str:
-    """One of `FAILURES`, in one line."""
+    """Explain one of `FAILURES` in one line."""
     if isinstance(error, ClientError):
         return str(error)
     if isinstance(error, InvalidStatus):
@@ -463,7 +463,7 @@ def explain(error: Exception, url: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the client; the exit code."""
+    """Run the client. Returns the exit code."""
     try:
         summary = asyncio.run(speak(args, read_text(args)))
     except FAILURES as error:
@@ -479,11 +479,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(figures: str) -> int:
-    """Print to standard output; the exit code. A reader that has left wants no more, which is fine."""
+    """Print to standard output. Returns the exit code. A reader that has left is not an error."""
     try:
         print(figures, flush=True)
     except OSError as error:
-        # Python writes what is left when it exits: let that go nowhere.
+        # Python writes the rest of its buffer when it exits: send that to nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             print(f"error: cannot print the figures: {error.strerror}", file=sys.stderr)
@@ -492,7 +492,7 @@ def show(figures: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the client from a command line of its own; the exit code."""
+    """Run the client from a command line of its own. Returns the exit code."""
     return run(parse_arguments(argv))
 
 

@@ -1,6 +1,6 @@
-"""The demo's own page: a conversation over Pipecat's WebSocket transport that works offline.
+"""The demo's own page: a conversation over Pipecat's WebSocket transport, which works offline.
 
-It is served beside Pipecat's prebuilt page, which asks another host for a part of itself.
+The server also has Pipecat's prebuilt page, which loads a part of itself from another host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PATH = "/talk"
 
 
 def talk_page() -> ASGIApp:
-    """The application to mount at `PATH`. Loudspeaker and style are those of the server's page."""
+    """The application to mount at `PATH`. It uses the loudspeaker and the style of the server's page."""
     return Starlette(
         routes=[
             Mount("/shared", StaticFiles(directory=SHARED)),
@@ -32,7 +32,7 @@ def talk_page() -> ASGIApp:
 
 
 class _WithHeaders:
-    """Adds the headers that keep a page to itself."""
+    """Adds the headers that keep the page from loading anything from other hosts."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,6 +1,6 @@
 """Real-time Qwen3-TTS: text in, 24 kHz speech out, one frame at a time.
 
-Importing this package imports neither torch nor CUDA; the names below do when first used.
+The import of this package imports neither torch nor CUDA. The names below do, at their first use.
 """
 
 from __future__ import annotations

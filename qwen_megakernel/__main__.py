@@ -1,8 +1,8 @@
 """`qwen-megakernel COMMAND ...`, or `python -m qwen_megakernel COMMAND ...`: the command line.
 
-A command is a line in `COMMANDS` and two functions in the module named there:
-`add_arguments(parser)` and `run(args) -> int`, the exit status. Only the chosen command's module
-is imported, so that `--help` is instant and a broken dependency breaks only what needs it.
+A command is a line in `COMMANDS` and two functions in the module that it names:
+`add_arguments(parser)` and `run(args) -> int`, the exit status. Only the chosen command's module is
+imported. So `--help` is instant, and a broken dependency breaks only the commands that need it.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ COMMANDS = {
         "write a checkpoint of random weights (noise for a voice)",
     ),
 }
-"""Command -> (module, with a dot before it if it is of this package; one line of help)."""
+"""Command -> (module, with a leading dot if it is in this package; one line of help)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (2 for wrong usage, by way of `SystemExit`)."""
+    """Run one command. Returns the exit status. Wrong usage raises `SystemExit` with 2."""
     listing = "\n".join(f"  {name:18}{text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog=SCRIPT if Path(sys.argv[0]).name == SCRIPT else f"python -m {__package__}",
@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
-    """Run one of `COMMANDS`; the exit status.
+    """Run one of `COMMANDS`. Returns the exit status.
 
     Args:
         name: of the command.
-        arguments: after the command's name.
-        prog: how its usage and its errors call the command.
+        arguments: the arguments after the command's name.
+        prog: the command's name in its usage and its errors.
     """
     module_name, text = COMMANDS[name]
     try:

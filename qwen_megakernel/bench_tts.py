@@ -1,4 +1,4 @@
-"""`python -m qwen_megakernel bench`: how fast it is on this machine, as tables and as JSON.
+"""`python -m qwen_megakernel bench`: the speed on this machine, as tables and as JSON.
 
 Three parts: the frame kernel beside what bounds it (`bench.frame_kernel`), decode and codec alone
 (`bench.parts`), and turns through a real server and socket (`bench.turns`). Two are measured only when
@@ -44,15 +44,15 @@ WHAT = ("kernel", "parts", "server")
 """Measured where `--parts` names none; the others must be named."""
 NAMED = ("load", "shared")
 SLOW_TURNS = 5
-"""Of each kind for the torch backend on a GPU, whose frames take ten times as long as the kernel's."""
+"""Turns of each kind for the torch backend on a GPU, whose frames take ten times the kernel's time."""
 ORIGINAL = {"ttfc": "50", "rtf": "0.15-0.25", "step": "55"}
-"""Figures that the adaptation with which this project began gave for an RTX 5090, with its own
-definitions: request received to first chunk sent; time of generation over audio; one frame through
+"""The figures of imgarvit/qwen_megakernel for an RTX 5090, by its own definitions: milliseconds from
+the request to the first chunk sent; time of generation over audio; milliseconds of one frame through
 talker and code predictor."""
 
 
 def tell(line: str) -> None:
-    """Progress goes to stderr: stdout is the tables."""
+    """Print progress to stderr: stdout is for the tables."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -60,7 +60,7 @@ def tell(line: str) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures belong to."""
+    """The machine that the figures belong to."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -74,7 +74,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def run_kernel(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The kernel's part row by row, or why it does not run here."""
+    """The kernel's part, row by row, or the reason why it does not run here."""
     if device.type != "cuda":
         yield {"skipped": "the frame kernel needs a CUDA GPU"}
         return
@@ -96,7 +96,7 @@ def run_kernel(args: argparse.Namespace, device: torch.device) -> Iterator[dict[
 
 @contextmanager
 def checkpoint_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """The checkpoint that was named, or a random one that is there for as long as the context."""
+    """The named checkpoint, or a random one that exists until the `with` block ends."""
     if args.model is not None:
         yield args.model
         return
@@ -170,7 +170,7 @@ def run_against(args: argparse.Namespace, device: torch.device) -> Iterator[dict
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The bench's JSON, again whenever there is more of it."""
+    """Measure. Yields the bench's whole JSON each time that it has grown."""
     found: dict[str, Any] = {
         "schema": 1,
         "command": f"python -m qwen_megakernel {shlex.join(sys.argv[1:])}",
@@ -219,12 +219,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """A figure, or a dash where there is none."""
+    """A figure, or a dash if there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def kernel_table(kernel: dict[str, Any]) -> str:
-    """A frame by streams and positions."""
+    """Times of a frame, by streams and positions."""
     if "skipped" in kernel:
         return f"Frame kernel: not measured, {kernel['skipped']}."
     header = ["streams", "position", "frame, us (p95)", *PARTS, "GB/s", "over read",
@@ -247,7 +247,7 @@ def kernel_table(kernel: dict[str, Any]) -> str:
 
 
 def parts_table(parts: Sequence[dict[str, Any]]) -> str:
-    """Decode and codec by backend and streams, prefill by rows."""
+    """Times of decode and codec by backend and streams, and of prefill by rows."""
     rows = [
         [part["backend"], streams, number(ms["decode_ms"], 2), number(ms["codec_ms"], 2),
          " / ".join(number(ms, 2) for ms in part["prefill_ms"].values())]
@@ -268,7 +268,7 @@ def spread(values: dict[str, float] | None, digits: int = 1) -> str:
 
 
 def server_table(servers: Sequence[dict[str, Any]], parts: Sequence[dict[str, Any]]) -> str:
-    """Turns by backend, then the original's three figures as it defines them."""
+    """Turns by backend, then the three figures of `ORIGINAL` by their own definitions."""
     steps = {part["backend"]: next(iter(part["streams"].values()))["decode_ms"] for part in parts}
     characters = f"{len(bench_server.SENTENCE)} characters"
     rows = []
@@ -297,7 +297,7 @@ def server_table(servers: Sequence[dict[str, Any]], parts: Sequence[dict[str, An
 
 
 def load_table(load: dict[str, Any]) -> str:
-    """Runs of the load part, and what must be known about them."""
+    """The runs of the load part, and notes on them."""
     return "\n\n".join([table(load_report.HEADER, load_report.rows(load)), *load_report.notes(load)])
 
 
@@ -310,7 +310,7 @@ def shared_table(shared: dict[str, Any]) -> str:
 
 
 def dialects_table(servers: Sequence[dict[str, Any]]) -> str:
-    """First audio by backend and dialect, and what each takes beyond the native one."""
+    """Time to first audio by backend and dialect, and what each dialect adds to the native one's."""
     rows = [
         [
             f"{server['backend']}, {name}",
@@ -325,7 +325,7 @@ def dialects_table(servers: Sequence[dict[str, Any]]) -> str:
 
 
 def against_table(against: dict[str, Any]) -> str:
-    """Codes and speech in a line each, then the figures."""
+    """A line each for codes and speech, then the figures."""
     lines = [
         f"- codes of shape {codes['shape']}: {codes['difference'] or 'equal'}"
         for codes in against.get("codes", [])
@@ -474,8 +474,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print; returns the exit status. What is cut short leaves what it has."""
-    # By default SIGTERM would end us without the cleaning up, and leave a server behind.
+    """Measure and print. Returns the exit status. An interrupted run prints what it has measured."""
+    # By default SIGTERM would end this process without cleaning up, and leave a server behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     found: dict[str, Any] | None = None
     try:
@@ -486,7 +486,7 @@ def run(args: argparse.Namespace) -> int:
         for found in measure(args, device):
             if args.json is not None:
                 args.json.write_text(json.dumps(found, indent=2) + "\n")
-    except (RuntimeError, ValueError, OSError) as error:  # all that a user can cause is one of these
+    except (RuntimeError, ValueError, OSError) as error:  # a user can cause only these
         tell(f"error: {' '.join(str(error).split())}")
         return 1
     finally:

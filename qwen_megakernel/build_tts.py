@@ -37,26 +37,27 @@ from qwen_megakernel.installation.bundled import bundled_folder
 
 SOURCES = bundled_folder("csrc")
 ARCHES = ("80", "86", "89", "90a", "100a", "120a", "121a")
-"""What the table of the machine code covers, and a folder of all kernels has."""
+"""The architectures in the table of the machine code, and in a folder of all kernels."""
 KNOWN_ARCHES = ("86", "90a", "120a")
-"""Built and checked for spills by the tests; others are built the same way."""
+"""The architectures that the tests build and check for spills. Others are built the same way."""
 _SMALL_BYTES = 101_376
 _SHARED_BYTES = {
     80: 166_912, 86: _SMALL_BYTES, 87: 166_912, 89: _SMALL_BYTES, 90: 232_448, 100: 232_448,
     103: 232_448, 120: _SMALL_BYTES, 121: _SMALL_BYTES,
 }  # fmt: skip
-"""Shared memory a CTA may have, by architecture (CUDA C++ Programming Guide, table of limits)."""
+"""Shared memory that a CTA may have, by architecture (CUDA C++ Programming Guide, table of limits)."""
 _RESERVED_BYTES = 1024
-"""Of an SM's shared memory, for each CTA: an SM has that much more than a CTA may use."""
+"""Shared memory that an SM reserves for each CTA: it has so much more than a CTA may use."""
 FORMS = ("auto", "large", "small")
-"""Forms of the kernels. `small` fits into the 99 KB of shared memory of an RTX 30, 40 or 50; `large`
-needs what the data centre's GPUs have. `auto` is what fits. All give the same codes and samples."""
+"""Forms of the kernels. `small` fits into the 99 KB of shared memory of an RTX 30, 40 or 50. `large`
+needs the shared memory of a data centre's GPU. `auto` is the one that fits. All give the same codes and
+samples."""
 
 Progress = Callable[[str], None]
 
 
 class BuildError(RuntimeError):
-    """The kernel cannot be built here; one line says why and what helps."""
+    """The kernel cannot be built here. One line says why, and what helps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +76,11 @@ def codec_library(arch: str, form: str = "auto") -> Library:
 
     Args:
         arch: `86`, `90a`, `120a`, ...
-        form: one of `FORMS`; it decides how much shared memory of an SM the tiles are cut for. The
+        form: one of `FORMS`. It decides for how much shared memory of an SM the tiles are cut. The
             samples do not depend on it.
 
     Raises:
-        BuildError: a form that the architecture has no room for.
+        BuildError: the architecture has too little shared memory for the form.
     """
     sm_bytes = shared_bytes(arch, form) + _RESERVED_BYTES
     header = f"#pragma once\nnamespace codec {{\nconstexpr int kSmSharedBytes = {sm_bytes};\n}}\n"
@@ -99,11 +100,11 @@ def frame_library(
         config: the shape.
         arch: `86`, `90a`, `120a`, ...
         form: one of `FORMS`.
-        ring_slots: of the weight ring, as many as fit at most; None is what the sources say.
+        ring_slots: slots of the weight ring, at most as many as fit; None is the sources' default.
 
     Raises:
-        BuildError: a shape that the kernel's tiles cannot cover, or a form that the architecture has
-            no room for.
+        BuildError: the kernel's tiles cannot cover the shape, or the architecture has too little
+            shared memory for the form.
     """
     header = geometry_header(config, shared_bytes(arch, form))
     if ring_slots is not None:
@@ -119,7 +120,7 @@ def geometry_header(config: ModelConfig, num_shared_bytes: int) -> str:
     """`geometry.h`: the shapes of talker and predictor, and the shared memory that a CTA may use.
 
     Raises:
-        BuildError: a shape that the kernel's tiles cannot cover.
+        BuildError: the kernel's tiles cannot cover the shape.
     """
 
     def dims(name: str, c: TransformerConfig) -> str:
@@ -158,7 +159,7 @@ def shared_bytes(arch: str, form: str = "auto") -> int:
     """Shared memory that a CTA of a form may use on an architecture such as `90a`, in bytes.
 
     Raises:
-        BuildError: no such form, or the architecture has no room for it.
+        BuildError: there is no such form, or the architecture has too little shared memory for it.
     """
     if form not in FORMS:
         raise BuildError(f"form is {form!r}, allowed: {', '.join(FORMS)}")
@@ -169,7 +170,7 @@ def shared_bytes(arch: str, form: str = "auto") -> int:
 
 
 def form_of(arch: str, form: str = "auto") -> str:
-    """`large` or `small`: what a name of `FORMS` means on an architecture. Raises `BuildError`."""
+    """`large` or `small`: the form that a name of `FORMS` means on `arch`. Raises `BuildError`."""
     return "small" if shared_bytes(arch, form) == _SMALL_BYTES else "large"
 
 
@@ -177,7 +178,7 @@ def detect_arch(device: torch.device) -> str:
     """The architecture whose kernels a GPU runs, such as `86` or `90a`: its own, or `named_arch`.
 
     Raises:
-        BuildError: the GPU is too old, or does not run the architecture that is named.
+        BuildError: the GPU is too old, or does not run the named architecture.
     """
     capability = torch.cuda.get_device_capability(device)
     own = arch_of(capability)
@@ -197,7 +198,7 @@ def detect_arch(device: torch.device) -> str:
 
 
 def has_ptx(arch: str) -> bool:
-    """Whether kernels of an architecture come with PTX, which newer GPUs run: that names no features."""
+    """Whether kernels of an architecture have PTX, which newer GPUs run. Its name then has no `a`."""
     return not arch.endswith("a")
 
 
@@ -212,19 +213,19 @@ def require_compiler() -> nvrtc.Compiler:
 def build(
     library: Library, arch: str, progress: Progress | None = None, out: Path | None = None
 ) -> Path:
-    """Compile a library, or find it among the prebuilt ones or in the cache.
+    """Find a library among the prebuilt ones or in the cache, or compile it.
 
     Args:
-        library: what to build.
+        library: the library to build.
         arch: `86`, `90a`, `120a`, ...
-        progress: told what is being done, a line each.
-        out: where it shall be; None is `prebuilt_folder`, if it is there, else the cache.
+        progress: called with a line for each step.
+        out: the folder for it; None is `prebuilt_folder` if the library is there, else the cache.
 
     Returns:
         The cubin's path. Where `has_ptx`, its PTX lies beside it (`kept_builds.ptx_of`).
 
     Raises:
-        BuildError: another system than Linux, no compiler, or what the compiler said.
+        BuildError: the system is not Linux, there is no compiler, or the compiler has failed.
         OSError: the cache cannot be written.
     """
     if not kept_builds.CAN_LOCK:
@@ -241,7 +242,7 @@ def build(
     except BuildError as error:
         kept = kept_builds.find(out, stem, library.name)
         if whole := [product for product in kept if kept_builds.is_whole(product)]:
-            return whole[-1]  # a compiler is needed only to make one
+            return whole[-1]  # only a new build needs a compiler
         if kept:
             raise BuildError(f"{kept[-1]} is damaged, and {error}") from None
         raise
@@ -257,7 +258,7 @@ def build(
             report(f"{product} is damaged")
         report(f"compiling the {library.name} kernel for sm_{arch} (once, about a minute)")
         prefix = f"building-{folder.name}-"
-        for left in folder.parent.glob(f"{prefix}*"):  # by a build that was killed: we have its lock
+        for left in folder.parent.glob(f"{prefix}*"):  # of a killed build: this process has its lock
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as aside:
             _compile(library, arch, compiler, Path(aside))
@@ -269,7 +270,7 @@ def build(
 
 
 def _find_prebuilt(library: Library, arch: str, stem: str, report: Progress) -> Path | None:
-    """The prebuilt library, or None; `report` is told why the folder does not do."""
+    """The prebuilt library, or None. `report` gets the reason if the folder's does not fit."""
     folder = prebuilt_folder()
     if folder is None:
         return None
@@ -311,12 +312,12 @@ def _digest(text: str) -> str:
 
 
 def frame_digest(geometry: str, arch: str) -> str:
-    """`build_digest` of the frame kernel whose `geometry.h` this is."""
+    """`build_digest` of the frame kernel with this `geometry.h`."""
     return build_digest(_frame_library(geometry), arch)
 
 
 def _sources(library: Library) -> list[Path]:
-    """The library's files and all of ours that they include, in a fixed order."""
+    """The library's files and the project's files that they include, in a fixed order."""
     found: dict[str, Path] = {}
     waiting = [library.source]
     while waiting:

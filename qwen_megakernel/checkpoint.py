@@ -1,10 +1,10 @@
-"""Checkpoints in the official layout: found or downloaded, checked, and loaded strictly.
+"""Find or download checkpoints in the official layout, check them, and load them strictly.
 
     folder/    config.json  model.safetensors (or shards and their index)  vocab.json  merges.txt ...
     folder/speech_tokenizer/    config.json  model.safetensors
 
-Weights are read from safetensors only, and no file is ever executed: no pickle, no remote code.
-Whatever is wrong with a checkpoint is one line that names the file or tensor and the way out.
+Weights are read from safetensors only, and no file is ever executed: no pickle, no remote code. Each
+error of a checkpoint is one line that names the file or tensor, and what to do.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ KNOWN_REVISIONS = {
     "Qwen/Qwen3-TTS-12Hz-1.7B-CustomVoice": "0c0e3051f131929182e2c023b9537f8b1c68adfe",
     "Qwen/Qwen3-TTS-12Hz-1.7B-VoiceDesign": "5ecdb67327fd37bb2e042aab12ff7391903235d3",
 }
-"""Official ids and the commit used unless another revision is asked for: the same bytes for everyone."""
+"""The commit that each official id gives unless a revision is named: the same bytes for everyone."""
 
 SPEECH_FOLDER = "speech_tokenizer"
-"""Where the codec lies inside a checkpoint."""
+"""The codec's folder inside a checkpoint."""
 PREFIXES = ("talker.", "speaker_encoder.", "encoder.", "decoder.")
-"""How every tensor's name begins; the last two are the codec's."""
+"""Prefixes of all tensors' names. The last two are the codec's."""
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -56,7 +56,7 @@ _PATTERNS = [
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be found, fetched or used; one line that says how to go on."""
+    """A checkpoint cannot be found, fetched or used. One line says what to do."""
 
 
 # ---------------------------------------------------------------------------- finding
@@ -74,11 +74,11 @@ def resolve(
     Args:
         model: a folder, or an id such as `Qwen/Qwen3-TTS-12Hz-0.6B-Base`.
         revision: commit, tag or branch; None is the commit in `KNOWN_REVISIONS`, else `main`.
-        offline: take what the cache holds and open no connection (as `HF_HUB_OFFLINE=1` does).
+        offline: use what the cache holds and open no connection (as `HF_HUB_OFFLINE=1` does).
         progress: a class with tqdm's interface, instead of the hub's own progress bars.
 
     Raises:
-        CheckpointError: nothing there, no access, no network and no copy, or no space.
+        CheckpointError: there is no checkpoint, no access, no space, or neither network nor copy.
     """
     try:
         local = Path(model).expanduser()
@@ -95,16 +95,16 @@ def resolve(
         )
     folder = _fetch(model, revision or KNOWN_REVISIONS.get(model, "main"), offline, progress)
     _check_layout(folder)
-    # The hub names the folder after the commit it got: what to pass as `revision` to get it again.
+    # The hub names the folder after the commit. With that as `revision`, one gets the same again.
     log.info("checkpoint %s at commit %s", model, folder.name)
     return folder
 
 
 def hub_cache_folder() -> Path:
-    """Where downloads are kept: huggingface_hub's folder, or ours where it finds no home."""
+    """The folder of downloads: huggingface_hub's, or this project's if huggingface_hub finds no home."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_CACHE.startswith("~"):  # it could not expand it
+    if constants.HF_HUB_CACHE.startswith("~"):  # huggingface_hub could not expand it
         return user_cache_folder() / "huggingface" / "hub"
     return Path(constants.HF_HUB_CACHE)
 
@@ -112,7 +112,7 @@ def hub_cache_folder() -> Path:
 def _is_hub_id(model: str) -> bool:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if model.count("/") != 1:  # the hub also allows bare names, which here are mistyped folders
+    if model.count("/") != 1:  # the hub also allows bare names; here they are mistyped folders
         return False
     try:
         validate_repo_id(model)
@@ -122,7 +122,7 @@ def _is_hub_id(model: str) -> bool:
 
 
 def _fetch(model: str, revision: str, offline: bool, progress: type | None) -> Path:
-    """The snapshot folder in the hub's cache, complete; interrupted downloads are resumed."""
+    """The complete snapshot folder in the hub's cache. An interrupted download is resumed."""
     from huggingface_hub import constants, snapshot_download
 
     cache = hub_cache_folder()
@@ -177,12 +177,12 @@ def _cached(download: Callable[..., Any]) -> Path | None:
 
 
 class _Unreachable(CheckpointError):
-    """The hub did not answer; a copy in the cache will do."""
+    """The hub did not answer. A copy in the cache is good enough."""
 
 
 @contextmanager
 def _hub_errors(model: str, revision: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one line."""
+    """Turn the errors of the hub's client into one line."""
     from huggingface_hub import constants, errors
 
     try:
@@ -190,7 +190,7 @@ def _hub_errors(model: str, revision: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        # A dry run wraps whatever the first request raised.
+        # A dry run wraps the error of the first request.
         cause = error.__cause__ if isinstance(error, errors.DryRunError) and error.__cause__ else error
         if isinstance(cause, errors.GatedRepoError):
             raise CheckpointError(
@@ -224,12 +224,12 @@ def _hub_errors(model: str, revision: str) -> Iterator[None]:
 
 
 def _is_transport_error(error: BaseException) -> bool:
-    # The hub's client has changed its HTTP library, and none of them is a dependency of ours.
+    # Versions of the hub's client use different HTTP libraries. This project depends on none of them.
     return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
 def _check_plan(model: str, files: list[Any], cache: Path) -> None:
-    """Before anything is fetched: the weights are there, and so is the space for them."""
+    """Check before the download that the hub has the weights, and the disk has space for them."""
     names = {file.filename for file in files}
     for folder in ("", f"{SPEECH_FOLDER}/"):
         if not names & {folder + _WEIGHTS, folder + _INDEX}:
@@ -251,7 +251,7 @@ def _check_space(need: int, folder: Path) -> None:
 
 
 def _check_layout(folder: Path) -> None:
-    """Everything the project reads is there; raises `CheckpointError` for the first missing file."""
+    """Check that all files are there. Raises `CheckpointError` for the first missing one."""
     for name in ("config.json", f"{SPEECH_FOLDER}/config.json", *TOKENIZER_FILES):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: {name} is missing, so this is no complete checkpoint")
@@ -264,11 +264,11 @@ def _check_layout(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a file's header says of one tensor."""
+    """A tensor, as a file's header describes it."""
 
     path: Path
     dtype: str
-    """As safetensors spells it: BF16, F32, ..."""
+    """The name of its dtype in safetensors: BF16, F32, ..."""
     shape: tuple[int, ...]
 
 
@@ -281,7 +281,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, named by the index where there is one."""
+    """The safetensors files of a folder; if there is an index, it names them."""
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
     if (folder / _INDEX).is_file():
@@ -300,7 +300,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name."""
+    """Read an index: tensor name -> file name."""
     try:
         shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(shard) for name, shard in shards.items()}
@@ -313,7 +313,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors and metadata of one safetensors file, checked against the file's size."""
+    """Tensors and metadata of one safetensors file, checked against the size of the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -340,7 +340,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _read_entry(path: Path, entry: dict[str, Any]) -> tuple[TensorInfo, int]:
-    """One tensor of a header and the offset of its end; raises `ValueError` if they disagree."""
+    """One tensor of a header and the offset of its end. Raises `ValueError` if they disagree."""
     shape = tuple(entry["shape"])
     start, end = entry["data_offsets"]
     if any(type(number) is not int for number in (*shape, start, end)):
@@ -375,7 +375,7 @@ def _read_headers(folder: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 class Checkpoint:
-    """An opened checkpoint; headers are read at once, weights only by `load`.
+    """An opened checkpoint. It reads headers at once, and weights only in `load`.
 
     Raises `CheckpointError` or `ConfigError` if a file is missing, malformed or cut short.
     """
@@ -385,7 +385,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     """Every tensor of both weight files by its full name."""
     note: str | None
-    """What a synthetic checkpoint says of itself; None for a real one."""
+    """A synthetic checkpoint's note about itself; None for a real one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -400,7 +400,7 @@ class Checkpoint:
         """Check the set of tensors as a whole.
 
         Raises:
-            CheckpointError: a tensor that no part of the model owns, or a part without any.
+            CheckpointError: no part of the model owns a tensor, or a part has no tensors.
         """
         for name, info in self.tensors.items():
             if not name.startswith(PREFIXES):
@@ -425,18 +425,18 @@ class Checkpoint:
     ) -> None:
         """Fill a module, made on the meta device, with the tensors under a prefix.
 
-        The module ends up in eval mode, without gradients. Tensors are read, moved and cast one
-        by one, so that no second copy of the weights ever exists. Buffers that are not in the
-        module's `state_dict` (RoPE tables) are left to the caller.
+        Afterwards the module is in eval mode, without gradients. Tensors are read, moved and cast one
+        by one, so there is never a second copy of the weights. The caller fills buffers that are not in
+        the module's `state_dict` (RoPE tables).
 
         Args:
             prefix: one of `PREFIXES`, or a longer one such as `talker.code_predictor.`.
             module: its `state_dict` must have exactly the names and shapes under the prefix.
-            dtype: of the loaded floating-point tensors; None keeps the file's.
-            device: where they go.
+            dtype: of the loaded floating-point tensors; None keeps the file's dtype.
+            device: of the loaded tensors.
 
         Raises:
-            CheckpointError: names the first tensor that is missing, unexpected or of another shape.
+            CheckpointError: a tensor is missing, unexpected or has another shape. It names the first.
         """
         expected = {prefix + name: tensor for name, tensor in module.state_dict().items()}
         self._check(prefix, expected)
@@ -483,12 +483,12 @@ class Checkpoint:
 
 
 def _place(tensor: torch.Tensor, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
-    """A copy on the device: what safetensors returns is a window on the file, not memory of ours."""
+    """A copy on the device: safetensors returns a view of the file, and not memory of its own."""
     if dtype is None or not tensor.is_floating_point():
         dtype = tensor.dtype
     if device.type == "cpu":
         return tensor.to(dtype, copy=True)
-    return tensor.to(device).to(dtype)  # cast there: the file's dtype is the smaller to move
+    return tensor.to(device).to(dtype)  # cast on the device: the file's dtype is smaller to move
 
 
 def _or(names: Iterable[str]) -> str:

@@ -1,8 +1,7 @@
-"""Geometry and parameters, read from `config.json`; standard library only.
+"""Geometry and parameters, read from `config.json`. Standard library only.
 
-The official configuration classes have other defaults than the released checkpoints. So nothing here
-has a default that a checkpoint could contradict. A missing key of the geometry is an error that names
-the key.
+The defaults of the official configuration classes differ from the released checkpoints. So no default
+here can contradict a checkpoint. A missing key of the geometry is an error that names the key.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ HOP = 1920
 FRAME_S = HOP / SAMPLE_RATE
 """Seconds per frame."""
 MAX_PARTS = 1024
-"""The most layers, heads, quantizers ... of a part. More are refused before anything is made of them."""
+"""The most layers, heads, quantizers ... of a part. More are refused before anything is allocated."""
 MAX_SIZE = 1 << 20
-"""Widths, positions and vocabularies."""
+"""The largest width, number of positions or vocabulary."""
 NUM_CONTROL_CODES = 1024
-"""The talker's vocabulary ends in this many ids that are not codes (EOS among them)."""
+"""The talker's vocabulary ends with so many ids that are not codes. EOS is one of them."""
 
 MIN_TEMPERATURE = 1e-6
-"""Logits divided by less overflow in fp32."""
+"""Logits that are divided by less than this overflow in fp32."""
 
 VoiceMode = Literal["base", "custom_voice", "voice_design"]
 
 
 class ConfigError(ValueError):
-    """A `config.json` that this project cannot run; one line that names the key."""
+    """This project cannot run a `config.json`. One line names the key."""
 
 
 def _get(section: dict[str, Any], key: str, where: str, kind: type | tuple[type, ...]) -> Any:
@@ -52,12 +51,12 @@ def _kind_name(kind: type | tuple[type, ...]) -> str:
 
 
 def get_count(section: dict[str, Any], key: str, where: str) -> int:
-    """A whole number from 1 up that a model can have; raises `ConfigError`."""
+    """A whole number of at least 1 that a model can have. Raises `ConfigError`."""
     return _get_between(section, key, where, 1, MAX_PARTS if key.startswith("num_") else MAX_SIZE)
 
 
 def get_counts(section: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
-    """A list of such numbers, not empty; raises `ConfigError`."""
+    """A non-empty list of numbers as in `get_count`. Raises `ConfigError`."""
     values = _get(section, key, where, (list, tuple))
     if not values:
         raise ConfigError(f"{where}: {key} is empty")
@@ -65,7 +64,7 @@ def get_counts(section: dict[str, Any], key: str, where: str) -> tuple[int, ...]
 
 
 def get_positive(section: dict[str, Any], key: str, where: str) -> float:
-    """A number above 0 that is finite; raises `ConfigError`."""
+    """A finite number above 0. Raises `ConfigError`."""
     value = _get(section, key, where, (int, float))
     if not 0 < value < 1e30:  # NaN fails too
         raise ConfigError(f"{where}: {key} is {str(value)[:40]}, expected a number above 0")
@@ -84,7 +83,7 @@ def _get_dims(section: dict[str, Any], keys: dict[str, str], where: str) -> dict
 
 
 def _get_ids(section: dict[str, Any], key: str, where: str, vocab_size: int) -> dict[str, int]:
-    """Lower-case name -> id below `vocab_size`; none if the key is missing."""
+    """Lower-case name -> id below `vocab_size`; empty if the key is missing."""
     ids = _get({key: section.get(key) or {}}, key, where, dict)
     inside = f"{where}.{key}"
     return {name.lower(): _get_between(ids, name, inside, 0, vocab_size - 1) for name in ids}
@@ -119,7 +118,7 @@ class TransformerConfig:
 
     @staticmethod
     def fields_from(section: dict[str, Any], where: str) -> dict[str, Any]:
-        """The constructor arguments found in one section of `config.json`."""
+        """The constructor's arguments from one section of `config.json`."""
         if section.get("attention_bias"):
             raise ConfigError(f"{where}: attention_bias is true, which no released model has")
         if section.get("use_sliding_window"):
@@ -140,7 +139,7 @@ class PredictorConfig(TransformerConfig):
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> PredictorConfig:
-        """From the section `talker_config.code_predictor_config`; raises `ConfigError`."""
+        """Read the section `talker_config.code_predictor_config`. Raises `ConfigError`."""
         where = "talker_config.code_predictor_config"
         codebooks = _get(section, "num_code_groups", where, int)
         if codebooks != NUM_CODEBOOKS:
@@ -150,7 +149,7 @@ class PredictorConfig(TransformerConfig):
 
 @dataclass(frozen=True, slots=True)
 class TalkerConfig(TransformerConfig):
-    """The talker: text rows and code embeddings in, code 0 and the hidden row out."""
+    """The talker: it takes text rows and code embeddings, and gives code 0 and the hidden row."""
 
     text_vocab_size: int
     text_hidden_size: int
@@ -171,7 +170,7 @@ class TalkerConfig(TransformerConfig):
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> TalkerConfig:
-        """From the section `talker_config`; raises `ConfigError`."""
+        """Read the section `talker_config`. Raises `ConfigError`."""
         where = "talker_config"
         fields = TransformerConfig.fields_from(section, where)
         rope = _get(section, "rope_scaling", where, dict)
@@ -205,7 +204,7 @@ class TalkerConfig(TransformerConfig):
 
     @property
     def languages(self) -> list[str]:
-        """Names a caller may pass as `language`, `auto` first; dialects are chosen by the speaker."""
+        """Names that a caller may pass as `language`, `auto` first. The speaker decides on a dialect."""
         return ["auto", *sorted(n for n in self.language_ids if "dialect" not in n)]
 
 
@@ -225,9 +224,9 @@ class SpeakerEncoderConfig:
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> SpeakerEncoderConfig:
-        """From the section `speaker_encoder_config`; raises `ConfigError`."""
-        # The released files name only enc_dim and sample_rate; the rest is the official
-        # class's, which for this module does match the weights.
+        """Read the section `speaker_encoder_config`. Raises `ConfigError`."""
+        # The released files name only enc_dim and sample_rate. The rest are defaults of the official
+        # class, which match the weights of this module.
         defaults: dict[str, Any] = {
             "mel_dim": 128, "enc_dim": 1024, "enc_channels": [512, 512, 512, 512, 1536],
             "enc_kernel_sizes": [5, 3, 3, 3, 1], "enc_dilations": [1, 2, 3, 4, 1],
@@ -250,7 +249,7 @@ class SpeakerEncoderConfig:
 
 @dataclass(frozen=True, slots=True)
 class CodecConfig:
-    """The 12.5 Hz codec decoder of `speech_tokenizer/`: 16 codes in, 1920 samples out."""
+    """The 12.5 Hz codec decoder of `speech_tokenizer/`: it turns 16 codes into 1920 samples."""
 
     codebook_size: int
     codebook_dim: int
@@ -271,7 +270,7 @@ class CodecConfig:
 
     @classmethod
     def from_dict(cls, section: dict[str, Any]) -> CodecConfig:
-        """From the section `speech_tokenizer/ decoder_config`; raises `ConfigError`."""
+        """Read the section `decoder_config` of `speech_tokenizer/`. Raises `ConfigError`."""
         where = "speech_tokenizer decoder_config"
         keys = {
             name: _TRANSFORMER_KEYS.get(name, name)
@@ -303,17 +302,17 @@ class CodecConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Everything the two `config.json` files of a checkpoint say."""
+    """The contents of the two `config.json` files of a checkpoint."""
 
     mode: VoiceMode
-    """Which prompts the model was trained on (`tts_model_type`)."""
+    """The kind of prompts that the model was trained on (`tts_model_type`)."""
     size: str
-    """`tts_model_size`: "0b6" or "1b7"; "" where the file does not say."""
+    """`tts_model_size`: "0b6" or "1b7"; "" if the file does not say."""
     talker: TalkerConfig
     predictor: PredictorConfig
     codec: CodecConfig
     speaker_encoder: SpeakerEncoderConfig | None
-    """Present in Base checkpoints only."""
+    """Only Base checkpoints have one."""
     codec_encoder: dict[str, Any] | None
     """`encoder_config`, as `transformers.MimiConfig` takes it; None: no in-context cloning."""
     im_start_id: int
@@ -327,7 +326,7 @@ class ModelConfig:
         """Parse the root and the `speech_tokenizer/` configurations.
 
         Raises:
-            ConfigError: wrong model type, a missing key, or a value outside what is supported.
+            ConfigError: the model type is wrong, a key is missing, or a value is not supported.
         """
         _expect_type(root, "config.json", "model_type", ("qwen3_tts",))
         _expect_type(root, "config.json", "tokenizer_type", ("qwen3_tts_tokenizer_12hz",))
@@ -380,7 +379,7 @@ def _expect_type(section: dict[str, Any], where: str, key: str, allowed: tuple[s
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `ConfigError` names the file that is missing or malformed."""
+    """Read a JSON object from a file. Raises `ConfigError` if the file is missing or malformed."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -401,8 +400,8 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 class SamplingParams:
     """How one code is drawn from its logits, in the order of Hugging Face `generate`.
 
-    `temperature` 0 takes the most likely code, and so does one below `MIN_TEMPERATURE`, which becomes 0;
-    `top_k` 0 and `top_p` 1 keep all.
+    `temperature` 0 takes the most likely code. A temperature below `MIN_TEMPERATURE` becomes 0.
+    `top_k` 0 and `top_p` 1 keep all codes.
     """
 
     temperature: float = 0.9
@@ -421,7 +420,7 @@ class SamplingParams:
 
 
 SAMPLINGS = ("original", "checkpoint")
-"""Where default sampling comes from: `GenerationParams()`, or `read_generation_config`."""
+"""Sources of the default sampling: `GenerationParams()`, or `read_generation_config`."""
 
 MAX_UTTERANCE_FRAMES = 2048
 """The most frames of one utterance, 163.84 s. A longer text is spoken in parts."""
@@ -429,23 +428,23 @@ MAX_UTTERANCE_FRAMES = 2048
 
 @dataclass(frozen=True, slots=True)
 class Guards:
-    """Limits that end utterances which the model would not end (0.3-0.5 % of them run away). 0
-    switches one off.
+    """Limits that end utterances which the model does not end (0.3 to 0.5 % of them). 0 switches a limit
+    off.
     """
 
     repeat_frames: int = 40
-    """Stop after this many equal code 0 in a row (`finish_reason` "repeat")."""
+    """Stop after so many frames in a row with the same code 0 (`finish_reason` "repeat")."""
     silence_s: float = 4.0
-    """Stop after this much near-silent audio once all text was fed ("silence")."""
+    """Stop after so many seconds of near-silent audio once all text was fed ("silence")."""
     silence_rms: float = 1e-3
-    """Root mean square below which a frame counts as silent (1e-3 is -60 dBFS)."""
+    """A frame with a lower root mean square counts as silent (1e-3 is -60 dBFS)."""
     base_frames: int = 38
-    """Length budget: this many frames ..."""
+    """The length budget is this number of frames ..."""
     frames_per_token: int = 12
-    """... and so many for each text token ("length")."""
+    """... plus so many for each text token ("length")."""
 
     def budget(self, num_text_tokens: int) -> int | None:
-        """Frames an utterance of so many text tokens may take; None is unlimited."""
+        """The most frames of an utterance with so many text tokens; None is unlimited."""
         if not self.frames_per_token:
             return None
         return self.base_frames + self.frames_per_token * num_text_tokens
@@ -453,16 +452,16 @@ class Guards:
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """All that decides a turn's codes besides text and voice."""
+    """Everything that decides a turn's codes besides text and voice."""
 
     talker: SamplingParams = SamplingParams(0.3, 15, 1.0, 1.05)
     predictor: SamplingParams = SamplingParams(0.9, 50, 1.0)
     seed: int = 0
-    """Key of the turn's Philox draws, 0 .. 2**64 - 1."""
+    """The key of the turn's Philox draws, 0 .. 2**64 - 1."""
     min_frames: int = 2
-    """EOS is suppressed for so many frames (`min_new_tokens` of the official model)."""
+    """EOS is suppressed in the first so many frames (`min_new_tokens` of the official model)."""
     max_frames: int | None = None
-    """Where the caller cuts the turn off; None speaks the whole text."""
+    """The caller's limit on the turn's frames; None speaks the whole text."""
     guards: Guards = field(default_factory=Guards)
 
     def __post_init__(self) -> None:

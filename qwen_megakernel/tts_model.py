@@ -5,8 +5,8 @@
     for chunk in tts.stream("Hello there.", voice="anna"):   # float32 [n], 24 kHz
         play(chunk)
 
-Whole text, live text and many turns at once all go through a `Turn`. `stream` and `synthesize` put a
-queue around it.
+Each text goes through a `Turn`: whole text, live text, and many turns at once. `stream` and
+`synthesize` put a queue around a turn.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
 
 from qwen_megakernel.checkpoint import Checkpoint, CheckpointError, resolve
-from qwen_megakernel.codec.decoder import CodecDecoder
 from qwen_megakernel.codec.encoder import CodecEncoder
 from qwen_megakernel.config import SAMPLE_RATE, SAMPLINGS, GenerationParams
 from qwen_megakernel.engine.active_turn import TurnRequest
-from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread, memory_refusal
+from qwen_megakernel.engine.backends import BACKENDS, Backends, in_daemon_thread
 from qwen_megakernel.engine.capacity import Capacity
 from qwen_megakernel.engine.engine import Engine
 from qwen_megakernel.engine.memory import CacheSizes, choose_sizes
+from qwen_megakernel.engine.model_loader import ModelLoader
+from qwen_megakernel.engine.pace import thread_cpu_s
 from qwen_megakernel.engine.slot_order import Owner
+from qwen_megakernel.engine.standby import Standby, StandbyPlan
 from qwen_megakernel.model.generation_config import read_generation_config
 from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.builder import PromptBuilder
@@ -50,16 +51,16 @@ Progress = Callable[[str], None]
 _WARM_UP_TEXT = "Hello there."
 _WARM_UP_FRAMES = 4
 _FEW_WEIGHTS = 50_000_000
-"""Fewer are too little to share out between threads, which wait for each other at every operation:
-at best no faster, and on a busy machine a hundred times slower."""
+"""With fewer weights, one thread is better. Several wait for each other at every operation: they are no
+faster, and a hundred times slower on a busy machine."""
 
 
 class SynthesisError(RuntimeError):
-    """A turn that failed, or whose speech was cut off; the message says why."""
+    """A turn has failed, or its speech was cut off. The message says why."""
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first CUDA GPU, else the CPU. Raises `CheckpointError`."""
+    """The device of a name. `auto` is the first CUDA GPU, else the CPU. Raises `CheckpointError`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -72,7 +73,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on a GPU and fp32 on a CPU. Raises `CheckpointError`."""
+    """The dtype of a name. `auto` is bf16 on a GPU and fp32 on a CPU. Raises `CheckpointError`."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in DTYPES:
@@ -83,7 +84,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 class TTSDecoder:
     """A checkpoint on a device, its voices, and the engine that runs its turns.
 
-    Thread-safe. Make one with `load`; `close` it, or use it as a context manager.
+    It is thread-safe. Make one with `load`. Then `close` it, or use it as a context manager.
     """
 
     def __init__(
@@ -98,54 +99,51 @@ class TTSDecoder:
         params: GenerationParams,
         text_cleaning: bool,
         sms: int | None,
+        standby: StandbyPlan,
         name: str,
         progress: Progress,
     ) -> None:
         config = checkpoint.config
         self.config = config
-        # fp32 shall mean fp32: convolutions on CUDA would take TF32, matrix products would not.
+        # fp32 shall be fp32. By default convolutions on CUDA use TF32; matrix products do not.
         torch.backends.cudnn.allow_tf32 = False
         self.sample_rate = SAMPLE_RATE
         self.languages = config.talker.languages
-        """Names for `language`, `auto` first."""
+        """Values for `language`, `auto` first."""
         self.voices: dict[str, Voice] = {}
         self.default_params = params
-        """Sampling of a turn that chooses none; its seed is not used."""
+        """The sampling of a turn that chooses none. Its seed is not used."""
         self.default_voice: str | None = None
-        """The voice of a request that names none; None is the model's own choice."""
+        """The voice of a request that names none; None lets the model choose."""
 
         checkpoint.verify()
-        # Seconds of imports, while weights are read.
+        # Its imports take seconds, and run while weights are read.
         tokenizer = in_daemon_thread(load_tokenizer, checkpoint.folder, config.talker.text_vocab_size)
         backends = Backends(backend, config, device, dtype, progress, sms)
-        progress("laying out the modules")
-        with torch.device("meta"):
-            talker, codec = Talker(config.talker, config.predictor), CodecDecoder(config.codec)
-        progress("loading the talker and the code predictor")
-        checkpoint.load("talker.", talker, dtype=dtype, device=device)
-        progress("loading the codec")
-        checkpoint.load("decoder.", codec, dtype=dtype, device=device)
         self._checkpoint, self._device = checkpoint, device
-        small = device.type == "cpu" and _num_weights(talker, codec) < _FEW_WEIGHTS
         self._cloners: dict[torch.device, VoiceCloner] = {}
         for speaker in config.talker.speaker_ids:
             self.add_voice(speaker, Voice.preset(speaker))
         self._designed = Voice.designed()
-        progress("loading the tokenizer")
-        self._prompts = PromptBuilder(talker, config, tokenizer.result(), clean_text=text_cleaning)
-        decoder = backends.make_decoder(
-            talker,
-            num_slots=sizes.num_slots,
-            num_pages=sizes.num_pages,
-            max_positions=max_positions,
-        )
-        progress(f"reserved {sizes}")
+        loader = ModelLoader(
+            checkpoint, backends, device=device, dtype=dtype, sizes=sizes, max_positions=max_positions,
+            progress=progress,
+        )  # fmt: skip
+
+        def make_prompts(talker: Talker) -> None:
+            progress("loading the tokenizer")
+            self._prompts = PromptBuilder(talker, config, tokenizer.result(), clean_text=text_cleaning)
+
+        decoder, frame_codec = loader.load(make_prompts)
+        loader.also_free = self._cloners.clear
+        small = device.type == "cpu" and loader.num_weights < _FEW_WEIGHTS
         self._engine = Engine(
             decoder,
-            backends.make_codec(codec, sizes.num_slots, decoder.max_batch),
+            frame_codec,
             self._prompts,
             eos_id=config.talker.codec_eos_id,
             cpu_threads=1 if small else None,
+            standby=Standby(standby, loader, self._prompts),
         )
         self.description = {
             "model": name,
@@ -154,7 +152,7 @@ class TTSDecoder:
             "dtype": next(k for k, v in DTYPES.items() if v == dtype),
             **backends.description,
         }
-        """What runs where, for banners and reports."""
+        """What runs, and where, for banners and reports."""
 
     @classmethod
     def load(
@@ -167,6 +165,7 @@ class TTSDecoder:
         num_slots: int | None = None,
         memory: int | None = None,
         sms: int | None = None,
+        standby: StandbyPlan | None = None,
         max_positions: int = 3072,
         sampling: str = "original",
         text_cleaning: bool = True,
@@ -185,18 +184,19 @@ class TTSDecoder:
             memory: bytes for keys, values and the codec's state; None is 5.8 GB. A turn begins when
                 there is memory for all that it may come to need.
             sms: streaming multiprocessors that a frame takes (frame kernel only); None is all.
+            standby: what is done while nobody speaks; None is nothing.
             max_positions: prompt rows plus frames of one turn (12.5 frames a second).
-            sampling: what turns draw with that choose nothing: `original` (the talker at temperature
+            sampling: the sampling of a turn that chooses none: `original` (the talker at temperature
                 0.3 and top-k 15) or `checkpoint` (its `generation_config.json`; the released ones say
                 0.9 and 50).
-            text_cleaning: leave out of every text what cannot be spoken (docs/text.md); without it
-                a text becomes the official package's tokens whatever is in it.
+            text_cleaning: leave out of every text what cannot be spoken (docs/text.md). Without it,
+                every text becomes the same tokens as in the official package.
             revision: commit of a Hugging Face id.
             offline: use only what is in the cache.
-            progress: told what is being done, a line each.
+            progress: called with a line for each step.
 
         Raises:
-            CheckpointError: one line that names what is missing or wrong.
+            CheckpointError: something is missing or wrong; one line names it.
         """
         report = progress or (lambda line: None)
         if backend not in BACKENDS:
@@ -224,41 +224,39 @@ class TTSDecoder:
             )
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        try:
-            return cls(
-                checkpoint,
-                backend=backend,
-                device=chosen,
-                dtype=precision,
-                sizes=sizes,
-                max_positions=max_positions,
-                params=params,
-                text_cleaning=text_cleaning,
-                sms=sms,
-                name=str(model),
-                progress=report,
-            )
-        except torch.OutOfMemoryError as error:
-            raise CheckpointError(memory_refusal(chosen, sizes)) from error
+        return cls(
+            checkpoint,
+            backend=backend,
+            device=chosen,
+            dtype=precision,
+            sizes=sizes,
+            max_positions=max_positions,
+            params=params,
+            text_cleaning=text_cleaning,
+            sms=sms,
+            standby=standby or StandbyPlan(),
+            name=str(model),
+            progress=report,
+        )
 
     # -- voices -----------------------------------------------------------------------------
 
     def clone_voice(self, data: bytes, ref_text: str | None = None) -> Voice:
-        """A voice from the bytes of a WAV or FLAC file of 1 to 30 s.
+        """Make a voice from a WAV or FLAC file of 1 to 30 s.
 
         Args:
             data: the file's content.
-            ref_text: what is said in it: ICL mode. Without it, the speaker embedding alone.
+            ref_text: the words in it, for ICL mode. Without them, the speaker embedding alone is used.
 
         Raises:
-            VoiceError: audio that cannot be used; RequestError: a checkpoint that cannot clone.
+            VoiceError: the audio cannot be used; RequestError: the checkpoint cannot clone.
         """
         return self._voice_cloner().clone(data, ref_text)
 
     def clone_voice_aside(self, data: bytes, ref_text: str | None = None) -> Future[Voice]:
-        """The same while others speak: on the CPU, in a thread that yields to every other.
+        """`clone_voice` while others speak: on the CPU, in a thread that yields to every other.
 
-        A recording that was too loud is refused too. The future raises what `clone_voice` raises.
+        It also refuses a recording that was too loud. The future raises what `clone_voice` raises.
         """
 
         def clone() -> Voice:
@@ -268,10 +266,10 @@ class TTSDecoder:
         return in_daemon_thread(clone)
 
     def design_voice(self, description: str) -> Voice:
-        """A voice that a VoiceDesign checkpoint makes up from a description.
+        """Make a voice from a description, with a VoiceDesign checkpoint.
 
         Raises:
-            VoiceError: a description that is blank or too long; RequestError: another checkpoint.
+            VoiceError: the description is blank or too long; RequestError: it is another checkpoint.
         """
         if self.config.mode != "voice_design":
             raise RequestError(
@@ -283,7 +281,7 @@ class TTSDecoder:
     def load_voices(self, folder: Path) -> None:
         """Add every voice of an operator's folder (see `voice.load_voices`).
 
-        The operator's own come first, so that none that a client added becomes the default instead.
+        The operator's own voices come first, so that no client's voice becomes the default.
         """
         designs = self.config.mode == "voice_design"
         cloner = None if designs else self._voice_cloner()
@@ -292,10 +290,10 @@ class TTSDecoder:
             self.add_voice(name, loaded[name])
 
     def add_voice(self, name: str, voice: Voice) -> None:
-        """Make a voice available by name; the first becomes the default.
+        """Make a voice available by name. The first voice becomes the default.
 
         Raises:
-            ValueError: a name other than letters, digits, `-` and `_`.
+            ValueError: the name has characters other than letters, digits, `-` and `_`.
         """
         if not voice_name_ok(name):
             raise ValueError(f"voice name {name!r}, allowed: letters, digits, - and _, up to 64")
@@ -303,16 +301,16 @@ class TTSDecoder:
         self.default_voice = self.default_voice or name
 
     def remove_voice(self, name: str) -> None:
-        """Take a voice away, if it is there; turns that speak with it go on.
+        """Remove a voice, if it is there. Turns that speak with it go on.
 
-        If it was the default, the first of the others is.
+        If it was the default, the first of the others becomes the default.
         """
         self.voices = {other: voice for other, voice in self.voices.items() if other != name}
         if self.default_voice == name:
             self.default_voice = next(iter(self.voices), None)
 
     def _voice_cloner(self, device: torch.device | None = None) -> VoiceCloner:
-        """Loaded at the first use: a server with ready-made voices never needs it."""
+        """The voice cloner, loaded at its first use: a server with ready-made voices never needs it."""
         device = device or self._device
         if device not in self._cloners:
             if self.config.speaker_encoder is None:
@@ -323,7 +321,7 @@ class TTSDecoder:
             with torch.device("meta"):
                 speaker = SpeakerEncoder(self.config.speaker_encoder)
                 codec = CodecEncoder(codec_config) if codec_config is not None else None
-            # In fp32: they run once a voice, and what they make is kept.
+            # In fp32: they run once for each voice, and their results are kept.
             for prefix, module in (("speaker_encoder.", speaker), ("encoder.", codec)):
                 if module is not None:
                     self._checkpoint.load(prefix, module, dtype=torch.float32, device=device)
@@ -344,7 +342,7 @@ class TTSDecoder:
     # -- speech -----------------------------------------------------------------------------
 
     def check(self, voice: str | Voice | None, language: str, *, instruct: str | None = None) -> None:
-        """Whether `open_turn` would take these. Raises `RequestError`."""
+        """Raise `RequestError` if `open_turn` would refuse these."""
         found = self._find_voice(voice)
         self._prompts.check(found, language, instruct=instruct or found.description)
 
@@ -367,21 +365,21 @@ class TTSDecoder:
 
         Args:
             text: the first text; `Turn.append` adds more.
-            sink: takes `Started`, `Audio` ..., `Finished`; must return at once.
+            sink: called with `Started`, `Audio` ..., `Finished`. It must return at once.
             ended: whether the text is complete.
             voice: a name of `voices`, a `Voice`, or None for the default.
             language: one of `languages`, in any case.
             instruct: how to speak (VoiceDesign and 1.7B CustomVoice checkpoints); None is the
-                voice's description, where it has one.
+                voice's description, if it has one.
             streaming: text layout; None is the checkpoint's own. Live text starts early only
                 in the streaming layout.
             params: sampling, seed and limits; None is `default_params` with a random seed.
-            chunk_frames: 80 ms frames a chunk; None is a ramp that begins with one.
-            max_lead_s: how far ahead of playback to run; None is as fast as possible.
-            owner: whom the turn is for; owners take turns where slots are short.
+            chunk_frames: frames of 80 ms in a chunk; None is a ramp that begins with one.
+            max_lead_s: seconds by which audio may be ahead of playback; None is as fast as possible.
+            owner: whom the turn is for. If slots are short, owners take turns.
 
         Raises:
-            RequestError: what cannot be served; see its `code`.
+            RequestError: the turn cannot be served; see its `code`.
         """
         found = self._find_voice(voice)
         request = TurnRequest(
@@ -399,26 +397,26 @@ class TTSDecoder:
     def stream(
         self, text: str, voice: str | Voice | None = None, **options: Any
     ) -> Iterator[np.ndarray]:
-        """Speak a text: float32 chunks [n] at 24 kHz, as they are made.
+        """Speak a text. Yields float32 chunks [n] at 24 kHz as they are made.
 
-        Closing the iterator cancels the turn. Options are those of `open_turn`.
+        Closing the iterator cancels the turn. The options are those of `open_turn`.
 
         Raises:
-            RequestError: at once, for what cannot be served.
-            SynthesisError: from the iterator, when the turn fails; or at its end, when the speech was
-                cut off (`length`) although `params` set no `max_frames`.
+            RequestError: at once, if the turn cannot be served.
+            SynthesisError: from the iterator, if the turn fails; or at its end, if the speech was cut
+                off (`length`) although `params` set no `max_frames`.
         """
         events: queue.SimpleQueue[TurnEvent] = queue.SimpleQueue()
         turn = self.open_turn(text, voice=voice, sink=events.put, ended=True, **options)
         return _chunks(turn, events)
 
     def synthesize(self, text: str, voice: str | Voice | None = None, **options: Any) -> np.ndarray:
-        """The stream joined: float32 [samples] at 24 kHz. Raises what `stream` raises."""
+        """The joined chunks of `stream`: float32 [samples] at 24 kHz. Raises what `stream` raises."""
         chunks = list(self.stream(text, voice, **options))
         return np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.float32)
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Speak a few frames with every voice, so that the first client does not pay for it."""
+        """Speak a few frames with every voice, so that the first client need not wait for a warm-up."""
         params = replace(self.default_params, max_frames=_WARM_UP_FRAMES)
         for name in self.voices or ("",):
             if progress:
@@ -432,35 +430,40 @@ class TTSDecoder:
 
     @property
     def num_active(self) -> int:
-        """Turns that hold a slot."""
+        """The number of turns that hold a slot."""
         return self._engine.num_speaking
 
     @property
     def num_waiting(self) -> int:
-        """Turns that wait for a slot or for their first text."""
+        """The number of turns that wait for a slot or for their first text."""
         return self._engine.num_waiting
 
     @property
     def num_slots(self) -> int:
-        """Turns that can hold a slot."""
+        """The number of turns that can hold a slot at a time."""
         return self._engine.num_slots
 
     def capacity(self, owner: Owner = ()) -> Capacity:
-        """What the engine can take now of a new turn of `owner`; from any thread."""
+        """The engine's load, as a new turn of `owner` would meet it. Any thread may call it."""
         return self._engine.capacity(owner)
 
     @property
     def engine_cpu_s(self) -> float:
         """Seconds of CPU time that the engine's thread has taken."""
-        return self._engine.cpu_s
+        return thread_cpu_s(self._engine.thread)
+
+    @property
+    def standby(self) -> Standby:
+        """What is done while nobody speaks, and whether the model is on the device."""
+        return self._engine.standby
 
     @property
     def error(self) -> Exception | None:
-        """What killed the engine; a decoder with an error serves nothing more."""
+        """The error that stopped the engine. A decoder with an error serves no more turns."""
         return self._engine.error
 
     def close(self, drain_s: float = 0.0) -> None:
-        """End all turns (after up to `drain_s` seconds of grace) and the engine's thread."""
+        """End all turns, after up to `drain_s` seconds of grace, and end the engine's thread."""
         self._engine.close(drain_s)
 
     def __enter__(self) -> Self:
@@ -485,15 +488,11 @@ def _chunks(turn: Turn, events: queue.SimpleQueue[TurnEvent]) -> Iterator[np.nda
 
 
 def _yield_to_others() -> None:
-    """Compute with this thread alone, at the lowest priority; where threads have none, as all do."""
+    """Compute with this thread alone, at the lowest priority if the system has priorities of threads."""
     torch.set_num_threads(1)
     if hasattr(os, "setpriority"):
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _num_weights(*modules: nn.Module) -> int:
-    return sum(weight.numel() for module in modules for weight in module.parameters())
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,8 +1,8 @@
-"""A turn: one utterance as everything above the engine sees it.
+"""A turn: one utterance, as everything above the engine sees it.
 
-Text goes in by `append`, `flush`, `end`; events come out of the `sink`; `cancel` stops it at
-the next frame. Every wire dialect, `TTSDecoder.stream` and the tests are thin layers over this.
-Thread-safe; no torch, no asyncio.
+Text goes in by `append`, `flush` and `end`. The `sink` gets events. `cancel` stops the turn at the next
+frame. Every wire dialect, `TTSDecoder.stream` and the tests are thin layers over this. It is
+thread-safe, and uses neither torch nor asyncio.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ErrorCode = Literal[
 
 
 class RequestError(ValueError):
-    """A request that cannot be served: one line that says what was given and what is allowed."""
+    """A request cannot be served. One line says what was given and what is allowed."""
 
     def __init__(self, code: ErrorCode, message: str, retry_after_s: float | None = None) -> None:
-        """`retry_after_s`: seconds after which the same request may be served, where that is known."""
+        """`retry_after_s`: seconds after which the same request may be served, if known."""
         super().__init__(message)
         self.code, self.retry_after_s = code, retry_after_s
 
@@ -42,89 +42,90 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Audio:
-    """A chunk of speech, handed out as soon as it exists."""
+    """A chunk of speech, given out as soon as it exists."""
 
     samples: np.ndarray
     """float32 [n] in [-1, 1], 24 kHz mono; n is a multiple of 1920."""
     generation_s: float = 0.0
-    """As in `Finished`, up to here."""
+    """`Finished.generation_s` up to this chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of every turn; no audio follows it."""
+    """The last event of every turn. No audio follows it."""
 
     reason: FinishReason
     num_frames: int
     num_samples: int
     generation_s: float
-    """First text accepted -> end, less the time in which the turn waited for text or was ahead."""
+    """Seconds from the first text to the end, without the time in which the turn waited for text or was
+    too far ahead of its playback."""
     error: str | None = None
-    """Why it failed, in one line. With the reason `length`: that the speech was cut off although the
-    caller had set no `max_frames`."""
+    """Why the turn failed, in one line. With the reason `length` it says that the speech was cut off
+    although the caller had set no `max_frames`."""
 
     @property
     def duration_s(self) -> float:
-        """Seconds of audio handed out."""
+        """Seconds of audio that were given out."""
         return self.num_samples / SAMPLE_RATE
 
     @property
     def rtf(self) -> float | None:
-        """Real-time factor: generation over duration, lower is better; None without audio."""
+        """The real-time factor: generation over duration. Lower is better; None without audio."""
         return self.generation_s / self.duration_s if self.num_samples else None
 
 
 TurnEvent = Started | Audio | Finished
 Sink = Callable[[TurnEvent], None]
-"""Takes a turn's events, in order, on the engine's thread: it must hand over, not work."""
+"""Takes a turn's events, in order, on the engine's thread. It must hand them over and return at once."""
 
 
 MAX_BLOCK = 512
-"""Tokens that the engine takes of a turn at a time."""
+"""The most tokens that the engine takes from a turn at a time."""
 
 
 class TokenFeed(Protocol):
     """Turns text that arrives in pieces into tokens (`prompt.text_feed.TextFeed`)."""
 
     def append(self, text: str) -> list[int]:
-        """Take more text; the tokens that can no longer change."""
+        """Add text. Returns the tokens that can no longer change."""
 
     def flush(self) -> list[int]:
-        """The tokens of the text that was held back."""
+        """Returns the tokens of the text that was held back."""
 
 
 class Turn:
-    """Handle of one utterance, made by `Engine.open_turn`.
+    """The handle of one utterance. `Engine.open_turn` makes it.
 
-    `append`, `flush`, `end`, `hold`, `skip` and `cancel` may be called from any thread and never block
-    on decoding. Text is tokenised on the caller's thread, once: the engine takes tokens, a bounded
-    number at a time. `take_text` and `mark_finished` are the engine's side.
+    Any thread may call `append`, `flush`, `end`, `hold`, `skip` and `cancel`; they never wait for
+    decoding. The caller's thread tokenises the text, once. The engine takes a bounded number of tokens
+    at a time. `take_text` and `mark_finished` are for the engine.
     """
 
     def __init__(self, wake: Callable[[], None], feed: TokenFeed) -> None:
-        """`wake` makes the engine look at its turns; `feed` is this turn's own."""
+        """`wake` makes the engine look at its turns. `feed` belongs to this turn alone."""
         self._wake, self._feed = wake, feed
         self._feed_lock = threading.Lock()
-        """Held while text is tokenised; the engine never waits for it."""
+        """Held while text is tokenised. The engine never waits for it."""
         self._lock = threading.Lock()
         self._surrogates = SurrogateJoiner()
         self._blocks: deque[list[int]] = deque()
-        """Tokens that the engine has not taken, at most `MAX_BLOCK` in each."""
+        """Blocks of tokens that the engine has not taken yet, each of at most `MAX_BLOCK`."""
         self._ended = False
         self._complete = False
-        """Whether the blocks are the rest of the text."""
+        """Whether the blocks hold all the rest of the text."""
         self._cancelled = False
         self._held = False
         self._finished = False
         self.skipped_s = 0.0
-        """Seconds of audio that were handed out and that nobody plays."""
+        """Seconds of audio that were given out and that nobody plays."""
         self.first_text_at: float | None = None
-        """`time.monotonic()` of the first text: where the turn's clocks start."""
+        """`time.monotonic()` of the first text, when the turn's clocks start."""
 
     def append(self, text: str) -> None:
-        """Add text after what was given so far. Empty text changes nothing.
+        """Add text after the text so far. Empty text changes nothing.
 
-        A surrogate pair may be split between two texts. A half that is alone is taken for U+FFFD.
+        A surrogate pair may be split between two texts. A single half counts as U+FFFD.
 
         Raises:
             RequestError: after `end`.
@@ -138,7 +139,7 @@ class Turn:
             self._give(self._feed.append(self._surrogates.join(text)))
 
     def flush(self) -> None:
-        """Speak what is held back at an unstable boundary (see `prompt.text_feed.TextFeed`).
+        """Speak the text that is held back at an unstable boundary (see `prompt.text_feed.TextFeed`).
 
         Raises:
             RequestError: after `end`.
@@ -148,7 +149,7 @@ class Turn:
             self._give(self._flush_feed())
 
     def end(self) -> None:
-        """Say that the text is complete. A second call does nothing."""
+        """Mark the text as complete. A second call does nothing."""
         with self._feed_lock:
             if self._ended:
                 return
@@ -156,17 +157,17 @@ class Turn:
             self._give(self._flush_feed(), complete=True)
 
     def cancel(self) -> None:
-        """Stop at the next frame; `Finished("cancelled")` follows. May be called at any time."""
+        """Stop at the next frame. `Finished("cancelled")` follows. It may be called at any time."""
         self._cancelled = True
         self._wake()
 
     def hold(self, on: bool) -> None:
-        """Hold this turn, or let it go on: for a client that cannot take more yet."""
+        """Hold the turn, or let it go on. It is for a client that cannot take more yet."""
         self._held = on
         self._wake()
 
     def skip(self, seconds: float) -> None:
-        """So much more of the audio is not played: the next frames are needed earlier."""
+        """Note that so many more seconds of audio are not played, so the next frames are due earlier."""
         self.skipped_s += seconds
 
     @property
@@ -186,7 +187,7 @@ class Turn:
 
     @property
     def finished(self) -> bool:
-        """Whether the last event was handed out."""
+        """Whether the last event was given out."""
         return self._finished
 
     @property
@@ -198,14 +199,14 @@ class Turn:
             raise RequestError("bad_request", "text after the end of the turn")
 
     def _flush_feed(self) -> list[int]:
-        """The tokens of all text that was held back, half a surrogate pair too."""
+        """The tokens of all text that was held back, even of half a surrogate pair."""
         if self._over:
             return []
         half = self._surrogates.end()
         return (self._feed.append(half) if half else []) + self._feed.flush()
 
     def _give(self, tokens: list[int], *, complete: bool = False) -> None:
-        """Hand tokens to the engine, and wake it only if there is something new."""
+        """Hand tokens to the engine and wake it, unless there is nothing new."""
         if not tokens and not complete:
             return
         with self._lock:
@@ -226,9 +227,9 @@ class Turn:
 
     @property
     def has_text(self) -> bool:
-        """Whether there are tokens to take."""
+        """Whether there are tokens for the engine to take."""
         return bool(self._blocks)
 
     def mark_finished(self) -> None:
-        """Called by the engine with the last event."""
+        """The engine calls this with the last event."""
         self._finished = True

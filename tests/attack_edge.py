@@ -4,12 +4,12 @@
 
 The first attacks are on the sockets, the others on the engine and its queue. A row for the server
 without an attack comes first, then one for each attack. Underruns and first audio are those of honest
-turns, each on a new connection, which opens when the audio before it has been played. Memory,
-descriptors and log lines are the server's. Memory counts from a time when all slots had been used.
-`load` is the machine's over the last minute. The last column says which limits a row exceeds
-(`Row.faults`), and the exit code is 1 if any does. The attacker is a process of low priority: it would
-have a machine of its own. A machine that is too slow for three voices has underruns without an attack;
-a tiny random CustomVoice checkpoint (`python -m qwen_megakernel synth-checkpoint`) needs less.
+turns. Each turn has a new connection, which opens when the audio before it has been played. Memory,
+descriptors and log lines are the server's. Memory counts from a moment after all slots were used once.
+`load` is the machine's load over the last minute. The last column says which limits a row exceeds
+(`Row.faults`), and the exit code is 1 if any does. The attacker is a process of low priority, because a
+real one has a machine of its own. A machine that is too slow for three voices has underruns without an
+attack. A tiny random CustomVoice checkpoint (`python -m qwen_megakernel synth-checkpoint`) needs less.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ FRAGMENTS = b"\x01\x81\0\0\0\0{" + b"\0\x80\0\0\0\0" * 20_000
 PINGS = (b"\x89\xfd\0\0\0\0" + b"p" * 125) * 2000
 NUM_SLOTS = 16
 SILENT_CONNECTIONS = 3 * NUM_SLOTS
-"""Honest clients find room beside them."""
+"""So many that honest clients still have room."""
 START_BUFFER_S = 0.1
-"""What an honest player waits after its first chunk."""
+"""Seconds that an honest player waits after its first chunk."""
 SOCKETS_PER_S = 500
 SETTLE_S = 10.0
-"""After an attack, before memory is measured."""
+"""Seconds after an attack before memory is measured."""
 MAX_P95_RATIO = 2.0
 MAX_MB_LEFT = 10.0
 MAX_FDS = 1024
@@ -78,7 +78,7 @@ class Honest:
     failed: int = 0
 
     def speak_until(self, stop: threading.Event, server: LiveServer) -> None:
-        """Turn after turn, each on a new connection."""
+        """Speak turn after turn, each on a new connection."""
         while not stop.is_set():
             try:
                 self.speak(server)
@@ -87,7 +87,7 @@ class Honest:
                 time.sleep(0.1)
 
     def speak(self, server: LiveServer, limit_s: float = 30.0) -> None:
-        """One turn, heard until its audio has been played; `limit_s` between two messages."""
+        """Speak one turn, and wait until its audio has been played; `limit_s` between two messages."""
         start, playhead, first_s, samples = time.perf_counter(), Playhead(), 0.0, 0
         with server.connect(open_timeout=10) as client:
             send(client, text=TEXT, seed=1)
@@ -107,7 +107,7 @@ class Honest:
 
 
 def hold_sockets(port: int, request: bytes) -> Iterator[None]:
-    """1,030 sockets that wait for an answer which never comes; after that the oldest is opened anew."""
+    """Hold 1,030 sockets that wait for an answer which never comes. Then reopen the oldest, in turn."""
     held: list[socket.socket] = []
     try:
         while True:
@@ -126,13 +126,13 @@ def hold_sockets(port: int, request: bytes) -> Iterator[None]:
 
 
 def connect(port: int, receive_buffer: int | None = None) -> RawClient:
-    """After its handshake."""
+    """A client that has made its handshake."""
     server: Any = SimpleNamespace(port=port)
     return RawClient(server, receive_buffer)
 
 
 def flood(port: int, data: bytes) -> Iterator[None]:
-    """Frames without end on one socket that reads nothing; when it is cut, on another."""
+    """Send frames without end on one socket that reads nothing. When it is cut, take another."""
     while True:
         with contextlib.suppress(OSError, AssertionError):
             attacker = connect(port, receive_buffer=4096)
@@ -157,11 +157,11 @@ def speak(text: str, context_id: str = "x") -> bytes:
 HELLO = message(type="hello", protocol=1)
 CANCEL = message(type="cancel")
 HELD_TEXT = HELLO + speak("a" * 4095)
-"""Letters without a space: a word that may go on."""
+"""Letters without a space: one word that may go on."""
 
 
 def talk(port: int, first: bytes, data: bytes) -> Iterator[None]:
-    """Messages without end on one socket whose answers are read; when it is cut, on another."""
+    """Send messages without end on one socket and read the answers. When it is cut, take another."""
     while True:
         with contextlib.suppress(OSError, AssertionError):
             attacker = connect(port).socket
@@ -175,14 +175,14 @@ def talk(port: int, first: bytes, data: bytes) -> Iterator[None]:
 
 
 def read_all(peer: socket.socket) -> None:
-    """Until the socket is closed, by whomever."""
+    """Read until either side closes the socket."""
     with contextlib.suppress(OSError):
         while peer.recv(1 << 18):
             pass
 
 
 def hold_slots(port: int) -> Iterator[None]:
-    """Turns of two words whose texts never end; when one is over, its connection opens the next."""
+    """Open turns of two words whose texts never end. When one is over, its connection opens the next."""
     contexts = count()
     with selectors.DefaultSelector() as selector:
         while True:
@@ -217,7 +217,7 @@ ATTACKS: dict[str, Callable[[int], Iterator[None]]] = {
 
 
 def attack_until(stop: Event, begun: Event, port: int, name: str) -> None:
-    """A process of its own."""
+    """Run one attack. It runs in a process of its own."""
     os.nice(10)
     for _ in ATTACKS[name](port):
         begun.set()
@@ -227,7 +227,7 @@ def attack_until(stop: Event, begun: Event, port: int, name: str) -> None:
 
 @contextlib.contextmanager
 def attacking(port: int, name: str | None) -> Iterator[None]:
-    """The attack of that name goes on meanwhile."""
+    """Run the attack of that name until the `with` block ends."""
     context = multiprocessing.get_context("spawn")
     stop, begun = context.Event(), context.Event()
     attacker = context.Process(target=attack_until, args=(stop, begun, port, name), daemon=True)
@@ -247,14 +247,14 @@ def attacking(port: int, name: str | None) -> Iterator[None]:
 
 
 def memory_mb(server: LiveServer) -> float:
-    """Resident."""
+    """The server's resident memory."""
     pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured beside one attack, or beside none."""
+    """The figures beside one attack, or without an attack."""
 
     turns: int
     failed: int
@@ -280,7 +280,7 @@ class Row:
         )
 
     def faults(self, alone: Row) -> list[str]:
-        """Which limits are exceeded, beside a row without an attack."""
+        """The limits that the row exceeds, compared with a row without an attack."""
         limits = {
             "failed": self.failed <= alone.failed,
             "underruns": self.underruns * max(1, alone.turns) <= alone.underruns * max(1, self.turns),
@@ -293,7 +293,7 @@ class Row:
 
 
 def use_all_slots(server: LiveServer) -> None:
-    """A short turn on each slot at once, so that what they take is there before memory is measured."""
+    """Speak a short turn on each slot at once, so that all memory is in use before the first figure."""
     honest = Honest()
     threads = [threading.Thread(target=honest.speak, args=(server, 120.0)) for _ in range(NUM_SLOTS)]
     for thread in threads:
@@ -336,7 +336,7 @@ def measure(server: LiveServer, attack: str | None, seconds: float) -> Row:
 
 
 def main() -> int:
-    """Print the table; the exit code."""
+    """Print the table. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30.0, help="of each attack")
     parser.add_argument("--model", metavar="DIR", help="default: the demonstration voice")

@@ -4,8 +4,8 @@
     wstest -m fuzzingclient -s tests/autobahn.json
 
 `wstest` is in the package `autobahntestsuite`, which needs Python 2.7. Most of its cases expect an echo,
-which the server itself does not give. All limits are those of the server, but for the number of bytes
-of a message, of fragments, and of pings: some cases are larger than any message that the server takes.
+which the server itself does not give. The limits are the server's, except those on bytes of a message,
+fragments and pings: some cases are larger than any message that the server takes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qwen_megakernel.serving.app import ServerSettings
 
 
 async def echo(scope: dict[str, Any], receive: Any, send: Any) -> None:
-    """ASGI: every message goes back."""
+    """An ASGI application that sends every message back."""
     assert scope["type"] == "websocket"
     await receive()
     await send({"type": "websocket.accept"})

@@ -2,9 +2,9 @@
 
     python tests/bench_codec.py [--launches STREAMS | --forms]
 
-Weights are random (the true shape), activations lively, every figure a median. With `--launches`
-also what each launch adds to a frame; with `--forms` the small form beside the large one, which
-needs a GPU that has room for both.
+Weights are random, in the true shape, and scaled so that activations are lively. Every figure is a
+median. `--launches` also measures what each launch adds to a frame. `--forms` measures the small form
+beside the large one, on a GPU that has room for both.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def describe(op: object) -> str:
 
 
 def launch_times(exact: CodecDecoder, library: Path, streams: int) -> list[str]:
-    """What each launch adds to the graph of those before it, microseconds."""
+    """Microseconds that each launch adds to the graph of the launches before it."""
     stream = CudaCodecStream(exact, STREAMS, library)
     fill(stream)
     ops, before, lines = stream._plan.ops, 0.0, []
@@ -114,7 +114,7 @@ def launch_times(exact: CodecDecoder, library: Path, streams: int) -> list[str]:
 
 
 def form_times(exact: CodecDecoder, arch: str, rounds: int = 6) -> list[str]:
-    """The forms' graphs in turns, ABBA: medians of the rounds' medians, and their ratio."""
+    """Times of the two forms' graphs, in the order ABBA: medians over the rounds, and their ratio."""
     graphs = {}
     for form in ("large", "small"):
         stream = CudaCodecStream(exact, STREAMS, build(codec_library(arch, form), arch))

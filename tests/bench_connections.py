@@ -2,8 +2,9 @@
 
     python tests/bench_connections.py [--model DIR]
 
-First 512 clients connect to a server with the default limits, as fast as they can. Then 1,000 idle
-connections are held by another server, which takes as many. Memory is what its resident memory grows by.
+First 512 clients connect to a server with the default limits, as fast as they can. Then another server,
+whose limit is high enough, holds 1,000 idle connections. Their memory is what its resident memory grows
+by.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from qwen_megakernel.synth.checkpoint import write_checkpoint
 BURST = 512
 IDLE = 1000
 AHEAD = 64
-"""Handshakes of the idle ones at a time."""
+"""Handshakes of idle connections at a time."""
 
 
 async def burst(server: LiveServer) -> tuple[Counter[str], float]:
@@ -48,7 +49,7 @@ async def burst(server: LiveServer) -> tuple[Counter[str], float]:
 
 
 async def hold_idle(server: LiveServer) -> tuple[int, float]:
-    """How many stayed open for 5 s, and the server's memory meanwhile."""
+    """How many connections stayed open for 5 s, and the memory of the server in that time."""
     room = asyncio.Semaphore(AHEAD)
 
     async def open_one() -> ClientConnection:

@@ -1,10 +1,10 @@
-"""How much a text that is typed letter by letter disturbs another stream; prints a table.
+"""Print how much a text that is typed letter by letter disturbs another stream.
 
     python tests/bench_text.py [--chars 4000] [--repeats 3] [--json FILE]
 
-A client listens to the demonstration voice while another one types, one message a character. Its
-longest gap is the longest time between two of its chunks of one frame. It is compared with the gap
-beside a typist of ordinary words, of as many characters.
+A client listens to the demonstration voice while another one types, one message for each character. The
+listener's longest gap is the longest time between two of its chunks of one frame. The table compares it
+with the gap beside a typist of ordinary words, with as many characters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEXTS = {
 
 
 async def longest_gap(url: str) -> float:
-    """Seconds; of a turn of one client."""
+    """The longest gap in one turn of a client, in seconds."""
     request = {"text": SPOKEN, "speaker_ref": VOICE, "seed": 1, "chunk_tokens": 1}
     async with connect(url, max_size=None, compression=None, proxy=None) as socket:
         await socket.send(json.dumps(request))
@@ -53,7 +53,7 @@ async def longest_gap(url: str) -> float:
 
 
 async def type_text(url: str, text: str, started: asyncio.Event) -> None:
-    """A live turn whose text never ends, until it is cancelled."""
+    """Type a live turn whose text never ends, until it is cancelled."""
     async with connect(url, max_size=None, compression=None, proxy=None) as socket:
         await socket.send(json.dumps({"text": "A ", "speaker_ref": VOICE, "more": True}))
         started.set()

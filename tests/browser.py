@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, and a page of it that notices what a page should not do."""
+"""A headless Chromium for tests, and a page that fails a test if it does what it should not."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ELSEWHERE = "tts.test"
-"""A name of this machine that a browser takes for another one."""
+"""A name of this machine that a browser treats as another machine."""
 LIMIT_S = 60.0
-"""For anything that a page is waited for; machines are busy."""
+"""Limit of every wait for a page. It is long, because machines are busy."""
 EXPECTED = "the server responded with a status of"
-"""In the console's line about a refused request, which the page shows in its own words."""
+"""Part of the console's line about a refused request. The page shows the refusal in its own words."""
 
 
 @contextmanager
 def open_browser(microphone: Path | None = None) -> Iterator:
-    """Chromium through Playwright; skips the test where one of them is missing.
+    """Chromium through Playwright. The test skips if one of them is missing.
 
     Args:
         microphone: a WAV file that the microphone hears, over and over.
@@ -47,14 +47,14 @@ def open_browser(microphone: Path | None = None) -> Iterator:
 
 
 def take_picture(page, name: str) -> None:
-    """A PNG of the whole page for people to look at, where `PAGE_PICTURES` names a folder."""
+    """Save a PNG of the whole page for people to look at, if `PAGE_PICTURES` names a folder."""
     if folder := os.environ.get("PAGE_PICTURES"):
         page.screenshot(path=f"{folder}/{name}.png", full_page=True)
 
 
 @contextmanager
 def watched_page(browser, url: str, **options) -> Iterator:
-    """A page at an address. Fails if it logs an error or asks another host for anything.
+    """A page at an address. The test fails if the page logs an error or asks another host for anything.
 
     Args:
         browser: of `open_browser`.

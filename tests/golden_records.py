@@ -1,9 +1,9 @@
-"""Golden records: what was heard and said once, and whether it still is.
+"""Golden records: recorded codes, sound and messages, and the comparison with those of today.
 
 A record is a JSON file under tests/golden/. Codes are compared exactly. Sound is compared through a
 digest of eight numbers a frame, within `TOLERANCE`. `python -m pytest tests/test_golden.py --record`
-writes the records of a test file anew (`-k` chooses cases). It refuses a case whose draws are so close
-that the rounding of another machine could decide them otherwise.
+writes the records of a test file anew (`-k` chooses cases). It refuses a case with a draw so close that
+the rounding of another machine could change it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from qwen_megakernel.config import HOP
 FOLDER = ROOT / "tests" / "golden"
 
 MIN_MARGIN = 1e-3
-"""Least distance, in scaled logits, between a drawn code and any other outcome. Rounding moves them by
-at most 2e-5 (AVX2 against no vector instructions)."""
+"""The least distance, in scaled logits, between a drawn code and any other outcome. Rounding moves these
+logits by at most 2e-5 (AVX2 against no vector instructions)."""
 TOLERANCE = 5e-5
-"""Of the digest: about the RMS of a difference, full scale being 1 (-86 dBFS). Rounding makes 1e-6, and
-1e-5 where it moves 16-bit samples by a step."""
+"""Tolerance of the digest: about the RMS of a difference, with full scale 1 (-86 dBFS). Rounding makes
+1e-6, and 1e-5 if it moves 16-bit samples by a step."""
 _NUM_PROJECTIONS = 8
 _SIGNS = np.random.RandomState(0).randint(0, 2, (HOP, _NUM_PROJECTIONS)) * 2.0 - 1.0
-"""The legacy generator: NumPy promises that its numbers stay."""
+"""The legacy generator: NumPy promises that its numbers never change."""
 
 
 # --- sound --------------------------------------------------------------------------------------
@@ -41,8 +41,8 @@ _SIGNS = np.random.RandomState(0).randint(0, 2, (HOP, _NUM_PROJECTIONS)) * 2.0 -
 def digest(samples: np.ndarray) -> list[str]:
     """A line of eight numbers for each 1920 samples; the last ones are padded with zeros.
 
-    Each number is a random projection: two frames that differ by an RMS of x have projections that
-    differ by about x, so that a shift, a gain, a click or noise shows.
+    Each number is a random projection. If two frames differ by an RMS of x, their projections differ by
+    about x. So a shift, a gain, a click or noise shows.
     """
     padded = np.zeros(-(-len(samples) // HOP) * HOP)
     padded[: len(samples)] = samples
@@ -126,7 +126,7 @@ def margin(untruncated: Tensor, scores: Tensor, noise: Tensor) -> float:
     kept = scores > -torch.inf
     threshold = scores.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
     outside = untruncated.masked_fill(kept, -torch.inf)
-    # One that was left out would have to come in and win; the winner would have to fall out.
+    # Either a code that was left out would come in and win, or the winner would fall out.
     enters = torch.maximum(threshold - outside, best[:, :1] - (outside + noise))
     winner = untruncated.gather(-1, noisy.argmax(-1, keepdim=True))
     falls = winner - outside.amax(-1, keepdim=True)
@@ -146,7 +146,7 @@ class Golden:
         self._command = f"python -m pytest tests/test_{name}.py --record"
 
     def case(self, name: str) -> dict:
-        """What is recorded of a case; it fails where nothing is."""
+        """The record of a case. The test fails if there is none."""
         cases = self._read()
         if name not in cases:
             pytest.fail(f"nothing is recorded of {name}; record it: {self._command}", pytrace=False)
@@ -160,7 +160,7 @@ class Golden:
         self._path.write_text(text + "\n", encoding="utf-8")
 
     def fail(self, name: str, difference: str) -> None:
-        """Fail a case that is not as recorded."""
+        """Fail a case that differs from its record."""
         pytest.fail(
             f"{name}: {difference}\nIf this is meant to change, record it anew: {self._command}",
             pytrace=False,

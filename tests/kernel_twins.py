@@ -24,7 +24,7 @@ PHASES = ("qkv", "attention", "out", "gate_up", "down")
 
 
 OLDEST_ARCH = "80"
-"""Its kernels run on every newer GPU by their PTX."""
+"""The PTX of this architecture's kernels runs on every newer GPU."""
 
 
 def build_kernel(
@@ -34,9 +34,9 @@ def build_kernel(
 
     Args:
         shape: of the model.
-        form: one of `FORMS`; None is what the option `--form` says.
+        form: one of `FORMS`; None is the value of the option `--form`.
         arch: of the kernel; None is `detect_arch`.
-        racecheck: whether the sanitizer's racecheck is to follow it.
+        racecheck: whether to build it for the sanitizer's racecheck.
     """
     arch = arch or detect_arch(DEVICE)
     form = form or os.environ.get("FRAME_KERNEL_FORM", "auto")
@@ -84,7 +84,7 @@ class LayersAsRead:
 
 
 def run_as_read(backend: TorchBackend, talker: Talker) -> None:
-    """Have the modules of `model/talker.py` compute, and not the layers that they were joined to."""
+    """Compute with the modules of `model/talker.py`, and not with the joined layers."""
     predictor = talker.code_predictor.model
     backend._layers = LayersAsRead(talker.model.layers, talker.model.norm)
     backend._predictor_layers = LayersAsRead(predictor.layers, predictor.norm)
@@ -92,7 +92,7 @@ def run_as_read(backend: TorchBackend, talker: Talker) -> None:
 
 @dataclass
 class Twins:
-    """One set of random weights in three decoders, whose slots are driven alike."""
+    """One set of random weights in three decoders that get the same calls."""
 
     shape: Shape
     max_positions: int = 512
@@ -149,7 +149,7 @@ class Twins:
 
 @dataclass
 class Recorder:
-    """What passes through a talker's linear layers during a frame, in the kernel's terms."""
+    """The values that pass through a talker's linear layers during a frame, named as in the kernel."""
 
     talker: Talker
     taken: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in PHASES})

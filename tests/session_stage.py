@@ -1,4 +1,4 @@
-"""A session on a decoder whose turns do what a test says."""
+"""A session on a decoder whose turns a test controls."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ SEGMENT_S = 0.6
 
 
 class FakeDecoder:
-    """Turns that do what a test says."""
+    """A decoder whose turns a test controls."""
 
     default_voice = "anna"
     default_params = GenerationParams(SamplingParams(0.4, 12, 1.0, 1.05))
@@ -51,7 +51,7 @@ class FakeDecoder:
 
 
 class NoTokens:
-    """A feed of a turn that has no engine."""
+    """A text feed for a turn without an engine."""
 
     def append(self, text):
         return []
@@ -61,7 +61,7 @@ class NoTokens:
 
 
 class FakeTurn(Turn):
-    """What the engine does is done by the test."""
+    """A turn for which the test plays the engine."""
 
     def __init__(self, text, sink, options):
         super().__init__(lambda: None, NoTokens())
@@ -82,7 +82,7 @@ class FakeTurn(Turn):
 
 
 class InstantDecoder(FakeDecoder):
-    """Every turn is 0.6 s of silence, at once."""
+    """A decoder whose turns are 0.6 s of silence, at once."""
 
     reasons = ("stop", "length", "repeat")
 
@@ -95,7 +95,7 @@ class InstantDecoder(FakeDecoder):
 
 
 class Stage:
-    """A session on a fake decoder, and what it has given."""
+    """A session on a fake decoder, and the events that it has given."""
 
     def __init__(self, rules=None, decoder=None, **limits):
         self.decoder = decoder or FakeDecoder()
@@ -110,7 +110,7 @@ class Stage:
         return self.decoder.opened
 
     async def events(self):
-        """All that can be taken now."""
+        """All events that can be taken now."""
         found = []
         while True:
             try:

@@ -100,16 +100,16 @@ def test_turns_that_never_end_are_noticed():
 
 
 class Slots:
-    """Turns of known length on slots that are given in the order of arrival; time is simulated."""
+    """Turns of known length on slots that are given in the order of arrival, in simulated time."""
 
     def __init__(self, num_slots: int, turn_s: float) -> None:
         self.num_slots, self.turn_s = num_slots, turn_s
         self.queue: deque[tuple[float, int]] = deque()
-        """When a turn was let in, and whose it is."""
+        """For each waiting turn, when it was let in, and its client."""
         self.ends: list[float] = []
         self.waits: list[float] = []
         self.owners: list[int] = []
-        """Of the turns, in the order in which they began."""
+        """The owners of the turns, in the order in which they began."""
 
     def go_on_to(self, now: float) -> None:
         while self.ends and self.ends[0] <= now:
@@ -152,11 +152,11 @@ def test_who_is_let_in_begins_in_time_and_nobody_starves(num_slots, turn_s, limi
             returns.append(now + refused.retry_after_s)
             assert slots.queue or len(slots.ends) == num_slots, "refused beside a free slot"
     slots.go_on_to(now + 10_000)
-    # Slots may become free in bunches: so much later than predicted, at most.
+    # Slots may become free in bunches, so a turn may begin so much later than predicted.
     for waited_s, start_s in zip(slots.waits, predicted, strict=True):  # in the order of arrival
         assert waited_s <= start_s + turn_s + 1e-6
         assert start_s <= limit_s
-    if returns:  # nobody came after the last refusal, so its hint is right
+    if returns:  # no turn came after the last refusal, so its hint is right
         assert max(returns) - now <= (len(predicted) + 1) * turn_s + 1
 
 

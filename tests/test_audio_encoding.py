@@ -15,7 +15,7 @@ from qwen_megakernel.serving.audio_encoding import FileFormat, open_encoder
 from qwen_megakernel.serving.pcm import PcmEncoder
 
 ENCODINGS = {"pcm_s16le": 1 / 32_767, "pcm_f32le": 1e-6, "pcm_mulaw": 0.02, "pcm_alaw": 0.02}
-"""How far a sample may be from what was encoded."""
+"""How much a decoded sample may differ from the encoded one."""
 SECONDS = np.arange(24_000) / 24_000
 TONE = np.float32(0.5 * np.sin(2 * np.pi * 440 * SECONDS))
 

@@ -1,4 +1,4 @@
-"""Which backend runs, and what is said where the kernels cannot: no GPU needed, compilers are played."""
+"""Which backend runs, and the reason if no kernels can. Stand-ins replace GPU and compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products of little are the layers that they stand for, for a stream alone and in company."""
+"""Batch-invariant products give the results of the layers, for one stream alone and among others."""
 
 from __future__ import annotations
 

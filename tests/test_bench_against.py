@@ -1,4 +1,4 @@
-"""`bench --against`: what it finds in other versions of this tree, and how sure its bound is."""
+"""`bench --against`: what it finds in other versions of this tree, and how reliable its bound is."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def copied_tree(tmp_path):
 
 
 def plant(tree, old, new):
-    """Replace what stands once in the whole package."""
+    """Replace a text that stands once in the whole package."""
     paths = [path for path in tree.rglob("*.py") if old in path.read_text()]
     assert len(paths) == 1, f"{old!r} is in {paths}"
     text = paths[0].read_text()
@@ -151,7 +151,7 @@ def test_a_folder_without_the_package_is_no_version(tmp_path):
 
 
 def worker(tmp_path, monkeypatch, code):
-    """A process that runs some code in the worker's place."""
+    """A process that runs `code` instead of the worker."""
     script = tmp_path / "script.py"
     script.write_text(code)
     monkeypatch.setattr(bench_against, "SCRIPT", script)
@@ -247,7 +247,7 @@ def test_a_digest_sees_one_changed_weight():
 
 
 def measurements(rng, instances, *, level=1.0, between=0.01, within=0.003):
-    """Times [instances, 4] around a level, the instances log-normally apart."""
+    """Times [instances, 4] around a level, with log-normal differences between the instances."""
     apart = np.exp(between * rng.standard_normal((instances, 1)))
     return level * apart * np.exp(within * rng.standard_normal((instances, 4)))
 

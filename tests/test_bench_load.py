@@ -1,4 +1,4 @@
-"""The bench's load part: its arithmetic, its bad network, and all of it on a CPU, by counts."""
+"""The bench's load part: its arithmetic, its bad network, and a whole run on a CPU, by counts."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_spread_has_the_largest_value():
 
 
 def through_the_network(network: Network, seed: int, num_bytes: int) -> tuple[bytes, int, float]:
-    """What an echo sends back, the stalls on the way, and the seconds of a first byte's round trip."""
+    """The echo of so many bytes, the stalls on the way, and the first byte's round trip in seconds."""
 
     async def echo(reader, writer):
         with contextlib.suppress(ConnectionError):
@@ -158,7 +158,7 @@ def test_lost_packets_stall_the_line():
 
 
 def test_a_server_under_load_on_a_cpu(tmp_path):
-    """Both loops over a bad network, with the demonstration voice; two processes."""
+    """Both loops over a bad network, with the demonstration voice and two client processes."""
     out, picture = tmp_path / "load.json", tmp_path / "load.svg"
     done = subprocess.run(
         [sys.executable, "-m", "qwen_megakernel", "bench", "--parts", "load", "--device", "cpu",

@@ -1,4 +1,4 @@
-"""The bench: its arithmetic, the PyTorch frame that it compares with, and all of it on a CPU."""
+"""The bench: its arithmetic, the PyTorch frame that it compares with, and a whole run on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the compiler is looked for, and where caches lie: once, for all parts."""
+"""Where the compiler is searched, and where caches lie. All parts use the same functions."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_doctor_and_build_miss_the_same_compiler(machine, monkeypatch):
 
 
 def no_account(uid: int) -> pwd.struct_passwd:
-    """`pwd.getpwuid` in a container that runs as a user whom its passwd file does not know."""
+    """`pwd.getpwuid` in a container whose passwd file does not have the user."""
     raise KeyError(uid)
 
 
@@ -158,7 +158,7 @@ def test_without_a_home_named_caches_are_used(homeless, monkeypatch, caplog):
 
 @pytest.mark.parametrize("kind", ["open to all", "a link", "a file"])
 def test_a_temporary_folder_that_others_could_fill_is_not_used(homeless, kind):
-    """Whoever may write there could plant a library that we load."""
+    """Another user who may write there could plant a library that the server loads."""
     taken = homeless / f"qwen_megakernel-{os.getuid()}"
     if kind == "open to all":
         taken.mkdir()

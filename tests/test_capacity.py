@@ -1,4 +1,4 @@
-"""The engine says what it can take, and turns that are cancelled cost nothing."""
+"""The engine reports its load, and cancelled turns cost nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 from listener import LONG, TEXT, Listener, wait_idle
 
 from qwen_megakernel import TTSDecoder
+from qwen_megakernel.engine.active_turn import ActiveTurn
+from qwen_megakernel.engine.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_a_turn_that_is_cancelled_at_once_costs_no_prompt(tts, monkeypatch):
 
 
 def test_a_turn_waits_while_the_voices_that_speak_fill_all_frames(tts):
-    """Slots are free, but by what full frames have taken, one more voice would make others run dry."""
+    """Slots are free, but by the measured times one more voice would make others run dry."""
     pace, first, second = tts._engine._schedule.pace, Listener(), Listener()
     turn = tts.open_turn(TEXT, sink=first, ended=True, params=LONG, max_lead_s=10.0)
     first.wait_for_audio()
@@ -80,4 +82,33 @@ def test_a_turn_waits_while_the_voices_that_speak_fill_all_frames(tts):
     second.wait_for_audio()
     waiting.cancel()
     pace._full_s = None
+    wait_idle(tts)
+
+
+def test_a_long_queue_costs_a_tick_nothing_while_no_slot_is_free(tts, monkeypatch):
+    """Else an overload slows the ticks, which lengthens the queue."""
+    looks, ticks, ready, tick = [0], [0], ActiveTurn.ready.fget, Engine._tick
+
+    def looked(active):
+        looks[0] += threading.current_thread() is tts._engine.thread and active.slot is None
+        return ready(active)
+
+    def ticked(engine):
+        ticks[0] += 1
+        return tick(engine)
+
+    speaking = [Listener() for _ in range(4)]
+    turns = [tts.open_turn(TEXT, sink=each, ended=True, params=LONG) for each in speaking]
+    for listener in speaking:
+        listener.wait_for_audio()
+    turns += [tts.open_turn(TEXT, sink=Listener(), ended=True, params=LONG) for _ in range(40)]
+    while tts.capacity().num_queued < 40 or tts._engine._opened:
+        time.sleep(0.01)
+    monkeypatch.setattr(ActiveTurn, "ready", property(looked))
+    monkeypatch.setattr(Engine, "_tick", ticked)
+    while ticks[0] < 10:
+        time.sleep(0.01)
+    assert not looks[0]
+    for turn in turns:
+        turn.cancel()
     wait_idle(tts)

@@ -170,7 +170,7 @@ def test_any_body_is_a_request_or_an_error_with_a_code(body):
 
 
 class Talk:
-    """The dialect, and what it has said."""
+    """The dialect on a fake session, and the messages that it has sent."""
 
     def __init__(self, **limits):
         self.stage = Stage(RULES, max_messages_per_s=500.0, **limits)

@@ -1,4 +1,4 @@
-"""Finding, downloading (from a hub on loopback) and loading checkpoints, and every way to refuse one."""
+"""Finding, downloading (from a hub on loopback), loading and refusing checkpoints."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def part_of(checkpoint: Checkpoint, prefix: str) -> torch.nn.Module:
 
 @pytest.fixture
 def copy(tiny_base, tmp_path) -> Path:
-    """A checkpoint of the test's own to damage."""
+    """A copy of a checkpoint that the test may damage."""
     return Path(shutil.copytree(tiny_base, tmp_path / "copy"))
 
 
@@ -342,7 +342,7 @@ COMMIT = "c" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """As much of the Hugging Face hub as a download needs, serving one folder as `acme/voice`."""
+    """The part of the Hugging Face hub that a download needs. It serves one folder as `acme/voice`."""
 
     daemon_threads = True
 
@@ -436,7 +436,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tiny_base, tmp_path, monkeypatch):
-    """The only hub that the code under test can reach; its cache is empty and the test's own."""
+    """The only hub that the tested code can reach. Its cache is empty and belongs to the test."""
     from huggingface_hub import constants
 
     server = Hub(Path(shutil.copytree(tiny_base, tmp_path / "hub")))

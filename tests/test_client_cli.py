@@ -36,7 +36,7 @@ def run(*arguments, stdin="", environ=None):
 
 
 def failure(*arguments, **options):
-    """The one line of a failed run."""
+    """The only line of a failed run."""
     result = run(*arguments, **options)
     assert result.returncode == 1
     assert result.stdout == ""
@@ -160,7 +160,7 @@ def test_refusals_are_one_line(live_server):
 
 
 class BusyServer:
-    """Refuses so many tries, each on a connection of its own, and then says a frame of silence."""
+    """Refuses so many tries, each on a connection of its own, and then sends a frame of silence."""
 
     def __init__(self, num_refusals, later_s):
         self.num_refusals, self.later_s, self.heard = num_refusals, later_s, []

@@ -207,7 +207,7 @@ def test_bad_slot_numbers_are_refused():
 def official_bf16_decoder(config: CodecConfig) -> nn.Module:
     exact = official_decoder(config)
     decoder = copy.deepcopy(exact).bfloat16()
-    # As `from_pretrained` leaves it: RoPE's frequencies are no weights and stay float32.
+    # As after `from_pretrained`: RoPE's frequencies are not weights and stay float32.
     decoder.pre_transformer.rotary_emb.inv_freq = exact.pre_transformer.rotary_emb.inv_freq
     return decoder
 

@@ -1,4 +1,4 @@
-"""The codec's kernels: their parameters on the CPU; their results and time on a GPU."""
+"""The codec's kernels: their parameters on the CPU, and their results and times on a GPU."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def library() -> Path:
 
 
 def decode(stream: CudaCodecStream, slots: Sequence[int], codes: Tensor) -> Tensor:
-    """`CodecStream.decode` by launches: one frame at a time of at most `max_streams` slots."""
+    """`CodecStream.decode` by launches, each of one frame for at most `max_streams` slots."""
     slots, pcm = list(slots), torch.empty(*codes.shape[:2], HOP)
     for first in range(0, len(slots), stream.max_streams):
         part = slice(first, first + stream.max_streams)

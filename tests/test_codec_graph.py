@@ -63,7 +63,7 @@ def test_wrong_slots_are_refused():
 
 
 def test_nothing_in_a_frame_depends_on_a_value():
-    """Meta tensors have none: an operation that asks the host for one fails here as in a capture."""
+    """Meta tensors have no values: an operation that asks for one fails here as in a capture."""
     with torch.device("meta"):
         decoder = CodecDecoder(TINY)
     graphs = GraphCodecStream(decoder, 4)

@@ -58,8 +58,8 @@ def test_upsampling_is_stacked_products():
 
 
 def layers_with_a_history(config: CodecConfig) -> list[tuple[int, int, int]]:
-    """Of each such layer of the PyTorch codec, in the order in which they run: the time steps of a
-    frame, those of its history, and its channels."""
+    """For each layer of the PyTorch codec that has a history, in the order of running: the time steps of
+    a frame, the time steps of the history, and the channels."""
     with torch.device("meta"):
         decoder = CodecDecoder(config)
     found = []

@@ -1,4 +1,4 @@
-"""The container's files: linted, and true to the package that they install. Nobody has built one."""
+"""The container's files are linted and agree with the package. No test builds the image."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def compose():
 
 
 def instructions(name):
-    """The rest of each line that begins with an instruction, its continuations joined."""
+    """The rest of each line that begins with an instruction, joined with its continuation lines."""
     lines = DOCKERFILE.replace("\\\n", " ").splitlines()
     return [line.removeprefix(f"{name} ") for line in lines if line.startswith(f"{name} ")]
 

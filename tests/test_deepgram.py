@@ -147,7 +147,7 @@ def test_any_body_is_a_text_or_an_error_with_a_code(body):
 
 
 class Talk:
-    """The dialect, and what it has said."""
+    """The dialect on a fake session, and the messages that it has sent."""
 
     def __init__(self, **limits):
         self.stage = Stage(RULES, max_messages_per_s=500.0, **limits)
@@ -317,7 +317,7 @@ def post(server, query, text="Good morning.", token=DEMO_TOKEN):
 
 @pytest.fixture(scope="module")
 def speech(demo_server):
-    """What `Good morning.` is as raw samples."""
+    """The raw samples of `Good morning.`"""
     status, headers, data = post(
         demo_server, "model=slt&seed=3&encoding=linear16&container=none&sample_rate=24000"
     )

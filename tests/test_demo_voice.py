@@ -1,4 +1,4 @@
-"""The voice that the repository carries: it can be understood, it ends, and it stays itself."""
+"""The demonstration voice: it can be understood, its turns end, and it does not change."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ CHECKPOINT = ROOT / "demo_voice"
 VOICES = ("slt", "rms", "awb", "kal16")
 GREETING = "Good evening, this is the front desk."
 MAX_WER = 0.25
-"""Of a few sentences; all sixty are measured by `training.evaluate`."""
+"""Limit for a few sentences. `training.evaluate` measures all sixty."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def tts():
 
 @pytest.fixture(scope="module")
 def spoken(tts):
-    """Voice -> what it makes of the greeting, float32 [n]."""
+    """Voice -> its speech of the greeting, float32 [n]."""
     return {voice: speak(tts, [GREETING], voice, seed=1)[0] for voice in VOICES}
 
 
@@ -96,15 +96,15 @@ def test_speech_is_the_same_in_chunks_of_any_size(tts, spoken):
 
 
 def border_ranks(audio, reach=60):
-    """Of each frame border, the part of the steps nearby that its step from sample to sample exceeds."""
+    """For each frame border, the part of the nearby steps between samples that its own step exceeds."""
     steps = np.abs(np.diff(audio))
     borders = range(HOP - 1, len(steps) - reach, HOP)
     return [np.mean(steps[at - reach : at + reach + 1] < steps[at]) for at in borders]
 
 
 def test_frame_borders_cannot_be_heard(spoken):
-    """Without seams a border's rank among its neighbours is uniform, whatever is said: 0.5 on average.
-    Five standard errors above are chance once in three million; seams of 0.01 lie far beyond."""
+    """Without seams, a border's rank among its neighbours is uniform for any speech: 0.5 on average.
+    Five standard errors above that are chance once in three million. Seams of 0.01 lie far beyond."""
     ranks = [rank for audio in spoken.values() for rank in border_ranks(audio)]
     limit = 0.5 + 5 * (1 / 12 / len(ranks)) ** 0.5
     assert np.mean(ranks) < limit

@@ -15,14 +15,14 @@ NUM_SLOTS = 2
 
 
 class Dialect:
-    """A WebSocket dialect: where it is, and how a text, its cancel and an answer to it look."""
+    """A WebSocket dialect: its path, and the form of a text, of its cancel and of the answers."""
 
     def __init__(self, path, messages, cancel, stopped, is_audio, first=()):
         self.path, self._messages, self._cancel, self.first = path, messages, cancel, first
         self.stopped, self.is_audio = stopped, is_audio
 
     def say(self, text, more=False, name="a"):
-        """The messages of a text. Where texts have names, a name is used once."""
+        """The messages of a text. If the dialect names texts, each name is used once."""
         return self._messages(text, more, name)
 
     def cancel(self, name="a"):
@@ -81,7 +81,7 @@ def dialect(request):
 
 @pytest.fixture(scope="module")
 def server(tiny_base, recording):
-    """Its turns do not end by themselves."""
+    """A server whose turns do not end by themselves."""
     server = LiveServer(
         *("--model", str(tiny_base), "--speaker-ref", str(recording)),
         *("--num-slots", str(NUM_SLOTS), "--max-text-chars", str(MAX_CHARS)),
@@ -94,7 +94,7 @@ def server(tiny_base, recording):
 
 @pytest.fixture
 def client(server, dialect):
-    """It reads all that comes, so that the server need not wait for it."""
+    """A client that reads all messages, so that the server need not wait for it."""
     with server.connect(dialect.path, max_queue=None) as client:
         say(client, dialect.first)
         yield client
@@ -133,7 +133,7 @@ def test_empty_texts_open_no_turns(server, client, dialect):
 
 
 def test_a_text_of_single_characters_is_as_long_as_any_other(server, client, dialect):
-    """Deepgram's texts have no end of their own: what does not fit is the next one, 32 at most."""
+    """Deepgram's texts have no end of their own. Text that does not fit is the next one, up to 32."""
     deepgram = dialect is DIALECTS["Deepgram"]
     num_fit = 32 * MAX_CHARS if deepgram else MAX_CHARS
     for _ in range(num_fit + 100):  # letters without a space: a word that may go on

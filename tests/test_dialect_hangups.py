@@ -21,20 +21,20 @@ from qwen_megakernel.serving.app import App, ServerSettings
 TEXT = LONG["text"]
 NUM_SLOTS = 4
 SLACK = 20
-"""Frames that a turn may speak while the news is on its way: the client and the engine share cores."""
+"""Frames that a turn may speak until the engine hears of it: client and engine share cores."""
 
 
 # --- clients -------------------------------------------------------------------------------------
 
 
 def reset(sock):
-    """Vanish as a crashed process does: RST, no close frame."""
+    """Vanish like a crashed process: RST, no close frame."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
 
 
 class Socket:
-    """A WebSocket dialect: what is said, what cancels, and how a message with audio looks."""
+    """A WebSocket dialect: its messages for text and cancel, and the form of a message with audio."""
 
     def __init__(self, path, say, cancel, is_audio, is_end):
         self.path, self.say, self.cancel = path, say, cancel
@@ -139,7 +139,7 @@ DIALECTS = {
 
 @pytest.fixture(scope="module")
 def tts(tiny_base, recording):
-    """Its turns do not end by themselves."""
+    """A decoder whose turns do not end by themselves."""
     with TTSDecoder.load(tiny_base, num_slots=NUM_SLOTS, device="cpu", backend="torch") as tts:
         tts.add_voice("default", tts.clone_voice(recording.read_bytes()))
         yield tts
@@ -154,12 +154,12 @@ async def until(condition, limit_s=60.0):
 
 
 def left_open():
-    """Descriptors, but for those of the event loop's threads."""
+    """Open descriptors, without those of the event loop's threads."""
     return len(os.listdir("/proc/self/fd"))
 
 
 def leave(tts, caplog, rounds):
-    """Clients of every dialect, two at a time; the frames of each turn that was stopped."""
+    """Run clients of every dialect, two at a time. Returns the frames of each stopped turn."""
     chance = random.Random(5)
     jobs = [
         (DIALECTS[name], chance.choice(["cancel", "close", "reset"]), chance.random() < 0.8)

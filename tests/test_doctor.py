@@ -1,4 +1,4 @@
-"""`doctor` on machines good and bad, played by programs on PATH."""
+"""`doctor` on good and bad machines. Programs on PATH stand in for the machine's."""
 
 import json
 import os
@@ -55,7 +55,7 @@ CPU_TORCH = Torch("2.13.0+cpu", threads=2)
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """Nothing on PATH but what is put there: `tools(name, script)`; no compiler in the usual place."""
+    """PATH has only programs that `tools(name, script)` adds. The usual place has no compiler."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -451,7 +451,7 @@ def test_whole_command(tools, tiny_base):
 
 
 def test_whole_command_before_anything_is_installed(tools):
-    """-S leaves site-packages out, so that Python finds the standard library alone."""
+    """-S leaves site-packages out, so that Python finds only the standard library."""
     tools("unused", "")
     bare = subprocess.run(
         [sys.executable, "-S", "-m", "qwen_megakernel", "doctor"],

@@ -55,7 +55,7 @@ def connect(server: LiveServer, text: str = "") -> socket.socket:
 
 
 def read_to_end(peer: socket.socket) -> bytes:
-    """All that comes until the server closes; fails after 10 s without anything."""
+    """All bytes until the server closes. It fails after 10 s without any."""
     with contextlib.suppress(ConnectionResetError):
         data = b""
         while part := peer.recv(65_536):
@@ -227,7 +227,7 @@ def attacker(edge_server) -> Iterator[RawClient]:
 
 
 def close_code(attacker: RawClient) -> int:
-    """Of the close frame, after any pongs."""
+    """The code of the close frame, which may follow pongs."""
     data = read_to_end(attacker.socket)
     while data and data[0] != 0x88:
         data = data[2 + data[1] :]

@@ -26,7 +26,7 @@ def tts(tiny_base):
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request):
-    """A test that fails in the middle shall not fail those after it."""
+    """A test that fails in the middle must not make later tests fail."""
     yield
     if "tts" in request.fixturenames:
         tts = request.getfixturevalue("tts")
@@ -242,7 +242,7 @@ def test_the_turn_that_runs_out_first_goes_first(tts):
             leads.append(len(one.samples) / 24_000 - (now - first))
         for turn in turns:
             turn.cancel()
-        # Equal but for what is in the making: a chunk each, and the turn that was last to start.
+        # They are equal except for what is being made: a chunk each, and the turn that started last.
         assert max(leads) - min(leads) <= 3 * max(CHUNK_RAMP) * 0.08, leads
 
 
@@ -268,7 +268,7 @@ def test_a_turn_on_hold_waits_and_then_is_the_same(tts):
     turn.hold(False)
     finished = listener.wait()
     assert np.array_equal(listener.samples, whole)
-    # What it did is counted as it goes, the time on hold is not.
+    # Its work counts as it happens. The time on hold does not count.
     spent = [event.generation_s for event in listener.events if isinstance(event, Audio)]
     assert spent == sorted(spent)
     assert 0 < spent[0] < spent[-1] <= finished.generation_s
@@ -371,7 +371,7 @@ def test_a_dead_decoder_tells_every_turn_and_takes_no_more(tiny_base):
 
 
 def test_a_small_model_computes_in_one_thread(tiny_base):
-    """Where there are two cores and somebody else is busy, two are a hundred times slower."""
+    """On two cores of which one is busy, two threads are a hundred times slower."""
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(2)
     try:
@@ -483,7 +483,7 @@ def test_text_is_tokenised_by_its_caller_and_embedded_as_it_is_needed(tts, monke
 
 
 def test_a_text_longer_than_the_engine_takes_at_a_time_is_taken_whole(tts, monkeypatch):
-    monkeypatch.setattr("qwen_megakernel.engine.engine.max_part_tokens", lambda *_, **__: 10_000)
+    monkeypatch.setattr("qwen_megakernel.engine.active_turn.max_part_tokens", lambda *_, **__: 10_000)
     num_tokens = len(tts._prompts.tokenizer.encode(TEXT * 60))
     assert num_tokens > 2 * MAX_BLOCK
     for streaming in (True, False):

@@ -1,4 +1,4 @@
-"""The engine dies under live turns: clients are told, the process ends, a supervisor starts it again."""
+"""The engine dies during live turns: clients are told, the process ends, a supervisor restarts it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_mortal(*arguments):
 serve.load_decoder = load_mortal
 sys.exit(server.main())
 """
-"""The server, with a device that is lost as soon as a file exists."""
+"""A program: the server, with a device that is lost as soon as a file exists."""
 SUPERVISOR = f"""
 import signal, subprocess, sys
 code = 1
@@ -165,7 +165,7 @@ def test_a_sink_that_raises_keeps_no_other_turn_from_being_told():
 
 
 def test_dead_engine_is_unhealthy_and_takes_no_turns():
-    """The one state that a real engine does not reach when asked to."""
+    """A state that a test cannot bring about in a real engine."""
     app = App(ServerSettings())
     dead = {
         "error": RuntimeError("frame 3 hung"),
@@ -174,6 +174,7 @@ def test_dead_engine_is_unhealthy_and_takes_no_turns():
         "num_active": 0,
         "num_waiting": 0,
         "num_slots": 4,
+        "standby": SimpleNamespace(memory="loaded"),
     }
     app.start_serving(SimpleNamespace(**dead))
 

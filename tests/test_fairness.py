@@ -27,7 +27,7 @@ def speak_once(client: NativeClient, context_id: str) -> float:
 
 
 def test_a_flood_of_cancelled_turns_gets_nobody_refused(live_server):
-    """Their turns counted as waiting, and one connection had everybody refused."""
+    """Cancelled turns must not count as waiting: one connection could get everybody refused."""
     flood, stop = RawClient(live_server), threading.Event()
     flood.send(type="hello", protocol=1)
 
@@ -59,7 +59,7 @@ def test_a_flood_of_cancelled_turns_gets_nobody_refused(live_server):
 
 
 def test_silent_turns_do_not_keep_the_slots(live_server):
-    """Two words and no end, on every slot and twice as often: each held a slot for a minute."""
+    """Texts of two words without an end, two for every slot, must not hold the slots."""
     with ExitStack() as stack:
         silent = [stack.enter_context(NativeClient(live_server)) for _ in range(32)]
         for client in silent:
@@ -75,11 +75,11 @@ def test_silent_turns_do_not_keep_the_slots(live_server):
 
 NUM_WRITERS = 200
 NUM_READY = 48
-"""Writers whose text is complete, three for each slot: how fast the machine is."""
+"""Writers whose text is complete, three for each slot. They show how fast the machine is."""
 PIECES = ("One two ", "three.")
 PAUSE_S = 0.3
 PATIENCE = 1.5
-"""A wait may be so many times what the audio takes that is in the queue."""
+"""A wait may be so many times the time of the audio in the queue."""
 
 
 class Writer:
@@ -89,7 +89,7 @@ class Writer:
         self.client, self.seed, self.pieces = NativeClient(server, checked=False), number, pieces
         self.heard: Heard | None = None
         self.first_s = 0.0
-        """Until the first audio, or the refusal."""
+        """Seconds until the first audio, or until the refusal."""
 
     def run(self) -> None:
         """Write everything and hear to the end."""
@@ -110,7 +110,7 @@ class Writer:
 
 
 class Crowd:
-    """Writers that begin together; all of them were spoken to their end, or refused."""
+    """Run writers that begin together. Each text is spoken to its end, or refused."""
 
     def __init__(self, server: LiveServer, count: int, pieces: tuple[str, ...]) -> None:
         writers = [Writer(server, number, pieces) for number in range(count)]
@@ -131,7 +131,7 @@ class Crowd:
 
 @pytest.mark.slow
 def test_two_hundred_slow_writers_on_sixteen_slots(brief_base, recording, report):
-    """Each of them is spoken, or is told at once when to come back; no slot stands idle meanwhile."""
+    """Each text is spoken, or told at once when to come back. No slot stands idle in this time."""
     options = ("--num-slots", "16", "--max-connections", "250", "--max-queue-s", "20")
     server = LiveServer("--model", str(brief_base), "--speaker-ref", str(recording), *options)
     try:

@@ -1,4 +1,4 @@
-"""The order of a frame's exchanges in the kernel's sources, against a plain description of it."""
+"""The order of a frame's exchanges in the kernel's sources, compared with a plain description."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_words_of_wide_frames_never_repeat_a_tag_whatever_the_layers(
 
 
 def described(config: ModelConfig, streams: int) -> list[Exchange]:
-    """The frame in words of its own."""
+    """The frame's exchanges, described without the kernel's sources."""
     talker, predictor = config.talker, config.predictor
     found = [Exchange("talker", -1, i, step) for i in range(talker.num_layers) for step in STEPS]
     found.append(Exchange("talker", -1, talker.num_layers, "head"))
     if talker.hidden_size != predictor.hidden_size:
         found.append(Exchange("talker", -1, talker.num_layers, "projection"))
-    if streams > 4:  # position 0 alone, as far as its keys and values need
+    if streams > 4:  # position 0 alone, up to its keys and values
         alone = [
             Exchange("predictor", 0, i, step) for i in range(predictor.num_layers) for step in STEPS
         ]

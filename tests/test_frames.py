@@ -19,11 +19,11 @@ TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 FIN, MASKED = 0x80, 0x80
 UNICODE = '["é€😀"]'.encode()
 MAX_BYTES = 65_536
-"""Of a message, by the default of `--max-text-chars`."""
+"""The most bytes of a message, by the default of `--max-text-chars`."""
 
 
 def frame(opcode: int, data: bytes = b"", *, fin: bool = True, reserved: int = 0) -> bytes:
-    """A frame of a client. The mask is of zeros; `reserved` has bit 2 for RSV1 to bit 0 for RSV3."""
+    """A client's frame, with a mask of zeros. `reserved`: RSV1 is bit 2, RSV2 bit 1, RSV3 bit 0."""
     head = bytes([FIN * fin | reserved << 4 | opcode])
     if len(data) < 126:
         head += bytes([MASKED | len(data)])
@@ -43,7 +43,7 @@ def client(live_server) -> Iterator[RawClient]:
 
 
 def read_to_end(peer: socket.socket) -> bytes:
-    """All that comes until the server closes the socket."""
+    """All bytes until the server closes the socket."""
     data = b""
     with contextlib.suppress(ConnectionResetError):
         while part := peer.recv(65_536):
@@ -63,7 +63,7 @@ def answers(client: RawClient) -> list[tuple[int, bytes]]:
 
 
 def close_code(client: RawClient) -> int:
-    """Of the server's close frame, which must be its last."""
+    """The code of the server's close frame, which must be its last frame."""
     opcode, payload = answers(client)[-1]
     assert opcode == CLOSE
     return int.from_bytes(payload[:2], "big")
@@ -106,7 +106,7 @@ def resident_bytes(server: LiveServer) -> int:
     return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * 4096
 
 
-# --- frames that are no frames ----------------------------------------------------------------------
+# --- invalid frames ---------------------------------------------------------------------------------
 
 
 BROKEN = {
@@ -226,7 +226,7 @@ def test_bytes_that_are_no_text_right_before_a_close_are_passed_over(client, num
 
 
 def random_bytes(draw: random.Random) -> bytes:
-    """Frames with a fault here and there."""
+    """Random frames, some of them with faults."""
     frames = []
     for _ in range(draw.randint(1, 6)):
         opcode = draw.choice([0, TEXT, TEXT, BINARY, PING, PONG, draw.randint(0, 15)])
@@ -241,7 +241,7 @@ def random_bytes(draw: random.Random) -> bytes:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_random_frames_harm_nobody(live_server, seed):
-    """Only what the peer has done wrong is a reason to close, and it is never called our fault."""
+    """The server closes only for a fault of the peer, and never calls it a fault of the server."""
     draw, codes = random.Random(seed), set()
     for _ in range(40):
         client = RawClient(live_server)

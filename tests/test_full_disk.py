@@ -23,7 +23,7 @@ SMALL_DISK = 'mount -t tmpfs -o size="$1" none "$2" && shift 2 && exec "$@"'
 
 
 def on_small_disk(folder: Path, size: str, *command: str) -> subprocess.CompletedProcess:
-    """Run a command to which `folder` is a disk of that size, and its kernel cache."""
+    """Run a command for which `folder` is a disk of that size and the kernel cache."""
     if (
         shutil.which("unshare") is None
         or subprocess.run(
@@ -110,7 +110,7 @@ def test_a_tuning_that_has_no_room_leaves_the_one_before(tmp_path, room):
 
 
 def test_a_server_whose_log_has_no_room_goes_on(brief_base, recording):
-    """Log and banner go to a full disk: turns are spoken, and SIGTERM ends it in good order."""
+    """Log and banner go to a full disk: turns are spoken, and SIGTERM ends the server properly."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

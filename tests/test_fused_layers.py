@@ -1,4 +1,4 @@
-"""Layers as they run against the modules that say what they compute."""
+"""The fused layers against the plain modules that define them."""
 
 from __future__ import annotations
 

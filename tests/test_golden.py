@@ -1,7 +1,7 @@
-"""What is heard stays what it is: the codes and the sound of turns in fp32 on a CPU, as recorded.
+"""The codes and the sound of turns in fp32 on a CPU stay as recorded.
 
-Two checkpoints speak in groups; the turns of a group speak at a time. `golden_records.py` says how
-a record is compared, and how it is made anew.
+Two checkpoints speak in groups. The turns of a group speak at the same time. `golden_records.py` says
+how a record is compared, and how it is made anew.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def params(seed: int, max_frames: int, **options) -> GenerationParams:
 
 @dataclass(frozen=True)
 class Case:
-    """One turn. Its seed tells it from the others of its group."""
+    """One turn. Its seed distinguishes it from the others of its group."""
 
     name: str
     params: GenerationParams
     pieces: Sequence[str] = (TEXT,)
-    """More than one: live text. All but the first are appended once sound has come."""
+    """Pieces of the text. More than one is live text: the others are appended once sound has come."""
     options: dict = field(default_factory=dict)
 
 
@@ -147,7 +147,7 @@ def custom_voice(tiny_custom_voice) -> Iterator[TTSDecoder]:
 
 
 def speak_group(tts: TTSDecoder, group: Sequence[Case]) -> dict[str, dict]:
-    """The turns of a group, spoken at a time: what is recorded of each, by name."""
+    """Speak the turns of a group at the same time. Returns the record of each, by name."""
     listeners = [Listener() for _ in group]
     turns = [
         tts.open_turn(
@@ -172,7 +172,7 @@ def speak_group(tts: TTSDecoder, group: Sequence[Case]) -> dict[str, dict]:
 
 
 def outcome(case: Case, listener: Listener, backend: CodesKept) -> dict:
-    """What is recorded of a turn: its end, its chunks, the codes that were heard, the sound."""
+    """The record of a turn: its end, its chunks, its codes, the sound."""
     finished = listener.wait()
     codes = backend.codes[case.params.seed][: finished.num_frames]
     chunks = [len(event.samples) // HOP for event in listener.events if isinstance(event, Audio)]
@@ -180,7 +180,7 @@ def outcome(case: Case, listener: Listener, backend: CodesKept) -> dict:
     return {
         "finish_reason": finished.reason,
         "frames": finished.num_frames,
-        # Live text is cut where it was late, which is nobody's promise.
+        # Where live text is cut depends on when it comes, and is not part of the record.
         "chunks": " ".join(map(str, chunks)) if len(case.pieces) == 1 else None,
         "codes": [" ".join(map(str, row.tolist())) for row in codes],
         "sound": digest(listener.samples),
@@ -188,7 +188,7 @@ def outcome(case: Case, listener: Listener, backend: CodesKept) -> dict:
 
 
 def difference(record: dict, found: dict) -> str | None:
-    """What differs first, if anything does."""
+    """The first difference, if there is one."""
     if of_codes := codes_difference(record["codes"], found["codes"]):
         return of_codes
     for name in ("finish_reason", "frames", "chunks"):
@@ -245,13 +245,13 @@ def test_the_first_code_that_differs_is_named():
 
 
 def test_margins():
-    """Of the best to the second, of one that was cut to one that would win, of a winner to the cut."""
+    """Margins: best to second, a cut code to one that would win, a winner to the cut."""
     nothing = torch.zeros(1, 4)
     scores = torch.tensor([[3.0, 2.5, 1.0, 0.0]])
     assert margin(scores, scores, nothing) == 0.5
     cut = torch.tensor([[3.0, 2.5, -torch.inf, -torch.inf]])
     assert margin(scores, cut, nothing) == 0.5
-    # Without the cut, noise would have made code 2 win; it is 1.5 from being let in.
+    # Without the cut, noise would make code 2 win. It is 1.5 away from being let in.
     assert margin(scores, cut, torch.tensor([[0.0, -9.0, 9.0, 0.0]])) == 1.5
-    # The winner is the last that is kept, 1.5 from being cut.
+    # The winner is the last code that is kept, 1.5 away from being cut.
     assert margin(scores, cut, torch.tensor([[-9.0, 9.0, 0.0, 0.0]])) == 1.5

@@ -1,6 +1,6 @@
-"""The native protocol stays what it is: scripted conversations, message by message, as recorded.
+"""Scripted conversations in the native protocol stay as recorded, message by message.
 
-`scripted_talk.py` says what of a conversation is compared; docs/PROTOCOL.md has the messages.
+`scripted_talk.py` says what is compared. docs/PROTOCOL.md has the messages.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from scripted_talk import FULL, Stage, check, gated, wait_until
 from qwen_megakernel import TTSDecoder
 
 PLAIN: dict = {}
-"""What `hello` says beside the version."""
+"""The fields of `hello` besides the version."""
 ENDLESS = {
     "text": "The quick brown fox jumps over the lazy dog.",
     "temperature": 10,
     "top_k": 0,
     "seed": 0,
 }
-"""It ends by a cancel only: see `live_server.LONG`."""
+"""Options of a turn that only a cancel ends: see `live_server.LONG`."""
 FORMATS = (
     {"encoding": "pcm_f32le", "sample_rate": 48_000},
     {"encoding": "pcm_s16le", "sample_rate": 8_000},
@@ -96,7 +96,7 @@ def script_two_contexts(stage: Stage) -> None:
 
 
 def script_segments(stage: Stage) -> None:
-    """Each flush begins a take of its own; a choice holds until another is made."""
+    """Each flush begins a new take. A choice holds until another one is made."""
     client = stage.client(hello={"audio": {"encoding": "pcm_f32le"}})
     stage.gate.allow(0)
     speak(client, "a", " ", seed=3)
@@ -188,7 +188,7 @@ def script_refused_messages(stage: Stage) -> None:
 
 
 def script_what_cannot_be_served(stage: Stage) -> None:
-    """An error and a `done`; the context is over, and so is its id."""
+    """An error and a `done`: the context is over, and its id cannot be used again."""
     client = stage.client(hello=PLAIN)
     stage.gate.allow(0)
     speak(client, "good", "Hello ", seed=10)
@@ -242,7 +242,7 @@ def script_limits(stage: Stage) -> None:
 
 
 def script_first_messages(stage: Stage) -> None:
-    """A `type` makes the connection native; `hello` has to come first, and once."""
+    """A `type` makes the connection native. `hello` must come first, and only once."""
     client = stage.client()
     client.audio_format = PLAIN
     for message in (
@@ -263,7 +263,7 @@ def script_first_messages(stage: Stage) -> None:
 
 
 def script_progress(stage: Stage) -> None:
-    """Told of each open context of which nothing was sent for a second."""
+    """Progress is reported for each open context for which nothing was sent for a second."""
     speaking, waiting = stage.client("speaking", hello=PLAIN), stage.client("waiting", hello=PLAIN)
     stage.gate.allow(0)
     speak(speaking, "a", "Hello there.", seed=1)
@@ -363,7 +363,7 @@ SCRIPTS = {
         script_drain,
     )
 } | {script_drain_cuts: {"drain_s": 0.1}}
-"""With the settings of their servers."""
+"""The scripts, with the settings of their servers."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

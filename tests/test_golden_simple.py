@@ -1,7 +1,7 @@
-"""The simple protocol stays what it is: scripted conversations, message by message, as recorded.
+"""Scripted conversations in the simple protocol stay as recorded, message by message.
 
-`scripted_talk.py` says what of a conversation is compared. `{"text": ...}` is a turn; a gate before
-the decoder decides how far it gets.
+`scripted_talk.py` says what is compared. `{"text": ...}` is a turn. A gate before the decoder decides
+how far it gets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scripted_talk import FULL, Server, Stage, check, gated, wait_until
 from qwen_megakernel import TTSDecoder
 
 ENDLESS = {"text": "The quick brown fox jumps over the lazy dog.", "temperature": 10, "top_k": 0}
-"""It ends by a cancel only: see `live_server.LONG`."""
+"""Options of a turn that only a cancel ends: see `live_server.LONG`."""
 REFUSED = (
     b"\0\1",
     b'{"text": "Hi."}',
@@ -275,7 +275,7 @@ SCRIPTS = {
         script_drain,
     )
 } | {script_drain_cuts: {"drain_s": 0.1}, script_handshakes: {"max_connections": 1}}
-"""With the settings of their servers."""
+"""The scripts, with the settings of their servers."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)

@@ -1,7 +1,7 @@
-"""What a tick costs stays what it is: operators, waits, uploads and new tensors, as recorded.
+"""The cost of a tick stays as recorded: operators, waits, uploads and new tensors.
 
-A tick is one round of the engine: a frame of every turn that speaks. On a CPU the calls are counted
-that would wait for a GPU, or upload to it; so a copy that a change adds to a tick shows without one.
+A tick is one round of the engine: a frame of every turn that speaks. On a CPU the test counts the calls
+that would wait for a GPU or upload to it. So a copy that a change adds to a tick shows without a GPU.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from qwen_megakernel import GenerationParams, TTSDecoder
 from qwen_megakernel.turn import Finished
 
 TORCH = "2.13"
-"""The records hold for this version: others dispatch other operators."""
+"""The records hold for this version of torch: other versions dispatch other operators."""
 WAITS = {"cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"}
 UPLOADS = {"tensor", "as_tensor", "from_numpy", "asarray"}
 CYCLE = 8
-"""Ticks after which the work repeats: `sampling.Draws` makes noise for so many frames at a time."""
+"""Ticks after which the work repeats: `sampling.Draws` makes the noise of so many frames at a time."""
 TICKS = {0: "the first tick", 1: "a tick", CYCLE: "a tick that makes noise"}
-"""Those that are counted, by their frame."""
+"""The ticks that are counted, by the number of their frame."""
 
 Counts = dict[str, Counter]
-"""By part of a tick."""
+"""Counts by part of a tick."""
 
 
 class _Operators(TorchDispatchMode):
@@ -56,7 +56,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Counts the calls that wait for a GPU, or upload to it, where there is one."""
+    """Counts the calls that would wait for a GPU, or upload to it."""
 
     def __init__(self, count: Callable[[str], None]) -> None:
         super().__init__()
@@ -78,17 +78,17 @@ def _storage(x: Tensor) -> int:
 class TickCounter:
     """Counts what the engine's thread does in each tick, by part.
 
-    Parts are those of the engine's seams: `prefill`, `frame` (its launch), `codes` (the wait for
-    them), `codec`, `sound` (the wait for it), and `engine` for all else.
+    The parts follow the engine's seams: `prefill`, `frame` (its launch), `codes` (the wait for them),
+    `codec`, `sound` (the wait for it), and `engine` for everything else.
     """
 
     def __init__(self, tts: TTSDecoder) -> None:
         self.counts: dict[int, Counts] = {}
-        """By frame, of those in `TICKS`."""
+        """Counts of each frame in `TICKS`."""
         self._part = "engine"
         self._frame = -1
         self._streams: list[int] = []
-        """Of each frame so far."""
+        """The streams of each frame so far."""
         engine = tts._engine
         engine._backend, engine._codec = _Parts(engine._backend, self), _Parts(engine._codec, self)
         tick = engine._tick
@@ -97,19 +97,19 @@ class TickCounter:
             self._frame = len(self._streams)
             if self._frame not in TICKS:
                 return tick()
-            self.counts[self._frame] = {}  # a tick before it may have launched nothing
+            self.counts[self._frame] = {}  # an earlier tick may have launched no frame
             with _Calls(self._count), _Operators(self._count):
                 return tick()
 
         engine._tick = counted
 
     def begin(self) -> None:
-        """Forget what was counted; the next frame is frame 0, the one after the turn that holds."""
+        """Forget the counts. The next frame is frame 0."""
         self.counts.clear()
         self._streams.clear()
 
     def check_streams(self, num_streams: int) -> None:
-        """Every frame had so many."""
+        """Check that every frame had so many streams."""
         assert set(self._streams) == {num_streams}
 
     def _count(self, what: str) -> None:
@@ -124,7 +124,7 @@ class TickCounter:
             self._part = before
 
     def named(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function; what it does counts for a part."""
+        """The same function, whose work counts for a part."""
 
         def call(*args: Any) -> Any:
             with self.part(name):
@@ -167,11 +167,11 @@ class _Parts:
 def speak_together(
     tts: TTSDecoder, num_streams: int, num_frames: int, begin: Callable[[], None] = lambda: None
 ) -> None:
-    """Turns of one length that begin and end in the same ticks; `begin` is called before the first."""
+    """Speak turns of one length, which begin and end in the same ticks. Calls `begin` before them."""
     ready, go = threading.Event(), threading.Event()
 
     def hold_the_engine(event) -> None:
-        if isinstance(event, Finished):  # on the engine's thread: nothing begins meanwhile
+        if isinstance(event, Finished):  # on the engine's thread, so nothing begins in between
             ready.set()
             go.wait(30)
 
@@ -203,7 +203,7 @@ def counted(tiny_custom_voice) -> Iterator[tuple[TTSDecoder, TickCounter]]:
 @pytest.mark.parametrize("num_streams", [1, 3])
 def test_ticks_cost_what_is_recorded(golden, counted, num_streams):
     tts, counter = counted
-    speak_together(tts, num_streams, 1)  # what is kept for such frames is there from now on
+    speak_together(tts, num_streams, 1)  # allocates all that is kept for such frames
     speak_together(tts, num_streams, CYCLE + 1, counter.begin)
     counter.check_streams(num_streams)
     name = f"streams: {num_streams}"
@@ -226,14 +226,14 @@ def test_ticks_cost_what_is_recorded(golden, counted, num_streams):
 # --- on a GPU -------------------------------------------------------------------------------------
 
 GPU_RECORD = FOLDER / "gpu_ticks.json"
-"""Counts a tick, by GPU architecture and PyTorch version, then by number of streams."""
+"""Counts of a tick, by GPU architecture and PyTorch version, then by number of streams."""
 MAX_WAITS = 2
-"""The engine waits for a frame's codes and for a frame's sound; both are events."""
+"""The engine waits for a frame's codes and for a frame's sound. Both are events."""
 _RUNTIME = ("Launch", "Synchronize", "Malloc", "HostAlloc", "Memcpy", "Memset", "EventRecord")
 
 
 def device_counts(tts: TTSDecoder, num_streams: int, num_frames: int) -> Counter:
-    """What turns of a length make the CUDA runtime and the GPU do."""
+    """Calls of the CUDA runtime and work of the GPU for turns of a length."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     ) as profiler:
@@ -250,7 +250,7 @@ def device_counts(tts: TTSDecoder, num_streams: int, num_frames: int) -> Counter
 
 
 def counts_a_tick(tts: TTSDecoder, num_streams: int) -> dict[str, float]:
-    """Of the steady state: what `CYCLE` frames more cost, of which beginning and end know nothing."""
+    """Counts of a tick in the steady state: from `CYCLE` more frames, so without beginning and end."""
     speak_together(tts, num_streams, 2 * CYCLE)
     short, long = (device_counts(tts, num_streams, cycles * CYCLE) for cycles in (2, 3))
     names = sorted(short.keys() | long.keys())

@@ -1,6 +1,6 @@
 """Whole turns on a CUDA GPU: PyTorch against itself on the CPU, the kernels against themselves.
 
-Runs without the other tests' fixtures: `python -m pytest --noconftest tests/test_gpu.py`.
+It runs without the other tests' fixtures: `python -m pytest --noconftest tests/test_gpu.py`.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ except RequestError as error:
 
 
 def test_a_hang_ends_the_engine_and_names_frame_and_phase(tiny_base):
-    """In a process of its own: nothing runs on the GPU in this one after it."""
+    """In a process of its own, because nothing can run on the GPU in that process afterwards."""
     root = Path(__file__).parents[1]
     result = subprocess.run(
         [sys.executable, "-c", HANG, str(tiny_base)],

@@ -1,4 +1,4 @@
-"""The backend of fixed shapes draws the codes of `TorchBackend`: on a CPU without graphs."""
+"""The backend with fixed shapes draws the codes of `TorchBackend`. On a CPU it runs without graphs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NUM_SLOTS = 10
 
 
 class Pair:
-    """Both backends, given the same prompts and frames; their codes are compared frame by frame."""
+    """Both backends with the same prompts and frames. Their codes are compared frame by frame."""
 
     def __init__(self, shape: str, max_positions: int, device: str = "cpu") -> None:
         self.config = shape_config(shape)
@@ -56,7 +56,7 @@ class Pair:
         self.graphs = GraphBackend(talkers[1], *shapes, **sizes, progress=self.said.append)
         fill_with_nan(self.eager.kv_cache)
         for tensor in self.graphs.kv_cache.tensors.values():
-            tensor.fill_(100.0)  # what earlier streams left has no weight
+            tensor.fill_(100.0)  # rows of earlier streams must have no weight
         self._random = torch.Generator().manual_seed(3)
 
     @property
@@ -106,7 +106,7 @@ def test_codes_are_those_of_the_eager_backend(pair, sampling, streams):
 
 
 def test_streams_come_and_go(pair):
-    """Slots are used again, in other company, by streams with other parameters and lengths."""
+    """Streams with other parameters and lengths use the slots again, beside other streams."""
     pair.prefill(4, 60, replace(USUAL, seed=1))
     pair.decode([4], 3)
     pair.prefill(2, 9, replace(SAMPLINGS["every"], seed=2))
@@ -210,7 +210,7 @@ def test_a_frame_runs_the_shortest_graphs_that_do(pair, monkeypatch):
 
 
 def test_nothing_in_a_frame_depends_on_a_value():
-    """Meta tensors have none: an operation that asks the host for one fails here as in a capture."""
+    """Meta tensors have no values: an operation that asks for one fails here as in a capture."""
     config = shape_config("tiny-1.7b")
     with torch.device("meta"):
         talker = Talker(config.talker, config.predictor)
@@ -241,7 +241,7 @@ def test_whole_turns_sound_as_with_the_eager_backend(brief_base, monkeypatch):
 # ---------------------------------------------------------------------------- on a GPU
 
 LENGTHS = {1: [2042], 3: [250, 508, 1020], 8: [250, 508, 1020, 2042, 5, 100, 600, 1500]}
-"""Prompt rows by number of streams: eight frames later the longest are beyond the next reach."""
+"""Prompt rows by number of streams. Eight frames later the longest streams are beyond the next reach."""
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_graphs_draw_the_eager_codes_at_the_true_shape():
 
 @pytest.mark.gpu
 def test_captured_values_are_those_of_the_same_functions_without_graphs(on_gpu):
-    """Bit for bit, also by the graphs of rare sampling."""
+    """Bit for bit, and with the graphs for rare sampling too."""
     graphs, found = on_gpu.graphs, []
     captured = graphs._draw_noise, graphs._talker_runs, graphs._code_runs
     prompts = [on_gpu.rows(length) for length in (9, 300)]

@@ -1,4 +1,4 @@
-"""A dialect needs only a translation and a route: here one over plain HTTP, on the real core and engine.
+"""A dialect needs only a translation and a route. This one is over plain HTTP, on the real engine.
 
 `POST /pcm` takes {"text", and any of `SpeechOptions`} and streams float32 samples as they are made.
 """
@@ -110,7 +110,7 @@ class Stage:
         return float(re.search(rf"^qwen_megakernel_{name} (\S+)$", page.decode(), re.M)[1])
 
     async def open(self, **fields):
-        """A client that has heard its first audio, and reads on when it is told to."""
+        """A client that has got its first audio, and reads on when the test lets it."""
         client = socket.socket()
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.setblocking(False)
@@ -126,7 +126,7 @@ class Stage:
 
 
 async def until(condition, limit_s=20.0):
-    """Seconds until it is true."""
+    """Seconds until a condition is true."""
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < limit_s
@@ -135,7 +135,7 @@ async def until(condition, limit_s=20.0):
 
 
 def serve(tts, script, **settings):
-    """Run a script of a stage."""
+    """Run a script on a stage."""
 
     async def run():
         app = App(ServerSettings(**settings), (*DIALECTS, routes))
@@ -229,7 +229,7 @@ def test_clients_of_one_address_share_its_connections(tts, trusted):
                 response = refused.value.response
                 assert (response.status_code, response.headers["Retry-After"]) == (429, "5")
                 assert json.loads(response.body)["error"] == "this address has 1 connections already"
-            else:  # a client may claim what it likes, and this machine is not counted
+            else:  # a client may claim any address, and this machine does not count
                 with await asyncio.to_thread(join, "203.0.113.7"):
                     pass
 

@@ -102,7 +102,7 @@ def test_the_bench_s_read_compiles_without_spills(arch, shared_builds):
 
 @pytest.fixture
 def library(tmp_path, monkeypatch) -> Library:
-    """One that compiles in a second or two."""
+    """A library that compiles in a second or two."""
     sources = tmp_path / "csrc"
     sources.mkdir()
     (sources / "twice.cu").write_text(SOURCE % "2.f")
@@ -151,7 +151,7 @@ def test_other_sources_and_other_gpus_are_other_builds(library, cache):
 def test_a_build_that_was_killed_is_made_anew(library, cache):
     child = start_build()
     assert child.stdout.readline().startswith("compiling")
-    os.kill(child.pid, signal.SIGKILL)  # its compiler lives on, as after an out-of-memory kill
+    os.kill(child.pid, signal.SIGKILL)  # its compiler goes on, as after an out-of-memory kill
     child.wait(10)
     assert not list(cache.glob("twice-*/twice.cubin"))
     lines = []

@@ -1,4 +1,4 @@
-"""The frame kernel's forms draw the same codes: what holds on a large GPU holds on a small one."""
+"""The frame kernel's forms draw the same codes, so a test on a large GPU holds for a small one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_form_that_has_no_room_is_refused():
 
 
 def codes_of(kernel, prompts: list[torch.Tensor], frames: int, takes: int) -> list[torch.Tensor]:
-    """Codes int64 [frames, streams, 16] of the same turns, several times over."""
+    """Codes int64 [frames, streams, 16] of the same turns, decoded `takes` times."""
     slots, text = range(len(prompts)), torch.zeros(len(prompts), prompts[0].shape[1])
     found = []
     for _ in range(takes):

@@ -1,4 +1,4 @@
-"""The frame kernel against PyTorch, on a GPU: every exchange, every head, the draws, the company."""
+"""The frame kernel against PyTorch, on a GPU: every exchange, every head, the draws, other streams."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PAIRED = 4
 """Streams whose positions 0 and 1 of the predictor stand side by side (csrc/frame_schedule.cuh)."""
 
 BUDGET = 1.25
-"""Error against fp32, over that of PyTorch in bf16."""
+"""Limit on the kernel's error against fp32, over that of PyTorch in bf16."""
 
 
 @pytest.fixture(scope="module")
 def twins():
-    """Twins by shape and room, one at a time: the big ones fill gigabytes."""
+    """Twins by shape and room. Only one set exists at a time, because the big ones take gigabytes."""
     kept: dict = {}
 
     def get(shape: str, max_positions: int = 512):
@@ -49,7 +49,7 @@ def relative(x: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def kernel_exchanges(t: Twins, dump: torch.Tensor, n: int):
-    """The kernel's exchanges in PyTorch's order: (model, step, layer) -> exchange -> [n, t, values].
+    """The kernel's exchanges by PyTorch's order: (model, step, layer) -> exchange -> [n, t, values].
 
     PyTorch's first step of the predictor has positions 0 and 1. The kernel has them in one pass, side by
     side in its columns, or position 0 in a pass of its own.
@@ -71,7 +71,7 @@ def kernel_exchanges(t: Twins, dump: torch.Tensor, n: int):
         side_by_side = exchange.predictor_pass == 1 and paired
         columns = [list(range(n)), [PAIRED + s for s in range(n)]]
         values = dump[index, :width].T[torch.tensor(columns if side_by_side else columns[:1])]
-        if exchange.step in ("out", "down"):  # the parts of k, one of which may not exist
+        if exchange.step in ("out", "down"):  # parts of k: there may be only one
             values = values.unflatten(-1, (2, -1)).nan_to_num(0.0).sum(-2)
         step = max(exchange.predictor_pass - 1, 0)
         layer = found.setdefault((exchange.model, step, exchange.layer), {})
@@ -171,7 +171,7 @@ def test_with_injected_noise_codes_differ_only_where_rounding_decides(twins, sha
         uniform = torch.rand(n, NUM_CODEBOOKS, vocab[0], device="cuda", generator=generator)
         noise = -(-uniform.clamp(1e-7, 1 - 1e-7).log()).log()
         forced, text = t.codes(n, frame), t.rows(n, seed=50 + frame)
-        # What the kernel drew is seen from its own logits, given the forced history.
+        # The kernel's draws are judged by its own logits, given the forced history.
         logits = torch.zeros(n, NUM_CODEBOOKS, vocab[0], device="cuda")
         seen = t.fp32._seen[:n].clone()
         drawn = t.kernel.decode(
@@ -197,7 +197,7 @@ def test_with_injected_noise_codes_differ_only_where_rounding_decides(twins, sha
                     suppress[:, t.config.talker.codec_eos_id] |= frame < params.min_frames
                 scores.append(process_logits(values, batch, seen if codebook == 0 else None, suppress))
             races = [s + noise[:, codebook, :size] for s in scores]
-            # The kernel's draw is the draw from its own logits, exactly.
+            # The kernel's draw is exactly the draw from its own logits.
             assert torch.equal(drawn[:, codebook], races[1].argmax(-1).cpu())
             best = races[0].topk(2, dim=-1).values
             margin = best[:, 0] - best[:, 1]
@@ -248,7 +248,7 @@ def test_codes_are_the_same_alone_in_company_in_any_slot_on_any_grid(shape, grid
 
 @pytest.mark.parametrize("shape", ["tiny", "0.6b"])
 def test_codes_do_not_depend_on_which_pages_a_slot_has(shape):
-    """Prompts of one to four pages, whose last frames are the first rows of a new page."""
+    """Prompts of one to four pages. Their last frames are the first rows of a new page."""
     config = shape_config(shape)
     talker = random_talker(config, "cuda")
     generator = torch.Generator("cuda").manual_seed(4)
@@ -316,7 +316,7 @@ def draws_of(t: Twins, settings, frame: int, logits: torch.Tensor, seen: torch.T
 
 
 def test_streams_sample_as_the_torch_backend_does(twins):
-    """Penalty, suppression, minimum length, top-p, greedy: the twin's codes from equal logits."""
+    """Penalty, suppression, minimum length, top-p, greedy: equal logits give the twin's codes."""
     t = twins("tiny")
     settings = [
         GenerationParams(seed=1),
@@ -344,7 +344,7 @@ def test_streams_sample_as_the_torch_backend_does(twins):
         seen[torch.arange(n), codes[:, 0].cuda()] = True
     for slot in range(n):
         t.kernel.release(slot)
-    # Sums of probabilities in another order may put one code on the other side of top-p's edge.
+    # Another order of the sums of probabilities may move one code across the limit of top-p.
     assert wrong <= 3
 
 

@@ -1,4 +1,4 @@
-"""The frame kernel for long, in changing company, beside other work, and under the sanitizer."""
+"""The frame kernel in long runs: with changing streams, beside other work, and under the sanitizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if torch.cuda.is_available():
 SLOTS = 48
 POSITIONS = 400
 CHECKED_STREAMS = 24
-"""Streams that are decoded again alone at the end."""
+"""The number of streams that are decoded again, alone, at the end."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Crowd:
         self.joined = 0
 
     def step(self) -> None:
-        """Somebody may come or go; one frame for some of those who are there."""
+        """A stream may come or go. Then decode one frame of some of the live streams."""
         free = [slot for slot in range(SLOTS) if slot not in self.live]
         if free and (not self.live or self.random.random() < 0.05):
             self.join(self.random.choice(free))
@@ -77,11 +77,11 @@ class Crowd:
     def leave(self, slot: int) -> None:
         self.kernel.release(slot)
         self.gone.append(self.live.pop(slot))
-        if len(self.gone) > 4 * CHECKED_STREAMS:  # a random choice of all
+        if len(self.gone) > 4 * CHECKED_STREAMS:  # keep a random choice of all
             self.gone.pop(self.random.randrange(len(self.gone)))
 
     def check_alone(self) -> int:
-        """Some of the streams again, nobody else there: the same codes; how many frames."""
+        """Decode some of the streams again, alone: the codes are the same. Returns how many frames."""
         for slot in list(self.live):
             self.leave(slot)
         frames = 0
@@ -95,7 +95,7 @@ class Crowd:
 
 
 class OtherWork:
-    """Kernels, copies and memsets on a stream of their own, queued between frames, never waited for."""
+    """Kernels, copies and memsets on another CUDA stream, queued between frames and never awaited."""
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
@@ -118,10 +118,10 @@ def resident_bytes() -> int:
 
 @pytest.mark.parametrize(("shape", "frames", "limit_s"), [("tiny", 100_000, 240), ("0.6b", 100_000, 45)])
 def test_streams_come_and_go_beside_other_work(shape, frames, limit_s, report):
-    """100,000 frames of the small shape; of the true one as many as the time allows."""
+    """100,000 frames of the small shape, and as many of the true one as the time allows."""
     config = shape_config(shape)
     kernel = make_kernel(shape, random_talker(config, "cuda"), num_slots=SLOTS, max_positions=512)
-    # The tags begin anew after 20 frames: an old one must not be taken for a new one.
+    # The tags begin anew after 20 frames. An old tag must not count as a new one.
     kernel._epoch = 2**32 - 20 * kernel._num_tags
     crowd, other = Crowd(kernel, config.talker.hidden_size, seed=3), OtherWork()
     start, done, early = time.monotonic(), 0, None
@@ -173,14 +173,14 @@ SUMMARIES = {
 
 @pytest.mark.parametrize("tool", SUMMARIES)
 def test_the_sanitizer_finds_nothing(tool):
-    """The small shape on eight CTAs; only the frame kernel is watched, so that it ends in time.
+    """The small shape on eight CTAs. The tool watches only the frame kernel, so that it ends in time.
 
-    For racecheck lanes copy the weights in place of the copy engine (csrc/ring.cuh).
+    For racecheck, lanes copy the weights instead of the copy engine (csrc/ring.cuh).
     """
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).is_file():
         pytest.skip("no compute-sanitizer")
-    build_kernel("tiny", racecheck=tool == "racecheck")  # not under the tool
+    build_kernel("tiny", racecheck=tool == "racecheck")  # without the tool
     only = ["--kernel-name", "kns=frame_kernel", "--report-api-errors", "no"]
     child = subprocess.run(
         [program, "--tool", tool, *only, sys.executable, "-c", SANITIZED, tool],

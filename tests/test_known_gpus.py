@@ -1,4 +1,4 @@
-"""What a GPU is expected to do: the model agrees with its one measured GPU, and pages with the model."""
+"""Expected times of GPUs: the model agrees with the measured GPU, and the pages with the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and values: every copy comes back as it was, in both layouts, and no other slot is touched."""
+"""Keys and values: every copy comes back unchanged, in both layouts, and other slots stay untouched."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLOTS, POSITIONS = 3, 40
 
 @pytest.fixture(params=[plain, swizzled], ids=["plain", "swizzled"])
 def cache(request) -> KvCache:
-    """Of which no row is written: all are NaN."""
+    """A cache without a written row: all rows are NaN."""
     made = KvCache(CONFIG, SLOTS, POSITIONS, dtype=torch.bfloat16, device=CPU, layout=request.param)
     fill_with_nan(made)
     return made
@@ -33,7 +33,7 @@ def random_rows(count: int) -> tuple[Tensor, Tensor]:
 
 
 def assert_holds(cache: KvCache, slot: int, keys: Tensor, values: Tensor) -> None:
-    """The slot's first rows are these, and nobody has written more."""
+    """Check that the slot's first rows are these, and that no more are written."""
     count = keys.shape[2]
     for found, expected in zip(load_rows(cache, CONFIG, slot, POSITIONS), (keys, values), strict=True):
         assert torch.equal(found[:, :, :count], expected)
@@ -54,7 +54,7 @@ def test_stored_rows_are_loaded_as_they_were(cache):
 
 
 def test_rows_written_by_attention_are_the_stored_ones(cache):
-    """What a layer hands over row by row is what a copy brings out, and the other way round."""
+    """A copy gives the rows that a layer has stored one by one, and the other way round."""
     keys, values = random_rows(21)
     cache.store(2, 0, keys[:, :, :13], values[:, :, :13])
     rows = cache.slot(2)
@@ -91,7 +91,7 @@ def test_kept_rows_are_restored_into_any_slot(cache):
     keys, values = random_rows(17)
     cache.store(0, 0, keys, values)
     kept = cache.keep(0, 9)
-    cache.store(0, 0, *random_rows(17))  # the slot goes on with another stream
+    cache.store(0, 0, *random_rows(17))  # another stream uses the slot
     cache.restore(2, kept)
     assert_holds(cache, 2, keys[:, :, :9], values[:, :, :9])
     assert_unwritten(cache, 1)
@@ -164,10 +164,10 @@ def test_rows_of_the_caches_are_swizzled_by_their_positions(head_dim, first):
 def test_what_the_kernel_reads_at_once_of_a_tile_lies_in_different_banks(head_dim):
     words = head_dim // 8
     dims = torch.arange(words).repeat_interleave(8).expand(16, -1).float()
-    held = swizzled(dims, 0)[:, ::8].int()  # [position, place]: which word stands there
+    held = swizzled(dims, 0)[:, ::8].int()  # [position, place] -> word
     place = torch.stack([held[n].argsort() for n in range(16)])  # [position, word]
 
-    def banks(positions, taken):  # of 16 bytes; eight are all there are
+    def banks(positions, taken):  # banks of 16 bytes, of which there are eight
         return {int(n * words + place[n, w]) % 8 for n in positions for w in taken}
 
     for half in (range(8), range(8, 16)):  # a matrix of the transposing loads: eight rows, one word

@@ -1,4 +1,4 @@
-"""Pages of keys and values: streams join, grow, leave, run out; nobody reads rows of another."""
+"""Pages of keys and values: streams join, grow, leave, and no stream reads another's rows."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CONFIG = shape_config("tiny").talker
 CPU = torch.device("cpu")
 PAGE, SLOTS, MOST = 4, 4, 14
 NUM_PAGES = 9
-"""Fewer than the 16 that all slots together could need."""
+"""Pages: fewer than the 16 that all slots together could need."""
 
 
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch):
-    """Pages of a few rows, so that short streams have several."""
+    """Make pages of a few rows, so that short streams have several."""
     for module in (pages, kv_cache):
         monkeypatch.setattr(module, "PAGE_POSITIONS", PAGE)
 
@@ -69,7 +69,7 @@ def test_runs_are_as_long_as_they_can_be():
 
 
 class Streams(RuleBasedStateMachine):
-    """Slots of one cache, in any order: what each has written is what it reads, all the time."""
+    """Slots of one cache, in any order: each always reads the rows that it has written."""
 
     @initialize(layout=st.sampled_from([plain, swizzled]))
     def begin(self, layout):
@@ -82,7 +82,7 @@ class Streams(RuleBasedStateMachine):
         self.made = 0
 
     def new_rows(self, count: int) -> torch.Tensor:
-        """[layers, kv_heads, n, head_dim] that no slot has had."""
+        """Rows [layers, kv_heads, n, head_dim] with values that no slot has had."""
         shape = (CONFIG.num_layers, CONFIG.num_kv_heads, count, CONFIG.head_dim)
         self.made += 1
         return torch.full(shape, float(self.made)) + torch.arange(CONFIG.head_dim) / 1000

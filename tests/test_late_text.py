@@ -1,4 +1,4 @@
-"""A turn whose text is late keeps its slot only while nobody needs it, and nothing of it is lost."""
+"""A turn whose text is late keeps its slot only while no turn needs it, and loses no text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from listener import Listener, wait_idle
 
 from qwen_megakernel import GenerationParams, TTSDecoder
-from qwen_megakernel.engine import engine
+from qwen_megakernel.engine import active_turn, engine
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
 from qwen_megakernel.engine.reservations import Reservations
 from qwen_megakernel.engine.schedule import Schedule
@@ -19,17 +19,17 @@ from qwen_megakernel.prompt.builder import Prompt
 from qwen_megakernel.turn import Audio, Started, Turn
 
 PARAMS = GenerationParams(seed=1, min_frames=8)
-"""Text that is late is late before the model may say EOS."""
+"""Parameters with which late text is late before the model may give EOS."""
 READY = SimpleNamespace(owner=(), ready=True, scant=False)
 """A turn that waits and has its text."""
 
 
 @pytest.fixture
 def tts(brief_base, recording):
-    """One slot; turns say EOS after a few frames once their text is complete."""
+    """A decoder with one slot. Turns end after a few frames once their text is complete."""
     with TTSDecoder.load(brief_base, num_slots=1, device="cpu", backend="torch") as loaded:
         loaded.add_voice("default", loaded.clone_voice(recording.read_bytes()))
-        loaded._engine._max_text_wait_s = 3600  # nothing else gives a slot back
+        loaded._engine._max_text_wait_s = 3600  # no timeout gives a slot back
         yield loaded
 
 
@@ -95,7 +95,7 @@ def test_a_slot_without_text_is_kept_while_nobody_needs_it(tts, texts):
 
 
 def test_a_late_turn_gives_its_slot_back_though_its_client_takes_no_audio(tts, texts):
-    """It was cut, and then waited for the client with the slot in its hand."""
+    """A turn that was cut must not wait for its client while it holds the slot."""
     turn, late = stalled(tts, "Hello there, how")
     turn.hold(True)
     assert complete(tts).wait().reason == "stop"
@@ -129,7 +129,7 @@ def test_a_late_turn_can_be_cancelled_after_it_gave_its_slot_back(tts):
 
 
 def test_turns_with_late_text_take_turns(tts):
-    """Many writers on one slot: each gets its words spoken, whoever else is slow."""
+    """Many writers on one slot: each gets its words spoken, even if others are slow."""
     listeners, turns = [Listener() for _ in range(6)], []
     for listener in listeners:
         turns.append(tts.open_turn("One two ", sink=listener, params=PARAMS))
@@ -145,7 +145,7 @@ def test_turns_with_late_text_take_turns(tts):
 
 def between_parts(tts, monkeypatch, text, **options):
     """A turn that holds the slot, has spoken a part, and has too little text for the next."""
-    monkeypatch.setattr(engine, "max_part_tokens", lambda *_, **__: 40)
+    monkeypatch.setattr(active_turn, "max_part_tokens", lambda *_, **__: 40)
     listener = Listener()
     turn = tts.open_turn(text, sink=listener, params=PARAMS, **options)
     deadline = time.monotonic() + 60
@@ -156,7 +156,7 @@ def between_parts(tts, monkeypatch, text, **options):
 
 
 def test_a_turn_between_two_parts_gives_its_slot_back_and_goes_on(tts, texts, monkeypatch):
-    """All of its words are held back: they may belong to this part or to the next."""
+    """All its words are held back, because they may belong to this part or to the next."""
     word = "ab"
     while len(tts._prompts.tokenizer.encode(word)) <= 20:  # more than half a part
         word += "ab"
@@ -173,7 +173,7 @@ def test_a_turn_between_two_parts_gives_its_slot_back_and_goes_on(tts, texts, mo
 
 
 def test_a_part_that_is_not_begun_is_not_cut_when_its_slot_is_needed(tts, texts, monkeypatch):
-    """The layout of whole texts: nothing can be spoken before the part is complete."""
+    """In the layout of whole texts, a part can be spoken only when it is complete."""
     sentence = "This is a sentence of the story that goes on."
     turn, late = between_parts(tts, monkeypatch, f"{sentence} " * 3 + "And", streaming=False)
     number = len(texts) - 1
@@ -223,7 +223,7 @@ def test_a_turn_whose_text_is_there_and_not_taken_is_not_late(has_text):
 
 
 def test_words_that_drip_do_not_keep_a_slot():
-    """Each word came in time, and together they kept the slot for an hour."""
+    """Single words that come in time must not keep the slot for an hour together."""
     prompt = SimpleNamespace(row=None, next_text_row=lambda: prompt.row)
     active = ActiveTurn(Turn(lambda: None, None), TurnRequest(voice=None), prompt, lambda event: None)
     active.slot, active.prefilled, active.num_fed, active.num_frames = 0, True, 1, 1
@@ -232,7 +232,7 @@ def test_words_that_drip_do_not_keep_a_slot():
         active.mark_late(second + 0.1)
         prompt.row = "a word"
         active.mark_late(second + 0.5)
-        active.mark_late(second + 0.9)  # speaking is not counted
+        active.mark_late(second + 0.9)  # the time of speech does not count
     assert active.late_for_s(10.0) == pytest.approx(10 * 0.4)
     active.wait_again()
     assert active.late_for_s(20.0) == 0

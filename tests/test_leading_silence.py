@@ -1,4 +1,4 @@
-"""Silence before a reply's first sound is left out where that is asked for; what follows is exact."""
+"""Silence before a reply's first sound is left out on request, and later samples stay exact."""
 
 import asyncio
 from itertools import pairwise
@@ -35,7 +35,7 @@ TRIM = SpeechOptions(trim_leading_silence=True)
 
 
 def utterance(silence, sound):
-    """Faint noise, then sound; no two samples are alike, so that a slice is known by them."""
+    """Faint noise, then sound. No two samples are alike, so a slice can be identified."""
     rng = np.random.default_rng(silence)
     faint = rng.uniform(-THRESHOLD, THRESHOLD, silence)
     loud = rng.uniform(2 * THRESHOLD, 1, sound)
@@ -73,7 +73,7 @@ def test_all_that_waited_is_sent_with_the_sound():
 
 
 class Conversation:
-    """A native client of a session on turns that say what the test says."""
+    """A native client of a session whose turns the test controls."""
 
     def __init__(self, **state):
         self.stage = Stage(**state)
@@ -101,7 +101,7 @@ async def speak(turn, samples, size=1920):
 
 
 def two_segments(**options):
-    """What a client hears of two segments, and the second's samples are silent at first too."""
+    """A client's messages for two segments. The second begins with silence, too."""
 
     async def script():
         client = Conversation(**options.pop("state", {}))
@@ -130,7 +130,7 @@ def test_times_of_words_and_segments_are_those_of_the_audio_that_was_sent():
     (first, second), (long, _) = of(Segment, trimmed), of(Segment, whole)
     assert first.duration_s == pytest.approx(long.duration_s - cut / RATE)
     assert second.start_s == pytest.approx(first.duration_s)
-    assert second.duration_s == pytest.approx(1.25)  # the pause between the two is the speaker's
+    assert second.duration_s == pytest.approx(1.25)  # the pause between the two is kept
     for segment in (first, second):
         for word in segment.estimated_words:
             assert segment.start_s <= word.start_s < word.end_s

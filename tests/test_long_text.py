@@ -1,4 +1,4 @@
-"""A text of any accepted length is spoken whole, in parts, on every way in."""
+"""A text of any accepted length is spoken whole, in parts, over every interface."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def brief(brief_base):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Parts of up to 40 tokens, so that few sentences are several."""
-    monkeypatch.setattr("qwen_megakernel.engine.engine.max_part_tokens", lambda *_, **__: 40)
+    """Make parts of up to 40 tokens, so that few sentences are several parts."""
+    monkeypatch.setattr("qwen_megakernel.engine.active_turn.max_part_tokens", lambda *_, **__: 40)
 
 
 def split(tokenizer, pieces: list[str], max_tokens: int = 167) -> list[list[int]]:
@@ -204,7 +204,7 @@ def test_live_text_and_company_do_not_change_a_long_text(brief, options, small_p
 
 
 def test_a_part_waits_for_its_text_and_a_cancel_ends_it(brief, small_parts):
-    """The first part is complete and spoken; of the second not enough has come."""
+    """The first part is complete and spoken. The second has too little text."""
     texts = part_texts(brief._prompts.tokenizer, SHORT_STORY, 40)
     listener = Listener()
     params = GenerationParams(seed=7, min_frames=60)  # more than a part has tokens
@@ -219,7 +219,7 @@ def test_a_part_waits_for_its_text_and_a_cancel_ends_it(brief, small_parts):
 
 
 def test_what_the_model_cuts_off_is_an_error_to_the_caller(brief, small_parts):
-    """A guard's limit, not the caller's own."""
+    """The limit of a guard, and not the caller's own."""
     guards = Guards(repeat_frames=0, silence_s=0, base_frames=3, frames_per_token=1)
     cut = GenerationParams(seed=0, talker=GREEDY, min_frames=10_000, guards=guards)
     finished = speak(brief, "Hello.", params=cut).events[-1]
@@ -284,12 +284,12 @@ def test_each_part_is_the_official_prompt_of_its_text(tiny_base, streaming):
             parts.advance()
 
 
-# --- every way in --------------------------------------------------------------------------------------
+# --- every interface -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def seconds(brief, recording):
-    """Of the story in the live server's voice."""
+    """Seconds of the story in the live server's voice."""
     voice = brief.clone_voice(recording.read_bytes())
     params = GenerationParams(seed=7)
     return len(brief.synthesize(STORY, voice, params=params)) / 24_000
@@ -321,7 +321,7 @@ def test_the_command_line_speaks_4000_characters_whole(live_server, seconds):
 
 
 def test_the_command_line_exits_with_1_where_speech_was_cut_off(tmp_path):
-    """Against a server that says so; the audio is kept and the figures are printed."""
+    """A server reports the cut: the client keeps the audio and prints the figures."""
     from websockets.sync.server import serve
 
     def answer(socket) -> None:

@@ -34,7 +34,7 @@ from qwen_megakernel.tools.machine_code import (
 )
 
 SMALL = {"read", "frame tiny"}
-"""Compiled by every test run; the rest takes up to a minute each."""
+"""Builds that every test run compiles. Each of the others takes up to a minute."""
 BUILDS = [
     pytest.param(
         one,
@@ -76,7 +76,7 @@ def test_the_table_has_all_builds():
 WIDE = "frame_kernel_wide"
 """A wide frame's kernel, which spills at most a few registers over its waits (docs/experiments.md)."""
 MAY_SPILL = {("frame", "1.7b", f"sm_{arch}") for arch in ARCHES}
-"""32 registers of a thread hold the residual of this shape."""
+"""Of this shape, 32 registers of a thread hold the residual."""
 
 
 def test_no_other_kernel_of_the_table_spills_or_takes_more_than_its_gpu_has():
@@ -110,7 +110,7 @@ def test_the_machine_code_is_the_table_s(one: KernelBuild, shared_builds):
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch) -> Callable[[str, str], Path]:
-    """Compile a source, each in a folder of its own: `compiled(folder, source)`."""
+    """Compiles each source in a folder of its own: `compiled(folder, source)`."""
 
     def make(folder: str, source: str) -> Path:
         sources = tmp_path / folder / "csrc"

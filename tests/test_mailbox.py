@@ -20,7 +20,7 @@ class CountingLoop:
 
 
 def post_all(events: list[int], fails: frozenset[int] = frozenset()) -> tuple[list[int], int]:
-    """Post events in pairs from a thread while the loop is busy; what came, and the wake-ups."""
+    """Post events in pairs from a thread while the loop is busy. Returns what came, and the wake-ups."""
     came: list[int] = []
 
     def take(event: int) -> None:
@@ -32,7 +32,7 @@ def post_all(events: list[int], fails: frozenset[int] = frozenset()) -> tuple[li
         loop, mailbox = CountingLoop(asyncio.get_running_loop()), Mailbox()
         thread = threading.Thread(target=lambda: [mailbox.post(loop, take, event) for event in events])
         thread.start()
-        thread.join()  # the loop does not turn meanwhile
+        thread.join()  # the loop cannot run meanwhile
         while len(came) < len(events) - len(fails):
             await asyncio.sleep(0)
         return loop.num_wakes

@@ -1,4 +1,4 @@
-"""Configurations that no checkpoint has are refused at once, in a line that names the key."""
+"""Malformed configurations are refused at once, with one line that names the key."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from qwen_megakernel.serving.pcm import PcmEncoder
 
 
 def error_of(client, limit_s=10):
-    """The next message, which is an error."""
+    """The next message, which must be an error."""
     message = client.receive(limit_s)
     assert isinstance(message, Error), message
     return message
@@ -112,7 +112,7 @@ def test_contexts_are_spoken_in_the_order_of_their_opening(live_server):
     with NativeClient(live_server, "pcm_f32le") as client:
         for seed, text in enumerate(SENTENCES):
             client.speak(f"c{seed}", text[:4], seed=seed)
-        for seed, text in reversed(list(enumerate(SENTENCES))):  # ready to speak the other way round
+        for seed, text in reversed(list(enumerate(SENTENCES))):  # in reverse order
             client.speak(f"c{seed}", text[4:])
             client.send(End(f"c{seed}"))
         heard = [client.hear(f"c{seed}") for seed in range(3)]
@@ -220,7 +220,7 @@ def test_progress_is_told_once_a_second_and_late_text_goes_on(live_server):
 @pytest.mark.parametrize("rate", SAMPLE_RATES)
 @pytest.mark.parametrize("encoding", ["pcm_s16le", "pcm_f32le"])
 def test_formats_are_the_resampled_whole(live_server, encoding, rate):
-    """Sample for sample what resampling a whole segment gives: no click between messages, no drift."""
+    """Each sample is that of the resampled whole segment: no click between messages, and no drift."""
     texts = SENTENCES[1:]
     whole = [take(live_server, text, seed=11 + i, temperature=0.9) for i, text in enumerate(texts)]
     expected = np.concatenate([soxr.resample(one, 24_000, rate, quality="HQ") for one in whole])
@@ -342,7 +342,7 @@ def test_garbage_is_always_answered_with_a_code(live_server):
             while errors[-1].context_id != "marker":
                 errors.append(error_of(client))
             assert {error.code for error in errors} <= {"bad_request", "unknown_context"}
-            # `cancel` of all is no garbage, and has nothing to answer here
+            # a `cancel` of all contexts is valid, and has no answer here
             assert len(errors) == 2 or json.loads(data)["type"] == "cancel"
 
         attack()

@@ -1,4 +1,4 @@
-"""The native protocol when clients change their mind: acknowledged in a frame or two, nothing stale."""
+"""Cancels in the native protocol: acknowledged within a frame or two, and no stale audio follows."""
 
 import asyncio
 import socket
@@ -71,7 +71,7 @@ def cancel_at_random_times(server, rounds):
                     break
             heard = client.heard.get(name)
             if heard and heard.done:
-                continue  # one in thousands of wild frames says EOS by itself
+                continue  # one in thousands of frames gives EOS by itself
             num_bytes = len(heard.audio) if heard else 0
             client.send(Cancel(name))
             heard = client.hear(name)
@@ -130,7 +130,7 @@ def test_a_cancel_between_two_messages_leaves_the_counts_true():
         return socket.heard
 
     _, *before, done = asyncio.run(talk())
-    # What was taken goes out, what waited does not.
+    # Events that were taken go out. Events that waited do not.
     assert [type(message) for message in before] == [Started, AudioChunk]
     assert (done.finish_reason, done.samples) == ("cancelled", 1920)
 
@@ -159,7 +159,7 @@ def test_a_cancel_behind_the_next_contexts_audio_leaves_the_counts_true():
 
 
 def test_small_messages_are_not_held_back():
-    """By Nagle's algorithm, which with delayed ACKs costs 40 ms."""
+    """Nagle's algorithm would hold it back: with delayed ACKs that costs 40 ms."""
 
     async def has_nodelay():
         listener, accepted = bind("127.0.0.1", 0), asyncio.get_running_loop().create_future()

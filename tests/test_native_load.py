@@ -45,7 +45,7 @@ def unsent_in_kernel(server):
 
 
 def still_figure(server, name, limit_s=60):
-    """A figure that has not grown for a second; a ping may join it."""
+    """A figure, once it has not grown for a second. A ping may add to it."""
     deadline, held = time.monotonic() + limit_s, -1000.0
     while (grown := figure(server, name)) - held > 100:
         assert time.monotonic() < deadline
@@ -187,7 +187,7 @@ def test_overload_and_drain(narrow_server):
         client.send(Cancel("a"))
         client.hear("a", 5)
     clients[1].speak("c", "Opened.")
-    while narrow_server.ready()["waiting"] != 1:  # who was cancelled counts no longer
+    while narrow_server.ready()["waiting"] != 1:  # cancelled turns no longer count
         time.sleep(0.02)
     narrow_server.process.send_signal(signal.SIGTERM)
     narrow_server.wait_for_line("draining")

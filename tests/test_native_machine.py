@@ -1,9 +1,9 @@
-"""The native protocol under any sequence of what clients do, against a real server.
+"""The native protocol under random sequences of a client's actions, against a real server.
 
-`NativeClient` holds the rules of the protocol against every message: one `done` a context and
-nothing after it, streams without gaps, one context at a time, counts that agree with the bytes.
-The machine adds what it knows of its own doings: order, the reasons of `done`, which errors may come.
-What it does next never depends on what has come so far, or runs could not be repeated.
+`NativeClient` checks the rules of the protocol on every message: one `done` for each context and
+nothing after it, streams without gaps, one context at a time, counts that agree with the bytes. The
+machine adds rules that follow from its own actions: order, reasons of `done`, allowed errors. Its next
+action never depends on what has come so far, so that runs can be repeated.
 """
 
 import time
@@ -37,7 +37,7 @@ GARBAGE = (
 
 
 class Talk(RuleBasedStateMachine):
-    """One client of one server. Contexts are named in the order of their opening."""
+    """One client of one server. Names of contexts follow the order of their opening."""
 
     server = None
     num_steps = 0
@@ -55,13 +55,13 @@ class Talk(RuleBasedStateMachine):
         self.ended: set[str] = set()
         self.cancelled: set[str] = set()
         self.settled: set[str] = set()
-        """Heard to the end."""
+        """Contexts that were received to their end."""
         self.wild: set[str] = set()
         self.flushes: dict[str, int] = {}
         self.num_garbage = 0
 
     def read(self, limit_s):
-        """What comes within a time."""
+        """Receive all messages within `limit_s`."""
         until = time.monotonic() + limit_s
         while (left := until - time.monotonic()) > 0:
             try:
@@ -162,7 +162,7 @@ class Talk(RuleBasedStateMachine):
         for error in heard.of(Error):  # the cancel may have crossed the context's own end
             assert error.code == "unknown_context"
             assert name in self.cancelled
-        # One for each flush, and one that the model ended before its text was complete.
+        # One for each flush, and one that the model has ended before its text was complete.
         assert len(heard.of(Segment)) <= self.flushes[name] + 1
         if heard.done is None:
             return

@@ -1,4 +1,4 @@
-"""The native protocol's messages: code, schema and page say the same."""
+"""The native protocol's messages: code, schema and page agree."""
 
 import json
 import re
@@ -66,7 +66,7 @@ WITH_WORDS = [
     Segment("a", 0, 0.0, 0.96, "stop", ()),
     Segment("a", 0, 0.0, 0.96, "stop", (Word("Hello", 0.0, 0.4), Word("du.", 0.5, 0.9))),
 ]
-"""An earlier server did not send them."""
+"""Fields that earlier servers do not send."""
 PAGE = (ROOT / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")
 
 
@@ -267,7 +267,7 @@ def test_example_is_true():
 
 
 def test_schema_is_what_the_command_prints(capsys):
-    """`python -m qwen_megakernel protocol-schema > docs/protocol.schema.json` puts it right."""
+    """`python -m qwen_megakernel protocol-schema > docs/protocol.schema.json` updates the file."""
     assert main(["protocol-schema"]) == 0
     assert (ROOT / "docs" / "protocol.schema.json").read_text(
         encoding="utf-8"

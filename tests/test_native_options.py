@@ -1,4 +1,4 @@
-"""What the model can be asked over the native protocol, the times of words, and Opus."""
+"""Options of the model over the native protocol, the times of words, and Opus."""
 
 import asyncio
 import io
@@ -160,7 +160,7 @@ def test_opus_is_heard_before_its_end_and_nothing_follows_a_cancel(live_server):
         assert client.hear("a").done.finish_reason == "cancelled"
         client.speak("b", SENTENCES[0])
         client.send(End("b"))
-        assert client.hear("b").done.samples  # `_keep` fails on a byte of `a` behind its `done`
+        assert client.hear("b").done.samples  # `_keep` fails on audio of `a` after its `done`
 
 
 def test_opus_has_one_rate_and_needs_pyav(monkeypatch):

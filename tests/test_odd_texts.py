@@ -20,7 +20,7 @@ PIECES = (*WORDS.split(), *OTHERS)
 
 
 def odd_texts() -> list[str]:
-    """The same each time; a few are long."""
+    """The same texts each time. A few of them are long."""
     choose = random.Random(0)
     texts = []
     for number in range(NUM_TEXTS):
@@ -57,4 +57,4 @@ def test_odd_texts_end_within_their_limits(tiny_base, recording, report):
         wait_idle(tts)
     report(f"{sum(ends.values())} odd texts: {dict(ends)}")
     assert set(ends) <= {"stop", "length", "repeat", "silence"}
-    assert ends["length"] > NUM_TEXTS / 3  # else the limits were not put to the test
+    assert ends["length"] > NUM_TEXTS / 3  # otherwise the limits were not tested

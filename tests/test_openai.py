@@ -163,19 +163,19 @@ def client(server):
 
 
 def speak(client, response_format, **fields):
-    """The bytes of an audio file, always of the same speech."""
+    """The bytes of an audio file. The speech is always the same."""
     request = {"input": TEXT, "model": "tts-1", "voice": "alloy", "extra_body": {"seed": 3}} | fields
     return client.audio.speech.create(response_format=response_format, **request)
 
 
 @pytest.fixture(scope="module")
 def samples(client):
-    """How many of them the speech has."""
+    """The number of samples in the speech."""
     return len(speak(client, "pcm").content) // 2
 
 
 def num_decoded(data):
-    """Samples at 24 kHz, by FFmpeg."""
+    """The number of samples that FFmpeg decodes, at 24 kHz."""
     with av.open(io.BytesIO(data)) as file:
         rate = file.streams.audio[0].rate
         return sum(frame.samples for frame in file.decode(audio=0)) * 24_000 // rate
@@ -198,7 +198,7 @@ def test_wav_is_pcm_behind_a_header(client, samples):
 def test_compressed_speech_has_its_length(client, samples, name):
     response = speak(client, name)
     assert response.response.headers["Content-Type"] == FORMATS[name].media_type
-    # MP3 and AAC have blocks of about 50 ms, before and behind.
+    # MP3 and AAC add blocks of about 50 ms before and after.
     assert samples <= num_decoded(response.content) <= samples + 0.1 * 24_000
 
 
@@ -296,7 +296,7 @@ def server_state(server):
 
 
 def until(server, limit_s=20.0, **figures):
-    """Until `/ready` says these."""
+    """Wait until `/ready` has these figures."""
     deadline = time.monotonic() + limit_s
     while not figures.items() <= (state := server_state(server)).items():
         assert time.monotonic() < deadline, state
@@ -304,7 +304,7 @@ def until(server, limit_s=20.0, **figures):
 
 
 def until_idle(server):
-    """Until no turn speaks or waits, and no client is left."""
+    """Wait until no turn speaks or waits, and no client is left."""
     until(server, active=0, waiting=0, connections=0)
 
 
@@ -347,7 +347,7 @@ def test_without_pyav_the_plain_formats_are_left(server, monkeypatch):
 
 @pytest.fixture(scope="module")
 def endless(tiny_base, recording):
-    """One slot. Who says that a proxy sent him counts as who he says."""
+    """A server with one slot that trusts every client's `X-Forwarded-For`."""
     server = LiveServer(
         *("--model", str(tiny_base), "--speaker-ref", str(recording), "--token", TOKEN),
         *("--num-slots", "1", "--max-queue-s", "3600", "--trusted-proxy", "127.0.0.1"),
@@ -367,7 +367,7 @@ def endless(tiny_base, recording):
 
 
 class Listening:
-    """A client that has asked for speech; it hangs up at the end of the block."""
+    """A client that has asked for speech. It hangs up at the end of the block."""
 
     def __init__(self, server, address, *, hears=True, **fields):
         self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)

@@ -15,7 +15,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", 
 
 @pytest.fixture(scope="module")
 def routes():
-    """Of a server that has not loaded a model."""
+    """The routes of a server that has not loaded a model."""
     gate = App(ServerSettings(tokens={"t": "t"})).asgi
     return gate._app.routes
 

@@ -1,7 +1,7 @@
-"""Whether pages tell the truth (links, commands, options and files that they name) and are short.
+"""Pages name only existing links, commands, options and files, and are short.
 
-Each rule is a function from a source tree to a list of complaints, so that each can be shown to
-complain (`test_rules_can_fail`).
+Each rule is a function from a source tree to a list of complaints. `test_rules_can_fail` shows that
+each rule can complain.
 """
 
 import re
@@ -14,7 +14,7 @@ from live_server import ROOT
 from test_layout import PACKAGE, SOURCES, write_tree
 
 from qwen_megakernel.__main__ import COMMANDS, SCRIPT
-from qwen_megakernel.tools.serve import banner
+from qwen_megakernel.tools.banner import banner
 
 README_WORDS = 1000
 SENTENCE_WORDS = 40
@@ -50,7 +50,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands_exist(root: Path) -> Iterator[str]:
-    """Scripts, subcommands, make targets and files in commands and in `code`."""
+    """Scripts, subcommands, make targets and files in commands and in `code` exist."""
     targets = set(
         re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     )
@@ -76,7 +76,7 @@ def commands_exist(root: Path) -> Iterator[str]:
 
 
 def options_exist(root: Path) -> Iterator[str]:
-    """Options in commands that run one of our scripts."""
+    """Options exist in commands that run one of the project's scripts."""
     for page in pages(root):
         for code in code_of(page.read_text(encoding="utf-8")):
             for command in code.replace("\\\n", " ").splitlines():
@@ -100,7 +100,7 @@ def readme_is_short(root: Path) -> Iterator[str]:
 
 
 def sentences_are_short(root: Path) -> Iterator[str]:
-    """Outside tables and code."""
+    """Sentences outside tables and code are short."""
     for page in pages(root):
         for sentence in sentences_of(page.read_text(encoding="utf-8")):
             if (words := len(sentence.split())) > SENTENCE_WORDS:
@@ -118,7 +118,7 @@ def sentences_of(text: str) -> Iterator[str]:
 
 
 def code_of(text: str) -> list[str]:
-    """Fenced blocks, then indented lines and inline code of what is left."""
+    """Fenced blocks, then indented lines and inline code of the rest."""
     fenced = re.compile(r"^ *```.*?$(.*?)^ *```", re.MULTILINE | re.DOTALL)
     rest = fenced.sub("", text)
     return [

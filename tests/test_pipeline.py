@@ -1,7 +1,7 @@
-"""Frames in flight: with results as late as a GPU's, turns sound as they do one step at a time.
+"""Frames in flight: if results are as late as a GPU's, turns sound the same as one step at a time.
 
-The decoder and the codec are the real ones on the CPU, but hand over like those on a GPU: codes
-and samples lie in buffers that later launches overwrite, and no sound is ready at once.
+The decoder and the codec are the real ones on the CPU, but give their results as on a GPU: codes and
+samples are in buffers that later launches overwrite, and no sound is ready at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NONSENSE = 999_999
 
 
 class LateBackend:
-    """A decoder whose codes are there when waited for, and gone with the next launch."""
+    """A decoder whose codes are there after a wait, and gone with the next launch."""
 
     def __init__(self, real) -> None:
         self._real = real
@@ -44,7 +44,7 @@ class LateBackend:
 
 
 class LateCodec:
-    """A codec whose sound is never ready at once, in two buffers that are used in turns."""
+    """A codec whose sound is never ready at once. It uses two buffers in turns."""
 
     def __init__(self, real) -> None:
         self._real = real
@@ -87,7 +87,7 @@ def late(tiny_base):
 
 
 def what(listener: Listener) -> tuple:
-    """A turn's outcome, chunk by chunk; no times."""
+    """A turn's outcome, chunk by chunk, without times."""
     chunks = [len(e.samples) for e in listener.events if isinstance(e, Audio)]
     end = listener.events[-1]
     return end.reason, end.num_frames, end.num_samples, chunks
@@ -106,7 +106,7 @@ def test_a_turn_is_the_same(late, serial, options):
 
 
 def test_only_frames_that_are_heard_are_launched(late):
-    """The length is known beforehand and EOS with the codes: neither costs a frame."""
+    """The length is known in advance, and EOS with the codes, so neither costs a frame."""
     backend = late._engine._backend
     backend.batches.clear()
     speak(late)

@@ -1,4 +1,4 @@
-"""Long prompts in one go: the same keys and values as row by row."""
+"""Prefill of long prompts gives the same keys and values as row by row."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def config(request):
 
 
 def make_cache(config, device: str, dtype: torch.dtype, layout: Layout = plain) -> KvCache:
-    """Of which no row is written: all are NaN."""
+    """A cache without a written row: all rows are NaN."""
     cache = KvCache(config.talker, 3, POSITIONS, dtype=dtype, device=torch.device(device), layout=layout)
     fill_with_nan(cache)
     return cache
 
 
 def make(config, device: str, dtype: torch.dtype):
-    """The specification's backend with its cache, and the prefill with a cache of its own."""
+    """The reference backend with its cache, and the prefill with a cache of its own."""
     talker = random_talker(config, device)
     for parameter in talker.parameters():
         if not parameter.is_meta:
@@ -40,7 +40,7 @@ def make(config, device: str, dtype: torch.dtype):
 
 
 def truth(backend, config, slot: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [layers, kv_heads, n, head_dim] of rows, by the specification."""
+    """Keys and values [layers, kv_heads, n, head_dim] of rows, from the reference backend."""
     backend.prefill(slot, torch.cat([rows, rows[:1]]), GenerationParams())
     backend.release(slot)
     return load_rows(backend.kv_cache, config.talker, slot, len(rows))
@@ -102,7 +102,7 @@ def test_graph_is_as_close_to_fp32_as_bf16_pytorch(shape):
     config = shape_config(shape)
     backend, cache, prefill = make(config, "cuda", torch.bfloat16)
     exact, _, _ = make(config, "cuda", torch.float32)
-    parts = (29, 121, ROWS)  # by both graphs: the last looks further back than the first reaches
+    parts = (29, 121, ROWS)  # by both graphs: the last part needs more positions than the short one has
     rows = torch.randn(sum(parts), config.talker.hidden_size, device="cuda").bfloat16()
     for begin, part in zip((0, 29, 150), rows.split(parts), strict=True):
         prefill.run(1, part, begin)

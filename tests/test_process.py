@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 import pytest
 from live_server import LONG, ROOT, LiveServer, collect, first_chunk, send
 
-from qwen_megakernel.serving.process import SWITCH_INTERVAL_S
-
 WINDOWS_LOOP = """
 import asyncio, sys, server
 def add_signal_handler(self, *args):
@@ -19,7 +17,7 @@ def add_signal_handler(self, *args):
 asyncio.unix_events._UnixSelectorEventLoop.add_signal_handler = add_signal_handler
 sys.exit(server.main())
 """
-"""What an event loop of Windows does, on Linux."""
+"""A program's first lines: on Linux, an event loop behaves like that of Windows."""
 IN_A_SESSION = """
 import sys, server
 sys.exit(server.main())
@@ -50,14 +48,14 @@ import sys
 for name in ("fcntl", "pwd", "grp", "resource", "termios", "syslog"):
     sys.modules[name] = None
 """
-"""Imports of what only Unix has fail, as on Windows."""
+"""More such lines: imports of modules that only Unix has fail, as on Windows."""
 
 Start = Callable[..., LiveServer]
 
 
 @pytest.fixture
 def start(tiny_base) -> Iterator[Start]:
-    """Starts a program as the server; it is killed at the end."""
+    """Starts a program as the server, and kills it at the end."""
     servers = []
 
     def start(program: str, *arguments: str) -> LiveServer:
@@ -151,19 +149,3 @@ def test_a_build_without_unix_says_what_is_supported():
     assert done.returncode == 1
     assert "the kernels are built on Linux only" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-
-
-INTERVAL_AT_THE_END = """
-import sys
-from server import main
-code = main(sys.argv[1:])
-print("interval", sys.getswitchinterval(), file=sys.stderr)
-sys.exit(code)
-"""
-
-
-def test_a_busy_event_loop_gives_the_interpreter_back_soon(start: Start):
-    """Else the engine waits for it after each wait for the GPU, and an overload stops all speech."""
-    server = start(INTERVAL_AT_THE_END).wait_until_ready()
-    assert server.stop() == 0
-    assert float(server.wait_for_line(r"interval (\S+)")[1]) == pytest.approx(SWITCH_INTERVAL_S)

@@ -1,4 +1,4 @@
-"""Prompts start when they may and never pad early."""
+"""Prompts start as soon as they may, and never pad too early."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `prove` around its measurements: figures, resuming, the report that can be sent."""
+"""The command `prove` without its measurements: figures, resuming, the report to send."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_features_rise_with_the_pitch_of_a_tone():
 
 
 def features_without_mean(samples: np.ndarray) -> np.ndarray:
-    """Against a silence before the tone, whose features the mean takes in."""
+    """Features without the mean, for a test whose silence before the tone changes the mean."""
     joined = np.concatenate([np.zeros(len(samples)), samples]).astype(np.float32)
     return features(joined)[len(samples) // 160 + 3 :]
 
@@ -215,7 +215,7 @@ def test_a_part_is_made_once_for_what_it_depends_on(tmp_path):
 
 
 def example() -> dict:
-    """A small report of everything that one can hold."""
+    """A small report with everything that a report can hold."""
     tone = (0.2 * np.sin(np.arange(12_000) / 9)).astype(np.float32)
     mp3 = __import__("base64").b64encode(acoustics.as_mp3(tone)).decode()
     side = {"stopped": True, "s_per_char": 0.06, "duration_s": 0.5, "errors": 1, "words": 4,

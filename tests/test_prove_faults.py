@@ -1,7 +1,7 @@
-"""Faults that are planted in this implementation, each found by the gate that names it.
+"""Planted faults in this implementation: the gate for each finds and names it.
 
-The reference is the official package in its own process, with the demonstration voice as checkpoint.
-What it is asked twice, it computes once.
+The reference is the official package in its own process, with the demonstration voice as checkpoint. It
+computes each answer only once.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SAID = [
     Utterance("The salt breeze came across from the sea.", "slt", 2),
 ]
 DRAWS = 10_500
-"""Of the predictor: enough for the rarest candidate."""
+"""Draws of the predictor: enough for the rarest candidate."""
 
 
 class Remembering:
-    """The official process; the same question is asked once."""
+    """The official process, which gets each question only once."""
 
     def __init__(self, process: OfficialProcess) -> None:
         self._process, self._known = process, {}
@@ -61,7 +61,7 @@ class Remembering:
 
 @dataclass
 class Bench:
-    """The official side, and what a right subject speaks."""
+    """The official side, and the speech of a correct subject."""
 
     official: Remembering
     checkpoint: Checkpoint
@@ -123,7 +123,7 @@ def wrong_theta(bench: Bench) -> Subject:
 
 
 def interleaved_rope(bench: Bench) -> Subject:
-    """Rotating neighbours is rotating halves of a permuted head; both q and k are permuted alike."""
+    """Rotating neighbours equals rotating halves of a permuted head, with q and k permuted alike."""
     checkpoint = with_config(bench)
 
     def load(prefix: str, module, **options) -> None:
@@ -199,7 +199,7 @@ def test_wrong_arithmetic(bench, plant: Callable[[Bench], Subject], gate: str, f
 
 def test_another_voices_embedding(bench):
     subject = bench.subject()
-    # The official side is told the right voice: items are made from the utterance's own voices.
+    # The official side gets the right voice, because items are made from the utterance's own voices.
     wrong = replace(SAID[0], voice="slt")
     subject.rows, rows = lambda said, count: rows(wrong, count), subject.rows
     section = Section("fidelity")
@@ -272,7 +272,7 @@ def test_missing_suppression(bench):
 @pytest.mark.slow
 @pytest.mark.parametrize("talker_excess", [1, -1])
 def test_one_candidate_too_many_or_too_few(bench, monkeypatch, talker_excess):
-    """In the talker one way, in the predictor the other."""
+    """One fault in the talker, the opposite one in the predictor."""
     sampling(
         monkeypatch, lambda p, talker: replace(p, top_k=p.top_k + (1 if talker else -1) * talker_excess)
     )
@@ -369,7 +369,7 @@ def test_wrong_sound(bench, plant: Callable[[Bench], Subject], gate: str, fault:
 
 
 def test_speech_of_another_rate_and_another_voice():
-    """The gates on speech, on made-up rows: forty pairs, ours 1.5 times as fast and unlike the voice."""
+    """The gates on speech, on invented rows: 40 pairs, 1.5 times as fast and unlike the voice."""
     rng = np.random.default_rng(0)
     rows = []
     for pair in range(40):

@@ -1,7 +1,7 @@
 """Turns that join, grow, end, are cancelled and wait for pages, in any order, on the real engine.
 
-The decoder and the codec are played: a frame costs nothing, and every frame is checked against what is
-reserved for its slot.
+The decoder and the codec are stand-ins: a frame costs nothing, and every frame is checked against the
+pages that are reserved for its slot.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from qwen_megakernel.synth.config import shape_config
 CONFIG = shape_config("tiny").talker
 EOS, PAGE, SLOTS, MOST = CONFIG.codec_eos_id, 16, 5, 400
 NUM_PAGES = 40
-"""25 are what a text that may grow reserves: no two of them fit."""
+"""A text that may grow reserves 25 of them, so two such texts do not fit."""
 WORDS = ["the", "train", "to", "the", "coast", "leaves", "at", "nine", "so", "please", "be", "on"]
 
 
 class PlayedBackend:
-    """Counts positions, and says EOS one frame in `eos_every`."""
+    """Counts positions, and gives EOS in one frame of `eos_every`."""
 
     num_slots, max_positions, max_batch = SLOTS, MOST, 3
 

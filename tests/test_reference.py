@@ -1,4 +1,4 @@
-"""The official package is the truth: same rows, hidden states and codes on the same checkpoints."""
+"""The official package is the reference: equal checkpoints give equal rows, hidden states and codes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GREEDY = GenerationParams(
 
 @dataclass
 class Both:
-    """The official model and ours on one checkpoint, in one precision."""
+    """The official model and this project's on one checkpoint, in one precision."""
 
     theirs: object
     talker: Talker
@@ -44,7 +44,7 @@ class Both:
         with torch.device("meta"):
             talker = Talker(checkpoint.config.talker, checkpoint.config.predictor)
         checkpoint.load("talker.", talker, dtype=dtype)
-        # The official package cleans no text.
+        # The official package does not clean text.
         prompts = PromptBuilder(talker, checkpoint.config, load_tokenizer(folder), clean_text=False)
         return cls(theirs, talker, checkpoint.config, prompts)
 
@@ -55,7 +55,7 @@ class Both:
         return torch.randn(self.config.talker.hidden_size, generator=torch.Generator().manual_seed(seed))
 
     def official_inputs(self, texts: list[str], *, instruct: str = "", **options) -> dict:
-        """What official `generate` feeds its talker: prompt rows and trailing text."""
+        """The inputs that official `generate` gives its talker: prompt rows and trailing text."""
         captured: dict = {}
 
         class Captured(Exception):
@@ -215,7 +215,7 @@ def test_no_speaker_on_a_base_checkpoint(base):
 
 
 def decode_all(both: Both, backend: TorchBackend, texts: list[str], language: str, num_frames: int):
-    """Greedy frames of several texts at once, in slots given in reverse."""
+    """Greedy frames of several texts at once, in slots in reverse order."""
     prompts, slots = [], list(reversed(range(len(texts))))
     for slot, text in zip(slots, texts, strict=True):
         prompt = both.prompts.open(both.voice(), language)
@@ -265,7 +265,7 @@ def test_greedy_codes_with_a_projection_to_the_predictor(wide):
 
 
 def test_logits_of_talker_and_predictor(base):
-    """The heads, compared on the hidden rows: greedy codes alone would hide a wrong scale."""
+    """The heads, compared on the hidden rows. Greedy codes alone would hide a wrong scale."""
     backend = base.backend(num_slots=1, max_positions=64)
     frame = decode_all(base, backend, [TEXT], "english", 1)[0]
     theirs = base.theirs.model.talker
@@ -278,7 +278,7 @@ def test_logits_of_talker_and_predictor(base):
 
 
 def forced_logits(both: Both, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Our teacher-forced logits: talker [frames, vocabulary], predictor [frames, 15, vocabulary]."""
+    """Teacher-forced logits here: talker [frames, vocabulary], predictor [frames, 15, vocabulary]."""
     backend = both.backend(num_slots=1, max_positions=128)
     prompt = both.prompts.open(both.voice(), "english")
     give_text(both.prompts, prompt, TEXT)
@@ -294,7 +294,7 @@ def forced_logits(both: Both, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def official_forced_logits(both: Both, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of the official model, in one pass over prompt and frames."""
+    """The official model's teacher-forced logits, from one pass over prompt and frames."""
     inputs = both.official_inputs([TEXT], languages=["english"], **both.clone_prompt())
     talker = both.theirs.model.talker
     trailing = inputs["trailing_text_hidden"][0]
@@ -404,7 +404,7 @@ def test_injected_noise_replaces_the_draws(base):
     backend = base.backend(num_slots=2, max_positions=64)
     row = torch.zeros(1, base.config.talker.hidden_size)
     noise = torch.full((1, 16, 3072), -1e9)
-    noise[0, :, 17] = 0.0  # survives unless truncated: keep all
+    noise[0, :, 17] = 0.0  # would win if it were not cut off
     wide_open = SamplingParams(1.0, 0, 1.0, 1.0)
     params = GenerationParams(talker=wide_open, predictor=wide_open)
     backend.prefill(0, base.prompts.pad_row[None], params)
@@ -415,7 +415,7 @@ def test_eos_only_after_the_minimum_and_control_codes_never(base):
     eos, vocab = base.config.talker.codec_eos_id, base.config.talker.vocab_size
     backend = base.backend(num_slots=1, max_positions=64)
     row, noise = torch.zeros(1, base.config.talker.hidden_size), torch.zeros(1, 16, vocab)
-    noise[0, 0, vocab - 1024 :] = 1e6  # all control codes are wanted most
+    noise[0, 0, vocab - 1024 :] = 1e6  # control codes would win
     noise[0, 0, eos] = 1e5
     wide_open = SamplingParams(1.0, 0, 1.0, 1.0)
     params = GenerationParams(talker=wide_open, predictor=wide_open, min_frames=2)

@@ -1,4 +1,4 @@
-"""Reference audio: what is decoded, what is refused, and that it is refused before it costs."""
+"""Reference audio: what is decoded, and what is refused before it costs time or memory."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_decode_resamples_as_the_official_code():
      (88_200, 4, 96_001), (96_000, 4, 96_000), (176_400, 4, 96_001), (192_000, 4, 96_000)],
 )  # fmt: skip
 def test_a_resampled_reference_is_as_long_as_the_official_package_makes_it(rate, seconds, samples):
-    """Whole seconds at 44.1 kHz have a sample more than one would say, and so a frame more."""
+    """Whole seconds at 44.1 kHz have one sample more than expected, and so one frame more."""
     assert len(decode_reference(file_bytes(tone(seconds, rate), rate))) == samples
 
 
@@ -88,7 +88,7 @@ def test_decode_takes_the_other_sample_formats(container, subtype):
 
 
 def with_wav_sizes(data: bytes, riff: int | None, size: int | None) -> bytes:
-    """The WAV file with other sizes in its header, of the file and of its samples; None leaves one."""
+    """The WAV file with other sizes of file and samples in its header; None keeps a size."""
     sized, at = bytearray(data), data.find(b"data")
     for offset, value in ((4, riff), (at + 4, size)):
         if value is not None:
@@ -105,7 +105,7 @@ def with_wav_sizes(data: bytes, riff: int | None, size: int | None) -> bytes:
         (2_000_000_036, 2_000_000_000),  # `wave` with a guess of 10**9 frames
         (0x3FFF_FFFF + 36, 0x3FFF_FFFF),
         (0x3FFF_FFFF, 0x3FFF_FFFF - 36),
-        (0, 0),  # a writer that never came back
+        (0, 0),  # a writer that never filled in the sizes
         (36, 0),  # the header of an empty file
         (None, 0),
         (None, 0xFFFF_FFFF),
@@ -146,7 +146,7 @@ def with_flac_length(data: bytes, samples: int) -> bytes:
 
 
 def test_nothing_is_decoded_before_the_header_is_checked(monkeypatch):
-    """A header is refused by what it states, and no more is decoded than it stated."""
+    """A file is refused by the length in its header, and no more than that length is decoded."""
     asked = []
     read = soundfile.SoundFile.read
     monkeypatch.setattr(
@@ -215,7 +215,7 @@ def test_a_wav_without_samples_is_refused():
 
 
 def test_only_the_first_chunks_are_searched_for_samples_without_a_size():
-    """A stranger's file of a million empty chunks costs no time."""
+    """A file of a million empty chunks costs no time."""
     whole = file_bytes(tone(1.5, 24_000))
     at = whole.find(b"data")
     junk = b"JUNK" + bytes(4)
@@ -258,7 +258,7 @@ def test_unusable_audio_is_refused(audio, rate, match):
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC"])
 def test_damaged_bytes_give_audio_or_a_voice_error(container):
-    """Nothing else escapes, and nothing but finite samples comes out."""
+    """No other error is raised, and all samples are finite."""
     rng = np.random.default_rng(5)
     whole = file_bytes(speech_like(9_000).numpy(), 8_000, container)
     outcomes = set()

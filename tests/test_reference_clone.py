@@ -1,4 +1,4 @@
-"""A cloned voice is the official package's: the same codes, embedding and sound from the same file."""
+"""A cloned voice equals the official package's: one file gives the same codes, embedding and sound."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def ours(tiny_base) -> Iterator[TTSDecoder]:
 @pytest.mark.parametrize("seconds", [4.0, 1.003])
 @pytest.mark.parametrize("rate", RATES)
 def test_a_recording_gives_the_official_codes(theirs, ours, rate: int, seconds: float, tmp_path: Path):
-    """4 s are whole frames: one sample more is a frame more."""
+    """4 s are whole frames, so one more sample is one more frame."""
     path = tmp_path / "reference.wav"
     path.write_bytes(file_bytes(speech_like(round(seconds * rate)).numpy(), rate))
     (expected,) = theirs.create_voice_clone_prompt(ref_audio=str(path), ref_text="Some words.")

@@ -65,7 +65,7 @@ def test_high_word_of_the_seed_matters():
 
 
 def hf_scores(logits: torch.Tensor, params: SamplingParams, seen: list[int]) -> torch.Tensor:
-    """What Hugging Face would sample from; logits [vocabulary]."""
+    """The scores from which Hugging Face would sample; logits [vocabulary]."""
     ids, scores = torch.tensor([seen], dtype=torch.int64), logits[None].clone()
     if seen and params.repetition_penalty != 1.0:
         scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
@@ -126,10 +126,10 @@ def test_draws_follow_hugging_face_s_distribution(case):
     counts = torch.bincount(drawn, minlength=len(logits)).double()
     assert counts[probabilities == 0].sum() == 0, "a code outside the truncated set was drawn"
     expected = probabilities * NUM_DRAWS
-    common = expected >= 5  # the usual condition of the test; the rest is pooled
+    common = expected >= 5  # the chi-squared test's usual condition; the rest is pooled
     observed = np.append(counts[common], counts[~common].sum())
     expected = np.append(expected[common], expected[~common].sum())
-    if expected[-1] < 5:  # too few to pool: they may not be many either
+    if expected[-1] < 5:  # too few to pool: check that they are rare
         assert observed[-1] < 25
         observed, expected = observed[:-1], expected[:-1] * observed[:-1].sum() / expected[:-1].sum()
     if len(observed) > 1:

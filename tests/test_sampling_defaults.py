@@ -1,4 +1,4 @@
-"""Where sampling comes from when a client chooses nothing: the project's values or the checkpoint's."""
+"""The sampling of a client that chooses none: the project's values or the checkpoint's."""
 
 from __future__ import annotations
 

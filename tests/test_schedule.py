@@ -1,4 +1,4 @@
-"""Who decodes next, whether a prompt may go first, and how many voices the engine can hold."""
+"""Which turn decodes next, whether a prompt may go first, and how many voices the engine can hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPT = SimpleNamespace(next_text_row=lambda: "a row", ended=True, ready=True, 
 
 
 def make_turn(lead_s: float | None, max_lead_s: float | None = 10.0) -> ActiveTurn:
-    """A turn that is so far ahead of its playback; None has no frame yet."""
+    """A turn that is `lead_s` ahead of its playback; None has no frame yet."""
     request = TurnRequest(voice=None, max_lead_s=max_lead_s)
     active = ActiveTurn(Turn(lambda: None, None), request, PROMPT, lambda event: None)
     active.slot, active.prefilled = 0, True

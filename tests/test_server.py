@@ -29,7 +29,7 @@ def speak_short(server, **fields):
 
 
 def wait_until(condition, limit_s=5.0):
-    """Whether it came true in time."""
+    """Whether a condition became true in time."""
     deadline = time.monotonic() + limit_s
     while not (fulfilled := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -41,7 +41,7 @@ def as_samples(chunks):
 
 
 def assert_same_take(one, other):
-    """Equal but for the rounding of sums, which depends on how many turns share a frame."""
+    """Equal except for the rounding of sums, which depends on the number of turns in a frame."""
     np.testing.assert_allclose(one, other, atol=1e-4)
 
 
@@ -237,8 +237,8 @@ def test_cancel_is_honoured_within_one_frame(live_server):
             collect(client)
         line = live_server.wait_for_line(r"cancelled.*frames (\d+)", after=num_lines)
         frames.append(int(line[1]))
-    # The first chunk is one frame. While the client reacts, the next frame is on its way, on a busy
-    # machine perhaps another; a cancel that waited for a chunk of the ramp to fill would show here.
+    # The first chunk is one frame. While the client reacts, one more frame is made; on a busy machine
+    # perhaps two. A cancel that waits for a chunk of the ramp to fill would show here.
     assert sorted(frames)[2] <= 3
 
 

@@ -124,7 +124,7 @@ def test_connections_are_limited(guarded_server):
 
 
 def test_sigterm_drains(guarded_server):
-    """Last of the guarded server: it ends here."""
+    """The last test of the guarded server, which ends here."""
     path = f"/?token={DEMO_TOKEN}"
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(guarded_server.connect(path)) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""The session core: contexts in order, their ends, and what waits for whom. There is no wire here."""
+"""Sessions: contexts in order, their ends, and what waits for what. There is no wire here."""
 
 import asyncio
 import time
@@ -436,7 +436,7 @@ async def test_a_session_that_speaks_or_has_no_limit_is_not_idle():
 
 @played
 async def test_audio_counts_although_its_context_fails_while_it_is_taken():
-    """Taking it makes room for the next turn, which the engine refuses."""
+    """Taking audio makes room for the next turn, which the engine refuses."""
     stage = Stage()
     stage.session.append("a", "One.")
     stage.session.flush("a")

@@ -1,4 +1,4 @@
-"""The session core with contexts that are spoken at the same time."""
+"""Sessions with contexts that are spoken at the same time."""
 
 import asyncio
 

@@ -15,15 +15,28 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from live_server import LiveServer
 
 from qwen_megakernel.bench.mps import WITHOUT_MPS, MpsError, running_mps
+from qwen_megakernel.bench.shared import SHARING
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.decoding.kernel_backend import MegakernelBackend
+from qwen_megakernel.serving.native_messages import (
+    AudioChunk,
+    Done,
+    End,
+    Error,
+    Hello,
+    Speak,
+    encode,
+    parse_server_message,
+)
 from qwen_megakernel.synth.checkpoint import random_talker
 from qwen_megakernel.synth.config import shape_config
 
@@ -31,7 +44,10 @@ pytestmark = pytest.mark.gpu
 
 SHAPE = "0.6b"
 """Its frames take every SM, so that two do not fit side by side. Frames of the tiny shape would."""
+TEXT = "The train to the coast leaves at nine, so please be on time."
 PROMPT_ROWS, STREAMS, TURN_FRAMES, TURNS = 20, 8, 200, 8
+SPOKEN_FRAMES = 120
+"""Less than the 10 s by which a server runs ahead of playback: it decodes as fast as it can."""
 START_S, LIMIT_S = 120.0, 60.0
 
 
@@ -172,6 +188,45 @@ def test_two_streams_of_a_process_wait_for_room(priority, report):
         thread.join(LIMIT_S)
     report(f"two streams, priority {priority}: {time.monotonic() - start:.1f} s")
     assert found == {0: expected, 1: expected}
+
+
+def turn_of(server: LiveServer, seed: int) -> bytes:
+    """The sound of a turn of `SPOKEN_FRAMES`."""
+    speak = Speak("a", TEXT, seed=seed, min_frames=SPOKEN_FRAMES, max_frames=SPOKEN_FRAMES)
+    with server.connect() as client:
+        client.send(encode(Hello(client="test")))
+        for message in (speak, End("a")):
+            client.send(encode(message))
+        sound = b""
+        while not isinstance(message := parse_server_message(client.recv(timeout=LIMIT_S)), Done):
+            assert not isinstance(message, Error), message
+            sound += message.samples if isinstance(message, AudioChunk) else b""
+    return sound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", SHARING)
+def test_two_servers_speak_side_by_side(sharing, base_0_6b, recording, report):
+    options = ("--model", str(base_0_6b), "--speaker-ref", str(recording), "--memory", "2GB")
+    with ExitStack() as stack:
+        try:
+            environ = stack.enter_context(SHARING[sharing]())
+        except MpsError as error:
+            pytest.skip(str(error))
+        servers = [LiveServer(*options, environ=environ) for _ in range(2)]
+        for server in servers:
+            stack.callback(server.kill)
+        for server in servers:
+            server.wait_until_ready()
+        alone = [turn_of(servers[0], seed) for seed in range(STREAMS)]
+        threads = stack.enter_context(ThreadPoolExecutor(2 * STREAMS))
+        start = time.monotonic()
+        together = [
+            [threads.submit(turn_of, server, seed) for seed in range(STREAMS)] for server in servers
+        ]
+        for turns in together:
+            assert [turn.result(LIMIT_S) for turn in turns] == alone
+        report(f"{sharing}: two servers, {STREAMS} voices each, {time.monotonic() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Messages of the original dialect, and who may send them."""
+"""Messages of the simple protocol, and who may send them."""
 
 import json
 import math
@@ -192,7 +192,7 @@ known_keys = st.sampled_from([*FULL, "more", "cancel"])
 
 
 def check_result(data):
-    """Parses to something well-formed, or is refused with a code; nothing else may happen."""
+    """Check that data parses to a well-formed message, or is refused with a code."""
     try:
         message = parse_client_message(data)
     except ProtocolError as error:

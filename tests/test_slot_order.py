@@ -74,7 +74,7 @@ def test_accounts_that_wait_get_the_same_number_of_slots(owners):
 
 
 def test_an_owner_that_comes_again_does_not_pass_those_that_wait():
-    """Whoever opens a new connection for each turn gains nothing."""
+    """A client that opens a new connection for each turn gains nothing."""
     order, patient = SlotOrder(1), Waiting(("patient",))
     waiting = [Waiting(("old",)), patient]
     for number in range(3):
@@ -92,7 +92,7 @@ def test_the_prediction_counts_the_turns_that_come_first(owner, owners):
     new = Waiting(owner)
     order = SlotOrder(1)
     waiting = [Waiting(other) for other in owners]
-    order._update(waiting)  # they wait before the new one comes
+    order._update(waiting)  # these wait before the new turn comes
     place = 0
     waiting.append(new)
     while (turn := order.choose(waiting, 1)) is not new:
@@ -136,3 +136,8 @@ def test_the_last_quarter_of_the_slots_is_for_turns_with_enough_text(num_slots, 
 def test_slots_are_missing_for_each_turn_with_enough_text(num_free, enough, scant, missing):
     waiting = [Waiting()] * enough + [Waiting(scant=True)] * scant + [Waiting(ready=False)]
     assert SlotOrder(16).num_missing(waiting, num_free) == missing
+
+
+def test_turns_of_nobody_are_an_account_of_their_own():
+    assert num_before(("token", "address"), [(), (), ("token", "other"), ("token", "address")]) == 4
+    assert num_before(("token",), [()] * 9) == 1

@@ -1,6 +1,6 @@
 """Many short turns over many connections: memory, descriptors and threads stay as they are.
 
-SOAK_TURNS is their number."""
+SOAK_TURNS is the number of turns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_GROWTH_MB = 20.0
 
 
 def memory_mb(server: LiveServer) -> float:
-    """Resident."""
+    """The server's resident memory."""
     pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -34,7 +34,7 @@ def num_threads(server: LiveServer) -> int:
 
 
 def speak_turns(server: LiveServer, numbers: range, failures: list[str]) -> None:
-    """Turns one after another, some of them on each connection."""
+    """Speak turns one after another, several on each connection."""
     for start in range(0, len(numbers), TURNS_OF_A_CONNECTION):
         with server.connect() as client:
             for number in numbers[start : start + TURNS_OF_A_CONNECTION]:
@@ -62,7 +62,7 @@ def speak_all(server: LiveServer, numbers: range, failures: list[str]) -> None:
 
 @pytest.mark.slow
 def test_many_turns_leave_nothing_behind(brief_base, recording, report):
-    # A slow machine makes turns wait: here they may wait, and none is refused.
+    # On a slow machine turns wait. Here they may wait, and none is refused.
     options = ("--speaker-ref", str(recording), "--max-queue-s", "600")
     server = LiveServer("--model", str(brief_base), *options)
     try:

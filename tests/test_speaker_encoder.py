@@ -41,7 +41,7 @@ def official_mel(audio: torch.Tensor) -> torch.Tensor:
 
 
 def pair(config: SpeakerEncoderConfig, seed: int = 0) -> tuple[SpeakerEncoder, torch.nn.Module]:
-    """Ours, made on meta and loaded strictly with the weights of the official one, and that."""
+    """This project's encoder, loaded strictly with the official one's weights, and the official one."""
     import official  # noqa: F401
     from qwen_tts.core.models.configuration_qwen3_tts import Qwen3TTSSpeakerEncoderConfig
     from qwen_tts.core.models.modeling_qwen3_tts import Qwen3TTSSpeakerEncoder
@@ -78,7 +78,7 @@ def test_log_mel_of_silence_is_the_floor():
 
 
 def test_log_mel_finds_a_tone():
-    """440 Hz is in the filter whose centre is next to it, from the filter bank alone."""
+    """By the filter bank alone, 440 Hz is in the filter with the nearest centre."""
     audio = torch.sin(2 * torch.pi * 440 * torch.arange(24_000) / 24_000)
     peak = int(log_mel(audio).mean(0).argmax())
     assert peak == int(mel_filters()[:, round(440 / 24_000 * 1024)].argmax())
@@ -113,7 +113,7 @@ def test_embedding_equals_official_at_the_true_shape():
 
 
 def test_shortest_input():
-    """One frame more than the widest reflection; a second is far above it."""
+    """One frame more than the widest reflection. A second is far longer."""
     encoder = SpeakerEncoder(TINY)
     assert encoder.min_samples == SpeakerEncoder(TRUE).min_samples == 1280
     assert encoder.embed(speech_like(1280)).isfinite().all()
@@ -121,7 +121,7 @@ def test_shortest_input():
         encoder.embed(speech_like(1279))
     with pytest.raises(ValueError, match=r"\[1, 24000\], allowed"):
         encoder.embed(speech_like(24_000)[None])
-    with pytest.raises(RuntimeError):  # what min_samples prevents
+    with pytest.raises(RuntimeError):  # `min_samples` prevents this
         encoder(torch.zeros(1, 4, NUM_MELS))
 
 

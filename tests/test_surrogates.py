@@ -1,4 +1,4 @@
-"""Halves of surrogate pairs: joined where both are there, replaced where one is alone."""
+"""Halves of surrogate pairs: two halves are joined, and a single one is replaced."""
 
 from itertools import pairwise
 from types import SimpleNamespace

@@ -24,7 +24,7 @@ TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def specs_of(shape: str, mode: str = "base"):
-    """Of the root file and of the speech tokenizer's."""
+    """Tensor specs of the root file and of the speech tokenizer's file."""
     return tensor_specs(ModelConfig.from_dicts(root_config(shape, mode), speech_config(shape)))
 
 
@@ -254,7 +254,7 @@ def test_official_code_generates(official_model):
         text="Good morning.", language="english", voice_clone_prompt=prompt, max_new_tokens=4
     )
     assert rate == 24000
-    assert len(audio) == 3 * 1920  # the last of four codes has no frame yet
+    assert len(audio) == 3 * 1920  # the last of four frames of codes has no sound yet
     assert np.isfinite(audio).all()
     codes = prompt[0].ref_code
     assert codes.shape == (5, 16)
@@ -272,7 +272,7 @@ def test_logits_are_spread_and_eos_is_one_of_many(official_model):
         rows = rows + embedding(codes[..., group])
     words = torch.randint(0, 1000, (1, 40), generator=generator)
     text = talker.text_projection(talker.model.text_embedding(words))
-    assert 0.5 < text.std() / rows.std() < 2  # neither side drowns the other
+    assert 0.5 < text.std() / rows.std() < 2  # neither side dominates the other
     hidden = talker.model(inputs_embeds=rows + text).last_hidden_state[0]
     logits = talker.codec_head(hidden)
     assert 2 < logits[:, :2048].std(dim=-1).mean() < 4

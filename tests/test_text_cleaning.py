@@ -1,4 +1,4 @@
-"""What is left of a text: nothing where there is nothing to say, whole words elsewhere."""
+"""What cleaning leaves of a text: nothing if there is nothing to say, and otherwise whole words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text in pieces tokenises as the whole, at a cost that is linear in the text."""
+"""Text in pieces gives the tokens of the whole text, at a cost that is linear in its length."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_control_tokens_in_a_text_stay_text(tokenizer, tiny_base):
 
 
 class CountingTokenizer(TextTokenizer):
-    """Counts the characters that it is given, whatever for."""
+    """Counts the characters that it gets in any call."""
 
     num_chars = num_calls = 0
 
@@ -117,7 +117,7 @@ UNBROKEN = {
 
 @pytest.mark.parametrize("text", UNBROKEN.values(), ids=UNBROKEN.keys())
 def test_a_text_without_breaks_costs_what_its_length_says(tiny_base, text):
-    """Four thousand characters one by one: with all held text read at each, they cost eight million."""
+    """4000 characters one by one. They would cost eight million if each read all held text again."""
     tokenizer = CountingTokenizer(load_tokenizer(tiny_base))
     feed, num_chars = TextFeed(tokenizer), 4000
     pieces = ["A ", *(text * num_chars)[:num_chars]]
@@ -131,7 +131,7 @@ def test_a_text_without_breaks_costs_what_its_length_says(tiny_base, text):
 
 
 def test_a_word_is_committed_when_what_follows_ends_it(tokenizer):
-    """Nothing is held longer than need be, however the text is cut."""
+    """No text is held longer than necessary, for any division into pieces."""
     feed = TextFeed(tokenizer)
     assert [len(feed.append(piece)) > 0 for piece in ("Hel", "lo", " ", "the", "re", ".", " ")] == [
         False, False, True, False, False, True, True,

@@ -1,4 +1,4 @@
-"""The text tokenizer: the same tokens as transformers makes of the same files."""
+"""The text tokenizer gives the same tokens as transformers with the same files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens with names: each has its own account of connections and turns."""
+"""Named access tokens: each has its own account of connections and turns."""
 
 from __future__ import annotations
 

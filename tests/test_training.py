@@ -1,4 +1,4 @@
-"""What the trainer makes must be what the product reads: prompts, codes, the codec's layers."""
+"""The trainer and the package agree on prompts, codes and the codec's layers."""
 
 import random
 import re
@@ -63,7 +63,7 @@ def test_talker_is_trained_on_the_prompts_that_are_spoken(builder, streaming, la
 def _random_codec():
     torch.manual_seed(0)
     codec = TrainedCodec(geometry.config().codec).train()
-    with torch.no_grad():  # codebooks follow what they are shown
+    with torch.no_grad():  # codebooks follow the data
         codec.quantizer(codec.encoder(torch.randn(2, 40 * 1920) * 0.1))
     codec.eval().publish()
     return codec
@@ -83,7 +83,7 @@ def test_decoder_makes_of_codes_what_training_made_of_latents():
 def test_context_makes_a_window_sound_as_in_its_stream():
     decoder = CodecDecoder(geometry.config().codec)
     x = torch.randn(1, 12, geometry.config().codec.codebook_dim)
-    settled = slice(480, None)  # the fast layers see no context: 20 ms of theirs are off
+    settled = slice(480, None)  # the fast layers have no context, so their first 20 ms are wrong
     whole = decode_latents(decoder, x)[:, 8 * 1920 :][:, settled]
     window = torch.arange(4, 12)
     with_context = decode_latents(decoder, x, window, context=4)[:, settled]

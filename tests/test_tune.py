@@ -1,4 +1,4 @@
-"""`tune`: what it tries and chooses, the file that it keeps, and who uses it. Times were measured."""
+"""`tune`: what it tries and chooses, the file that it keeps, and its users. All times were measured."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ RING_42 = {1: (1286, 1284, 1245, 1258), 8: (1477, 1475, 1419, 1417)}
 """Microseconds of a frame on an H200 with rings of 22 and of 42 slots (docs/experiments.md)."""
 CTAS_132 = {1: (1805,), 8: (2089,)}
 CTAS_120 = {1: (1915,), 8: (2120,)}
-"""Of an earlier kernel on an H100."""
+"""Microseconds of a frame of another kernel, on an H100."""
 KEPT_17_PERCENT = {1: (610,), 8: (636,)}
 KEPT_34_PERCENT = {1: (604,), 8: (614,)}
 KEPT_75_PERCENT = {1: (612,), 8: (647,)}
 KEPT_NOTHING = {1: (602,), 8: (637,)}
-"""Of the bare predictor with eight-bit weights on an H200, by the part of them that L2 is to keep."""
+"""Microseconds of the predictor alone, with eight-bit weights on an H200, by the part that L2 keeps."""
 
 
 def measured(times: dict[Setting, dict[int, tuple[int, ...]]], calls: Counter | None = None):
-    """Three instances that give a setting's measurements in turns, each from another one on."""
+    """Three instances that give a setting's measurements in turn, each beginning with another one."""
 
     def instance(first: int):
         left = {
@@ -74,7 +74,7 @@ def same_codes(_: Setting) -> bool:
 
 
 def tried(knobs, times, draws_same_codes=same_codes):
-    """What a search chooses, and its trials by setting."""
+    """The choice of a search, and its trials by setting."""
     trials: list[Trial] = []
     best = search(knobs, (1, 8), measured(times), draws_same_codes, trials.append)
     return best, {trial.setting: trial for trial in trials}
@@ -138,7 +138,7 @@ def test_a_setting_with_other_codes_is_neither_timed_nor_chosen():
 
 
 def test_settings_take_turns_so_that_a_drift_meets_both():
-    """A clock that falls by a percent a measurement makes nothing faster."""
+    """A clock that slows by a percent with each measurement makes no setting faster."""
     clock = 1159.0
 
     def drifting(setting: Setting, streams: int) -> float:
@@ -152,7 +152,7 @@ def test_settings_take_turns_so_that_a_drift_meets_both():
 
 
 def test_a_setting_that_changes_nothing_is_seldom_taken():
-    """One draw of a hundred may, of settings whose frames take the same time."""
+    """Of settings with equal times, a better one is found by chance in at most one draw of a hundred."""
     rng = np.random.default_rng(5)
     taken = sum(
         compare(
@@ -208,7 +208,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def tuning(cache) -> Tuning:
-    """Kept."""
+    """A tuning that is in the file."""
     made = Tuning(TARGET, Setting(ring_slots=14, l2_share=0.25, grid=128), FASTER)
     made.save()
     return made
@@ -305,7 +305,7 @@ def test_where_the_default_wins_an_older_tuning_goes(tuning):
     lost = compare(DEFAULT, slow, (1, 8), measured({DEFAULT: RING_22, slow: RING_42}))
     assert tune.keep(TARGET, lost).startswith("Kept: the default.")
     assert found(TARGET) == (None, [])
-    assert tune.keep(TARGET, None).startswith("Kept: the default.")  # none is there any more
+    assert tune.keep(TARGET, None).startswith("Kept: the default.")  # the file is gone
 
 
 def test_the_table_has_every_trial_and_what_came_of_it():

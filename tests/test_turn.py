@@ -1,4 +1,4 @@
-"""A turn's hand-over: text becomes tokens on its caller's thread, the engine takes a few at a time."""
+"""A turn's text becomes tokens on the caller's thread, and the engine takes a few at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qwen_megakernel.turn import MAX_BLOCK, RequestError, Turn
 
 
 class Feed:
-    """A token for each character; `-` is held back until something follows it."""
+    """A feed with a token for each character. `-` is held back until another character follows."""
 
     def __init__(self):
         self.texts = []
@@ -64,7 +64,7 @@ def test_text_keeps_its_order(stage):
 
 
 def test_empty_text_costs_nothing(stage):
-    """A flood of it neither fills memory nor keeps the engine busy, nor does it start a clock."""
+    """A flood of empty text neither fills memory nor keeps the engine busy, and starts no clock."""
     for _ in range(10_000):
         stage.turn.append("")
     assert (stage.feed.texts, stage.wakes, stage.turn.has_text) == ([], 0, False)

@@ -1,4 +1,4 @@
-"""Turns and pages: a turn begins when all that it can come to need is free, and then never waits."""
+"""Turns and pages: a turn begins when all pages that it can need are free, and then never waits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwen_megakernel.synth.config import shape_config
 
 TEXT = "The quick brown fox jumps over the lazy dog."
 SHORT = GenerationParams(seed=1, min_frames=60, max_frames=60)
-"""60 frames and a short prompt: one page."""
+"""Parameters of a turn that needs one page: 60 frames and a short prompt."""
 UNBOUNDED = GenerationParams(seed=1)
 
 
@@ -29,7 +29,7 @@ def memory_for(num_slots: int, num_pages: int) -> int:
 
 @pytest.fixture(scope="module")
 def tts(tiny_base):
-    """Four slots, and pages for one turn of the greatest length and a half."""
+    """A decoder with four slots, and pages for one and a half turns of the greatest length."""
     with TTSDecoder.load(tiny_base, num_slots=4, memory=memory_for(4, 18)) as loaded:
         assert loaded._engine._backend.kv_cache.num_pages == 18
         yield loaded
@@ -75,7 +75,7 @@ def test_a_text_that_may_grow_reserves_the_longest_utterance_until_it_ends(tts):
 
 
 def test_a_turn_that_finds_no_page_waits_before_it_begins(tts):
-    """Two texts that may grow take all pages; slots are free, and the next turn waits for pages."""
+    """Two texts that may grow take all pages. Slots are free, and the next turn waits for pages."""
     growing = [Listener() for _ in range(2)]
     turns = [tts.open_turn(TEXT, sink=each, params=UNBOUNDED) for each in growing]
     for listener in growing:
@@ -83,7 +83,7 @@ def test_a_turn_that_finds_no_page_waits_before_it_begins(tts):
     assert reserved(tts) == [9, 9]
     waiting = Listener()
     tts.open_turn(TEXT, sink=waiting, ended=True, params=SHORT)
-    while tts.capacity().num_free:  # a slot without pages is none
+    while tts.capacity().num_free:  # a slot without pages does not count as free
         time.sleep(0.001)
     assert (tts.capacity().num_queued, tts.num_active) == (1, 2)
     turns[0].cancel()

@@ -1,4 +1,4 @@
-"""A path that the server does not serve: the answer says which paths it does serve."""
+"""For a path that the server does not serve, the answer names the paths that it serves."""
 
 import asyncio
 import json

@@ -152,7 +152,7 @@ def test_file_contents_are_checked(tensors, metadata, match, tmp_path):
 
 
 def test_file_metadata_is_what_the_format_says(tmp_path):
-    """Files that users keep: a change here needs a new version."""
+    """Users keep these files: a change of the format needs a new version."""
     path = tmp_path / "v.safetensors"
     icl("hello").save(path)
     data = path.read_bytes()

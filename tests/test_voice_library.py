@@ -1,4 +1,4 @@
-"""The voice library of a real server: recordings good and bad, and speech that goes on meanwhile."""
+"""The voice library of a real server: good and bad recordings, and speech that goes on meanwhile."""
 
 import io
 import json
@@ -25,7 +25,7 @@ CONSENT = "my own voice"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, recording):
-    """With a voice of the operator."""
+    """A folder with a voice of the operator."""
     folder = tmp_path_factory.mktemp("library") / "voices"
     folder.mkdir()
     shutil.copy(recording, folder / "rms.wav")
@@ -234,8 +234,8 @@ def test_one_of_many_that_take_a_name_gets_it(server):
 
 
 def test_cloning_stalls_nobodys_speech(server, report):
-    """Sound keeps coming while each of three recordings is encoded. Where the machine has the time to
-    speak much faster than is heard, a listener with two seconds in hand hears no gap either."""
+    """Sound keeps coming while each of three recordings is encoded. If the machine is much faster than
+    real time, a listener with two seconds in hand hears no gap either."""
     recording = file_of(buzz(29))
     headers = {"Authorization": f"Bearer {TOKEN}"}
     arrivals, clones = [], []

@@ -98,7 +98,7 @@ def until_text(page, selector, pattern):
 
 
 def heard(page):
-    """Seconds of sound that came."""
+    """Seconds of sound that the page has got."""
     until_text(page, "#length", r"[1-9]")
     return float(page.inner_text("#length").removesuffix(" s"))
 
@@ -251,7 +251,7 @@ def test_a_bad_recording_is_told(page, tmp_path):
 
 
 def test_without_https_it_speaks_and_says_why_there_is_no_microphone(browser, server):
-    """Under a name that is not this machine's, as from another machine."""
+    """The page under a name that is not this machine's, as from another machine."""
     with watched_page(browser, f"http://{ELSEWHERE}:{server.port}/") as page:
         enter(page)
         assert page.evaluate("isSecureContext") is False

@@ -1,4 +1,4 @@
-"""Packed weights against what the kernel's tensor-core instruction reads, emulated lane by lane."""
+"""Packed weights against an emulation, lane by lane, of the kernel's tensor-core instruction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qwen_megakernel.decoding.weight_packing import (
 
 
 def multiply(packed: torch.Tensor, rows: int, k: int, splits: bool, x: torch.Tensor) -> torch.Tensor:
-    """W x from packed items, as csrc/gemv.cuh walks them: item, warp, chunk, lane, register."""
+    """W x from packed items, in the order of csrc/gemv.cuh: item, warp, chunk, lane, register."""
     parts = split_of(rows, k) if splits else 1
     strips = rows // 16
     items = packed.reshape(parts, strips, NUM_WARPS, -1, 32, 4, 2)

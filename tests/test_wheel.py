@@ -1,4 +1,4 @@
-"""The wheel: what is in it, and that it speaks where there is no checkout."""
+"""The wheel: its contents, and speech with it without a checkout."""
 
 import os
 import shutil
@@ -20,9 +20,9 @@ from qwen_megakernel import __version__
 
 BUILT_FROM = (
     "pyproject.toml", "README.md", "LICENSE", "requirements.txt",
-    "qwen_megakernel", "pipecat_client", "csrc", "demo_voice",
+    "qwen_megakernel", "pipecat_client", "csrc", "demo_voice", "deploy",
 )  # fmt: skip
-"""All that a wheel is built from."""
+"""Everything from which a wheel is built."""
 PLACES = {
     "qwen_megakernel": "qwen_megakernel",
     "pipecat_client": "pipecat_client",
@@ -81,7 +81,7 @@ def environment_with(wheel: Path, folder: Path) -> Path:
 
 
 def files_of(folder: str) -> set[str]:
-    """Relative to `folder`, without what Python keeps there."""
+    """The files relative to `folder`, without Python's caches."""
     found = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.*")}
     return {name for name in found if "__pycache__" not in name and (ROOT / folder / name).is_file()}
 
@@ -105,10 +105,11 @@ def test_says_what_it_needs(wheel):
     metadata = metadata_of(wheel)
     assert metadata["Version"] == __version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"server", "pipecat"}
+    assert set(metadata.get_all("Provides-Extra")) == {"server", "pipecat", "ray"}
     needed = metadata.get_all("Requires-Dist")
     assert all("extra ==" in line for line in needed)
-    for extra, package in (("server", "torch"), ("server", "starlette"), ("pipecat", "pipecat-ai")):
+    of_extras = (("server", "torch"), ("server", "starlette"), ("pipecat", "pipecat-ai"), ("ray", "ray"))
+    for extra, package in of_extras:
         assert [line for line in needed if line.startswith(package) and f'extra == "{extra}"' in line], (
             extra,
             package,

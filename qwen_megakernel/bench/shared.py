@@ -43,7 +43,7 @@ VOICES = 8
 ALONE_S = 3.0
 """For which the other program is counted without voices."""
 _START_S = 180.0
-_TAIL_S = 1.0
+_TAIL_S = 2.0
 """Between the end of the voices and the end of their run, at most."""
 HEADER = (
     "beside", "sharing", "turns", "TTFB p50 / p95 / p99 / max, ms", "TTFA p50 / p95 / p99 / max, ms",

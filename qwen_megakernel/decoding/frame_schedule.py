@@ -1,7 +1,7 @@
 """The exchanges of a kernel's frame, by name, as a built kernel lists them (csrc/frame_exchanges.cuh).
 
-An exchange is what the kernel's CTAs publish under one tag. A frame has a few hundred, in a fixed order.
-The watchdog, the bench and the tests name them by this list.
+An exchange is the set of values that the kernel's CTAs publish under one tag. A frame has a few hundred
+exchanges, in a fixed order. The watchdog, the bench and the tests name them by this list.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Exchange:
     predictor_pass: int
     """Pass p ends with the row at position p, 0 to 15. Pass c + 1 begins with code c. -1: the talker."""
     layer: int
-    """Of the model. A head comes after the last; a code and a projection come before the first."""
+    """The model's layer. A head comes after the last one; a code and a projection before the first."""
     step: str
     """qkv, attention, out, gate_up, down, head, projection or code."""
 

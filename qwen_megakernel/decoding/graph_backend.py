@@ -1,14 +1,15 @@
 """The PyTorch backend as CUDA graphs: the decoder of a GPU that the frame kernel cannot serve.
 
-`TorchBackend` launches thousands of operations a frame, and the host needs far longer to launch them
-than the GPU to run them. Here no shape and no address depends on the streams. A frame is three graphs:
+`TorchBackend` launches thousands of operations a frame, and the host takes far longer to launch them
+than the GPU takes to run them. Here no shape and no address depends on the streams. A frame is three
+graphs:
 
     noise     the Philox draws of the frame
     talker    one row of each stream through the layers, and the head; a graph for each reach
     codes     16 draws with the predictor's passes between them, and the next rows; a graph for usual
               sampling, and one for every sampling
 
-Without a GPU the same functions run as they are, which is how they are tested.
+Without a GPU the same functions run directly, so tests need no GPU.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ from qwen_megakernel.model.talker import Talker
 from qwen_megakernel.prompt.shared_rows import SharedRows
 
 REACHES = (256, 512, 1024, 2048)
-"""Positions that a talker graph attends over; one more graph reaches all positions of a slot. A frame
-takes the shortest that covers its longest stream."""
+"""Positions over which each talker graph attends. One more graph covers all positions of a slot. A frame
+takes the shortest graph that covers its longest stream."""
 USUAL_TOP_K = 64
-"""The usual graph of the codes keeps at most so many codes by top-k, or all, and knows no top-p. The
-other one sorts the whole vocabulary."""
+"""The graph for usual sampling keeps at most so many codes by top-k, or all codes, and has no top-p. The
+other graph sorts the whole vocabulary."""
 
 
 class GraphBackend(TorchBackend):
     """`TorchBackend` with fixed shapes: on a GPU, CUDA graphs. It draws the same codes.
 
-    Every frame has `max_batch` rows. Rows without a stream of their own repeat the first stream: they
-    compute and store the same values again. The results of a row do not depend on the others.
+    Every frame has `max_batch` rows. Rows without a stream repeat the first stream: they compute and
+    store the same values again. A row's results do not depend on the other rows.
     """
 
     def __init__(
@@ -78,10 +79,10 @@ class GraphBackend(TorchBackend):
         Args:
             talker, talker_config, predictor_config, num_slots, max_positions, max_batch, num_pages: see
                 `TorchBackend`.
-            progress: told how long the capture takes.
+            progress: called with a line that says how long the capture took.
 
         Raises:
-            ValueError: a number out of range.
+            ValueError: a number is out of range.
             RuntimeError: CUDA cannot capture an operation.
         """
         super().__init__(
@@ -103,9 +104,9 @@ class GraphBackend(TorchBackend):
 
     @torch.inference_mode()
     def _reserve_frame(self) -> None:
-        """What a frame reads and writes. Graphs hold the addresses."""
+        """Allocate what a frame reads and writes. The graphs hold these addresses."""
         for tensor in self.kv_cache.tensors.values():
-            tensor.zero_()  # rows that nobody has written are multiplied by zero: they must be numbers
+            tensor.zero_()  # unwritten rows are multiplied by zero, so they must be finite
         n, hidden = self.max_batch, self._config.hidden_size
         sizes = self._config.vocab_size, self._predictor_config.vocab_size
 
@@ -113,10 +114,10 @@ class GraphBackend(TorchBackend):
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
         self._state = zeros(6, n, dtype=torch.int64)
-        """Slots, positions, frames, frames without EOS, low and high words of seeds, of each row."""
+        """Each row's slot, position, frame, frames without EOS, and the seed's low and high word."""
         self._text = zeros(n, hidden, dtype=self._dtype)
         self._next_rows = zeros(self.num_slots, hidden, dtype=self._dtype)
-        """By slot: what its next frame runs, before the text row is added."""
+        """The input row of each slot's next frame, before the text row is added."""
         self._noises = zeros(n, sizes[0]), zeros(n, NUM_CODEBOOKS - 1, sizes[1])
         self._hidden = zeros(n, hidden, dtype=self._dtype)
         self._logits = zeros(n, sizes[0])
@@ -136,12 +137,12 @@ class GraphBackend(TorchBackend):
             )
             for size in sizes
         )
-        """Of talker and predictor; overwritten when a frame's parameters are others than before."""
+        """Parameters of talker and predictor, overwritten when a frame's differ from the last ones."""
         self._sampled: tuple[tuple[SamplingParams, ...], ...] = ()
 
     @torch.inference_mode()
     def _capture(self) -> int:
-        """Make what a frame runs; returns how many graphs that is."""
+        """Capture what a frame runs. Returns the number of graphs."""
         pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
 
         def captured(run: Callable[[], None]) -> Callable[[], None]:
@@ -155,7 +156,7 @@ class GraphBackend(TorchBackend):
         self._code_runs = {usual: captured(partial(self._draw_codes, usual)) for usual in (True, False)}
         return 1 + len(self._talker_runs) + len(self._code_runs)
 
-    # --- the frame, by tensors alone ------------------------------------------------------------
+    # --- the frame, on tensors only -------------------------------------------------------------
 
     def _compute_noise(self) -> None:
         seeds, frames = self._state[4:].T, self._state[2]
@@ -253,7 +254,7 @@ class GraphBackend(TorchBackend):
         noise: Tensor | None,
         forced_codes: Tensor | None = None,
     ) -> None:
-        """One frame, from arguments as `decode_frame` takes them to the tensors of `_reserve_frame`."""
+        """Run one frame: from the arguments of `decode_frame` to the tensors of `_reserve_frame`."""
         check_decode(self, slots, self._streams, text_rows, self._config.hidden_size)
         streams = [self._streams[slot] for slot in slots]
         state = [
@@ -282,7 +283,7 @@ class GraphBackend(TorchBackend):
             stream.frame += 1
 
     def _fill(self, buffer: Tensor, rows: Tensor) -> Tensor:
-        """Copy rows to the front of a buffer of `max_batch`, and the first one to the rest of it."""
+        """Copy rows to the front of a buffer of `max_batch` rows, and the first row to the rest."""
         rows = self._to_device(rows)
         buffer[: len(rows)].copy_(rows)
         buffer[len(rows) :].copy_(rows[:1].expand(len(buffer) - len(rows), *rows.shape[1:]))
@@ -290,11 +291,11 @@ class GraphBackend(TorchBackend):
 
     def _to_device(self, rows: Tensor) -> Tensor:
         if self._on_gpu and rows.device.type == "cpu":
-            rows = rows.pin_memory()  # a copy from other memory would wait for the frame that runs
+            rows = rows.pin_memory()  # a copy from pageable memory would wait for the running frame
         return rows.to(self._device, non_blocking=True)
 
     def _load_sampling(self, params: tuple[GenerationParams, ...]) -> None:
-        """The sampling parameters of a frame's streams, if they are not there already."""
+        """Copy the sampling parameters of a frame's streams, if they have changed."""
         of_parts = (tuple(p.talker for p in params), tuple(p.predictor for p in params))
         if of_parts == self._sampled:
             return
@@ -319,7 +320,7 @@ class GraphBackend(TorchBackend):
 
 
 def _every_sampling(batch: SamplingBatch, noise: Tensor) -> SamplingBatch:
-    """The same parameters, of any top-k up to the vocabulary, which is noise's last dimension; top-p."""
+    """The same parameters for any top-p, and any top-k up to the vocabulary (noise's last dimension)."""
     return replace(batch, max_top_k=noise.shape[-1], uses_top_p=True)
 
 
@@ -332,19 +333,20 @@ def _attend_to_all(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Ten
         mask: [n, 1, 1, reach], added to the scores.
 
     Returns:
-        As q.
+        The shape of q.
     """
-    # The query heads of a group share their keys: they can stand in for positions.
+    # The query heads of a group share their keys, so attention can take them as positions.
     grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
     mask = mask.expand(-1, keys.shape[1], grouped.shape[2], -1)
     return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(q.shape)
 
 
 def _same_attention(device: torch.device) -> sdpa_kernel | nullcontext:
-    """On a GPU: attention that takes keys in order, block by block.
+    """On a GPU, select attention that takes keys in order, block by block.
 
-    Keys beyond a stream's own then add zeros, and its result is the same for every reach, that is,
-    however long the other streams are. A kernel that divides the keys among blocks rounds by reach.
+    Keys after a stream's own then add zeros, and its result is the same for every reach: it does not
+    depend on the length of the other streams. A kernel that divides the keys among blocks would round
+    differently for each reach.
     """
     if device.type == "cpu":
         return nullcontext()

@@ -412,6 +412,6 @@ class MegakernelBackend:
         return self._file.exchanges(num_streams)
 
     def _describe(self, exchange: int, num_streams: int) -> str:
-        """Where in the frame an exchange is."""
+        """The place of an exchange in the frame."""
         known = self.exchanges(num_streams)
         return str(known[exchange]) if exchange < len(known) else "after the frame"

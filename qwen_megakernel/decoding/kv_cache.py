@@ -34,7 +34,7 @@ class KeptRows:
     keys: Tensor
     """[layers, kv_heads, n, head_dim], as stored."""
     values: Tensor
-    """Of the same shape."""
+    """The same shape, as stored."""
 
 
 class CachedRows:

@@ -1,8 +1,8 @@
-"""Who has which pages of a cache: the accounting, without the memory.
+"""Which slot has which pages of a cache: the accounting, without the memory.
 
-A page holds `PAGE_POSITIONS` rows of one stream: what one item of the frame kernel's attention covers.
+A page holds `PAGE_POSITIONS` rows of one stream: the rows of one item of the frame kernel's attention.
 All pages that a slot may come to need are reserved when its stream starts, so no stream can run out of
-them later. What it turns out not to need is given back early.
+them later. Pages that it will not need are given back early.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class OutOfPages(RuntimeError):
 
 
 def pages_for(positions: int) -> int:
-    """Pages that hold so many positions."""
+    """The number of pages that hold so many positions."""
     return -(-positions // PAGE_POSITIONS)
 
 
@@ -28,25 +28,26 @@ class PageTable:
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._free = list(range(num_pages))
-        """In order."""
+        """The free pages, in order."""
         self._taken: dict[int, list[int]] = {}
 
     @property
     def num_free(self) -> int:
-        """Pages that no slot has."""
+        """The number of pages that no slot has."""
         return len(self._free)
 
     def of(self, slot: int) -> list[int]:
-        """A slot's pages; none where nothing is reserved."""
+        """A slot's pages; empty if it has none."""
         return self._taken.get(slot, [])
 
     def reserve(self, slot: int, positions: int) -> list[int]:
-        """Give a slot that has none the pages for so many positions.
+        """Give a slot that has no pages those for so many positions.
 
-        They follow each other where such pages are free: PyTorch then reads them without a copy.
+        They follow each other if such pages are free: PyTorch then reads them without a copy.
 
         Raises:
-            ValueError: the slot has pages; OutOfPages: too few are free.
+            ValueError: the slot has pages already.
+            OutOfPages: too few pages are free.
         """
         if slot in self._taken:
             raise ValueError(f"slot {slot} has pages already")
@@ -59,7 +60,7 @@ class PageTable:
         return self._taken[slot]
 
     def _find_run(self, count: int) -> int:
-        """Where in the free pages the first `count` begin that follow each other; 0 if none do."""
+        """The index of the first `count` free pages that follow each other; 0 if there are none."""
         free = self._free
         for start in range(len(free) - count + 1):
             if free[start + count - 1] - free[start] == count - 1:
@@ -67,13 +68,13 @@ class PageTable:
         return 0
 
     def shrink(self, slot: int, positions: int) -> None:
-        """Give back the pages of a slot that are behind so many positions."""
+        """Give back the pages of a slot after the first so many positions."""
         pages = self._taken[slot]
         self._give_back(pages[pages_for(positions) :])
         del pages[pages_for(positions) :]
 
     def free(self, slot: int) -> None:
-        """Give back all pages of a slot; nothing happens where it has none."""
+        """Give back all pages of a slot, if it has any."""
         self._give_back(self._taken.pop(slot, []))
 
     def _give_back(self, pages: list[int]) -> None:

@@ -1,8 +1,8 @@
 """Long prompts through the talker in PyTorch: a CUDA graph for up to 128 rows at a time.
 
-The frame kernel takes eight rows a launch and reads all weights for each launch. From a few dozen
-rows on it is faster to read them once. The graph has keys and values of its own, as many as it can
-look back over: a slot's rows are copied in before it runs, and the new rows out after.
+The frame kernel takes eight rows a launch and reads all weights for each launch. From a few dozen rows
+on it is faster to read them once. The graph has keys and values of its own, for all positions over
+which it attends. A slot's rows are copied in before it runs, and the new rows are copied out afterwards.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from qwen_megakernel.model.fused_layers import JoinedLayer, joined_rope
 from qwen_megakernel.model.talker import Talker, mrope_tables
 
 ROWS = 128
-"""Rows of a run; fewer take as long."""
+"""Rows of a run. A run with fewer rows takes as long."""
 REACHES = (256, 1024)
-"""Positions that a graph looks back over, its own rows included: a graph for most prompts, and one for
-the longest. Fewer keys take less time: 2.6 ms with 256, 3.2 ms with 1024 (H200, 0.6B shape)."""
+"""Positions over which each graph attends, its own rows included: one graph for most prompts, and one
+for the longest. Fewer keys take less time: 2.6 ms with 256, 3.2 ms with 1024 (H200, 0.6B shape)."""
 
 
 class TalkerPrefill:
@@ -38,19 +38,19 @@ class TalkerPrefill:
         kv_cache: KvCache,
         layers: Sequence[JoinedLayer] | None = None,
     ) -> None:
-        """Join the weights; on a GPU, capture the graphs.
+        """Join the weights. On a GPU, capture the graphs.
 
         Args:
-            talker: its layers are read, and their weights kept.
-            config: the talker's.
-            kv_cache: of the weights' dtype and device.
-            layers: the talker's layers where they are joined already.
+            talker: its layers are read, and their weights are kept.
+            config: of the talker.
+            kv_cache: has the weights' dtype and device.
+            layers: the talker's layers, if they are joined already.
         """
         self._config, self._kv_cache = config, kv_cache
         self._layers = layers or [JoinedLayer(layer, config) for layer in talker.model.layers]
         device, dtype = kv_cache.device, kv_cache.dtype
         self.num_keys = min(REACHES[-1], max(kv_cache.max_positions, ROWS))
-        """Positions that a run can reach; it needs ROWS of them from its first on."""
+        """Positions that a run can reach. It needs ROWS positions from its first one on."""
         shape = (config.num_layers, config.num_kv_heads, self.num_keys, config.head_dim)
         self._keys, self._values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self._rows = torch.zeros(1, ROWS, config.hidden_size, dtype=dtype, device=device)
@@ -58,13 +58,13 @@ class TalkerPrefill:
         self._axes = torch.arange(self.num_keys, device=device)
         self._cos, self._sin = joined_rope(*mrope_tables(config, self._axes.expand(3, -1)), dtype)
         self._runs: dict[int, Callable[[], None]] = {}
-        """By reach, from the shortest on."""
+        """The runs by reach, the shortest first."""
         for reach in sorted({min(reach, self.num_keys) for reach in REACHES}):
             run = partial(self._forward, reach)
             self._runs[reach] = capture(run, device).replay if device.type == "cuda" else run
 
     def fits(self, begin: int) -> bool:
-        """Whether rows from position `begin` on can be run."""
+        """Whether a run can begin at position `begin`."""
         return begin + ROWS <= self.num_keys
 
     @torch.inference_mode()
@@ -72,7 +72,7 @@ class TalkerPrefill:
         """Compute the keys and values of rows and store them.
 
         Args:
-            slot: of the cache; its positions before `begin` are filled.
+            slot: of the cache. Its positions before `begin` are filled.
             rows: [n, hidden], 1 to ROWS of them.
             begin: the first row's position; see `fits`.
         """
@@ -84,12 +84,12 @@ class TalkerPrefill:
         self._kv_cache.store(slot, begin, self._keys[:, :, begin:end], self._values[:, :, begin:end])
 
     def _forward(self, reach: int) -> None:
-        """`_rows` at `_begin` and after, through all layers; rows beyond those given are ignored."""
+        """Run `_rows`, which begin at `_begin`, through all layers. Unused rows are ignored."""
         positions = self._begin + self._axes[:ROWS]
         rope = self._cos[None, positions], self._sin[None, positions]
         mask = torch.zeros(ROWS, reach, dtype=self._rows.dtype, device=self._rows.device)
         mask.masked_fill_(self._axes[:reach] > positions[:, None], -torch.inf)
-        # The query heads of a group share their keys, so attention takes them as more rows.
+        # The query heads of a group share their keys, so attention takes them as additional rows.
         mask = mask.repeat(self._config.num_heads // self._config.num_kv_heads, 1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Keys and values of prompt beginnings that many turns share: a voice in a language.
 
-A turn then starts with the rows that are its own. The beginning is always prefilled separately,
-whether it is kept already or not, so a turn's codes do not depend on the turns before it.
+A turn then prefills only its own rows. The beginning is always prefilled separately, even if it is not
+kept yet, so a turn's codes do not depend on earlier turns.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from qwen_megakernel.decoding.kv_cache import KeptRows, KvCache
 from qwen_megakernel.prompt.shared_rows import SharedRows
 
 CAPACITY = 32
-"""Beginnings kept; the least recently used is dropped first."""
+"""The number of beginnings that are kept. The least recently used is dropped first."""
 MAX_ROWS = 4096
-"""Rows of all of them, 0.47 GB at the 0.6B shape; one beginning is always kept."""
+"""The most rows of all beginnings together, 0.47 GB at the 0.6B shape. One beginning is always kept."""
 
 
 class PrefixCache:
@@ -26,12 +26,12 @@ class PrefixCache:
         self._kept: OrderedDict[SharedRows, KeptRows] = OrderedDict()
 
     def begin(self, slot: int, shared: SharedRows | None, compute: Callable[[int], None]) -> int:
-        """Put a slot's shared rows into its first positions; returns how many there are.
+        """Put a slot's shared rows into its first positions. Returns their number.
 
         Args:
             slot: of the cache.
-            shared: None where nothing is shared.
-            compute: prefills that many of the prompt's rows; called if they are not kept yet.
+            shared: None if the prompt shares no rows.
+            compute: prefills so many of the prompt's first rows. Called if they are not kept yet.
         """
         if shared is None:
             return 0
@@ -41,7 +41,7 @@ class PrefixCache:
         return shared.count
 
     def restore(self, slot: int, shared: SharedRows) -> bool:
-        """Write the kept rows into a slot's first positions; False where none are kept."""
+        """Write the kept rows into a slot's first positions. Returns False if none are kept."""
         kept = self._kept.get(shared)
         if kept is None:
             return False

@@ -1,4 +1,4 @@
-"""The decoder backend in plain PyTorch: the specification of the frame kernel, and its oracle."""
+"""The decoder backend in plain PyTorch: the frame kernel's specification and its reference in tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from qwen_megakernel.prompt.shared_rows import SharedRows
 
 @dataclass(slots=True)
 class Frame:
-    """All that a frame computes, for tests and comparisons; `launch` returns the codes alone."""
+    """All that a frame computes, for tests and comparisons. `launch` returns only the codes."""
 
     codes: Tensor
     """int64 [n, 16]."""
@@ -46,7 +46,7 @@ class Frame:
 
 @dataclass(slots=True)
 class _Stream:
-    """The live state of a slot, beside its sampling history."""
+    """The live state of a slot, without its sampling history."""
 
     params: GenerationParams
     position: int
@@ -85,12 +85,12 @@ class TorchBackend:
             talker_config, predictor_config: of the same checkpoint.
             num_slots: streams that can be live; None is `max_batch`.
             max_positions: prompt rows plus frames of a stream.
-            max_batch: the most streams that one frame decodes. On a GPU every frame takes as long as one
-                of so many.
+            max_batch: the most streams that one frame decodes. On a GPU every frame takes as long as a
+                full one.
             num_pages: of the cache; None is as many as all slots can need.
 
         Raises:
-            ValueError: a number out of range.
+            ValueError: a number is out of range.
         """
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}, allowed: at least 1")
@@ -270,7 +270,7 @@ class TorchBackend:
         noise: Tensor,
         forced_codes: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The 15 passes.
+        """Run the predictor's 15 passes.
 
         Args:
             hidden: [n or max_batch, hidden].
@@ -313,13 +313,13 @@ class TorchBackend:
         return torch.stack(codes, dim=1), sums[:n], torch.stack(logits, dim=1)
 
     def _embed(self, codebook: int, codes: Tensor, num_rows: int) -> Tensor:
-        """Embeddings [num_rows, hidden] of a codebook's codes int64 [n]; rows beyond n are padding."""
+        """Embeddings [num_rows, hidden] of a codebook's codes int64 [n]. Rows after n are padding."""
         codes = F.pad(codes, (0, num_rows - len(codes))) if len(codes) < num_rows else codes
         return self._embeddings[codebook].index_select(0, codes)
 
 
 def _attend(cached: CachedRows | ScatteredRows, position: int) -> Attend:
-    """Attention of rows at `position` and after over all up to them; stores their keys and values."""
+    """Attention of rows from `position` on over all rows up to them. Stores their keys and values."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal_attention(q, *cached.extend(layer, position, k, v))

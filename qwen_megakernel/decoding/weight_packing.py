@@ -22,7 +22,7 @@ CHUNK_K = 16
 
 
 def split_of(rows: int, k: int) -> int:
-    """Parts that k is cut into: two where rows alone would leave half of a big GPU idle."""
+    """The number of parts of k: two if the strips of rows alone would leave half of a big GPU idle."""
     return 2 if rows <= 64 * STRIP_ROWS and k >= 1024 else 1
 
 
@@ -31,8 +31,8 @@ def fragments(weight: Tensor, *, quads: bool = False) -> Tensor:
 
     Args:
         weight: [rows, k], both multiples of 16.
-        quads: whether a lane's four values of a row are neighbours. They are in down. Its operand comes
-            from strips of eight rows, so that four neighbours come from one CTA.
+        quads: whether a lane's four values of a row are neighbours, as in down. The operand of down
+            comes from strips of eight rows, so that four neighbours come from one CTA.
 
     Returns:
         [rows / 16, k / 16, 256]: lane by lane (g = lane / 4, t = lane % 4) the values of rows g and
@@ -65,13 +65,13 @@ def pack_product(weight: Tensor, *, splits: bool = False, quads: bool = False) -
 
 
 def interleave_gate_up(gate: Tensor, up: Tensor) -> Tensor:
-    """Rows of gate and up in turns of eight, so that one strip has both halves of a SwiGLU."""
+    """Eight rows of gate and eight of up by turns, so that one strip has both halves of a SwiGLU."""
     pairs = torch.stack([gate.reshape(-1, 8, gate.shape[1]), up.reshape(-1, 8, up.shape[1])], dim=1)
     return pairs.reshape(-1, gate.shape[1])
 
 
 def with_norm(weight: Tensor, norm: RMSNorm) -> Tensor:
-    """W diag(gamma): what makes W (gamma * x) of x. Rounded to the weights' type, once a weight.
+    """W diag(gamma), which turns x into W (gamma * x). Each weight is rounded once, to its own type.
 
     Args:
         weight: [rows, hidden].
@@ -113,7 +113,7 @@ def pack_qk_norms(layers: Iterable[DecoderLayer]) -> Tensor:
 
 
 def known_qkv(layer: DecoderLayer, rows: Tensor) -> Tensor:
-    """Queries, keys and values that a layer makes of rows known beforehand, rounded as the kernel does.
+    """A layer's queries, keys and values for rows that are known in advance, rounded as in the kernel.
 
     Args:
         layer: bf16.

@@ -12,10 +12,18 @@ from torch import Tensor
 
 from qwen_megakernel.config import FRAME_S, MAX_UTTERANCE_FRAMES, GenerationParams, Guards
 from qwen_megakernel.engine.slot_order import ENOUGH_TOKENS, Owner
-from qwen_megakernel.prompt.builder import Prompt
-from qwen_megakernel.prompt.parts import PromptParts
+from qwen_megakernel.prompt.builder import Prompt, PromptBuilder
+from qwen_megakernel.prompt.parts import PartFeed, PromptParts, max_part_tokens
 from qwen_megakernel.prompt.voice import Voice
-from qwen_megakernel.turn import Audio, Finished, FinishReason, Sink, Turn, TurnEvent
+from qwen_megakernel.turn import (
+    Audio,
+    Finished,
+    FinishReason,
+    RequestError,
+    Sink,
+    Turn,
+    TurnEvent,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +38,7 @@ segment do not reach it."""
 
 @dataclass(frozen=True, slots=True)
 class TurnRequest:
-    """What a turn is made of besides its text."""
+    """All that a turn needs besides its text."""
 
     voice: Voice
     language: str = "auto"
@@ -41,9 +49,27 @@ class TurnRequest:
     chunk_frames: int | None = None
     """Frames a chunk; None is `CHUNK_RAMP`."""
     max_lead_s: float | None = None
-    """Seconds of audio that the turn may be ahead of its playback; None is no limit."""
+    """Seconds by which the generated audio may be ahead of its playback; None is no limit."""
     owner: Owner = ()
     """Whom the turn is for: owners take turns where slots are short."""
+
+    def check(self, text: str, end: bool) -> None:
+        """Raise `RequestError` for what no model can speak; `end` says that the text is complete."""
+        if end and not text.strip():
+            raise RequestError("bad_request", "the text is empty")
+        if self.chunk_frames is not None and self.chunk_frames < 1:
+            raise RequestError("bad_request", f"chunk_frames is {self.chunk_frames}, allowed: 1 up")
+
+
+def open_feed(prompts: PromptBuilder, request: TurnRequest, max_positions: int) -> PartFeed:
+    """What turns the text of a turn into tokens, on its caller's thread."""
+    streaming = prompts.streams(request.streaming)
+    num_fixed = prompts.count_fixed_rows(
+        request.voice, request.language, instruct=request.instruct, streaming=streaming
+    )
+    room = max_positions - num_fixed
+    max_tokens = max_part_tokens(request.params.guards, room, streaming=streaming)
+    return PartFeed(prompts.open_feed(), prompts.tokenizer, max_tokens)
 
 
 @dataclass(slots=True)
@@ -78,9 +104,9 @@ class ActiveTurn:
         self.opened_at = time.monotonic()
         self.slot: int | None = None
         self.slot_since = 0.0
-        """When it got its slot, if it has one."""
+        """When the turn got its slot; meaningless without a slot."""
         self.part = 0
-        """The number of the text's part that is spoken."""
+        """The number of the part of the text that is being spoken."""
         self.prefilled = False
         """Whether the slot holds this part's prompt."""
         self.reserved = 0
@@ -88,19 +114,19 @@ class ActiveTurn:
         self.gives_back = False
         """Whether the slot is for others when this part ends; see `end_utterance`."""
         self.reason: FinishReason = "stop"
-        """Why the first part ended that did not end by `stop`."""
+        """The reason of the first part that did not end with `stop`."""
         self._cut_off: str | None = None
         self._room = 0
         self._part_start = 0
         """Frames of earlier parts."""
         self.num_fed = 0
-        """Frames launched, without those that are discarded because their part was over."""
+        """Launched frames. Discarded ones, whose part was already over, do not count."""
         self.num_frames = 0
         """Frames whose audio has been delivered."""
         self.last_fed = False
         """Whether the last frame is launched: the turn only waits for its audio."""
         self.ready_at = math.inf
-        """When the turn may decode, as `refresh` has found."""
+        """When the turn may decode; `refresh` sets it."""
         self._pending: list[np.ndarray] = []
         self._num_chunks = 0
         self._num_samples = 0
@@ -127,7 +153,7 @@ class ActiveTurn:
 
     @property
     def scant(self) -> bool:
-        """Whether the part would soon wait for text: it is incomplete, and little of it is here."""
+        """Whether the part would soon wait for text: it is incomplete and has few tokens so far."""
         return not self.prompt.ended and self.prompt.num_text_tokens < ENOUGH_TOKENS
 
     @property
@@ -151,9 +177,9 @@ class ActiveTurn:
             self.parts.end()
 
     def begin_part(self, room: int, now: float) -> None:
-        """The slot holds the prompt, and has so many positions left.
+        """Note that the slot holds the prompt and has `room` positions left.
 
-        If playback has run dry meanwhile, it goes on from here.
+        If playback has run dry in the meantime, its clock starts anew here.
         """
         self.prefilled, self._room = True, room
         if self._first_audio_at is not None:
@@ -162,15 +188,15 @@ class ActiveTurn:
     def end_utterance(self) -> None:
         """Let the turn speak the tokens that it has, and then give its slot back.
 
-        Later text is another part, also the end of a word that may be incomplete.
+        Later text becomes another part. So does a last word that may be incomplete.
         """
         self.parts.cut()
         self.gives_back = True
 
     def end_part(self, reason: FinishReason) -> FinishReason | None:
-        """The speech of a part has ended; why the turn ends, None if the next part follows.
+        """End a part. Returns the reason for which the turn ends, or None if another part follows.
 
-        The reason of a turn is the first that is not `stop`.
+        A turn's reason is the first one of its parts that is not `stop`.
         """
         at_callers_limit = self.num_frames == self.request.params.max_frames
         if self.reason == "stop":
@@ -198,7 +224,7 @@ class ActiveTurn:
         self._late_since, self._late_s = None, 0.0
 
     def refresh(self, now: float) -> None:
-        """Find out when the turn may decode, after something of it has changed."""
+        """Compute `ready_at` again after the turn has changed."""
         if self.last_fed:
             self.ready_at = math.inf
             return
@@ -206,7 +232,7 @@ class ActiveTurn:
         wait_s = self.wait_s(now)
         self.mark_idle(wait_s > 0 and not self.in_flight, now)
         if wait_s > 0:
-            self.hand_out()  # audio held for a fuller chunk is not held while the turn waits
+            self.hand_out()  # the turn waits: do not hold its audio for a fuller chunk
         self.ready_at = now + wait_s if self.prefilled else math.inf
 
     def deadline(self, now: float, first_frame_s: float) -> float:
@@ -219,17 +245,17 @@ class ActiveTurn:
 
     @property
     def idle(self) -> bool:
-        """Whether the turn is marked as one that cannot run."""
+        """Whether the turn is marked as unable to run."""
         return self._idle_since is not None
 
     @property
     def in_real_time(self) -> bool:
-        """Whether somebody listens meanwhile; otherwise it is to be as fast as possible."""
+        """Whether somebody listens while the turn is made. Otherwise it runs as fast as possible."""
         return self.request.max_lead_s is not None
 
     @property
     def num_prompt_rows(self) -> int:
-        """Rows of the part's prompt that no other turn may have prefilled."""
+        """Rows of the part's prompt that it cannot share with another turn."""
         return self.prompt.num_rows - self.prompt.shared.count
 
     def lead_s(self, now: float) -> float:
@@ -259,8 +285,8 @@ class ActiveTurn:
     def wait_s(self, now: float) -> float:
         """Seconds until this turn may decode; infinity while its text is late or it is held.
 
-        A turn that gives its slot back is neither held nor limited in its lead: others wait for it,
-        and few words are left to say.
+        A turn that gives its slot back is neither held nor limited in its lead: others wait for the
+        slot, and few words are left to say.
         """
         if self.text_late or (self.turn.held and not self.gives_back):
             return math.inf
@@ -289,14 +315,14 @@ class ActiveTurn:
             self._late_s, self._late_since = late_s, None
 
     def late_for_s(self, now: float) -> float:
-        """Seconds for which this utterance has held the slot without text for it, in all."""
+        """Seconds in all for which this utterance has held the slot while it had no text."""
         return self._late_s + (now - self._late_since if self._late_since is not None else 0.0)
 
     def most_positions(self, limit: int) -> int:
-        """Positions that the slot may come to hold, at most `limit`: the prompt's rows and all frames.
+        """The most positions that the slot can come to hold: prompt rows and frames, at most `limit`.
 
-        While more text may come, that is an utterance of the greatest length. Parts of a text of which
-        each token takes a row are of different lengths, so they may need all there is.
+        While more text may come, an utterance of the greatest length is assumed. Where each token of
+        the text takes a row, the parts differ in length and may need all positions.
         """
         prompt, params = self.prompt, self.request.params
         complete = prompt.ended and not self.parts.has_next
@@ -307,12 +333,12 @@ class ActiveTurn:
             frames = min(frames, budget)
         if params.max_frames is not None:
             frames = min(frames, params.max_frames - self._part_start)
-        # A text may end when more frames are launched than its budget has: then one more is.
+        # The text may end when more frames are launched than its budget allows. One more follows then.
         frames = max(frames, self.num_fed - self._part_start + 1)
         return min(limit, prompt.num_rows + frames)
 
     def feed(self) -> Tensor | None:
-        """Count a frame as launched; its text row [hidden], None for a part's first, which has none."""
+        """Count a frame as launched. Returns its text row [hidden]; None for a part's first frame."""
         row = self.prompt.next_text_row() if self.begun else None
         if row is not None:
             self.prompt.advance()
@@ -321,7 +347,7 @@ class ActiveTurn:
         return row
 
     def _frame_limit(self) -> int:
-        """What `num_fed` may be while this part is spoken."""
+        """The highest `num_fed` that this part may reach."""
         params = self.request.params
         limit = min(self._room, MAX_UTTERANCE_FRAMES)
         budget = params.guards.budget(self.prompt.num_text_tokens)
@@ -331,7 +357,7 @@ class ActiveTurn:
         return limit if params.max_frames is None else min(limit, params.max_frames)
 
     def add_frame(self, samples: np.ndarray) -> None:
-        """Take a frame's audio, float32 [1920]; hand out a chunk when one is full."""
+        """Add a frame's audio, float32 [1920], and hand out the chunk if it is full."""
         self.num_frames += 1
         self._pending.append(samples)
         size = self.request.chunk_frames or CHUNK_RAMP[min(self._num_chunks, len(CHUNK_RAMP) - 1)]
@@ -339,7 +365,7 @@ class ActiveTurn:
             self.hand_out()
 
     def hand_out(self) -> None:
-        """Give the sink all audio that it has not been given."""
+        """Give the sink all audio that it has not received yet."""
         if not self._pending:
             return
         samples = np.concatenate(self._pending)
@@ -385,3 +411,9 @@ def emit(turn: Turn, sink: Sink, event: TurnEvent) -> None:
     except Exception:
         log.exception("a turn's sink failed; the turn is cancelled")
         turn.cancel()
+
+
+def finish_unopened(turn: Turn, sink: Sink, reason: FinishReason, error: str | None = None) -> None:
+    """Give the last event to the sink of a turn that has no prompt."""
+    turn.mark_finished()
+    emit(turn, sink, Finished(reason, 0, 0, 0.0, error))

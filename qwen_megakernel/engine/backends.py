@@ -58,7 +58,7 @@ def in_daemon_thread(function: Callable[..., _Made], *args: Any) -> Future[_Made
 
 
 def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no kernel can run, as far as can be told before they are built; None if they can."""
+    """Why no kernel can run, as far as that is known before the build; None if one can."""
     if device.type != "cuda":
         return "the kernels need a CUDA GPU"
     if dtype != torch.bfloat16:
@@ -71,12 +71,12 @@ def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def tuning_target(config: ModelConfig, device: torch.device, form: str = "auto") -> Target:
-    """What a tuning of the frame kernel must be of, to be used for a shape on a GPU.
+    """The target that a tuning of the frame kernel must match to be used for a shape on a GPU.
 
     Args:
         config: the shape.
         device: the GPU.
-        form: of the kernel, one of `build_tts.FORMS`.
+        form: the form of the kernel, one of `build_tts.FORMS`.
 
     Raises:
         BuildError: the GPU or the shape cannot have the kernel.
@@ -114,8 +114,8 @@ class Backends:
 
         Args:
             name: one of `BACKENDS`.
-            config: the checkpoint's.
-            device, dtype: where and in what it will run.
+            config: of the checkpoint.
+            device, dtype: where the model will run, and in which number format.
             progress: called with a line for each step, from any thread.
             sms: streaming multiprocessors that a frame takes; None is all, or what `tune` has chosen.
 
@@ -236,7 +236,7 @@ class Backends:
             try:
                 made = kernel(self._built(part))
             except torch.OutOfMemoryError:
-                raise  # PyTorch needs as much
+                raise  # PyTorch needs just as much memory
             except (BuildError, RuntimeError, OSError, ValueError) as error:
                 self._refuse(_KERNELS[part], " ".join(str(error).split()))
             else:
@@ -251,7 +251,7 @@ class Backends:
             try:
                 made = graphs()
             except torch.OutOfMemoryError:
-                raise  # eager PyTorch needs as much
+                raise  # eager PyTorch needs just as much memory
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
             else:
@@ -284,14 +284,14 @@ class Backends:
 
 
 def _forget_layers(talker: Talker) -> None:
-    """Free the weights that the kernel has its own copy of."""
+    """Free the weights of which the kernel has its own copy."""
     predictor = talker.code_predictor
     talker.model.layers = predictor.model.layers = predictor.lm_head = nn.ModuleList()
     torch.cuda.empty_cache()
 
 
 def memory_refusal(device: torch.device, sizes: CacheSizes) -> str:
-    """The error message for a GPU whose memory did not suffice for caches of these sizes."""
+    """The error message for a GPU that has too little memory for caches of these sizes."""
     free, total = (size / 1e9 for size in torch.cuda.mem_get_info(device))
     return (
         f"the GPU has too little memory: {free:.1f} of {total:.1f} GB are left, and the caches take "

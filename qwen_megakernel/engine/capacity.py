@@ -1,4 +1,4 @@
-"""What the engine can take: its slots, the turns that wait for one, and how long a turn keeps one."""
+"""The engine's load: its slots, the turns that wait for one, and how long a turn keeps one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 _FIRST_GUESS_S = 3.0
-"""Seconds that a turn keeps its slot, before any was seen."""
+"""Seconds that a turn is assumed to keep its slot, before any has been measured."""
 _WINDOW_PER_SLOT = 4
-"""Turns of each slot that the mean remembers."""
+"""The mean covers about so many turns for each slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +19,16 @@ class Capacity:
     num_free: int
     """Slots that no turn holds."""
     num_queued: int
-    """Turns that have text and no slot; cancelled ones are left out."""
+    """Turns that have text and no slot. Cancelled ones do not count."""
     slot_s: float
-    """Seconds that a turn keeps its slot, on average."""
+    """Mean time in seconds for which a turn keeps its slot."""
 
 
 class SlotClock:
-    """The mean time that turns keep a slot, of those that gave theirs back and those that hold one.
+    """The mean time for which turns keep a slot, over turns that have ended and turns that hold one.
 
-    Those that hold one count with their time so far. Otherwise a few turns that never end would
-    look like slots that are free in a moment.
+    A turn that holds a slot counts with its time so far. Otherwise turns that never end would look
+    like slots that will soon be free.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -37,7 +37,7 @@ class SlotClock:
         self._total_s = _FIRST_GUESS_S * num_slots
 
     def add(self, held_s: float) -> None:
-        """A turn has given its slot back after so many seconds."""
+        """Add a turn that has given its slot back after `held_s` seconds."""
         kept = min(1.0, (self._window - 1) / self._count)
         self._count = kept * self._count + 1
         self._total_s = kept * self._total_s + held_s

@@ -26,33 +26,32 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
 from typing import cast
 
 import numpy as np
 import torch
 
+from qwen_megakernel.checkpoint import CheckpointError
 from qwen_megakernel.codec.interface import FrameCodec
 from qwen_megakernel.config import HOP
 from qwen_megakernel.decoding.interface import DecoderBackend
-from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest, emit
+from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest, finish_unopened, open_feed
 from qwen_megakernel.engine.capacity import Capacity, SlotClock
 from qwen_megakernel.engine.in_flight import FrameSlot, InFlightFrame
 from qwen_megakernel.engine.reference_states import ReferenceStates
 from qwen_megakernel.engine.reservations import Reservations
 from qwen_megakernel.engine.schedule import Schedule
 from qwen_megakernel.engine.slot_order import Owner, SlotOrder, num_before
+from qwen_megakernel.engine.standby import Standby, StandbyPlan
 from qwen_megakernel.prompt.builder import PromptBuilder
-from qwen_megakernel.prompt.parts import PartFeed, max_part_tokens
-from qwen_megakernel.turn import Finished, FinishReason, RequestError, Sink, Started, Turn
+from qwen_megakernel.turn import FinishReason, RequestError, Sink, Started, Turn
 
 log = logging.getLogger(__name__)
 
 LATE_TEXT_S = 0.5
-"""Seconds in all for which an utterance may hold a slot without text, while one turn waits for a
-slot. While two wait it is half of this, and so on."""
+"""An utterance may hold a slot without text for so long in all, divided by the turns that wait."""
 _SWEEP_S = 1.0
-"""Seconds after which the engine looks at turns that cannot run: some have waited too long for text."""
+"""Seconds between two looks at turns that cannot run. One that has waited too long for text ends."""
 _DECODER_FAILED = "the decoder has failed; the process must be restarted"
 
 
@@ -68,6 +67,7 @@ class Engine:
         eos_id: int,
         max_text_wait_s: float = 60.0,
         cpu_threads: int | None = None,
+        standby: Standby | None = None,
     ) -> None:
         """Start the engine's thread.
 
@@ -75,44 +75,44 @@ class Engine:
             backend: its slots are the turns that can speak at a time.
             codec: has the same number of slots.
             prompts: of the same checkpoint.
-            eos_id: code 0 that ends an utterance.
+            eos_id: the value of code 0 that ends an utterance.
             max_text_wait_s: a turn that waits longer than this for text ends as an error.
-            cpu_threads: threads that PyTorch computes with; None leaves it the choice.
+            cpu_threads: PyTorch's threads; None leaves the number to PyTorch.
+            standby: what is done while no turn is open; None does nothing.
         """
-        self._backend, self._codec, self._prompts, self._eos_id = backend, codec, prompts, eos_id
+        self._prompts, self._eos_id = prompts, eos_id
+        self.num_slots = backend.num_slots
+        """Turns that can hold a slot."""
+        self._max_positions = backend.max_positions
+        self.standby = standby or Standby(StandbyPlan(), None, prompts)
         self._max_text_wait_s = max_text_wait_s
         self._cpu_threads = cpu_threads
         self._references = ReferenceStates()
-        self._zero_row = torch.zeros_like(prompts.pad_row)
         self._free_slots = list(range(backend.num_slots))
-        self._slot_clock = SlotClock(backend.num_slots)
+        self._slot_clock = SlotClock(self.num_slots)
         self._slot_order = SlotOrder(backend.num_slots)
         self._opened: deque[tuple[Turn, TurnRequest, Sink]] = deque()
         self._news: deque[Turn] = deque()
-        """Turns that have text, a cancel or a hold to take."""
+        """Turns with new text, a cancel or a hold that the engine has not taken yet."""
         self._active: dict[Turn, ActiveTurn] = {}
-        """Those that wait and those that speak."""
+        """The turns that wait and the turns that speak."""
         self._sweep_at = 0.0
-        self._schedule, self._reservations = Schedule(backend.max_batch), Reservations(backend)
+        self._schedule, self._reservations = Schedule(backend.max_batch), Reservations(None)
+        self._use(backend, codec)
         self._num_prefilled = 0
-        """Rows of prompts in this tick."""
+        """Prompt rows that were prefilled in this tick."""
         self._waiting: list[ActiveTurn] = []
         self._speaking: list[ActiveTurn] = []
         self._pending_audio: InFlightFrame | None = None
-        """The frame whose codes are known and whose audio is not delivered."""
+        """The frame whose codes are known and whose audio is not delivered yet."""
         self._wake = threading.Event()
         self._open_lock = threading.Lock()  # no turn is opened once the engine has failed or closed
         self._closing = False
         self._cancel_all = False
         self.error: Exception | None = None
         """What stopped the engine; it serves no turn after that."""
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
-    @property
-    def num_slots(self) -> int:
-        """Turns that can hold a slot."""
-        return self._backend.num_slots
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
 
     @property
     def num_waiting(self) -> int:
@@ -124,22 +124,14 @@ class Engine:
         """Turns that hold a slot."""
         return len(self._speaking)
 
-    @property
-    def cpu_s(self) -> float:
-        """Seconds of CPU time that the engine's thread has taken; 0 where that is not known."""
-        ident = self._thread.ident
-        if ident is None or not self._thread.is_alive() or not hasattr(time, "pthread_getcpuclockid"):
-            return 0.0
-        return time.clock_gettime(time.pthread_getcpuclockid(ident))
-
     def capacity(self, owner: Owner = ()) -> Capacity:
-        """The load as it stands, for a new turn of `owner`; from any thread."""
+        """The current load, as a new turn of `owner` would meet it. Any thread may call it."""
         now, speaking = time.monotonic(), list(self._speaking)
         opened = [(t, request) for t, request, _ in list(self._opened) if t.first_text_at is not None]
         waiting = [(a.turn, a.request) for a in list(self._waiting) if a.ready and not a.scant]
         queue = [request.owner for turn, request in (*opened, *waiting) if not turn.cancelled]
         num_free = self._num_free()
-        num_slots = self._backend.num_slots if num_free or not self._free_slots else len(speaking)
+        num_slots = self.num_slots if num_free or not self._free_slots else len(speaking)
         return Capacity(
             num_slots=max(1, num_slots),
             num_free=num_free,
@@ -157,20 +149,17 @@ class Engine:
             end: whether the text is complete.
 
         Raises:
-            RequestError: a request that cannot be served, or no engine.
+            RequestError: the request cannot be served, or the engine has failed or is closed.
         """
         self._prompts.check(request.voice, request.language, instruct=request.instruct)
-        if end and not text.strip():
-            raise RequestError("bad_request", "the text is empty")
-        if request.chunk_frames is not None and request.chunk_frames < 1:
-            raise RequestError("bad_request", f"chunk_frames is {request.chunk_frames}, allowed: 1 up")
+        request.check(text, end)
         self._check_open()  # a turn that is refused costs no tokenising
 
         def tell() -> None:
             self._news.append(turn)
             self._wake.set()
 
-        turn = Turn(tell, self._open_feed(request))
+        turn = Turn(tell, open_feed(self._prompts, request, self._max_positions))
         turn.append(text)
         if end:
             turn.end()
@@ -179,16 +168,6 @@ class Engine:
             self._opened.append((turn, request, sink))
         self._wake.set()
         return turn
-
-    def _open_feed(self, request: TurnRequest) -> PartFeed:
-        """What turns the text of a turn into tokens, on its caller's thread."""
-        streaming = self._prompts.streams(request.streaming)
-        num_fixed = self._prompts.count_fixed_rows(
-            request.voice, request.language, instruct=request.instruct, streaming=streaming
-        )
-        room = self._backend.max_positions - num_fixed
-        max_tokens = max_part_tokens(request.params.guards, room, streaming=streaming)
-        return PartFeed(self._prompts.open_feed(), self._prompts.tokenizer, max_tokens)
 
     def _check_open(self) -> None:
         if self.error is not None:
@@ -205,13 +184,18 @@ class Engine:
             time.sleep(0.01)
         self._cancel_all = True
         self._wake.set()
-        self._thread.join()
+        self.thread.join()
 
     # -- the engine's thread ----------------------------------------------------------------
 
+    def _use(self, backend: DecoderBackend, codec: FrameCodec) -> None:
+        self._backend, self._codec = backend, codec
+        self._reservations.use(backend)
+        self._zero_row = torch.zeros_like(self._prompts.pad_row)
+
     def _run(self) -> None:
         if self._cpu_threads is not None:
-            torch.set_num_threads(self._cpu_threads)  # of this thread and of threads started later
+            torch.set_num_threads(self._cpu_threads)  # for this thread and for threads started later
         try:
             while True:
                 self._wake.clear()
@@ -227,9 +211,11 @@ class Engine:
             self._fail_all()
 
     def _tick(self) -> bool:
-        """One round; whether anything was computed."""
+        """Run one round. Returns whether it computed anything."""
         start = time.monotonic()
         self._take_opened()
+        if not self.standby.loaded:  # so no turn has a prompt
+            return False
         more_text = self._take_news()
         self._end_late_utterances()
         prefilled = self._prefill_waiting()
@@ -246,7 +232,11 @@ class Engine:
             turn, request, sink = self._opened[0]  # it counts as waiting while its prompt is made
             if turn.cancelled:
                 self._opened.popleft()
-                _finish_unopened(turn, sink, "cancelled")
+                finish_unopened(turn, sink, "cancelled")
+                continue
+            self.standby.end()
+            if self.standby.memory == "unloaded":
+                self._load_again()
                 continue
             try:
                 prompt = self._prompts.open(
@@ -258,7 +248,7 @@ class Engine:
             except Exception:
                 log.exception("a turn's prompt could not be made")
                 self._opened.popleft()
-                _finish_unopened(turn, sink, "error", "the prompt could not be made")
+                finish_unopened(turn, sink, "error", "the prompt could not be made")
                 continue
             with self._open_lock:
                 self._opened.popleft()
@@ -267,8 +257,8 @@ class Engine:
             self._news.append(turn)
 
     def _take_news(self) -> bool:
-        """Take the input of turns that have some, and look for those that wait too long; whether there
-        is more."""
+        """Take the input of turns that have some, and end those that have waited too long. Returns
+        whether more input is left."""
         now = time.monotonic()
         turns = dict.fromkeys(self._news.popleft() for _ in range(len(self._news)))
         if self._cancel_all:
@@ -284,7 +274,7 @@ class Engine:
         return bool(more)
 
     def _take_input(self, active: ActiveTurn) -> None:
-        """Take a turn's text and cancel; end the turn if that ends it."""
+        """Take a turn's new text and its cancel, and end the turn if it is over."""
         now = time.monotonic()
         if active.turn.cancelled or self._cancel_all:
             self._finish(active, "cancelled")
@@ -302,21 +292,21 @@ class Engine:
             self._finish(active, "error", f"no text for {self._max_text_wait_s:g} s")
 
     def _num_free(self) -> int:
-        """Slots that waiting turns can have now; from any thread.
+        """The number of slots that waiting turns can have now. Any thread may call it.
 
-        None, while the voices that speak leave no time for one more, or while there are too few pages.
+        It is 0 while the voices that speak leave no time for one more, or while there are too few pages.
         """
         free = self._free_slots and self._schedule.holds_one_more(list(self._speaking))
         return len(self._free_slots) if free and self._reservations.fit(list(self._waiting)) else 0
 
     def _late_limit_s(self) -> float:
-        """Seconds for which an utterance may hold a slot without text; infinity while none is needed."""
+        """Seconds for which an utterance may hold a slot without text; infinity if no slot is needed."""
         if not self._slot_order.num_missing(self._waiting, self._num_free()):
             return math.inf
         return LATE_TEXT_S / sum(a.ready for a in self._waiting)
 
     def _end_late_utterances(self) -> None:
-        """Get slots back from turns whose text is late, as many as other turns need."""
+        """Take slots back from turns whose text is late, as many as other turns need."""
         late = [a for a in self._speaking if a.text_late and not a.turn.has_text]
         limit_s = self._late_limit_s() if late else math.inf
         if limit_s == math.inf:
@@ -334,11 +324,11 @@ class Engine:
                 self._wait_again(active)
 
     def _prefill_waiting(self) -> bool:
-        """Prefill waiting turns into slots; whether one could be served.
+        """Prefill waiting turns into slots. Returns whether at least one turn was served.
 
-        As many as the next frame has room for, so that turns opened together speak together; but no
-        more than can be done before another turn's playback would run out. None follows one with scant
-        text: turns with enough may come meanwhile, and a row of prompts would delay them.
+        It fills the next frame, so that turns opened together speak together. It stops earlier if
+        another turn's playback would run out. It also stops after a turn with scant text: turns with
+        enough text may arrive, and more prompts would delay them.
         """
         self._num_prefilled = 0
         last = self._prefill_next()
@@ -351,17 +341,18 @@ class Engine:
         return True
 
     def _prefill_next(self) -> ActiveTurn | None:
-        """Prefill the next part of a turn that speaks, else the turn that gets a free slot. The turn
-        that was served, if there was one."""
+        """Prefill a part of a turn that speaks, else a turn that gets a slot. Returns it, if any."""
         active = next((a for a in self._speaking if not a.prefilled and a.ready), None)
-        ready = [a for a in self._waiting if a.ready]
-        if active is None and self._schedule.may_begin(ready, self._speaking, self._num_prefilled):
-            active = self._slot_order.choose(ready, self._num_free())
+        # A long queue costs a tick nothing while no slot is free.
+        if active is None and self._waiting and (num_free := self._num_free()):
+            ready = [a for a in self._waiting if a.ready]
+            if self._schedule.may_begin(ready, self._speaking, self._num_prefilled):
+                active = self._slot_order.choose(ready, num_free)
         if active is None:
             return None
         self._num_prefilled += active.num_prompt_rows
         rows = active.prompt.rows()
-        room = self._backend.max_positions - len(rows)
+        room = self._max_positions - len(rows)
         if room < 1:
             self._finish(active, "error", f"the text is too long: {len(rows)} rows of prompt")
             return active
@@ -369,7 +360,7 @@ class Engine:
         if active.slot is None:
             active.slot, active.slot_since = self._free_slots.pop(0), now
             self._reservations.reserve(active)
-            self._speaking.append(active)  # before it leaves `_waiting`: it must always be counted
+            self._speaking.append(active)  # before it leaves `_waiting`, so that it always counts
             self._waiting.remove(active)
         active.begin_part(room, now)
         self._schedule.note(active)
@@ -393,7 +384,7 @@ class Engine:
         return InFlightFrame(parts, frame, audio)
 
     def _read_codes(self, launched: InFlightFrame) -> None:
-        """Wait for a frame's codes: end turns that said EOS, mark those that end after its audio."""
+        """Wait for a frame's codes. End turns that gave EOS, and mark those that end after its audio."""
         for part, code0 in zip(launched.slots, launched.frame.codes()[:, 0].tolist(), strict=True):
             active = part.turn
             if part.over:
@@ -408,7 +399,7 @@ class Engine:
             self._hand_out()
 
     def _hand_out(self) -> bool:
-        """Wait for the pending audio and deliver it to its turns; whether there was any."""
+        """Wait for the pending audio and deliver it to its turns. Returns whether there was any."""
         pending, self._pending_audio = self._pending_audio, None
         if pending is None:
             return False
@@ -445,7 +436,7 @@ class Engine:
 
     def _wait_again(self, active: ActiveTurn) -> None:
         """Move a turn between two parts from its slot to the end of the queue."""
-        self._waiting.append(active)  # before it leaves `_speaking`: it must always be counted
+        self._waiting.append(active)  # before it leaves `_speaking`, so that it always counts
         self._leave_slot(active, cast("int", active.slot))
         active.wait_again()
         self._news.append(active.turn)
@@ -467,26 +458,43 @@ class Engine:
         self._slot_clock.add(time.monotonic() - active.slot_since)
 
     def _idle_timeout(self) -> float | None:
-        """Seconds until a turn may run without a call from outside; None when no turn is open."""
-        if not self._speaking and not self._waiting:
-            return None
+        """Seconds until a turn may run without a call from outside; without turns, see `_pass_time`."""
+        if not self._speaking and not self.num_waiting:
+            return self._pass_time()
         now = time.monotonic()
-        waits: Iterable[float] = (a.wait_s(now) for a in self._speaking)
+        waits = [a.wait_s(now) for a in self._speaking]
         return min([*waits, self._late_limit_s(), self._max_text_wait_s, 1.0])
+
+    def _pass_time(self) -> float | None:
+        """Do what is due while no turn is open; seconds until more is."""
+        due = self.standby.due(time.monotonic())
+        if due == "warm":
+            self.standby.warm(self._backend, self._codec)
+        elif due == "unload":
+            self._reservations.use(None)
+            self._references, self._pending_audio = ReferenceStates(), None
+            del self._backend, self._codec, self._zero_row
+            self.standby.unload()
+        return self.standby.wait_s(time.monotonic())
+
+    def _load_again(self) -> None:
+        """Load the model for the turns that were opened; where that fails, so do they."""
+        try:
+            self._use(*self.standby.load())
+        except CheckpointError as error:
+            with self._open_lock:
+                self._fail_opened(str(error))
+
+    def _fail_opened(self, message: str) -> None:
+        for turn, _, sink in self._opened:
+            finish_unopened(turn, sink, "error", message)
+        self._opened.clear()
 
     def _fail_all(self) -> None:
         """Tell every turn that the device is lost."""
         self._pending_audio = None
-        for turn, _, sink in self._opened:
-            _finish_unopened(turn, sink, "error", _DECODER_FAILED)
+        self._fail_opened(_DECODER_FAILED)
         for active in [*self._waiting, *self._speaking]:
             active.finish("error", _DECODER_FAILED)
-        self._opened.clear()
         self._waiting.clear()
         self._speaking.clear()
-
-
-def _finish_unopened(turn: Turn, sink: Sink, reason: FinishReason, error: str | None = None) -> None:
-    """Give the last event to the sink of a turn that has no prompt."""
-    turn.mark_finished()
-    emit(turn, sink, Finished(reason, 0, 0, 0.0, error))

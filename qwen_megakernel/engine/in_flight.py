@@ -16,7 +16,7 @@ class FrameSlot:
 
     turn: ActiveTurn
     part: int
-    """The part of the turn's text."""
+    """The number of the part of the turn's text."""
     text_exhausted: bool
     """Whether all of its text, EOS included, was fed by this frame."""
     ending: FinishReason | None
@@ -24,7 +24,7 @@ class FrameSlot:
 
     @property
     def over(self) -> bool:
-        """Whether nobody waits for the frame any more."""
+        """Whether the turn no longer needs the frame."""
         return self.turn.turn.finished or self.part != self.turn.part
 
 

@@ -1,4 +1,4 @@
-"""How a budget of memory is shared out: slots with their codec state, and pages for what they say."""
+"""Divide a budget of memory into slots, each with its codec state, and pages for keys and values."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from qwen_megakernel.decoding.kv_cache import KvCache
 from qwen_megakernel.decoding.pages import PAGE_POSITIONS, pages_for
 
 DEFAULT_BYTES = 5_800_000_000
-"""Of all caches. At the 0.6B shape in bf16 it holds 16 turns of the greatest length, and their state."""
+"""Bytes for all caches: 16 turns of the greatest length and their state, at the 0.6B shape in bf16."""
 USUAL_POSITIONS = 512
-"""Of a turn, where the number of slots follows from the memory: 40 s of speech."""
+"""Positions assumed for a turn when the number of slots is computed from the memory: 40 s of speech."""
 MOST_SLOTS = 256
-"""Where the number follows from the memory: small models would have thousands."""
+"""Limit on the number of slots computed from the memory: a small model would get thousands."""
 SLOTS_ON_A_CPU = 16
-"""Where neither is chosen: more turns than a CPU decodes in real time."""
+"""Slots on a CPU if neither slots nor memory are given: more turns than it decodes in real time."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSizes:
-    """What is reserved for turns."""
+    """The memory that is reserved for turns."""
 
     num_slots: int
     num_pages: int
@@ -33,7 +33,7 @@ class CacheSizes:
 
     @property
     def num_bytes(self) -> int:
-        """All of it."""
+        """The sum in bytes."""
         return self.num_pages * self.page_bytes + self.num_slots * self.slot_bytes
 
     def __str__(self) -> str:
@@ -53,18 +53,18 @@ def choose_sizes(
     memory: int | None = None,
     on_cpu: bool = False,
 ) -> CacheSizes:
-    """Slots and pages that fit.
+    """Choose how many slots and pages fit.
 
     Args:
-        config: the model's.
+        config: of the model.
         dtype: of the caches.
-        max_positions: of a turn; there are pages for one of this length at least.
+        max_positions: the most positions of a turn. There are pages for at least one such turn.
         num_slots: None is as many turns of `USUAL_POSITIONS` as fit, at most `MOST_SLOTS`.
-        memory: bytes of all; None is `DEFAULT_BYTES`.
-        on_cpu: whether None means `SLOTS_ON_A_CPU` instead.
+        memory: bytes for everything; None is `DEFAULT_BYTES`.
+        on_cpu: whether `SLOTS_ON_A_CPU` applies if `num_slots` and `memory` are None.
 
     Raises:
-        ValueError: it does not fit; one line.
+        ValueError: it does not fit. The message is one line.
     """
     budget = DEFAULT_BYTES if memory is None else memory
     page_bytes = KvCache.num_bytes(config.talker, PAGE_POSITIONS, dtype)
@@ -85,6 +85,6 @@ def choose_sizes(
 
 
 def _slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Of a slot whatever it says: the codec's state, the next row, the codes that it has produced."""
+    """Bytes of a slot besides its pages: the codec's state, the next row and its codes so far."""
     codec: int = sum(map(prod, ring_shapes(config.codec).values())) * dtype.itemsize
     return codec + 4 * config.talker.hidden_size + config.talker.vocab_size

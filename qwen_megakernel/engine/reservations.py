@@ -1,4 +1,4 @@
-"""Pages of the cache for turns: all that a turn can come to need is reserved before it begins."""
+"""Cache pages for turns: a turn reserves all pages that it can come to need before it begins."""
 
 from __future__ import annotations
 
@@ -10,34 +10,47 @@ from qwen_megakernel.engine.active_turn import ActiveTurn
 
 
 class Reservations:
-    """What each turn that holds a slot may come to need; it never waits for a page later."""
+    """The pages of each turn that holds a slot. A turn never waits for a page later."""
 
-    def __init__(self, backend: DecoderBackend) -> None:
-        self._kv_cache, self._max_positions = backend.kv_cache, backend.max_positions
+    def __init__(self, backend: DecoderBackend | None) -> None:
+        self._backend = backend
+
+    def use(self, backend: DecoderBackend | None) -> None:
+        """Reserve in this backend's cache; None: there is none, and no turn has a slot."""
+        self._backend = backend
 
     def fit(self, waiting: Iterable[ActiveTurn]) -> bool:
-        """Whether there are pages for whichever of these turns begins; from any thread.
+        """Whether there are enough pages for any of these turns to begin. Any thread may call it.
 
-        There are, when there are enough for the largest that has its text. If small ones went first,
-        they could keep it waiting for ever.
+        There must be enough for the largest turn that has its text. If small turns went first, they
+        could keep it waiting for ever.
         """
-        if self._kv_cache.can_reserve(self._max_positions):
+        backend = self._backend
+        if backend is None or backend.kv_cache.can_reserve(backend.max_positions):
             return True
-        needs = (a.most_positions(self._max_positions) for a in waiting if a.prompt.ready)
-        return self._kv_cache.can_reserve(max(needs, default=0))
+        needs = (a.most_positions(backend.max_positions) for a in waiting if a.prompt.ready)
+        return backend.kv_cache.can_reserve(max(needs, default=0))
 
     def reserve(self, active: ActiveTurn) -> None:
-        """Reserve for a turn that has just got a slot."""
-        active.reserved = active.most_positions(self._max_positions)
-        self._kv_cache.reserve(cast("int", active.slot), active.reserved)
+        """Reserve pages for a turn that has just got a slot."""
+        backend = self._in_use
+        active.reserved = active.most_positions(backend.max_positions)
+        backend.kv_cache.reserve(cast("int", active.slot), active.reserved)
 
     def shrink(self, active: ActiveTurn) -> None:
-        """Give back the pages that a turn with a complete text cannot come to need any more."""
-        positions = active.most_positions(self._max_positions)
-        if active.slot is not None and positions < active.reserved:
-            self._kv_cache.shrink(active.slot, positions)
+        """Give back pages that a turn with a complete text can no longer need."""
+        if active.slot is None:
+            return
+        positions = active.most_positions(self._in_use.max_positions)
+        if positions < active.reserved:
+            self._in_use.kv_cache.shrink(active.slot, positions)
             active.reserved = positions
 
     def free(self, slot: int) -> None:
         """Give back all pages of a slot."""
-        self._kv_cache.free(slot)
+        self._in_use.kv_cache.free(slot)
+
+    @property
+    def _in_use(self) -> DecoderBackend:
+        assert self._backend is not None
+        return self._backend

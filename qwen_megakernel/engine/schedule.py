@@ -11,28 +11,28 @@ from qwen_megakernel.engine.active_turn import ActiveTurn
 from qwen_megakernel.engine.pace import Pace
 
 FIRST_FRAME_TICKS = 2
-"""A first frame goes before the next frames of turns whose playback lasts longer than so many ticks."""
+"""A turn's first frame counts as due after so many ticks: turns with more audio left give way to it."""
 MOST_FIRST_FRAME_S = 0.05
 PATIENCE_S = 0.3
-"""Seconds for which a turn waits to be prefilled while another's playback would run out meanwhile."""
+"""Seconds for which a prefill waits because another turn's playback would run out during it."""
 HORIZON_S = 2.0
-"""Seconds for which the engine looks ahead, when it asks whether it can hold one more voice."""
+"""Seconds that the engine looks ahead when it decides whether it can hold one more voice."""
 
 
 class Schedule:
-    """The order of turns. What each may do is found out anew only after something of it has changed."""
+    """The order of turns. It looks at a turn again only after the turn has changed."""
 
     def __init__(self, max_batch: int) -> None:
-        """`max_batch`: the streams of a full frame."""
+        """`max_batch` is the number of streams in a full frame."""
         self.pace = Pace(max_batch)
         self._changed: dict[ActiveTurn, None] = {}
 
     def note(self, *turns: ActiveTurn) -> None:
-        """These turns may have become able or unable to decode."""
+        """Note that these turns may have become able or unable to decode."""
         self._changed.update(dict.fromkeys(turns))
 
     def choose(self, speaking: Iterable[ActiveTurn], most: int) -> list[ActiveTurn]:
-        """The turns to decode now, at most so many: those whose playback runs out first."""
+        """The turns to decode now, at most `most`: those whose playback runs out first."""
         now = time.monotonic()
         for active in self._changed:
             if active.slot is not None and not active.turn.finished:
@@ -46,17 +46,17 @@ class Schedule:
         return heapq.nsmallest(most, runnable, key=lambda a: a.deadline(now, first_s))
 
     def spare_s(self, speaking: Iterable[ActiveTurn], now: float) -> float:
-        """Seconds until the playback of a turn that can decode would run out, less its frame's."""
+        """Seconds until the first playback of a turn that can decode runs out, less a frame's time."""
         leads = (a.lead_s(now) for a in speaking if a.ready_at <= now and a.begun)
         return min(leads, default=math.inf) - FIRST_FRAME_TICKS * self.pace.tick_s
 
     def may_begin(
         self, waiting: Sequence[ActiveTurn], speaking: Iterable[ActiveTurn], num_prefilled: int
     ) -> bool:
-        """Whether one of these turns may be prefilled now, whichever it is.
+        """Whether any one of these turns may be prefilled now.
 
-        The longest prompt must leave everybody's playback going, or one must have waited for long
-        enough. `num_prefilled` rows were prefilled in this tick.
+        Either the longest prompt lets nobody's playback run out, or a turn has waited for `PATIENCE_S`.
+        `num_prefilled` rows were prefilled in this tick.
         """
         if not waiting:
             return False
@@ -67,9 +67,9 @@ class Schedule:
         return not num_prefilled and any(now - a.started_at >= PATIENCE_S for a in waiting)
 
     def holds_one_more(self, speaking: Sequence[ActiveTurn]) -> bool:
-        """Whether one more voice would leave all in real time, by what frames have taken.
+        """Whether all voices stay in real time if one more joins, by the measured times of frames.
 
-        What a turn needs within `HORIZON_S` is less by its lead.
+        A turn's lead reduces the audio that it needs within `HORIZON_S`.
         """
         if (most := self.pace.num_voices) is None:
             return True

@@ -1,12 +1,12 @@
 """Who gets the next slot, and how many slots are missing.
 
-A turn has enough text if its text is complete, or if `ENOUGH_TOKENS` of it are here. Such turns come
-before the others, which would stop after a few frames and hold a slot without a use for it. The
-last quarter of the slots is for them alone.
+A turn has enough text if its text is complete, or if it has `ENOUGH_TOKENS`. Such turns come before
+the others, which would stop after a few frames and hold a slot without using it. The last quarter of
+the slots is for turns with enough text alone.
 
 Among equals, owners take turns. An owner is a path, from the widest account to the narrowest: a token,
 an address, a connection. Accounts of one level take turns, and so do the accounts within each of
-them. An account that has no turn waiting joins behind those that have one.
+them. An account whose first turn begins to wait joins behind those that have one waiting.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Owner = tuple[Hashable, ...]
 
 
 class WaitingTurn(Protocol):
-    """A turn without a slot, as far as its place in the queue goes."""
+    """A turn without a slot: what decides its place in the queue."""
 
     @property
     def owner(self) -> Owner:
@@ -47,13 +47,13 @@ class SlotOrder:
 
     def __init__(self, num_slots: int) -> None:
         self._num_reserved = num_slots // 4
-        """Slots that a turn with scant text does not get."""
+        """Slots that only turns with enough text get."""
         self._places: dict[Owner, int] = {}
-        """Of each account that has a turn waiting; the lowest is next."""
+        """The place of each account that has a turn waiting; the lowest is next."""
         self._numbers = count()
 
     def choose(self, waiting: Sequence[AnyTurn], num_free: int) -> AnyTurn | None:
-        """The turn that gets a free slot now, if there is one. Its owner joins behind the others."""
+        """The turn that gets a free slot now, if any. Its owner joins behind the others."""
         if not num_free:
             return None
         ready = [turn for turn in waiting if turn.ready]
@@ -77,10 +77,10 @@ class SlotOrder:
                 self._places[account] = next(self._numbers)
 
     def num_missing(self, waiting: Sequence[WaitingTurn], num_free: int) -> int:
-        """Slots that must be given back for turns that wait.
+        """The number of slots that must be given back for turns that wait.
 
-        One for each turn with enough text that finds none free. Turns with scant text need one at a
-        time: they would all speak at once otherwise, and those with enough text would wait for them.
+        Each turn with enough text needs one, unless one is free. Turns with scant text get one at a
+        time. Otherwise they would all speak at once, and turns with enough text would wait for them.
         """
         ready = [turn for turn in waiting if turn.ready]
         num_enough = sum(not turn.scant for turn in ready)
@@ -94,16 +94,21 @@ def num_before(owner: Owner, queue: Iterable[Owner]) -> int:
     """How many of the turns that wait get a slot before a new turn of `owner`.
 
     Args:
-        owner: of the new turn.
-        queue: owners of those that wait and have enough text.
+        owner: the owner of the new turn.
+        queue: owners of the turns that wait and have enough text.
     """
-    queue = list(queue)
-    if not owner:
-        return len(queue)
-    own = [other[1:] for other in queue if other[:1] == owner[:1]]
-    before = num_before(owner[1:], own)
-    others = Counter(other[:1] for other in queue if other[:1] != owner[:1])
-    return before + sum(min(num, before + 1) for num in others.values())
+    same, others = 0, [Counter[Owner]() for _ in owner]
+    for other in queue:
+        for level in range(len(owner)):
+            if other[level : level + 1] != owner[level : level + 1]:  # it may be nobody's: ()
+                others[level][other[level : level + 1]] += 1
+                break
+        else:
+            same += 1
+    before = same
+    for counts in reversed(others):  # accounts of one level take turns
+        before += sum(min(num, before + 1) for num in counts.values())
+    return before
 
 
 def _accounts(owner: Owner) -> list[Owner]:

@@ -1,1 +1,1 @@
-"""What is installed on this machine: compiler, caches, files that come with the package, tunings."""
+"""The installation on this machine: compiler, caches, files that come with the package, tunings."""

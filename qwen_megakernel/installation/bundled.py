@@ -1,6 +1,6 @@
 """Folders that come with the package: the kernels' sources and the demonstration voice.
 
-A checkout has them beside the package, an installed package inside it. Standard library only.
+In a checkout they lie beside the package, and in an installed package inside it. Standard library only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,6 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def bundled_folder(name: str) -> Path:
-    """The folder `csrc` or `demo_voice`; it may be missing where neither place has it."""
+    """The folder `csrc` or `demo_voice`. It may be missing in both places."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name

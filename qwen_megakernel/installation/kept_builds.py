@@ -34,7 +34,7 @@ def seal(product: Path, facts: dict[str, str]) -> None:
 
 
 def strip(product: Path) -> None:
-    """Leave of a build only what a server needs."""
+    """Delete everything of a build that a server does not need."""
     for path in product.parent.iterdir():
         if path not in (product, ptx_of(product), _checksum_file(product), product.parent / FACTS):
             path.unlink()
@@ -64,7 +64,7 @@ def is_whole(product: Path) -> bool:
 
 @contextmanager
 def locked(path: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Hold an exclusive lock; it ends with the process, however that ends."""
+    """Hold an exclusive lock. The system releases it when the process ends, for whatever reason."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""Settings of the frame kernel that `tune` found faster on a GPU, kept beside the built kernels.
+"""Settings of the frame kernel that `tune` has found faster on a GPU, kept beside the built kernels.
 
-A setting changes a frame's time and never its codes. Standard library only, so that `doctor` can read
-the files.
+A setting changes the time of a frame and never its codes. Standard library only, so that `doctor` can
+read the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qwen_megakernel.installation.build_environment import cache_folder
 
 SCHEMA = 1
 DEFAULT_L2_SHARE = 0.5
-"""Part of L2 for the weights that every pass of the predictor reads again (docs/experiments.md)."""
+"""The part of L2 for the weights that every pass of the predictor reads again (docs/experiments.md)."""
 _PREFIX = "tuning-"
 
 Report = Callable[[str], None]
@@ -30,11 +30,11 @@ class Setting:
     """Settings of a frame kernel that do not change its codes. None is the default."""
 
     ring_slots: int | None = None
-    """Slots of 4 KB of the weight ring; the default is the sources'."""
+    """Slots of 4 KB in the weight ring; the sources have the default."""
     l2_share: float | None = None
-    """Part of L2 that is asked to keep weights of the predictor, 0 to 1; `DEFAULT_L2_SHARE`."""
+    """The part of L2, 0 to 1, that shall keep weights of the predictor; default `DEFAULT_L2_SHARE`."""
     grid: int | None = None
-    """CTAs of a launch; the default is one an SM."""
+    """CTAs of a launch; the default is one on each SM."""
 
     def __str__(self) -> str:
         names = {
@@ -49,22 +49,22 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a tuning belongs to. On another target it says nothing."""
+    """The GPU, form and kernel to which a tuning belongs. For any other target it says nothing."""
 
     gpu: str
-    """Name that the driver gives."""
+    """The driver's name for the GPU."""
     sms: int
     arch: str
     form: str
     """`large` or `small`."""
     geometry: str
-    """Of the default build: what `build_tts.geometry_header` says of shape and form."""
+    """Shape and form of the default build, from `build_tts.geometry_header`."""
     digest: str
-    """Of the default build: `build_tts.build_digest`."""
+    """`build_tts.build_digest` of the default build."""
 
     @property
     def path(self) -> Path:
-        """The file of this GPU, form and shape; other kernels of theirs have the same one."""
+        """The file for this GPU, form and shape. All versions of the kernels share it."""
         gpu = re.sub(r"\W+", "-", self.gpu)
         shape = re.findall(r"(?:kHidden|kLayers|kIntermediate|kVocab) = (\d+)", self.geometry)
         return cache_folder() / f"{_PREFIX}{gpu}-{self.form}-{'-'.join(shape)}.json"
@@ -72,12 +72,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """A setting that beat the default, and by how much."""
+    """A setting that is faster than the default, and by how much."""
 
     target: Target
     setting: Setting
     ratios: dict[str, tuple[float, float]]
-    """By number of streams: time of a frame over the default's, and its upper 95 % bound."""
+    """By number of streams: the time of a frame over that of the default, and its upper 95 % bound."""
 
     def __str__(self) -> str:
         gains = (
@@ -87,7 +87,7 @@ class Tuning:
         return f"{self.setting}; frames take less by {', '.join(gains)}"
 
     def save(self) -> Path:
-        """Write the file, whole or not at all; returns where. Raises `OSError`."""
+        """Write the file, whole or not at all. Returns its path. Raises `OSError`."""
         path = self.target.path
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -102,11 +102,11 @@ class Tuning:
 
 
 def read(path: Path) -> Tuning:
-    """The tuning of a file.
+    """Read a tuning from a file.
 
     Raises:
-        ValueError: it does not hold one; one line says why.
-        OSError: it cannot be read.
+        ValueError: the file holds no tuning; one line says why.
+        OSError: the file cannot be read.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -130,11 +130,11 @@ def _check_whole(name: str, value: Any, least: int, most: int) -> None:
 
 
 def find(target: Target, report: Report) -> Tuning | None:
-    """The tuning of exactly this target, or None.
+    """The tuning for exactly this target, or None.
 
     Args:
-        target: what runs.
-        report: told why a tuning that is there is not used.
+        target: the kernel that runs, and its GPU.
+        report: called with the reason if a tuning exists and is not used.
     """
     path = target.path
     try:
@@ -153,6 +153,6 @@ def find(target: Target, report: Report) -> Tuning | None:
 
 
 def kept(gpu: str, folder: Path | None = None) -> list[Path]:
-    """Files of tunings for a GPU's name, whatever kernels they are of."""
+    """Files of tunings for a GPU's name, for any kernel."""
     name = re.sub(r"\W+", "-", gpu)
     return sorted((folder or cache_folder()).glob(f"{_PREFIX}{name}-*.json"))

@@ -1,6 +1,6 @@
 """What to expect of a GPU: which kernels it runs, and how long a frame of the 0.6B shape takes.
 
-The figures are measured where a GPU has been measured, and else modelled from its published numbers.
+For some GPUs the figures are measured. For the others a model gives them from published numbers.
 docs/kernel.md has the model, its assumptions and the table of all known GPUs. Standard library only.
 """
 
@@ -10,19 +10,19 @@ import re
 from dataclasses import dataclass
 
 HIDDEN_SIZE, NUM_LAYERS = 1024, 28
-"""Of the talker of the 0.6B shape."""
+"""The talker of the 0.6B shape."""
 FRAME_GB = {1: 3.21, 8: 3.51}
-"""Bytes that a frame reads at position 200, by streams."""
+"""Gigabytes that a frame reads at position 200, by streams."""
 CHAIN_US = {1: 564.0, 8: 696.0}
 DRAWS_US = {1: 49.0, 8: 60.0}
-"""The chain of exchanges, and the draws, at `H200_GHZ`."""
+"""Times of the chain of exchanges and of the draws, at `H200_GHZ`."""
 H200_GHZ = 1.98
 MEMORY_SHARE = 0.92
-"""Of the published bandwidth, that a long read gets."""
+"""The part of the published bandwidth that a long read gets."""
 OVERLAP = 1.3
-"""Exponent with which memory and chain add up."""
+"""The exponent with which the times of memory and chain add up."""
 PREDICTOR_READS = 14
-"""Reads of the predictor's weights in a frame that find in L2 what the first one left there."""
+"""Reads of the predictor's weights in a frame that can find in L2 what the first read left there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class KnownGpu:
     """A GPU by its published numbers."""
 
     name: str
-    """Words that the driver's name for it contains."""
+    """Words in the driver's name for it."""
     arch: str
     sms: int
     memory_gb_s: float
@@ -38,14 +38,14 @@ class KnownGpu:
     """Boost clock."""
     l2_mb: float
     measured_ms: dict[int, float] | None = None
-    """A frame at position 200, by streams."""
+    """Time of a frame at position 200, by streams."""
 
     def frame_ms(self, streams: int, kept_mb: float) -> float:
-        """A modelled frame at position 200.
+        """The modelled time of a frame at position 200.
 
         Args:
             streams: 1 or 8.
-            kept_mb: of the predictor's weights, that stay in L2.
+            kept_mb: how much of the predictor's weights stays in L2.
         """
         read_gb = FRAME_GB[streams] - PREDICTOR_READS * kept_mb / 1000
         memory_us = 1e6 * read_gb / (MEMORY_SHARE * self.memory_gb_s)
@@ -54,7 +54,7 @@ class KnownGpu:
         return (both + DRAWS_US[streams] * slower) / 1000
 
     def expectation(self, streams: int) -> str:
-        """Such as `1.8 to 2.2 ms, modelled`: half of L2 keeps its lines, or nothing does."""
+        """A text such as `1.8 to 2.2 ms, modelled`: if half of L2 keeps its lines, or none of it."""
         if self.measured_ms is not None:
             return f"{self.measured_ms[streams]:.2f} ms, measured"
         low, high = (self.frame_ms(streams, kept) for kept in (self.l2_mb / 2, 0.0))
@@ -78,14 +78,14 @@ KNOWN_GPUS = (
 
 
 def find_gpu(name: str) -> KnownGpu | None:
-    """The known GPU that the driver calls by this name, such as `NVIDIA L4`; None for another one."""
-    if "Laptop" in name:  # a smaller chip under the same name
+    """The known GPU with this name of the driver, such as `NVIDIA L4`; None for an unknown one."""
+    if "Laptop" in name:  # a smaller chip with the same name
         return None
     return next((gpu for gpu in KNOWN_GPUS if re.search(rf"\b{gpu.name}\b", name)), None)
 
 
 def expected_frames(name: str) -> str | None:
-    """What to expect of the kernel on a GPU, in one line; None where the GPU is not known."""
+    """What to expect of the kernel on a GPU, in one line; None if the GPU is not known."""
     gpu = find_gpu(name)
     if gpu is None:
         return None

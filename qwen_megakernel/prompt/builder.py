@@ -31,6 +31,10 @@ from qwen_megakernel.prompt.voice import Voice
 from qwen_megakernel.turn import RequestError
 
 _MAX_CACHED_PREFIXES = 64
+_OF_THE_TALKER = (
+    "_talker", "_text_table", "_bos_row", "eos_row", "pad_row", "codec_pad_row", "_role_rows",
+)  # fmt: skip
+"""Attributes of a `PromptBuilder` that hold the device's memory."""
 _ROWS_AHEAD = 64
 """Text rows that are made together. Each frame uses one."""
 
@@ -163,8 +167,16 @@ class PromptBuilder:
         self, talker: Talker, config: ModelConfig, tokenizer: Tokenizer, *, clean_text: bool = True
     ) -> None:
         """`clean_text`: whether feeds drop what cannot be spoken (see docs/text.md)."""
-        self._talker, self._config, self._clean_text = talker, config, clean_text
+        self._config, self._clean_text = config, clean_text
         self.tokenizer = TextTokenizer(tokenizer)
+        self._newline = self.tokenizer.encode("\n")
+        self._keys = itertools.count()
+        self._prefixes: OrderedDict[tuple[int, str], _Prefix] = OrderedDict()
+        self.load(talker)
+
+    def load(self, talker: Talker) -> None:
+        """Make rows with this talker from now on."""
+        config, self._talker = self._config, talker
         weight = talker.codec_head.weight
         self._device, self._dtype = weight.device, weight.dtype
         # On a CPU the table takes longer to make than a thousand turns take to speak.
@@ -172,10 +184,14 @@ class PromptBuilder:
         special = self.text_rows([config.tts_bos_id, config.tts_eos_id, config.tts_pad_id])
         self._bos_row, self.eos_row, self.pad_row = special
         self.codec_pad_row = self._codec_rows([config.talker.codec_pad_id])[0]
-        self._newline = self.tokenizer.encode("\n")
         self._role_rows = self.text_rows([config.im_start_id, *self.tokenizer.encode("assistant\n")])
-        self._keys = itertools.count()
-        self._prefixes: OrderedDict[tuple[int, str], _Prefix] = OrderedDict()
+        self._num_role_rows = len(self._role_rows)
+
+    def unload(self) -> None:
+        """Forget the talker and all rows. What touches tensors needs `load` first."""
+        self._prefixes.clear()
+        for name in _OF_THE_TALKER:
+            self.__dict__.pop(name, None)
 
     def open_feed(self) -> TextFeed:
         """A feed that turns one turn's text into the tokens of its `Prompt`. It uses no tensors."""
@@ -230,7 +246,7 @@ class PromptBuilder:
         """Count the prompt rows that do not come from the turn's own text. Uses no tensors, as
         `check`."""
         tags = self._language_tags(voice, language.lower())
-        count = len(self._role_rows) + len(tags) + (voice.mode != "designed") + 1
+        count = self._num_role_rows + len(tags) + (voice.mode != "designed") + 1
         count += 1 if voice.ref_codes is None else 1 + len(voice.ref_codes)
         if instruct and instruct.strip():
             count += len(self._instruct_ids(instruct.strip()))

@@ -1,1 +1,1 @@
-"""The session core, the dialects that translate for it, their carriers, and the ASGI application."""
+"""Sessions, the dialects that translate for them, the carriers of both, and the ASGI application."""

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
 Headers = Iterable[tuple[bytes, bytes]]
-"""As ASGI gives them: lower-case names."""
+"""Headers as ASGI gives them: the names are lower-case."""
 _SCHEMES = (b"bearer", b"token")
-"""Of `Authorization` and `Sec-WebSocket-Protocol`. Deepgram's clients say Token."""
+"""Schemes in `Authorization` and `Sec-WebSocket-Protocol`. Deepgram's clients send Token."""
 _TOKEN_MARKS = {b"authorization": b" ", b"sec-websocket-protocol": b","}
-"""Headers with a scheme and a token, and what stands between them. A page cannot set headers of a
-WebSocket: it sends the token as a protocol."""
+"""Headers that hold a scheme and a token, and the separator between the two. A page cannot set the
+headers of a WebSocket, so it sends the token as a protocol."""
 _QUERY_NAMES = ("token", "api_key", "access_token")
 """Fields of a query that may hold the token. The last two are Cartesia's."""
 
@@ -30,16 +30,16 @@ class AccessRules:
     """What the command line allows."""
 
     host: str
-    """The address the server listens on."""
+    """The address on which the server listens."""
     tokens: Mapping[str, str] = field(default_factory=dict)
-    """Secrets by the names of their accounts; without one, nobody needs a token."""
+    """Secrets by the names of their accounts. If there are none, nobody needs a token."""
     allow_origins: frozenset[str] = frozenset()
     """Lower-case `scheme://host[:port]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An HTTP answer instead of what was asked for."""
+    """The HTTP answer to a request that may not pass."""
 
     status: int
     message: str
@@ -56,10 +56,10 @@ def is_loopback(host: str) -> bool:
 
 
 def client_address(peer: tuple[str, int] | None) -> str | None:
-    """What a client is counted by, from the address and the port of its socket.
+    """The address that a client counts under, from the address and the port of its socket.
 
-    An IPv4 address, or the first 64 bits of an IPv6 one, which is what a single customer has. None is
-    this machine: whoever comes through a proxy or a tunnel has its address.
+    It is an IPv4 address, or the first 64 bits of an IPv6 one, which is what a single customer has.
+    It is None for this machine: clients behind a local proxy or tunnel all have its address.
     """
     if peer is None or is_loopback(peer[0]):
         return None
@@ -96,7 +96,7 @@ def check_access(
 
 
 def find_token(rules: AccessRules, headers: Headers, query: bytes) -> str | None:
-    """The name of the account whose token a request has; None if it has none."""
+    """The name of the account whose token the request carries; None without a valid token."""
     fields = parse_qs(query.decode("latin-1"))
     offered = [value.encode() for name in _QUERY_NAMES for value in fields.get(name, [])]
     for name, value in headers:

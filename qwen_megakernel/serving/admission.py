@@ -1,10 +1,10 @@
 """Who is let in: the one place that decides about connections, and about turns that want a slot.
 
-Connections are limited in number: in all, of an address, and of a token. For turns, the engine reports
-what it can take. A turn that would get a slot within `max_queue_s` is let in, and is not refused
-later. Any other is refused at once, with the time after which it would be let in. Tokens, addresses and
-connections take turns in the engine (`engine.slot_order`), so a turn does not count all those that
-another has in the queue. A cancelled turn no longer counts.
+The number of connections is limited in all, for each address, and for each token. For turns, the engine
+reports its load. A turn that would get a slot within `max_queue_s` is let in, and is not refused later.
+Any other is refused at once, with the time after which it would be let in. Tokens, addresses and
+connections take turns in the engine (`engine.slot_order`). So the predicted wait leaves out turns of
+others that a new turn will overtake. A cancelled turn no longer counts.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
     from qwen_megakernel.engine.capacity import Capacity
 
 MIN_RETRY_S = 1.0
-"""Sooner than this nobody is asked to come back."""
+"""The shortest time, in seconds, after which a client is asked to come back."""
 
 
 class NotAdmitted(Exception):
-    """A client that cannot be served now; `str()` of it says why. The carrier refuses the connection."""
+    """A client cannot be served now; `str()` says why. The carrier refuses the connection."""
 
     def __init__(self, message: str, *, own_limit: bool = False, retry_after_s: int = 5) -> None:
-        """`own_limit`: the client's address or token has too many connections; otherwise the server is
-        busy."""
+        """`own_limit`: whether the client's address or token has too many connections. Otherwise the
+        server is busy."""
         super().__init__(message)
         self.own_limit, self.retry_after_s = own_limit, retry_after_s
 
 
 class Client(Protocol):
-    """A connected client, as far as it is counted."""
+    """A connected client: what decides how it is counted."""
 
     address: str | None
-    """What it is counted by with others; None is counted by nothing."""
+    """The address that it counts under; None counts under no address."""
     token: str | None
-    """The name of its token, which is counted too."""
+    """The name of the token that it counts under; None counts under no token."""
 
     @property
     def num_turns(self) -> int:
@@ -47,22 +47,22 @@ class Client(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """What the command line decides about admission."""
+    """The limits that the command line sets."""
 
     max_connections: int = 64
     max_connections_per_address: int = 32
     max_turns_per_address: int = 32
-    """Waiting or speaking at a time."""
+    """Turns that wait or speak at a time."""
     max_connections_per_token: int = 0
-    """0 is no limit, here and in the next."""
+    """0 is no limit, here and in the next field."""
     max_turns_per_token: int = 0
     max_queue_s: float = 10.0
-    """Seconds that a turn may have to wait for a slot, by prediction."""
+    """The longest predicted wait for a slot, in seconds, with which a turn is let in."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Account:
-    """Clients that are counted together, and how much they may have; 0 is no limit."""
+    """An address or a token, and the limits that its clients share; 0 is no limit."""
 
     kind: str
     key: str
@@ -82,7 +82,7 @@ class Admission:
         """Count a connection until `leave`.
 
         Raises:
-            NotAdmitted: all connections are taken, or all of its address or its token.
+            NotAdmitted: the server, the address or the token has no connection left.
         """
         if len(self._clients) >= self.limits.max_connections:
             raise NotAdmitted(f"all {self.limits.max_connections} connections are taken")
@@ -98,7 +98,7 @@ class Admission:
             self._by_account[account].add(client)
 
     def leave(self, client: Client) -> None:
-        """Count a connection no longer. A second call does nothing."""
+        """Stop counting a connection. A second call does nothing."""
         self._clients.discard(client)
         for account in self._accounts(client):
             self._by_account[account].discard(client)
@@ -127,7 +127,7 @@ class Admission:
             )
 
     def _accounts(self, client: Client) -> list[_Account]:
-        """What a client is counted by."""
+        """The accounts that a client counts under."""
         limits, accounts = self.limits, []
         if client.address is not None:
             most = (limits.max_connections_per_address, limits.max_turns_per_address)
@@ -139,7 +139,7 @@ class Admission:
 
 
 def predicted_start_s(capacity: Capacity) -> float:
-    """Seconds until a turn that is opened now gets a slot, if turns go on as they did."""
+    """Seconds until a turn that is opened now gets a slot, by the mean time that turns keep theirs."""
     num_before = capacity.num_queued - capacity.num_free
     if num_before < 0:
         return 0.0

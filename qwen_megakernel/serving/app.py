@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
 
 FEWEST_CONNECTIONS = 64
-"""Where the number follows from the slots."""
+"""The fewest connections if their number follows from the slots."""
 Phase = Literal["starting", "loading", "warming_up", "ready", "draining", "failed"]
 DialectRoutes = Callable[[OpenSessions], Sequence[BaseRoute]]
 """A dialect's routes. They admit their clients to the open sessions, and let `NotAdmitted` pass."""
@@ -66,17 +66,17 @@ ERROR_BODIES: Mapping[str, ErrorBody] = {
     **dict.fromkeys(cartesia_messages.PATHS, cartesia_messages.error_body),
     deepgram_messages.PATH: deepgram_messages.error_body,
 }
-"""How an answer looks that says no, by path of an HTTP request. Elsewhere it is {"error": "..."}."""
+"""Makers of error bodies, by the path of an HTTP request. Other paths answer {"error": "..."}."""
 SOCKET_ERROR_BODIES: Mapping[str, ErrorBody] = {
     cartesia_messages.SOCKET_PATH: cartesia_messages.error_body,
     deepgram_messages.PATH: deepgram_messages.error_body,
 }
-"""The same of a handshake."""
+"""The same for refused handshakes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """What the command line decides about serving."""
+    """The options of the command line for serving."""
 
     host: str = "127.0.0.1"
     port: int = 8765
@@ -84,17 +84,17 @@ class ServerSettings:
     """Secrets by the names of their accounts."""
     allow_origins: frozenset[str] = frozenset()
     trusted_proxies: tuple[str, ...] = ()
-    """Addresses and networks whose `X-Forwarded-For` is believed."""
+    """Addresses and networks whose `X-Forwarded-For` the server trusts."""
     max_connections: int | None = None
     """None is twice the decoder's slots, at least 64."""
     spare_sockets: int = 256
-    """Open at a time beyond `max_connections`: HTTP, and handshakes that are not accepted."""
+    """Open sockets beyond `max_connections`: HTTP, and handshakes that are not accepted yet."""
     request_timeout_s: float = 10.0
-    """Until a request is complete, until a handshake is answered."""
+    """Time until a request must be complete, and until a handshake must be answered."""
     max_connections_per_address: int = 32
     max_turns_per_address: int = 32
     max_connections_per_token: int = 0
-    """0 is no limit, here and in the next."""
+    """0 is no limit, here and in the next field."""
     max_turns_per_token: int = 0
     max_queue_s: float = 10.0
     max_messages_per_s: int = 500
@@ -102,15 +102,15 @@ class ServerSettings:
     max_text_chars: int = 4096
     drain_s: float = 10.0
     openai_voices: Mapping[str, str] = field(default_factory=dict)
-    """OpenAI's names for voices of this server; the other names are its default voice."""
+    """This server's voices by OpenAI's names. Other names of OpenAI give the default voice."""
     voices_folder: Path | None = None
-    """Where voices that clients add are kept; without it they cannot add any."""
+    """The folder for voices that clients add. Without it they cannot add any."""
     trim_leading_silence: bool = False
-    """Where a client does not say."""
+    """Whether leading silence is left out if the client does not choose."""
 
     @property
     def admission(self) -> AdmissionLimits:
-        """Of connections and turns."""
+        """The limits of connections and turns."""
         return AdmissionLimits(
             max_connections=self.max_connections or FEWEST_CONNECTIONS,
             max_connections_per_address=self.max_connections_per_address,
@@ -122,7 +122,7 @@ class ServerSettings:
 
     @property
     def max_message_bytes(self) -> int:
-        """Of a WebSocket message."""
+        """The largest WebSocket message in bytes."""
         # A character takes at most 12 bytes of JSON (an escaped surrogate pair).
         return max(65_536, 12 * self.max_text_chars + 4096)
 
@@ -144,6 +144,8 @@ class App:
             num_waiting=lambda: self._server.decoder.num_waiting if self._server else 0,
             num_unsent_bytes=lambda: self._sessions.unsent_bytes,
             engine_cpu_s=lambda: self._server.decoder.engine_cpu_s if self._server else 0.0,
+            is_loaded=lambda: self._server is not None and self._server.decoder.standby.loaded,
+            num_warm_frames=lambda: self._server.decoder.standby.num_warm_frames if self._server else 0,
         )
         routes: list[BaseRoute] = [
             Route("/health", self._health),
@@ -164,13 +166,23 @@ class App:
                 HTTPException: _refuse_http,
             },
         )
-        # Starlette's own default refuses a handshake with a 403 that says nothing.
+        # By default Starlette refuses a handshake with a 403 that gives no reason.
         starlette.router.default = _unserved(_name_paths(routes))
         rules = AccessRules(settings.host, settings.tokens, settings.allow_origins)
         self.asgi: ASGIApp = _Gate(starlette, rules)
 
+    @property
+    def load(self) -> float:
+        """The share that is taken: of the slots by turns, or of the connections, whichever is larger.
+        At 1 the server is full; above 1 turns wait."""
+        if self._server is None:
+            return 0.0
+        decoder = self._server.decoder
+        turns = (decoder.num_active + decoder.num_waiting) / decoder.num_slots
+        return max(turns, len(self._sessions) / self._admission.limits.max_connections)
+
     def report(self, phase: Phase, detail: str = "") -> None:
-        """Enter a phase; from any thread."""
+        """Enter a phase. Any thread may call it."""
         if self.phase not in ("draining", "failed"):
             self.phase, self.detail = phase, detail
             log.info("%s", f"{phase}: {detail}" if detail else phase)
@@ -224,6 +236,7 @@ class App:
                 "voice_uploads": self._server.voices_folder is not None,
                 "active": decoder.num_active,
                 "waiting": decoder.num_waiting,
+                "memory": decoder.standby.memory,
                 "connections": len(self._sessions),
             }
         return JSONResponse(body, 200 if phase == "ready" else 503)
@@ -232,7 +245,7 @@ class App:
         return Response(self._metrics.page(), media_type="text/plain; version=0.0.4")
 
     async def _refuse(self, request: Request, refusal: Exception) -> Response:
-        """The answer to a client that is not admitted. Of a WebSocket it refuses the handshake."""
+        """The answer to a client that is not admitted. For a WebSocket it refuses the handshake."""
         assert isinstance(refusal, NotAdmitted)
         self._metrics.count_refusal("connection")
         status = 429 if refusal.own_limit else 503
@@ -251,7 +264,7 @@ class App:
 
 
 def _name_paths(routes: Sequence[BaseRoute]) -> str:
-    """One sentence for those who ask for a path that no route serves."""
+    """The sentence that answers a request for a path that no route serves."""
     sockets = [route.path for route in routes if isinstance(route, WebSocketRoute)]
     others = dict.fromkeys(
         route.path
@@ -265,7 +278,7 @@ def _name_paths(routes: Sequence[BaseRoute]) -> str:
 
 
 async def _refuse_speech(request: Request, refusal: Exception) -> Response:
-    """The answer to a handshake that asks for what cannot be done."""
+    """The answer to a handshake whose query cannot be served."""
     assert isinstance(refusal, SpeechError)
     return _refusal(request.scope, str(refusal), refusal.status, code=refusal.code)
 
@@ -280,7 +293,7 @@ async def _refuse_http(request: Request, refusal: Exception) -> Response:
 
 
 def _name_methods(request: Request) -> str:
-    """Of all routes of its path. Starlette names those of the first one alone."""
+    """The methods of all routes of a request's path. Starlette names only those of the first route."""
     methods: set[str] = set()
     for route in request.app.routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
@@ -302,13 +315,13 @@ def _refusal(
     headers: Mapping[str, str] | None = None,
     code: str | None = None,
 ) -> Response:
-    """An answer that says no. A refused handshake is told to the operator too."""
+    """An error answer. A refused handshake also goes to the log."""
     if scope["type"] == "websocket":
         edge_log.info(f"handshake refused with {status}: {message}")
     path: str = scope["path"]
     if scope["type"] == "websocket":
         error_body = SOCKET_ERROR_BODIES.get(path)
-    else:  # paths below, such as /voices/NAME/preview, are answered alike
+    else:  # paths below, such as /voices/NAME/preview, have the same error body
         above = path.rpartition("/")[0]
         found = (ERROR_BODIES.get(p) for p in (path, above, above.rpartition("/")[0]))
         error_body = next((body for body in found if body is not None), None)

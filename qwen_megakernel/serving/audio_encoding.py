@@ -1,7 +1,7 @@
-"""Audio files that are written while the speech is made: raw, WAV, MP3, Opus in Ogg, AAC and FLAC.
+"""Write audio files while the speech is generated: raw, WAV, MP3, Opus in Ogg, AAC and FLAC.
 
-PyAV compresses. It is imported when a compressed format is first asked for, and a server without
-it still speaks raw and WAV.
+PyAV compresses. It is imported when a client first asks for a compressed format. A server without
+PyAV still writes raw and WAV.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.pcm import PcmEncoder, Resampler
 
 _UNKNOWN_SIZE = 0xFFFFFFFF
-"""What players take for "until the end" in a WAV header."""
+"""A size in a WAV header that players read as "until the end"."""
 _WAV_TAGS = {"pcm_s16le": (1, 2), "pcm_f32le": (3, 4), "pcm_alaw": (6, 1), "pcm_mulaw": (7, 1)}
-"""Format tags of WAV, and bytes of a sample."""
+"""WAV's format tag and the bytes of a sample, by encoding."""
 _RAW_TYPES = {"pcm_mulaw": "audio/mulaw", "pcm_alaw": "audio/alaw"}
 _CONTAINER_OPTIONS = {
     "mp3": {"write_xing": "0", "id3v2_version": "0"},
     "ogg": {"page_duration": "20000"},
 }
-"""What keeps a container from waiting and from seeking."""
+"""Options that keep a container from holding audio back and from seeking."""
 _CODECS = {"mp3": "libmp3lame", "opus": "libopus", "aac": "aac", "flac": "flac"}
 _CONTAINER_TYPES = {
     "wav": "audio/wav",
@@ -45,14 +45,14 @@ class FileFormat:
     container: str
     """raw, wav, mp3, ogg, adts or flac."""
     encoding: str
-    """In raw and wav pcm_s16le, pcm_f32le, pcm_mulaw or pcm_alaw. Otherwise mp3, opus, aac or flac."""
+    """pcm_s16le, pcm_f32le, pcm_mulaw or pcm_alaw in raw and wav; otherwise mp3, opus, aac or flac."""
     sample_rate: int = SAMPLE_RATE
     bit_rate: int | None = None
     """Bits a second; None is the encoder's default."""
 
     @property
     def media_type(self) -> str:
-        """What HTTP calls it."""
+        """The format's media type in HTTP."""
         if self.container == "raw":
             return _RAW_TYPES.get(self.encoding, "audio/pcm")
         return _CONTAINER_TYPES[self.container]
@@ -73,13 +73,13 @@ class AudioEncoder(Protocol):
     """Turns the speech of one answer into the bytes of one file."""
 
     compresses: bool
-    """Whether the work is too long for the event loop's thread."""
+    """Whether the encoder compresses, which takes too long for the event loop's thread."""
 
     def encode(self, samples: np.ndarray) -> bytes:
-        """Bytes after a chunk, float32 [n] at 24 kHz; there may be none yet."""
+        """Add a chunk, float32 [n] at 24 kHz. Returns the bytes that are ready, possibly none."""
 
     def finish(self) -> bytes:
-        """The last bytes of the file."""
+        """End the file. Returns its last bytes."""
 
 
 def open_encoder(audio: FileFormat) -> AudioEncoder:
@@ -88,14 +88,14 @@ def open_encoder(audio: FileFormat) -> AudioEncoder:
 
 
 def _wav_header(audio: FileFormat) -> bytes:
-    """Of a file whose length is not known yet."""
+    """The header of a WAV file whose length is not known yet."""
     tag, sample_bytes = _WAV_TAGS[audio.encoding]
     byte_rate = sample_bytes * audio.sample_rate
     sample_format = struct.pack(
         "<HHIIHH", tag, 1, audio.sample_rate, byte_rate, sample_bytes, 8 * sample_bytes
     )
     fact = b""
-    if audio.encoding != "pcm_s16le":  # others have an extension and say the number of samples
+    if audio.encoding != "pcm_s16le":  # other formats have an extension and give the number of samples
         sample_format += struct.pack("<H", 0)
         fact = b"fact" + struct.pack("<II", 4, _UNKNOWN_SIZE)
     return b"".join(

@@ -64,7 +64,7 @@ _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]»]*\s*$")
 
 
 def routes(sessions: OpenSessions) -> list[BaseRoute]:
-    """The socket, the file, and the voices."""
+    """The routes of the WebSocket, of audio files, and of the voices."""
 
     async def speak(websocket: WebSocket) -> None:
         with sessions.admit(client_address(websocket.client), RULES) as session:
@@ -112,15 +112,15 @@ class _Bytes:
 
 
 class _Context:
-    """What is on its way to the client for one context."""
+    """The audio, words and flushes of one context that go to the client."""
 
     def __init__(self, first: Generate, context_id: str, pace: Pace) -> None:
         self.context_id = context_id
-        """The client's."""
+        """The client's id of the context."""
         self._pcm = PcmEncoder(first.output.encoding, first.output.sample_rate)
         self._clock = WordClock(pace) if first.timestamps else None
         self._num_samples = 0
-        """Given by the session, at 24 kHz."""
+        """Samples that the session has given, at 24 kHz."""
         self._sent_at = time.monotonic()
         self._num_flushes = 0
         self._num_closed = 0
@@ -128,31 +128,31 @@ class _Context:
         self._num_done = 0
         """Segments whose audio is complete."""
         self._flush_ids: list[int] = []
-        """Of each segment with something to say."""
+        """The flush id of each segment with something to say."""
         self._unsent_flushes: deque[tuple[int, int]] = deque()
-        """Flushes by the number of segments that must be done, and their ids."""
+        """For each flush, the number of segments that must be done before its answer, and its id."""
 
     def append(self, text: str) -> None:
-        """The session has taken text."""
+        """Note text that the session has taken."""
         if self._clock is not None:
             self._clock.append(text)
         if text.strip() and len(self._flush_ids) == self._num_closed:
             self._flush_ids.append(self._num_flushes + 1)
 
     def close_segment(self) -> None:
-        """The session has completed the segment, if there was something to say."""
+        """Note that the session has completed the segment, if there was something to say."""
         if self._clock is not None:
             self._clock.complete_segment()
         self._num_closed = len(self._flush_ids)
 
     def flush(self) -> list[str]:
-        """The client has asked for a flush: what can be answered at once."""
+        """Note a flush of the client. Returns the messages that can answer at once."""
         self._num_flushes += 1
         self._unsent_flushes.append((self._num_closed, self._num_flushes))
         return self._finished_flushes()
 
     def audio(self, event: ContextAudio) -> list[str]:
-        """A chunk, and the words that have begun in it."""
+        """The messages for a chunk and for the words that have begun in it."""
         self._num_samples += len(event.samples)
         messages = self._chunk(self._pcm.encode(event.samples))
         if self._clock is not None:
@@ -161,7 +161,7 @@ class _Context:
         return messages
 
     def end_segment(self) -> list[str]:
-        """The rest of a segment."""
+        """The messages for the rest of a segment."""
         messages = self._chunk(self._pcm.flush())
         if self._clock is not None:
             words = self._clock.end_segment(self._num_samples / SAMPLE_RATE)
@@ -195,13 +195,13 @@ class CartesiaDialect:
         self._session = session
         self._numbers = count(1)
         self._names: dict[str, str] = {}
-        """The session's id of an open context, by the client's."""
+        """The session's ids of open contexts, by the client's ids."""
         self._contexts: dict[str, _Context] = {}
-        """By the session's id, until their end was told."""
+        """Contexts by the session's ids, until their end is sent."""
         self._pace = Pace()
 
     def receive(self, data: str | bytes) -> None:
-        """Follow one message of the client; a refused one is answered and otherwise forgotten."""
+        """Act on one message of the client. A refused one gets an error answer and changes nothing."""
         context_id = None
         try:
             message = parse_message(data)
@@ -209,7 +209,7 @@ class CartesiaDialect:
             if isinstance(message, Cancel):
                 self._cancel(message.context_id)
             else:
-                if context_id is None:  # nobody could continue it
+                if context_id is None:  # no later message could continue it
                     context_id = f"context-{next(self._numbers)}"
                     message = replace(message, more=False)
                 self._generate(message, context_id)
@@ -220,7 +220,7 @@ class CartesiaDialect:
             self._session.reply(encode_error(context_id, error.code, str(error), done=done))
 
     def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
-        """What to send for an event."""
+        """The messages to send for an event."""
         match event:
             case ContextAudio(name):
                 return [*self._contexts[name].audio(event)]
@@ -245,7 +245,7 @@ class CartesiaDialect:
             except RequestError:
                 self._forget(name)
                 raise
-        else:  # voice and language are those of the context's first message
+        else:  # the context's first message has set voice and language
             self._session.append(name, message.text)
         context = self._contexts[name]
         context.append(message.text)
@@ -263,13 +263,13 @@ class CartesiaDialect:
                 self._session.reply(line)
 
     def _cancel(self, context_id: str) -> None:
-        # A context may have ended while the client still plays it: then there is nothing to stop.
+        # A context may have ended while the client still plays it. Then there is nothing to stop.
         name = self._names.pop(context_id, None)
         if name is not None and self._session.is_open(name):
             self._session.cancel(name)
 
     def _forget(self, name: str) -> str:
-        """Drop a context; the client's id of it."""
+        """Drop a context. Returns the client's id of it."""
         context_id = self._contexts.pop(name).context_id
         if self._names.get(context_id) == name:
             del self._names[context_id]

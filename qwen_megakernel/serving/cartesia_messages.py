@@ -29,14 +29,14 @@ from qwen_megakernel.serving.word_timing import TimedWord
 
 SOCKET_PATH, BYTES_PATH, VOICES_PATH = "/tts/websocket", "/tts/bytes", "/voices"
 PATHS = frozenset({BYTES_PATH, VOICES_PATH})
-"""Of HTTP."""
+"""Paths of the HTTP routes."""
 ENCODINGS = ("pcm_s16le", "pcm_f32le", "pcm_mulaw", "pcm_alaw")
 SAMPLE_RATES = (8_000, 16_000, 22_050, 24_000, 44_100, 48_000)
 BIT_RATES = (32_000, 64_000, 96_000, 128_000, 192_000)
-"""Of MP3."""
+"""Bit rates of MP3."""
 MAX_ID_CHARS = 256
 MAX_PAGE = 100
-"""Voices in one answer."""
+"""The most voices in one answer."""
 _MAX_SEED = 2**64 - 1
 _MAX_DELAY_MS = 5000
 _STATUS: dict[str, int] = {"overloaded": 503, "internal": 500}
@@ -52,15 +52,15 @@ _STATUS_CODES = {
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """How a client wants its audio; mono always."""
+    """The format in which a client wants its audio. It is always mono."""
 
     container: str = "raw"
     """raw, wav or mp3."""
     encoding: str = "pcm_s16le"
-    """Of raw and wav: one of `ENCODINGS`. Of mp3: mp3."""
+    """One of `ENCODINGS` for raw and wav; mp3 for mp3."""
     sample_rate: int = 24_000
     bit_rate: int | None = None
-    """Of mp3."""
+    """Bit rate of mp3; None otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +68,22 @@ class Generate:
     """Text to speak, for a context or as a whole."""
 
     context_id: str | None
-    """None where the client names none."""
+    """None if the client names no context."""
     text: str
     more: bool
-    """`continue`: the context's text goes on."""
+    """`continue` on the wire: whether more text follows for the context."""
     flush: bool
     unbuffered: bool
-    """`max_buffer_delay_ms` is 0: each message is complete in itself."""
+    """Whether `max_buffer_delay_ms` is 0: a message that ends a sentence then ends its segment."""
     voice: str | None
     """None is the default voice."""
     language: str | None
     """Lower-case name."""
     seed: int | None
-    """Not of Cartesia."""
+    """An addition to Cartesia's API."""
     output: OutputFormat
     timestamps: bool
-    """Whether the times of words are wanted."""
+    """Whether the client wants the times of words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,11 @@ class Cancel:
 
 
 def parse_message(data: str | bytes) -> Generate | Cancel:
-    """The meaning of a client's WebSocket message. Fields that nobody knows are ignored.
+    """Parse a client's WebSocket message. Unknown fields are ignored.
 
     Raises:
-        ProtocolError: anything else than a well-formed message, whatever the bytes. Its
-            `context_id` is the message's, if that much could be read.
+        ProtocolError: the message is malformed. No bytes raise anything else. Its `context_id` is the
+            message's, if that could be read.
     """
     fields = parse_object(data)
     context_id = _context_id(fields)
@@ -117,10 +117,10 @@ def parse_message(data: str | bytes) -> Generate | Cancel:
 
 
 def parse_bytes(body: bytes) -> Generate:
-    """The body of `POST /tts/bytes`. Fields that nobody knows are ignored.
+    """Parse the body of `POST /tts/bytes`. Unknown fields are ignored.
 
     Raises:
-        SpeechError: 400, whatever the bytes.
+        SpeechError: 400 if the body is malformed. No bytes raise anything else.
     """
     try:
         request = _generate(parse_object(body.decode()), None)
@@ -134,7 +134,7 @@ def parse_bytes(body: bytes) -> Generate:
 
 
 def encode_chunk(context_id: str, audio: bytes, flush_id: int, step_ms: float) -> str:
-    """Audio of a context."""
+    """The message with a chunk of a context's audio."""
     return _message(
         "chunk",
         context_id,
@@ -146,7 +146,7 @@ def encode_chunk(context_id: str, audio: bytes, flush_id: int, step_ms: float) -
 
 
 def encode_words(context_id: str, words: Sequence[TimedWord], flush_id: int) -> str:
-    """The estimated times of words, in seconds of the context's audio."""
+    """The message with estimated times of words, in seconds of the context's audio."""
     times = {
         "words": [word.text for word in words],
         "start": [round(word.time_s, 3) for word in words],
@@ -156,7 +156,7 @@ def encode_words(context_id: str, words: Sequence[TimedWord], flush_id: int) -> 
 
 
 def encode_flush_done(context_id: str, flush_id: int) -> str:
-    """All audio of a flush was sent."""
+    """The message that says that all audio of a flush was sent."""
     return _message("flush_done", context_id, 206, flush_done=True, flush_id=flush_id)
 
 
@@ -166,19 +166,19 @@ def encode_done(context_id: str) -> str:
 
 
 def encode_error(context_id: str | None, code: ErrorCode, message: str, *, done: bool) -> str:
-    """Something was refused or failed; `done`: the context is over."""
+    """The message for a refusal or a failure. `done` says whether the context is over."""
     status = _STATUS.get(code, 400)
     return _message("error", context_id, status, done=done, **_error(status, message, code))
 
 
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> Any:
-    """The body of an answer that says no, as Cartesia's clients read it."""
+    """The body of an error answer, as Cartesia's clients read it."""
     code = code or _STATUS_CODES.get(status, "bad_request")
     return {**_error(status, message, code), "status_code": status}
 
 
 def voice_object(name: str) -> Any:
-    """A voice of the server, as Cartesia describes one."""
+    """The JSON of a voice, in Cartesia's form."""
     return {
         "id": name,
         "name": name,
@@ -197,7 +197,7 @@ def voice_page(names: Iterable[str], query: dict[str, str]) -> Any:
     """The answer to `GET /voices`.
 
     Raises:
-        SpeechError: 400, a limit that is none.
+        SpeechError: 400 if `limit` is not a number from 1 to `MAX_PAGE`.
     """
     limit = query.get("limit", str(MAX_PAGE))
     if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= MAX_PAGE):
@@ -250,7 +250,7 @@ def _generate(fields: dict[str, Any], context_id: str | None) -> Generate:
 
 
 def _check_model(fields: dict[str, Any]) -> None:
-    """Refuse what would change the speech, and cannot be done."""
+    """Refuse fields that would change the speech and that this server does not support."""
     for name in ("model_id", "pronunciation_dict_id", "speed"):
         if fields.get(name) is not None:
             get_string(fields, name)
@@ -313,7 +313,7 @@ def _output(fields: dict[str, Any]) -> OutputFormat:
 
 
 def _choice(fields: dict[str, Any], key: str, known: tuple[str, ...]) -> str:
-    """One of the known strings; the first when absent or null."""
+    """One of the known strings; the first if the field is absent or null."""
     if fields.get(key) is None:
         return known[0]
     value = get_string(fields, key)

@@ -1,7 +1,7 @@
 """One WebSocket that carries a session: a task that reads, a task that writes, a dialect between them.
 
-The reader does not wait for the writer, because a cancel must be heard while audio flows. It waits
-only for a client that sends invalid messages faster than it reads the answers. Only the writer
+The reader does not wait for the writer, because a cancel must get through while audio flows. It waits
+only for a client that sends messages too fast, or that does not read the answers. Only the writer
 sends.
 """
 
@@ -25,21 +25,50 @@ CLOSE_CODES = {
     "protocol_error": 1002,
     "server_failed": 1011,
 }
-"""Of WebSocket, by why a session is over."""
+"""WebSocket close codes, by the reason why a session is over."""
 
 
 Work = Callable[[], list[bytes]]
-"""Makes messages, and takes too long for the event loop's thread: compression."""
+"""Makes messages by compression, which takes too long for the event loop's thread."""
 
 
 class Dialect(Protocol):
-    """A wire language: a client's messages to calls of a session, its events to messages."""
+    """A wire language: turns a client's messages into calls of a session, and events into messages."""
 
     def receive(self, data: str | bytes) -> None:
-        """Follow a message of the client; never raises for what a client can send."""
+        """Act on a message of the client. It raises nothing, whatever the client sends."""
 
     def translate(self, event: ContextEvent | SessionFailed) -> Sequence[str | bytes | Work]:
-        """What to send for an event; events come in the order in which the session gave them."""
+        """The messages to send for an event. Events come in the session's order."""
+
+
+class Transport(Protocol):
+    """What is asked of a socket; an `asyncio.Transport` has it."""
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes that the kernel has not taken."""
+
+    def is_closing(self) -> bool:
+        """Whether nothing more is sent or read."""
+
+    def abort(self) -> None:
+        """Close without sending what is left."""
+
+
+class UnseenTransport:
+    """Stands for the socket of a server that hands none over: all but `SocketProtocol`. Such a server
+    cuts clients that do not read by its own limits."""
+
+    def get_write_buffer_size(self) -> int:
+        """Unknown. `send` waits while it is too much."""
+        return 0
+
+    def is_closing(self) -> bool:
+        """Unknown. The next message is a disconnect."""
+        return False
+
+    def abort(self) -> None:
+        """The server closes the socket once the application has returned."""
 
 
 class Connection:
@@ -47,12 +76,13 @@ class Connection:
 
     def __init__(self, websocket: WebSocket, session: Session, dialect: Dialect) -> None:
         self._websocket, self._session, self._dialect = websocket, session, dialect
-        self._transport: asyncio.Transport = websocket.scope["extensions"]["transport"]["is"]
+        extensions = websocket.scope.get("extensions") or {}
+        self._transport: Transport = extensions.get("transport", {}).get("is", UnseenTransport())
         session.bytes_in_carrier = self._transport.get_write_buffer_size
 
     async def run(self) -> None:
         """Serve the client until one side closes."""
-        # A page that sends its token as a protocol (see `access`) wants the scheme confirmed.
+        # A page that sends its token as a protocol (see `access`) expects the scheme in the answer.
         if (offered := self._websocket.scope.get("subprotocols")) and offered[0] in ("token", "bearer"):
             await self._websocket.accept(offered[0])
         else:
@@ -78,8 +108,8 @@ class Connection:
             self._dialect.receive(message["bytes"] if data is None else data)
             await self._session.keep_pace()
             if self._transport.is_closing():
-                return  # a client that has left: what it still had to say is not read
-            # A packet may hold thousands of messages; other connections want their turn.
+                return  # the client has left: its remaining messages are not read
+            # A packet may hold thousands of messages. Let other connections run in between.
             await asyncio.sleep(0)
 
     async def _write(self) -> None:
@@ -108,7 +138,7 @@ class Connection:
                 await self._websocket.send_bytes(message)
 
     async def _close(self, code: int) -> None:
-        """Say goodbye, and see to it that the socket does end."""
+        """Send a close frame, and make sure that the socket ends."""
         asyncio.get_running_loop().call_later(FLUSH_S, self._transport.abort)
         if self._websocket.application_state != WebSocketState.CONNECTED:
             return
@@ -116,7 +146,7 @@ class Connection:
             async with asyncio.timeout(0.1):
                 await self._websocket.close(code)
         except (TimeoutError, WebSocketDisconnect, RuntimeError, OSError):
-            self._transport.abort()  # its buffer is full: it would not read a goodbye either
+            self._transport.abort()  # its buffer is full: the peer would not read a close frame either
 
     def _tell(self, task: asyncio.Task[None]) -> None:
         error, name = _failure(task), self._session.name
@@ -129,7 +159,7 @@ class Connection:
 
 
 def _failure(task: asyncio.Task[None]) -> BaseException | None:
-    """The error in a task's end that is our fault. A client that left or does not read is not our
-    fault."""
+    """The task's error if it is a fault of the server. A client that leaves or does not read is no
+    fault of the server."""
     error = task.exception()
     return None if isinstance(error, (WebSocketDisconnect, TimeoutError, OSError)) else error

@@ -1,6 +1,6 @@
-"""Contexts: a reply as a row of segments, each of which becomes a turn of the engine.
+"""Contexts: a reply is a sequence of segments, each of which becomes a turn of the engine.
 
-There is no order among contexts here, and nothing waits for a client: that is `session.py`.
+`session.py` decides the order of contexts and waits for clients. Nothing here does.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class WaitingSegment:
         self.flushed = False
         """No more text will come."""
         self.blank = True
-        """Whether there is nothing to say as yet."""
+        """Whether there is nothing to say yet."""
         self._pieces: list[str] = []
 
     @property
     def text(self) -> str:
-        """All of it so far."""
+        """All text so far."""
         return "".join(self._pieces)
 
     def append(self, text: str) -> None:
@@ -40,7 +40,7 @@ class WaitingSegment:
             self.blank = self.blank and not text.strip()
 
     def flush(self) -> None:
-        """Say that the text is complete."""
+        """Mark the text as complete."""
         self.flushed = True
 
 
@@ -67,7 +67,7 @@ class SpokenSegment:
             self.turn.append(text)
 
     def flush(self) -> None:
-        """Say that the text is complete."""
+        """Mark the text as complete."""
         self.turn.end()
 
 
@@ -75,25 +75,25 @@ class Context:
     """One reply: its text, its turns, what was generated and what was sent."""
 
     def __init__(self, context_id: str, name: str, options: TurnOptions) -> None:
-        """`name` is for the log; the id is the client's; `options` are the server's."""
+        """`name` is for the log. The id is the client's, `options` are the server's defaults."""
         self.context_id, self.name = context_id, name
         self.options = options
-        """Of the last segment."""
+        """The options of the last segment."""
         self.account = Account()
         self.waiting: deque[WaitingSegment] = deque()
         self.spoken: SpokenSegment | None = None
-        """The segment whose turn runs; or one that the model has ended, until it is flushed."""
+        """The segment whose turn runs, or whose turn the model has ended before its flush."""
         self.num_turns = 0
         self.ended = False
         """No more text will come."""
         self.complete = False
-        """All audio was generated, and its end waits behind it."""
+        """All audio was generated. The end of the context waits behind it."""
         self.cancelled = False
-        """What is still generated is dropped."""
+        """Audio that is still generated is dropped."""
         self.closed = False
-        """Its end was told: it is no longer the session's."""
+        """The session has forgotten the context. Its end was told, or is the next event."""
         self.announced = False
-        """`ContextStarted` was given."""
+        """The client has got `ContextStarted`."""
         self.reason: FinishReason = "stop"
         self.failure: RequestError | None = None
         self.quiet_since = time.monotonic()
@@ -129,7 +129,7 @@ class Context:
         self.waiting.append(WaitingSegment(options))
 
     def end(self) -> None:
-        """Say that the text is complete."""
+        """Mark the text as complete."""
         self.ended = True
         if self.tail is not None:
             self.tail.flush()
@@ -143,15 +143,15 @@ class Context:
 
     @property
     def state(self) -> ContextState:
-        """Of a context that is the first in its session."""
+        """The state of a context that is the first in its session."""
         if self.spoken is None or self.spoken.finished or not self.spoken.flushed:
             return "waiting_for_text"
         return "speaking" if self.spoken.started else "queued"
 
     def next_segment(self, *, even_blank: bool) -> WaitingSegment | None:
-        """The segment to open a turn for, if there is one with something to say.
+        """The next segment that needs a turn, if it has something to say.
 
-        `even_blank`: a turn may wait for its first text.
+        With `even_blank` a segment without text counts too: its turn waits for its first text.
         """
         if self.spoken is not None:
             if not self.spoken.finished or not self.spoken.flushed:
@@ -164,7 +164,7 @@ class Context:
         return self.waiting[0] if self.waiting else None
 
     def begin_turn(self, turn: Turn) -> None:
-        """The turn of `next_segment` was opened."""
+        """Note that the turn of `next_segment` was opened."""
         options = self.waiting.popleft().options
         if not self.num_turns and options.trim_leading_silence:
             self._leading, self.account.num_trimmed = LeadingSilence(), 0
@@ -172,35 +172,35 @@ class Context:
         self.num_turns += 1
 
     def mark_started(self) -> None:
-        """The turn has a slot."""
+        """Note that the turn has a slot."""
         if self.spoken is not None:
             self.spoken.started = True
 
     def finish_turn(self, finished: Finished) -> None:
-        """The turn has given its last event."""
+        """Take the last event of a turn."""
         if self.spoken is not None:
             self.spoken.finished = True
         self.account.add_turn(finished)
 
     def hold(self, on: bool) -> None:
-        """Make the turn wait, or go on."""
+        """Make the turn wait, or let it go on."""
         if self.spoken is not None and self.spoken.turn.held != on:
             self.spoken.turn.hold(on)
 
     def stop_turn(self) -> None:
-        """Cancel the turn that runs, if one does; its `Finished` still comes."""
+        """Cancel the turn that runs, if any. Its `Finished` still comes."""
         if self.spoken is not None and not self.spoken.finished:
             self.spoken.turn.cancel()
 
     def start_clock(self) -> None:
-        """A turn is open or about to be. Its clock starts once there is text, too."""
+        """Start the clock of the first audio if there is text. A turn is open or about to be."""
         if self.account.num_chars:
             self.account.start_clock()
 
     # -- audio ------------------------------------------------------------------------------
 
     def add_audio(self, audio: Audio) -> Audio:
-        """A chunk was generated; what of it and of those before it is for the client now."""
+        """Take a generated chunk. Returns the audio that is now for the client."""
         samples = audio.samples
         if self._leading is not None:
             samples = self._leading.pass_on(samples)
@@ -208,7 +208,7 @@ class Context:
         now = time.monotonic()
         if not self.account.num_samples:
             self._first_audio_at = now
-        elif not self.lead_s():  # playback ran dry: it goes on from here
+        elif not self.lead_s():  # playback ran dry: its clock starts anew here
             self._first_audio_at = now - self.account.num_samples / SAMPLE_RATE
             self.account.mark_dry()
         self.account.add_audio(audio, len(samples))
@@ -221,14 +221,14 @@ class Context:
             self.spoken.turn.skip(more / SAMPLE_RATE)
 
     def lead_s(self) -> float:
-        """Seconds of generated audio that a client cannot have played yet."""
+        """Seconds of generated audio that the client cannot have played yet."""
         if not self.account.num_samples:
             return 0.0
         played_s = time.monotonic() - self._first_audio_at
         return max(0.0, self.account.num_samples / SAMPLE_RATE - played_s)
 
     def end_segment(self, finished: Finished) -> SegmentDone:
-        """A turn has finished in good order."""
+        """Take the end of a turn that has not failed. Returns the event for it."""
         if self._leading is not None:
             self._leading.end_segment()
             self._count_trimmed(self._leading.num_cut)
@@ -247,17 +247,17 @@ class Context:
     # -- its end ----------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Drop what is still generated; a failure stays one."""
+        """Drop audio that is still generated. A context that has failed keeps its failure."""
         self.cancelled = True
         if self.failure is None:
             self.reason = "cancelled"
 
     def fail(self, failure: RequestError) -> None:
-        """Say why it ends."""
+        """Set the failure that ends the context."""
         self.failure, self.reason = failure, "error"
 
     def end_event(self) -> ContextDone | ContextFailed:
-        """What is told of its end, as it stands."""
+        """The event that tells of the context's end."""
         figures = self.account.figures()
         if self.failure is None:
             return ContextDone(self.context_id, self.reason, figures)
@@ -271,9 +271,9 @@ class Context:
         )
 
     def record(self, default_voice: str | None) -> TurnRecord:
-        """For log and metrics."""
+        """The record for log and metrics."""
         figures = self.account.figures()
-        # Other errors are the client's, and may repeat what it said: not for the log.
+        # Other errors are the client's and may repeat its text, which must not reach the log.
         internal = self.failure is not None and self.failure.code == "internal"
         return TurnRecord(
             turn=self.name,

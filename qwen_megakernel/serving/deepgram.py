@@ -54,11 +54,11 @@ RULES = SessionRules(
     max_contexts=32, when_full="32 flushed texts are waiting", max_lead_s=10.0, own_ids=True
 )
 _CONTAINERS = {"opus": "ogg", "mp3": "mp3", "flac": "flac", "aac": "adts"}
-"""In which a compressed encoding is written."""
+"""The container of each compressed encoding."""
 
 
 def routes(sessions: OpenSessions) -> list[BaseRoute]:
-    """The socket and the file."""
+    """The routes of the WebSocket and of audio files."""
 
     async def speak(websocket: WebSocket) -> None:
         with sessions.admit(client_address(websocket.client), RULES) as session:
@@ -97,7 +97,7 @@ class _Rest:
 
 
 class DeepgramDialect:
-    """One client's texts. What is between two flushes is a context."""
+    """One client's texts. The text between two flushes is a context."""
 
     def __init__(self, session: Session, query: Query) -> None:
         self._session, self._query = session, query
@@ -107,20 +107,20 @@ class DeepgramDialect:
         self._open: str | None = None
         """The context that takes text."""
         self._flushes: dict[str, int] = {}
-        """How many flushes the end of a context answers."""
+        """The number of flushes that each context's end answers."""
         self._closing = False
         model = session.server.decoder.description["model"]
         session.reply(encode_metadata(str(uuid.uuid4()), model, __version__))
 
     def receive(self, data: str | bytes) -> None:
-        """Follow one message of the client; a refused one is answered and otherwise forgotten."""
+        """Act on one message of the client. A refused one gets a warning and changes nothing."""
         try:
             self._follow(parse_message(data))
         except (RequestError, ProtocolError) as error:
             self._session.reply(encode_warning(error.code, str(error)))
 
     def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
-        """What to send for an event."""
+        """The messages to send for an event."""
         match event:
             case ContextAudio(samples=samples):
                 return _unless_empty(self._pcm.encode(samples))
@@ -157,7 +157,7 @@ class DeepgramDialect:
             except RequestError as error:
                 if error.code != "text_too_long":
                     raise
-            self._complete()  # what follows is a text of its own
+            self._complete()  # the next text is a context of its own
         context_id = str(next(self._numbers))
         self._session.append(context_id, text, _choices(self._query))
         self._open, self._flushes[context_id] = context_id, 0
@@ -177,14 +177,14 @@ class DeepgramDialect:
         self._session.reply(encode_cleared(next(self._sequence)))
 
     def _complete(self) -> str | None:
-        """Say that the text is complete; the context's id, if there was one."""
+        """Mark the text as complete. Returns the context's id; None if there was no context."""
         context_id, self._open = self._open, None
         if context_id is not None and self._session.is_open(context_id):
             self._session.end(context_id)
         return context_id
 
     def _end(self, context_id: str) -> list[str | bytes]:
-        """A context is over."""
+        """End a context. Returns the answers to its flushes."""
         if self._open == context_id:
             self._open = None
         num_flushes = self._flushes.pop(context_id, 0)
@@ -201,7 +201,7 @@ def _unless_empty(data: bytes) -> list[str | bytes]:
 
 
 def _check_voice(query: Query, server: ServerState) -> None:
-    """Refuse a handshake whose voice or language nobody can speak."""
+    """Refuse a handshake whose voice or language the server cannot speak."""
     language = query.language or "auto"
     try:
         server.decoder.check(server.voice_name(query.voice), language, instruct=None)

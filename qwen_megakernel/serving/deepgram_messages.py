@@ -34,14 +34,14 @@ _STATUS_CODES = {
 
 @dataclass(frozen=True, slots=True)
 class _Encoding:
-    """What Deepgram lets a client choose with an encoding; the first of each is the default."""
+    """Deepgram's choices for one encoding. The first of each list is the default."""
 
     name: str
-    """The project's."""
+    """This project's name for the encoding."""
     containers: tuple[str, ...]
     sample_rates: tuple[int, ...]
     bit_rates: tuple[int, int, int] | None = None
-    """The default, the lowest and the highest."""
+    """The default bit rate, the lowest and the highest."""
 
 
 ENCODINGS = {
@@ -58,7 +58,7 @@ SOCKET_ENCODINGS = ("linear16", "mulaw", "alaw")
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What the query of a request or a handshake says."""
+    """The query of a request or a handshake."""
 
     voice: str | None
     """None is the default voice."""
@@ -69,9 +69,9 @@ class Query:
     sample_rate: int
     bit_rate: int | None
     language: str | None
-    """Lower-case name. Not of Deepgram."""
+    """Lower-case name. An addition to Deepgram's API."""
     seed: int | None
-    """Not of Deepgram."""
+    """An addition to Deepgram's API."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Speak:
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Speak all text that there is."""
+    """Speak all text so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Clear:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Speak all text that there is, then close."""
+    """Speak all text so far, then close."""
 
 
 Message = Speak | Flush | Clear | Close
@@ -101,14 +101,14 @@ _TYPES: dict[str, Message] = {"Flush": Flush(), "Clear": Clear(), "Close": Close
 
 
 def parse_query(fields: Mapping[str, str], *, socket: bool) -> Query:
-    """A query. Fields that nobody knows are ignored.
+    """Parse a query. Unknown fields are ignored.
 
     Args:
-        fields: decoded.
-        socket: whether it is of a WebSocket, which has raw encodings only.
+        fields: the decoded fields.
+        socket: whether the query belongs to a WebSocket, which has raw encodings only.
 
     Raises:
-        SpeechError: 400.
+        SpeechError: 400 if a field has a value that is not allowed.
     """
     known = SOCKET_ENCODINGS if socket else tuple(ENCODINGS)
     name = fields.get("encoding", "linear16" if socket else "mp3").lower()
@@ -143,7 +143,7 @@ def parse_text(body: bytes) -> str:
     """The text of a request's body.
 
     Raises:
-        SpeechError: 400, whatever the bytes.
+        SpeechError: 400 if the body is malformed. No bytes raise anything else.
     """
     try:
         text = get_string(parse_object(body.decode()), "text")
@@ -157,10 +157,10 @@ def parse_text(body: bytes) -> str:
 
 
 def parse_message(data: str | bytes) -> Message:
-    """The meaning of a client's WebSocket message. Fields that nobody knows are ignored.
+    """Parse a client's WebSocket message. Unknown fields are ignored.
 
     Raises:
-        ProtocolError: anything else than a well-formed message, whatever the bytes.
+        ProtocolError: the message is malformed. No bytes raise anything else.
     """
     fields = parse_object(data)
     kind = get_string(fields, "type")
@@ -183,17 +183,17 @@ def encode_metadata(request_id: str, model: str, version: str) -> str:
 
 
 def encode_flushed(sequence_id: int) -> str:
-    """All audio of a flush was sent."""
+    """The message that says that all audio of a flush was sent."""
     return _message("Flushed", sequence_id=sequence_id)
 
 
 def encode_cleared(sequence_id: int) -> str:
-    """The answer to `Clear`: no audio of what was said before follows."""
+    """The answer to `Clear`: no audio of earlier text follows."""
     return _message("Cleared", sequence_id=sequence_id)
 
 
 def encode_warning(code: ErrorCode, message: str) -> str:
-    """A message was refused; the connection goes on. Clients read the one or the other name."""
+    """The answer to a refused message; the connection goes on. Clients read one of the two names."""
     line = error_line(message)
     return _message(
         "Warning", description=line, code=code.upper(), warn_msg=line, warn_code=code.upper()
@@ -201,13 +201,13 @@ def encode_warning(code: ErrorCode, message: str) -> str:
 
 
 def encode_error(code: ErrorCode, message: str) -> str:
-    """Text could not be spoken, or not to its end."""
+    """The message for text that could not be spoken, or not to its end."""
     line = error_line(message)
     return _message("Error", description=line, code=code.upper(), err_msg=line, err_code=code.upper())
 
 
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> Any:
-    """The body of an answer that says no, as Deepgram's clients read it."""
+    """The body of an error answer, as Deepgram's clients read it."""
     code = code.upper() if code else _STATUS_CODES.get(status, "BAD_REQUEST")
     return {"err_code": code, "err_msg": message}
 

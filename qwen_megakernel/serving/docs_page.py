@@ -1,4 +1,4 @@
-"""`/openapi.json` and `/docs`: the HTTP routes, described. The page loads nothing, from no host."""
+"""`/openapi.json` and `/docs` describe the HTTP routes. The page loads nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ summary { cursor: pointer; }
 
 
 def routes(served: Callable[[], Sequence[BaseRoute]], facts: ServerFacts) -> list[BaseRoute]:
-    """The two routes. `served` are all of the server's."""
+    """The two routes. `served` gives all routes of the server."""
 
     async def description(request: Request) -> Response:
         return JSONResponse(describe(served(), facts))

@@ -1,7 +1,7 @@
-"""What a session tells its client: typed events, which a dialect puts into its own messages.
+"""The typed events that a session gives its client. A dialect translates them into messages.
 
 A context gives `ContextStarted`, then `ContextAudio` and `SegmentDone`, then one `ContextDone` or
-`ContextFailed`. One that has no audio ends without `ContextStarted`. Nothing of a context follows
+`ContextFailed`. A context without audio ends without `ContextStarted`. No event of a context follows
 its end.
 """
 
@@ -16,24 +16,24 @@ from qwen_megakernel.turn import ErrorCode, FinishReason
 
 ContextState = Literal["queued", "waiting_for_text", "speaking"]
 SessionEnd = Literal["closed", "going_away", "idle", "protocol_error", "server_failed"]
-"""`closed`: the client has asked for it."""
+"""`closed` means that the client has asked for the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What came of a context."""
+    """The figures of a context."""
 
     num_samples: int
-    """Handed to the carrier, at 24 kHz."""
+    """Samples that the carrier has taken, at 24 kHz."""
     generation_s: float
     """Seconds of work on its audio."""
     ttfc_s: float | None
-    """From the first text, or from when the context's turn came, to the first audio handed to the
-    carrier; None without audio."""
+    """Seconds from the first text, or from the moment when the context may speak if that is later, to
+    the first audio that the carrier took; None without audio."""
     rtf: float | None
-    """Work over all audio that was generated, lower is better; None without audio."""
+    """Seconds of work per second of generated audio; None without audio."""
     trimmed_s: float | None = None
-    """Seconds of silence before the first sound that were left out; None where none may be."""
+    """Seconds of silence that were left out before the first sound; None if the silence is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class ContextDone:
 
     context_id: str
     reason: FinishReason
-    """`error` is told by `ContextFailed`."""
+    """Never `error`: that is `ContextFailed`."""
     figures: Figures
 
 
@@ -85,12 +85,12 @@ class ContextFailed:
     """Whether a turn was opened for it."""
     figures: Figures
     retry_after_s: float | None = None
-    """Seconds after which it may be tried again, where that is known."""
+    """Seconds after which the client may try again, if known."""
 
 
 @dataclass(frozen=True, slots=True)
 class ContextQuiet:
-    """Nothing was given for an open context for a second."""
+    """An open context has given no event for a second."""
 
     context_id: str
     state: ContextState
@@ -100,15 +100,15 @@ class ContextQuiet:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A dialect's own message; it keeps its place among the events."""
+    """A message of the dialect's own. It keeps its place among the events."""
 
     message: str | bytes
-    """As the carrier sends it."""
+    """The message as the carrier sends it."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionFailed:
-    """The server can speak nothing more. `SessionOver` follows."""
+    """The server can speak no more. `SessionOver` follows."""
 
     code: ErrorCode
     message: str
@@ -117,7 +117,7 @@ class SessionFailed:
 
 @dataclass(frozen=True, slots=True)
 class SessionOver:
-    """The last event: the carrier is to close."""
+    """The last event. The carrier must close."""
 
     reason: SessionEnd
 

@@ -1,6 +1,6 @@
-"""Speech as the answer to an HTTP request, for every dialect: a request is a session of one context.
+"""Speech as the answer to an HTTP request, for every dialect. A request is a session of one context.
 
-The answer begins with the first audio, so that a refusal still has its status. Two tasks serve a
+The answer begins with the first audio, so a refusal can still have its status. Two tasks serve a
 request: one waits for the client to hang up, the other speaks.
 """
 
@@ -35,8 +35,8 @@ from qwen_megakernel.serving.wire import SpeechError, error_line
 from qwen_megakernel.turn import ErrorCode, RequestError
 
 RULES = SessionRules(max_contexts=1, when_full="a request is one text", max_lead_s=3600.0)
-"""A client that wants a file need not wait as long as it plays. One that reads slowly holds the
-engine by what it leaves unread."""
+"""Generation may be an hour ahead of playback: a client gets its file as fast as it reads. Unread
+audio of a slow client makes the engine wait."""
 _CONTEXT = "speech"
 _STATUS: dict[ErrorCode, int] = {"overloaded": 503, "internal": 500}
 _RETRY_S = 5
@@ -57,32 +57,32 @@ class EventFraming(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SpokenFile:
-    """What a client has asked for."""
+    """The speech that a client asks for."""
 
     text: str
     choices: SpeechOptions
     audio: FileFormat
     headers: Mapping[str, str] = field(default_factory=dict)
-    """More of them, for the answer."""
+    """Additional headers of the answer."""
     framing: EventFraming | None = None
-    """None answers with the file itself."""
+    """None sends the file itself."""
 
 
 class ErrorDialect(Protocol):
-    """One way of saying no."""
+    """The form of a dialect's error answers."""
 
     def error_body(self, status: int, message: str, code: str | None, param: str | None) -> Any:
-        """The JSON of an answer that says no."""
+        """The JSON body of an error answer."""
 
     def param_of(self, code: ErrorCode) -> str | None:
-        """The field of a request that an error is about."""
+        """The field of the request that an error is about; None if it is about none."""
 
 
 class FileDialect(ErrorDialect, Protocol):
-    """One way of asking for a file of speech."""
+    """The form of a dialect's requests for a file of speech."""
 
     def read(self, request: Request, body: bytes, server: ServerState) -> SpokenFile:
-        """What a request asks for; raises `SpeechError`."""
+        """Parse a request. Raises `SpeechError`."""
 
 
 class FileAnswer(Response):
@@ -121,7 +121,7 @@ class FileAnswer(Response):
     async def _speak(
         self, session: Session, file: SpokenFile, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Speak. Speech that breaks off leaves the answer without its end, so that clients notice."""
+        """Send the speech. If it breaks off, the answer has no end, so that the client notices."""
         encoder = await asyncio.to_thread(open_encoder, file.audio)
         events = await _first_events(session)
         if isinstance(events, RequestError):
@@ -146,7 +146,7 @@ class FileAnswer(Response):
 
 
 def refusal_of(dialect: ErrorDialect, error: SpeechError | RequestError) -> Response:
-    """The answer that says no, in a dialect's shape."""
+    """The error answer in a dialect's form."""
     message, code, headers = error_line(str(error)), error.code, None
     if isinstance(error, SpeechError):
         status, param = error.status, error.param
@@ -158,7 +158,7 @@ def refusal_of(dialect: ErrorDialect, error: SpeechError | RequestError) -> Resp
 
 
 async def _read_body(receive: Receive, limit: int) -> bytes | None:
-    """All of it; None if the client has left. Raises `SpeechError` beyond a limit in bytes."""
+    """The whole body; None if the client has left. Raises `SpeechError` beyond `limit` bytes."""
     body = bytearray()
     while True:
         message = await receive()
@@ -192,7 +192,7 @@ def _without_length(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes,
 
 
 async def _first_events(session: Session) -> list[SessionEvent] | RequestError:
-    """Those with the first audio or the end, or why there is none."""
+    """The events up to the first audio or the end, or the error that comes instead."""
     while True:
         events = await session.take()
         for event in events:
@@ -222,8 +222,8 @@ async def _encoded(
 
 
 async def _encode(encoder: AudioEncoder, samples: np.ndarray | None) -> bytes:
-    """Bytes after a chunk; after the last one for None."""
-    # Compression takes a millisecond a frame, and other clients' audio must not wait for it.
+    """Encode a chunk, or end the file if `samples` is None. Returns the bytes that are ready."""
+    # Compression takes a millisecond a frame. Other clients' audio must not wait for it.
     if encoder.compresses:
         return await asyncio.to_thread(_encode_now, encoder, samples)
     return _encode_now(encoder, samples)
@@ -234,7 +234,7 @@ def _encode_now(encoder: AudioEncoder, samples: np.ndarray | None) -> bytes:
 
 
 def _failure_of(event: SessionEvent) -> RequestError | None:
-    """Why speech ends before its time, if it does."""
+    """The error of an event that ends the speech too early; None for other events."""
     match event:
         case ContextFailed(code=code, message=message, retry_after_s=retry_after_s):
             return RequestError(code, message, retry_after_s)

@@ -1,7 +1,7 @@
 """Leave out the silence before the first sound of a reply, so that the caller does not wait for it.
 
-What is sent is exactly the end of what was generated. The cut lies where all samples are quieter than
-`THRESHOLD`, so it makes no click. `MARGIN_S` before the sound is kept, for soft first consonants.
+Only the beginning is cut; all later samples are sent unchanged. All samples before the cut are quieter
+than `THRESHOLD`, so it makes no click. `MARGIN_S` before the sound is kept, for soft first consonants.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import numpy as np
 from qwen_megakernel.config import SAMPLE_RATE
 
 THRESHOLD = 10 ** (-46 / 20)
-"""A sample beyond this is sound: -46 dBFS."""
+"""A sample of a greater magnitude is sound: -46 dBFS."""
 MARGIN_S = 0.03
-"""Seconds before the first sound that are kept."""
+"""Seconds of silence that are kept before the first sound."""
 LIMIT_S = 1.0
-"""Seconds that are left out at most. A longer silence is meant."""
+"""The most seconds that are left out. Longer silence is assumed to be intended."""
 _MARGIN, _LIMIT = int(MARGIN_S * SAMPLE_RATE), int(LIMIT_S * SAMPLE_RATE)
 _NOTHING = np.zeros(0, dtype=np.float32)
 
 
 class LeadingSilence:
-    """The beginning of one reply, chunk by chunk. How it is split changes nothing."""
+    """Trims the beginning of one reply. The result does not depend on how it is split into chunks."""
 
     def __init__(self) -> None:
         self.num_cut = 0
         """Samples that were left out, at 24 kHz."""
         self._held = _NOTHING
-        """Silence that is sent if sound follows: the margin."""
+        """The margin: silence that is sent if sound follows."""
         self._over = False
 
     def pass_on(self, samples: np.ndarray) -> np.ndarray:
-        """What is to be sent now that a chunk has come, float32 [n]; nothing while all is silent."""
+        """Add a chunk, float32 [n]. Returns the samples to send; none while all is silent."""
         if self._over:
             return samples
         held = np.concatenate([self._held, samples])
@@ -45,6 +45,6 @@ class LeadingSilence:
         return sent
 
     def end_segment(self) -> None:
-        """No sound follows the margin that is held: it is left out too."""
+        """Leave out the held margin too, because no sound follows."""
         self.num_cut += len(self._held)
         self._held = _NOTHING

@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: one wake-up for all events that come together."""
+"""Carries calls from the engine's thread to the event loop: one wake-up for all that come together."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class Mailbox:
         self._woken = False
 
     def post(self, loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
-        """Have the loop call a function; from the engine's thread. A closed loop calls nothing."""
+        """Let the loop call a function. The engine's thread calls this. A closed loop calls nothing."""
         self._calls.append((function, args))
         if self._woken:
-            return  # the loop has not looked yet
+            return  # the loop is awake and will take this call too
         self._woken = True
         try:
             loop.call_soon_threadsafe(self._empty)
-        except RuntimeError:  # closed: the process is on its way out and nobody listens
+        except RuntimeError:  # the loop is closed: the process ends, and nobody listens
             self._calls.clear()
             self._woken = False
 
     def _empty(self) -> None:
-        self._woken = False  # before looking: what is posted from here on wakes the loop again
+        self._woken = False  # before the loop looks: any later post wakes it again
         for _ in range(len(self._calls)):
             function, args = self._calls.popleft()
             try:

@@ -1,4 +1,4 @@
-"""What the fields of a message may hold, for parsers and for JSON Schema. Standard library only.
+"""Rules for the fields of messages, for the parsers and for JSON Schema. Standard library only.
 
 A message is a frozen dataclass whose fields are declared as `Annotated[type, rule]`. `build` reads
 one from a JSON object, and `object_schema` describes it.
@@ -17,17 +17,17 @@ from qwen_megakernel.serving.wire import ProtocolError, get_flag, get_number, ge
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a field may hold, to the parsers and to the schema."""
+    """The values that a field may have: how to read them, and their schema."""
 
     read: Callable[[dict[str, Any], str], Any]
-    """Takes the message's values and the field's name; raises `ProtocolError`."""
+    """(the message's values, the field's name) -> the field's value. Raises `ProtocolError`."""
     schema: dict[str, Any]
-    """JSON Schema."""
+    """The field's JSON Schema."""
     may_be_absent: bool = False
 
 
 def or_none(rule: Rule) -> Rule:
-    """What the rule allows, null, or nothing."""
+    """A rule that also allows null and absence."""
 
     def read(values: dict[str, Any], key: str) -> Any:
         return None if values.get(key) is None else rule.read(values, key)
@@ -39,7 +39,7 @@ def or_none(rule: Rule) -> Rule:
 
 
 def narrowed(rule: Rule, **keywords: Any) -> Rule:
-    """The schema asks for more than `read`: another function checks it, or a later server may differ."""
+    """A rule with a stricter schema: another function checks that, or a later server may differ."""
     return replace(rule, schema={**rule.schema, **keywords})
 
 
@@ -56,12 +56,12 @@ def matching(pattern: re.Pattern[str], expected: str) -> Rule:
 
 
 def one_of(choices: Iterable[str]) -> Rule:
-    """One of some strings, for the schema alone."""
+    """One of some strings. Only the schema says so; `read` takes any string."""
     return narrowed(STRING, enum=[*choices])
 
 
 def short_string(max_chars: int) -> Rule:
-    """A string of at most so many characters."""
+    """A string of at most `max_chars` characters."""
 
     def read(values: dict[str, Any], key: str) -> str:
         value = get_string(values, key)
@@ -95,7 +95,7 @@ def list_of(kind_of_item: type, expected: str) -> Rule:
 
     def read(values: dict[str, Any], key: str) -> tuple[Any, ...]:
         found = values.get(key)
-        # type(): True is no number here.
+        # type() and not isinstance(): True is not a number here.
         if not isinstance(found, list) or any(type(item) is not kind_of_item for item in found):
             raise ProtocolError("bad_request", f"{key} must be {expected}")
         return tuple(found)
@@ -136,7 +136,7 @@ def rules_of(cls: type) -> dict[str, Rule]:
 
 
 def object_schema(cls: type) -> dict[str, Any]:
-    """JSON Schema of a message, without its `type`, or of an object in one."""
+    """The JSON Schema of a message without its `type`, or of an object in a message."""
     rules = rules_of(cls)
     required = [f.name for f in fields(cls) if f.default is MISSING or not rules[f.name].may_be_absent]
     properties = {name: rule.schema for name, rule in rules.items()}
@@ -144,10 +144,10 @@ def object_schema(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type, values: dict[str, Any]) -> Any:
-    """A message of a class, from a JSON object; fields of other names are left alone.
+    """Build a message of a class from a JSON object. Fields of other names are ignored.
 
     Raises:
-        ProtocolError: a field that its rule does not allow.
+        ProtocolError: a rule does not allow the value of its field.
     """
     found = {}
     for each in fields(cls):
@@ -158,10 +158,10 @@ def build(cls: type, values: dict[str, Any]) -> Any:
 
 
 def refuse_unknown(cls: type, values: dict[str, Any], *more: str) -> None:
-    """Raise `ProtocolError` where a JSON object has a field that is neither the class's nor `more`."""
+    """Raise `ProtocolError` if a JSON object has a field that is neither the class's nor in `more`."""
     allowed = [each.name for each in fields(cls)]
     if not values.keys() <= {*allowed, *more}:
-        # The name of the stranger is the client's text: it is not repeated.
+        # The unknown name is the client's text, so the error does not repeat it.
         raise ProtocolError("bad_request", f"a field is unknown, expected {', '.join(allowed)}")
 
 

@@ -1,4 +1,4 @@
-"""The native protocol on the wire: messages to contexts, events to messages (docs/PROTOCOL.md)."""
+"""The native protocol on the wire: messages become contexts, and events messages (docs/PROTOCOL.md)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class _Stream:
     def __init__(self, number: int, audio: AudioFormat) -> None:
         self.number = number
         self.num_samples = 0
-        """Sent, at the client's rate."""
+        """Samples that were sent, at the client's rate."""
         self._sequence = count()
         self._is_opus = audio.encoding == OPUS
         if not self._is_opus:
@@ -74,22 +74,22 @@ class _Stream:
         self._compressor: AudioEncoder | None = None
 
     def audio(self, samples: np.ndarray) -> list[bytes | Work]:
-        """A chunk, float32 [n] at 24 kHz, if the resampler gives any."""
+        """The messages for a chunk, float32 [n] at 24 kHz. The resampler may hold all of it back."""
         if not self._is_opus:
             return self._plain(self._pcm.encode(samples))
         self.num_samples += len(samples)
         return [lambda: self._compress(samples)]
 
     def end_segment(self) -> list[bytes | Work]:
-        """What the resampler has left."""
+        """The messages for what the resampler has held back."""
         return [] if self._is_opus else self._plain(self._pcm.flush())
 
     def end(self) -> list[bytes | Work]:
-        """What the file has left."""
+        """The messages for the rest of the file."""
         return [lambda: self._compress(None)] if self._is_opus else []
 
     def _compress(self, samples: np.ndarray | None) -> list[bytes]:
-        if self._compressor is None:  # here, because the first one loads PyAV
+        if self._compressor is None:  # not in `__init__`: the first one loads PyAV
             self._compressor = open_encoder(OPUS_FILE)
         encoder = self._compressor
         return self._pack(encoder.finish() if samples is None else encoder.encode(samples))
@@ -114,16 +114,16 @@ class NativeDialect:
         self._session = session
         self._greeted = False
         self._refused = False
-        """The client speaks another version, and the connection is about to be closed."""
+        """Whether the client speaks another version. The connection is about to close then."""
         self._audio = AudioFormat()
         self._streams: dict[str, _Stream] = {}
-        """Of contexts that have started and whose end was not told."""
+        """Streams of contexts that have started and whose end was not sent."""
         self._clocks: dict[str, WordClock] = {}
-        """Of contexts whose end was not told."""
+        """Clocks of contexts whose end was not sent."""
         self._numbers = count(1)
 
     def receive(self, data: str | bytes) -> None:
-        """Follow one message of the client; a refused one is answered and otherwise forgotten."""
+        """Act on one message of the client. A refused one gets an error and changes nothing."""
         if self._refused:
             return
         context_id = None
@@ -141,7 +141,7 @@ class NativeDialect:
                 self._session.finish("protocol_error")
 
     def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes | Work]:
-        """What to send for an event."""
+        """The messages to send for an event."""
         match event:
             case ContextStarted(context_id):
                 stream = self._streams[context_id] = _Stream(next(self._numbers), self._audio)
@@ -244,7 +244,7 @@ class NativeDialect:
         self._clocks.pop(context_id, None)
         samples = stream.num_samples if stream is not None else 0
         ttfc_s = figures.ttfc_s
-        rtf = None if ttfc_s is None else figures.rtf  # neither, where nothing was sent
+        rtf = None if ttfc_s is None else figures.rtf  # neither exists if nothing was sent
         return Done(
             context_id,
             reason,
@@ -261,7 +261,7 @@ class NativeDialect:
 
 
 def _encodings() -> tuple[str, ...]:
-    """Those that can be written here."""
+    """The encodings that this server can write."""
     return ENCODINGS if OPUS_FILE.encodable else tuple(SAMPLE_BYTES)
 
 

@@ -1,9 +1,9 @@
 """The native protocol, version 1: every message of both sides, to and from the wire.
 
-Sans-IO and standard library only, so that server, clients and fuzzers share one definition;
+Sans-IO and standard library only, so that server, clients and fuzzers share one definition.
 docs/PROTOCOL.md says what the messages mean. A message is a frozen dataclass. The declaration of a
-field says what it may hold; the parsers and docs/protocol.schema.json follow from the declarations.
-`encode` and the two `parse_...` are inverse.
+field says what it may hold. The parsers and docs/protocol.schema.json follow from the declarations.
+`encode` is the inverse of the two `parse_...` functions.
 
     socket.send(encode(Speak("reply-1", "Hello there.")))
     match parse_server_message(socket.recv()):
@@ -45,14 +45,14 @@ from qwen_megakernel.serving.wire import ErrorCode, ProtocolError, get_string, p
 PROTOCOL = 1
 SAMPLE_BYTES = {"pcm_s16le": 2, "pcm_f32le": 4, "pcm_mulaw": 1, "pcm_alaw": 1}
 OPUS = "opus"
-"""Opus in Ogg, at 24 kHz: the audio messages of a context are the bytes of one file."""
+"""Opus in Ogg, at 24 kHz. The audio messages of a context together are one file."""
 ENCODINGS = (*SAMPLE_BYTES, OPUS)
 SAMPLE_RATES = (8_000, 16_000, 24_000, 48_000)
 MAX_CHUNK_FRAMES = 8
-"""Frames of 80 ms in one audio message."""
+"""The most frames of 80 ms in one audio message."""
 MAX_INSTRUCT_CHARS = 1000
 MAX_FRAMES = 1 << 20
-"""The most that a client can set as a limit of a segment; 23 hours."""
+"""The highest limit in frames that a client can set for a segment: 23 hours."""
 
 FinishReason = Literal["stop", "length", "repeat", "silence", "cancelled", "error"]
 State = Literal["queued", "waiting_for_text", "speaking"]
@@ -60,7 +60,7 @@ State = Literal["queued", "waiting_for_text", "speaking"]
 _CONTEXT_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _CLIENT_NAME = re.compile(r"[ -~]{1,100}")
 _SEGMENT_ENDS = ("stop", "length", "repeat", "silence")
-"""Of a segment that is cancelled or fails only `Done` tells."""
+"""Reasons in `Segment`. For a segment that is cancelled or fails, only `Done` has the reason."""
 _HEADER = struct.Struct("<II")
 _U32 = 2**32 - 1
 
@@ -71,7 +71,7 @@ CONTEXT_ID = matching(_CONTEXT_ID, "1 to 64 characters of A-Z a-z 0-9 . _ : -")
 
 @dataclass(frozen=True, slots=True)
 class AudioFormat:
-    """How a client wants its samples; mono always."""
+    """The format in which a client wants its samples. It is always mono."""
 
     encoding: Annotated[str, or_none(one_of(ENCODINGS))] = "pcm_s16le"
     sample_rate: Annotated[int, or_none(narrowed(COUNT, enum=[*SAMPLE_RATES]))] = 24_000
@@ -93,36 +93,36 @@ class Hello:
     client: Annotated[
         str | None, or_none(matching(_CLIENT_NAME, "1 to 100 visible ASCII characters"))
     ] = None
-    """Name and version of the client, for the server's log."""
+    """The client's name and version, for the server's log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speak:
-    """Text for a context; a field that is None keeps its earlier value, at first the server's."""
+    """Text for a context. A field that is None keeps its earlier value, at first the server's."""
 
     context_id: Annotated[str, CONTEXT_ID]
     text: Annotated[str, STRING]
     voice: Annotated[str | None, MAYBE_STRING] = None
-    """A name the server knows, never a path."""
+    """The name of a voice of the server, never a path."""
     language: Annotated[str | None, MAYBE_STRING] = None
-    """A name the server knows, or a two-letter code."""
+    """The name of a language of the server, or its two-letter code."""
     instruct: Annotated[str | None, or_none(short_string(MAX_INSTRUCT_CHARS))] = None
-    """How to speak, for checkpoints that take it."""
+    """How to speak, for checkpoints that accept instructions."""
     temperature: Annotated[float | None, or_none(number((int, float), 0, 10))] = None
-    """Of the talker; 0 takes the most likely code."""
+    """Temperature of the talker; 0 takes the most likely code."""
     top_k: Annotated[int | None, or_none(integer(0, 1 << 16))] = None
-    """Of the talker; 0 keeps all."""
+    """Top-k of the talker; 0 keeps all codes."""
     seed: Annotated[int | None, or_none(integer(0, 2**64 - 1))] = None
     chunk_frames: Annotated[int | None, or_none(integer(1, MAX_CHUNK_FRAMES))] = None
-    """Frames of 80 ms in one audio message; None begins with one and grows."""
+    """Frames of 80 ms in one audio message; None begins with one frame and grows."""
     top_p: Annotated[float | None, or_none(number((int, float), 0.01, 1))] = None
-    """Of the talker; 1 keeps all."""
+    """Top-p of the talker; 1 keeps all codes."""
     repetition_penalty: Annotated[float | None, or_none(number((int, float), 0.1, 10))] = None
-    """Of the talker; 1 is none."""
+    """Repetition penalty of the talker; 1 is no penalty."""
     predictor_temperature: Annotated[float | None, or_none(number((int, float), 0, 10))] = None
-    """Of the code predictor; 0 takes the most likely codes."""
+    """Temperature of the code predictor; 0 takes the most likely codes."""
     predictor_top_k: Annotated[int | None, or_none(integer(0, 1 << 16))] = None
-    """Of the code predictor; 0 keeps all."""
+    """Top-k of the code predictor; 0 keeps all codes."""
     min_frames: Annotated[int | None, or_none(integer(0, MAX_FRAMES))] = None
     """Frames of 80 ms before which the model cannot end a segment."""
     max_frames: Annotated[int | None, or_none(integer(1, MAX_FRAMES))] = None
@@ -130,7 +130,7 @@ class Speak:
     streaming: Annotated[bool | None, or_none(FLAG)] = None
     """Text layout of the prompt; None is the checkpoint's own."""
     trim_leading_silence: Annotated[bool | None, or_none(FLAG)] = None
-    """Whether the silence before the context's first sound is left out. Its first segment decides."""
+    """Whether the silence before the context's first sound is left out; the first segment decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop a context; without one, all."""
+    """Stop a context, or all contexts if none is named."""
 
     context_id: Annotated[str | None, or_none(CONTEXT_ID)] = None
 
@@ -161,25 +161,25 @@ ClientMessage = Hello | Speak | Flush | End | Cancel
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the server takes of one connection."""
+    """The server's limits for one connection."""
 
     max_text_chars: Annotated[int, narrowed(COUNT, minimum=1)]
-    """Of a context."""
+    """Characters in the text of a context."""
     max_contexts: Annotated[int, narrowed(COUNT, minimum=1)]
-    """Open at a time."""
+    """Contexts that may be open at a time."""
     max_message_bytes: Annotated[int, narrowed(COUNT, minimum=1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """What is drawn with where a client chooses nothing; of the talker, if it does not say otherwise."""
+    """The sampling parameters for a client that chooses none; of the talker, if not named otherwise."""
 
     temperature: Annotated[float, number((int, float), 0, 10)]
     top_k: Annotated[int, integer(0, 1 << 16)]
     top_p: Annotated[float | None, or_none(number((int, float), 0, 1))] = None
     repetition_penalty: Annotated[float | None, or_none(number((int, float), 0.1, 10))] = None
     predictor_temperature: Annotated[float | None, or_none(number((int, float), 0, 10))] = None
-    """Of the code predictor. An earlier server does not say these four."""
+    """Temperature of the code predictor. Earlier servers leave out all fields that may be None."""
     predictor_top_k: Annotated[int | None, or_none(integer(0, 1 << 16))] = None
 
 
@@ -198,14 +198,14 @@ class Ready:
     limits: Annotated[Limits, object_of(Limits)]
     server: Annotated[str, STRING]
     sampling: Annotated[Sampling | None, or_none(object_of(Sampling))] = None
-    """An earlier server does not say."""
+    """Earlier servers leave this field out."""
     trim_leading_silence: Annotated[bool | None, or_none(FLAG)] = None
-    """Of a context that does not say; None is no."""
+    """Whether leading silence is left out if a context does not choose; None means no."""
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A context's audio follows, under this stream number."""
+    """A context's audio follows under this stream number."""
 
     context_id: Annotated[str, CONTEXT_ID]
     stream: Annotated[int, narrowed(integer(0, _U32), minimum=1)]
@@ -213,7 +213,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class AudioChunk:
-    """Samples of a stream; `sequence` counts its chunks from 0."""
+    """Samples of a stream. `sequence` counts its chunks from 0."""
 
     stream: int
     sequence: int
@@ -222,7 +222,7 @@ class AudioChunk:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A context is open, and nothing else was sent for it recently."""
+    """A context is open, and no other message was sent for it recently."""
 
     context_id: Annotated[str, CONTEXT_ID]
     state: Annotated[State, one_of(get_args(State))]
@@ -232,7 +232,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """When a word is heard, by estimate, in seconds of the context's audio."""
+    """The estimated time of a word, in seconds of the context's audio."""
 
     text: Annotated[str, STRING]
     start_s: Annotated[float, SECONDS]
@@ -241,7 +241,7 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """All audio of a segment was sent; times are seconds of the context's audio."""
+    """All audio of a segment was sent. Times are seconds of the context's audio."""
 
     context_id: Annotated[str, CONTEXT_ID]
     index: Annotated[int, COUNT]
@@ -249,7 +249,7 @@ class Segment:
     duration_s: Annotated[float, SECONDS]
     finish_reason: Annotated[FinishReason, one_of(_SEGMENT_ENDS)]
     estimated_words: Annotated[tuple[Word, ...] | None, or_none(objects_of(Word))] = None
-    """An earlier server does not say."""
+    """Earlier servers leave this field out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,19 +264,19 @@ class Done:
     ttfc_ms: Annotated[float | None, or_none(SECONDS)]
     rtf: Annotated[float | None, or_none(SECONDS)]
     trimmed_s: Annotated[float | None, or_none(SECONDS)] = None
-    """Silence before the first sound that was left out; None where none may be."""
+    """Seconds of silence that were left out before the first sound; None if the silence is kept."""
 
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Something was refused or failed; if that ends a context, `Done` says so."""
+    """Something was refused or failed. If that ends a context, its `Done` says so."""
 
     context_id: Annotated[str | None, or_none(narrowed(STRING, **CONTEXT_ID.schema))]
     code: Annotated[str, one_of(get_args(ErrorCode))]
     message: Annotated[str, narrowed(STRING, maxLength=300)]
-    """One line; `wire.error_line` cuts it."""
+    """One line, cut by `wire.error_line`."""
     retry_after_s: Annotated[float | None, or_none(SECONDS)] = None
-    """Seconds after which it may be tried again, where that is known."""
+    """Seconds after which the client may try again, if known."""
 
 
 ServerMessage = Ready | Started | AudioChunk | Progress | Segment | Done | Error
@@ -302,11 +302,11 @@ _NAMES = {cls: name for types in (CLIENT_TYPES, SERVER_TYPES) for name, cls in t
 
 
 def parse_client_message(data: str | bytes) -> ClientMessage:
-    """The meaning of a client's WebSocket message; a field that is not known is a mistake.
+    """Parse a client's WebSocket message. An unknown field is an error.
 
     Raises:
-        ProtocolError: anything else than a well-formed message, whatever the bytes. Its
-            `context_id` is the message's, if that much could be read.
+        ProtocolError: the message is malformed. No bytes raise anything else. Its `context_id` is the
+            message's, if that could be read.
     """
     values = parse_object(data)
     try:
@@ -325,11 +325,11 @@ def parse_client_message(data: str | bytes) -> ClientMessage:
 
 
 def parse_server_message(data: str | bytes) -> ServerMessage:
-    """The meaning of a server's WebSocket message; fields that are not known are left alone.
+    """Parse a server's WebSocket message. Unknown fields are ignored.
 
     Raises:
-        ProtocolError: a malformed message; `unsupported` for a type that is not known, which a
-            client should pass over.
+        ProtocolError: the message is malformed, or its type is unknown. The code is `unsupported` for
+            an unknown type, which a client should ignore.
     """
     if not isinstance(data, str):
         return _unpack_audio(data)
@@ -341,13 +341,13 @@ def parse_server_message(data: str | bytes) -> ServerMessage:
 
 
 def check_values(cls: type, values: dict[str, Any]) -> None:
-    """Raise `ProtocolError` where a message of this class could not hold a value."""
+    """Raise `ProtocolError` if a message of this class cannot hold one of the values."""
     for name in values:
         rules_of(cls)[name].read(values, name)
 
 
 def encode(message: ClientMessage | ServerMessage) -> str | bytes:
-    """What to send: text, or bytes for audio."""
+    """The message on the wire: text, or bytes for audio."""
     if isinstance(message, AudioChunk):
         return _HEADER.pack(message.stream, message.sequence & _U32) + message.samples
     values = asdict(message)

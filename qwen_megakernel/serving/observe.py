@@ -1,4 +1,4 @@
-"""What operators see: one log line and one set of samples per turn, and nothing a client said."""
+"""Logs and metrics: one log line and one set of samples per turn, without anything a client said."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from qwen_megakernel.turn import FinishReason
 
 log = logging.getLogger("qwen_megakernel.server")
 edge_log = logging.getLogger("qwen_megakernel.server.edge")
-"""For what peers do that are not clients yet or break rules. Anybody can cause such a line at any
-rate."""
+"""For peers that are not clients yet, or that break rules. Anybody can cause its lines at any rate."""
 
 Refused = Literal["connection", "turn"]
 _TTFC_BUCKETS_S = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
@@ -45,12 +44,12 @@ class TurnRecord:
     finish_reason: str
     error: str | None = None
     trimmed_s: float | None = None
-    """Silence before the first sound that was not sent; None where none is left out."""
+    """Seconds of silence that were left out before the first sound; None if the silence is kept."""
     dry: int = 0
     """See `Account.num_dry`."""
 
     def line(self) -> str:
-        """For people."""
+        """The record as a log line for people."""
         ttfc = "-" if self.ttfc_ms is None else f"{self.ttfc_ms:.0f} ms"
         rtf = "-" if self.rtf is None else f"{self.rtf:.3f}"
         text = (
@@ -74,6 +73,8 @@ class Metrics:
         num_waiting: Callable[[], float],
         num_unsent_bytes: Callable[[], float],
         engine_cpu_s: Callable[[], float],
+        is_loaded: Callable[[], float],
+        num_warm_frames: Callable[[], float],
     ) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -85,6 +86,8 @@ class Metrics:
             ("turns_waiting", "Turns waiting for a slot", num_waiting),
             ("unsent_bytes", "Bytes held for clients that have not taken them", num_unsent_bytes),
             ("engine_cpu_seconds", "CPU time of the engine's thread", engine_cpu_s),
+            ("model_loaded", "1 while the model is on its device, else 0", is_loaded),
+            ("warm_frames", "Frames that kept the GPU warm while nobody spoke", num_warm_frames),
         ):
             Gauge(f"{name}_{suffix}", text, registry=self.registry).set_function(source)
         self._turns = Counter(
@@ -134,7 +137,7 @@ class Metrics:
         log.log(level, "%s", turn.line(), extra={"fields": asdict(turn)})
 
     def count_refusal(self, what: Refused) -> None:
-        """Somebody was told to come back later."""
+        """Count a client that was told to come back later."""
         self._refused.labels(what).inc()
 
     def page(self) -> bytes:
@@ -146,7 +149,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object per line; `extra={"fields": {...}}` becomes top-level keys."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Newlines cannot occur: JSON escapes them."""
+        """The record as one line: JSON escapes newlines."""
         entry = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{int(record.msecs):03d}Z",
@@ -160,7 +163,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class _ClientFaults(logging.Filter):
-    """uvicorn logs a client's broken UTF-8 with a traceback; it is not our fault, one line will do."""
+    """Makes one line of uvicorn's traceback for a client's broken UTF-8: the server is not at fault."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError):
@@ -170,16 +173,16 @@ class _ClientFaults(logging.Filter):
 
 
 class FewOfAKind(logging.Filter):
-    """Lets a few lines of each kind through in a period; the next one says how many were left out.
+    """Lets a few lines of each kind through in a period. The next one says how many were left out.
 
-    A kind is a place in the code. `edge_log` has several in one place, by their templates.
+    The lines of one place in the code are one kind. In `edge_log` the template distinguishes kinds, too.
     """
 
     def __init__(self, burst: int = 3, period_s: float = 10.0) -> None:
         super().__init__()
         self._burst, self._period_s = burst, period_s
         self._kinds: dict[tuple[str, int, str], tuple[float, int]] = {}
-        """When a kind's period began, and its lines since."""
+        """For each kind, when its period began, and the number of its lines since then."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is written."""
@@ -199,7 +202,7 @@ class FewOfAKind(logging.Filter):
 def configure_logging(log_format: str) -> None:
     """Send all logs to stderr as `text` or `json`.
 
-    uvicorn is heard from warnings upwards: its INFO lines hold addresses with `?token=`.
+    uvicorn logs only warnings and errors: its INFO lines hold addresses with `?token=`.
     """
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")

@@ -1,4 +1,4 @@
-"""The sessions that are open, whatever carries them, and how they are drained."""
+"""All open sessions, whatever carries them, and how they are drained."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from qwen_megakernel.serving.session import Session, SessionRules
 from qwen_megakernel.turn import RequestError
 
 GIVE_WAY_S = 60.0
-"""Silence after which a connection may be closed for another one."""
+"""Seconds of silence after which a connection may be closed for a new one."""
 request_token: ContextVar[str | None] = ContextVar("request_token", default=None)
-"""The name of the token that the request in hand has. It is set where tokens are checked, so that no
-dialect can forget to count it."""
+"""The name of the current request's token. It is set where tokens are checked, so that no dialect can
+forget to count it."""
 
 
 class OpenSessions:
     """All open sessions of a server."""
 
     def __init__(self, admission: Admission, get_ready: Callable[[], ServerState]) -> None:
-        """Begin with none.
+        """Begin without sessions.
 
         Args:
             admission: decides who is let in.
-            get_ready: what sessions share; raises `NotAdmitted` while the server takes no clients.
+            get_ready: gives what sessions share. Raises `NotAdmitted` while the server takes no clients.
         """
         self._admission, self.get_ready = admission, get_ready
         self._sessions: set[Session] = set()
@@ -45,14 +45,15 @@ class OpenSessions:
 
     @contextmanager
     def admit(self, address: str | None, rules: SessionRules | None = None) -> Iterator[Session]:
-        """A session for one client. It counts, and is closed, with the context.
+        """A session for one client. It counts until the `with` block ends, and is closed then.
 
         Args:
-            address: what the client is counted by with others (`access.client_address`).
-            rules: of the dialect, where it is known.
+            address: the address that the client counts under (`access.client_address`).
+            rules: of the dialect; None if the first message decides on the dialect.
 
         Raises:
-            NotAdmitted: the server is not ready, or full, or the address or the token has enough.
+            NotAdmitted: the server is not ready or full, or the address or the token has no connection
+                left.
         """
         server = self.get_ready()
         session = Session(server, str(next(self._numbers)), rules, address, request_token.get())
@@ -70,8 +71,8 @@ class OpenSessions:
             self._admission.leave(session)
 
     def _enter(self, session: Session) -> None:
-        """Count a session. Where all connections are taken, the one that has been silent for longest
-        gives way, if it has been for `GIVE_WAY_S`."""
+        """Count a session. If all connections are taken, the one with the longest silence gives way, if
+        that is at least `GIVE_WAY_S`."""
         try:
             self._admission.enter(session)
         except NotAdmitted as refusal:
@@ -87,7 +88,7 @@ class OpenSessions:
             self._admission.enter(session)
 
     async def drain(self, limit_s: float) -> None:
-        """Let running turns end, up to a limit in seconds; then stop them and finish every session."""
+        """Let running turns end within `limit_s`. Then stop them and finish every session."""
         for session in self._sessions:
             session.drain()
         await self._until(self._idle, limit_s)
@@ -100,7 +101,7 @@ class OpenSessions:
         await self._until(lambda: not self._sessions, 2.0)
 
     async def fail(self, failure: RequestError) -> None:
-        """Tell all clients that nothing more can be spoken, and finish every session."""
+        """Tell all clients that the server can speak no more, and finish every session."""
         for session in self._sessions:
             session.fail(failure)
         await self._until(lambda: not self._sessions, 2.0)

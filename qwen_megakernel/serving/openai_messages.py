@@ -32,43 +32,43 @@ RESPONSE_FORMATS: tuple[ResponseFormat, ...] = ("mp3", "opus", "aac", "flac", "w
 STREAM_FORMATS = ("audio", "sse")
 SPEECH_PATH, VOICES_PATH, MODELS_PATH = "/v1/audio/speech", "/v1/audio/voices", "/v1/models"
 AUDIO_MODELS_PATH = "/v1/audio/models"
-"""Not of OpenAI: Open WebUI asks here."""
+"""An addition to OpenAI's API: Open WebUI asks here."""
 PATHS = frozenset({SPEECH_PATH, VOICES_PATH, MODELS_PATH, AUDIO_MODELS_PATH})
 VOICE_NAMES = (
     "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx", "sage",
     "shimmer", "verse",
 )  # fmt: skip
-"""Of OpenAI. Some clients send no other name."""
+"""OpenAI's names. Some clients send no others."""
 MODEL_NAMES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
-"""Of OpenAI. Some clients offer only those that are listed."""
+"""OpenAI's names. Some clients offer only models that the server lists."""
 MAX_INSTRUCTIONS_CHARS = 1000
 _MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class SpeechRequest:
-    """What a client asks to be spoken."""
+    """The speech that a client asks for."""
 
     text: str
     voice: str | None
     """None is the default voice."""
     instructions: str | None
     language: str | None
-    """Lower-case name. Not of OpenAI."""
+    """Lower-case name. An addition to OpenAI's API."""
     seed: int | None
-    """Not of OpenAI."""
+    """An addition to OpenAI's API."""
     response_format: ResponseFormat
     as_events: bool
     """Whether the answer is Server-Sent Events, not an audio file."""
     trim_leading_silence: bool | None = None
-    """Not of OpenAI; None leaves it to the server."""
+    """An addition to OpenAI's API; None leaves the choice to the server."""
 
 
 def parse_speech(body: bytes) -> SpeechRequest:
-    """The body of `POST /v1/audio/speech`. Fields that nobody knows are ignored.
+    """Parse the body of `POST /v1/audio/speech`. Unknown fields are ignored.
 
     Raises:
-        SpeechError: 400, whatever the bytes.
+        SpeechError: 400 if the body is malformed. No bytes raise anything else.
     """
     try:
         fields = parse_object(body.decode())
@@ -97,7 +97,7 @@ def parse_speech(body: bytes) -> SpeechRequest:
 
 
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> Any:
-    """The body of an answer that says no, as OpenAI's clients read it."""
+    """The body of an error answer, as OpenAI's clients read it."""
     if status == 429:
         error_type = "rate_limit_error"
     else:
@@ -107,18 +107,18 @@ def error_body(status: int, message: str, code: str | None = None, param: str | 
 
 
 def delta_event(audio: bytes) -> bytes:
-    """Bytes of the audio file, as an event."""
+    """The event with bytes of the audio file."""
     return _event({"type": "speech.audio.delta", "audio": base64.b64encode(audio).decode()})
 
 
 def done_event() -> bytes:
-    """The last event. Tokens are not counted here, and OpenAI's clients want the figures."""
+    """The last event. OpenAI's clients require numbers of tokens, which this server does not count."""
     usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     return _event({"type": "speech.audio.done", "usage": usage})
 
 
 def error_event(message: str, code: str) -> bytes:
-    """The last event of speech that breaks off."""
+    """The last event, if the speech breaks off."""
     return _event({"type": "speech.audio.error", **error_body(500, message, code)})
 
 
@@ -134,9 +134,9 @@ def audio_model_list(names: Iterable[str]) -> Any:
 
 
 def find_voice(given: str | None, aliases: Mapping[str, str], known: Iterable[str]) -> str | None:
-    """The server's name for a voice; None is the default voice. What nobody knows stays as it is.
+    """The server's name for a voice; None is the default voice. An unknown name stays as it is.
 
-    An alias goes before a voice of that name, and a voice before OpenAI's names.
+    An alias comes before a voice of the same name, and a voice comes before OpenAI's names.
     """
     if given is None or given in aliases:
         return None if given is None else aliases[given]
@@ -188,7 +188,7 @@ def _check_speed(fields: dict[str, Any]) -> None:
 
 
 def _choice(fields: dict[str, Any], key: str, known: tuple[Any, ...]) -> Any:
-    """One of the known strings; the first when absent or null."""
+    """One of the known strings; the first if the field is absent or null."""
     value = _string(fields, key)
     if value is not None and value not in known:
         raise ProtocolError("bad_request", f"{key} is unknown; known: {', '.join(known)}")

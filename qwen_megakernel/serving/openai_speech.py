@@ -40,7 +40,7 @@ FORMATS = {
     "wav": FileFormat("wav", "pcm_s16le"),
     "pcm": FileFormat("raw", "pcm_s16le"),
 }
-"""What `response_format` may be."""
+"""The files that `response_format` can name."""
 _PARAMS: dict[ErrorCode, str] = {
     "unknown_voice": "voice",
     "unknown_language": "language",
@@ -49,7 +49,7 @@ _PARAMS: dict[ErrorCode, str] = {
 
 
 def routes(sessions: OpenSessions) -> list[BaseRoute]:
-    """The routes."""
+    """The routes of speech, voices and models."""
 
     async def speak(request: Request) -> Response:
         return FileAnswer(sessions, _OpenAI())
@@ -76,7 +76,7 @@ def routes(sessions: OpenSessions) -> list[BaseRoute]:
 
 
 class OpenAIErrors:
-    """How OpenAI's API says no."""
+    """The error answers of OpenAI's API."""
 
     def error_body(self, status: int, message: str, code: str | None, param: str | None) -> Any:
         """See `ErrorDialect`."""

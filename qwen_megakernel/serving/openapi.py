@@ -1,7 +1,7 @@
-"""The HTTP routes in OpenAPI 3.1, and the same as a page.
+"""The HTTP routes in OpenAPI 3.1, and the same description as a page.
 
-A route without a description here is listed with its paths and methods alone. WebSockets are not
-part of OpenAPI: docs/PROTOCOL.md describes them.
+A route that has no description here is listed with its path and methods only. OpenAPI has no
+WebSockets: docs/PROTOCOL.md describes them.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ _SPEAKING = ("400", "413", "429", "500", "503")
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a description depends on."""
+    """The facts on which the description depends."""
 
     max_text_chars: int
     has_token: bool
 
 
 def describe(routes: Iterable[BaseRoute], facts: ServerFacts) -> Schema:
-    """The OpenAPI description of the HTTP routes among these."""
+    """The OpenAPI description of the HTTP routes among `routes`."""
     known = _operations(facts)
     paths: dict[str, Schema] = {}
     for route in routes:
@@ -78,7 +78,7 @@ def describe(routes: Iterable[BaseRoute], facts: ServerFacts) -> Schema:
 
 
 def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
-    """By path and method."""
+    """The descriptions by path and method."""
     openai_error = _object({"error": _object({"message": _STRING, "type": _STRING})})
     cartesia_error = _object({"title": _STRING, "message": _STRING, "error_code": _STRING})
     deepgram_error = _object({"err_code": _STRING, "err_msg": _STRING})
@@ -160,7 +160,8 @@ def _operation(
     parameters: Sequence[Schema] = (),
     done: str = "200",
 ) -> Schema:
-    """`answer` is JSON; None is anything else. `media_type` is of the body, `done` of success."""
+    """One operation. `answer` is a JSON answer, None another one. `media_type` is the body's, `done` the
+    description of success."""
     content = {"*/*": {}} if answer is None else {"application/json": {"schema": answer}}
     responses: Schema = {done: {"description": "It is done.", "content": content}}
     for status in (*_ANYWHERE, *statuses):
@@ -188,7 +189,7 @@ _MAYBE_STRING: Schema = {"type": ["string", "null"]}
 
 
 def _object(properties: dict[str, Schema], required: Sequence[str] | None = None) -> Schema:
-    """All fields are required, if nothing else is said."""
+    """A JSON object. All fields are required if `required` is None."""
     names = list(properties) if required is None else list(required)
     return {"type": "object", "properties": properties, "required": names}
 

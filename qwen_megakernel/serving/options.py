@@ -1,4 +1,4 @@
-"""How text is spoken: what a client chose, and what a turn of the engine is opened with."""
+"""How text is spoken: a client's choices, and the options with which a turn of the engine is opened."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class SpeechOptions:
-    """A client's choices for the text that follows. None keeps what was chosen before."""
+    """A client's choices for the text that follows. None keeps the earlier choice."""
 
     voice: str | None = None
-    """A name the server knows."""
+    """The name of a voice of the server."""
     language: str | None = None
     """Lower-case name; `auto` leaves it to the model."""
     instruct: str | None = None
-    """How to speak, for checkpoints that take it."""
+    """How to speak, for checkpoints that accept instructions."""
     temperature: float | None = None
-    """Of the talker; 0 takes the most likely code."""
+    """Temperature of the talker; 0 takes the most likely code."""
     top_k: int | None = None
-    """Of the talker; 0 keeps all."""
+    """Top-k of the talker; 0 keeps all codes."""
     seed: int | None = None
-    """0 .. 2**64 - 1; the server draws one for a context that never names one."""
+    """0 .. 2**64 - 1. The server draws a seed for a context that names none."""
     chunk_frames: int | None = None
-    """Frames of 80 ms in a chunk of audio; the engine's ramp if it was never chosen."""
+    """Frames of 80 ms in a chunk of audio. The engine's ramp applies if a client never chooses."""
     top_p: float | None = None
-    """Of the talker; 1 keeps all."""
+    """Top-p of the talker; 1 keeps all codes."""
     repetition_penalty: float | None = None
-    """Of the talker; 1 is none."""
+    """Repetition penalty of the talker; 1 is no penalty."""
     predictor_temperature: float | None = None
-    """Of the code predictor; 0 takes the most likely codes."""
+    """Temperature of the code predictor; 0 takes the most likely codes."""
     predictor_top_k: int | None = None
-    """Of the code predictor; 0 keeps all."""
+    """Top-k of the code predictor; 0 keeps all codes."""
     min_frames: int | None = None
     """Frames of 80 ms before which the model cannot end a turn."""
     max_frames: int | None = None
@@ -43,7 +43,7 @@ class SpeechOptions:
     streaming: bool | None = None
     """Text layout of the prompt."""
     trim_leading_silence: bool | None = None
-    """Whether the silence before the first sound of a context is left out. Its first text decides."""
+    """Whether the silence before the first sound of a context is left out; the first text decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class TurnOptions:
     trim_leading_silence: bool = False
 
     def updated(self, choices: SpeechOptions) -> TurnOptions:
-        """These options with a client's choices in their place."""
+        """These options, replaced by a client's choices where it has made any."""
         return TurnOptions(
             voice=_either(choices.voice, self.voice),
             language=_either(choices.language, self.language),
@@ -73,7 +73,7 @@ class TurnOptions:
         )
 
     def params_of(self, index: int) -> GenerationParams:
-        """The parameters of a context's turn `index`: seeds count on."""
+        """The parameters of turn `index` of a context: each turn has the next seed."""
         return replace(self.params, seed=(self.params.seed + index) % 2**64)
 
 

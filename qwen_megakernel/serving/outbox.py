@@ -1,4 +1,4 @@
-"""What is on its way to a client, in order, until the client's carrier takes it."""
+"""The queue of events for one client, until its carrier takes them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from qwen_megakernel.serving.events import SegmentDone, SessionEvent
 from qwen_megakernel.turn import Audio
 
 MAX_MESSAGES = 64
-"""Entries without audio that may wait before `until_short` does."""
+"""If more entries without audio wait in the queue, `until_short` waits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Ends a context, once all that waits before it was taken."""
+    """Ends a context, once the carrier has taken all entries before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Something of a context that is accounted for when it is taken."""
+    """Output of a context. The session accounts for it when the carrier takes it."""
 
     context: Context
     what: Audio | SegmentDone | Ended
@@ -31,24 +31,24 @@ Entry = Output | SessionEvent
 
 
 class Outbox:
-    """A queue with one reader that knows how many bytes of audio wait in it."""
+    """A queue with one reader. It counts the bytes of audio that wait in it."""
 
     def __init__(self) -> None:
         self.unsent_bytes = 0
-        """Of float32 audio."""
+        """Bytes of float32 audio in the queue."""
         self._entries: deque[Entry] = deque()
         self._num_messages = 0
         self._filled = asyncio.Event()
         self._short = asyncio.Event()
 
     def put(self, entry: Entry) -> None:
-        """Add an entry. Audio is bounded by the session, replies by `until_short`."""
+        """Add an entry. The session bounds audio, and `until_short` bounds replies."""
         self._count(entry, 1)
         self._entries.append(entry)
         self._filled.set()
 
     async def get(self) -> Entry:
-        """The next entry, when there is one."""
+        """Wait for the next entry and take it."""
         while not self._entries:
             self._filled.clear()
             await self._filled.wait()
@@ -57,7 +57,7 @@ class Outbox:
         return entry
 
     def drop(self, context: Context) -> None:
-        """Forget the audio and the segments of a context; its end stays in its place."""
+        """Remove the audio and the segments of a context. Its end keeps its place."""
         entries, self._entries = self._entries, deque()
         for entry in entries:
             match entry:
@@ -67,7 +67,7 @@ class Outbox:
                     self._entries.append(entry)
 
     async def until_short(self) -> None:
-        """Wait while too much waits that is not audio."""
+        """Wait while the queue has too many entries that are not audio."""
         if self._num_messages > MAX_MESSAGES:
             self._short.clear()
             await self._short.wait()

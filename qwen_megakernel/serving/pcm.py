@@ -1,4 +1,4 @@
-"""Samples as a client wants them: resampled without seams, clamped, rounded or companded."""
+"""Samples in a client's format: resampled without seams, clamped, rounded or companded."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qwen_megakernel.config import SAMPLE_RATE
 
 _NOTHING = np.zeros(0, dtype=np.float32)
 _COMPANDED = {"pcm_mulaw": "ULAW", "pcm_alaw": "ALAW"}
-"""Encodings of 8 bits a sample (G.711), and what libsndfile calls them."""
+"""Encodings with 8 bits a sample (G.711), and their names in libsndfile."""
 
 
 class Resampler:
-    """Brings 24 kHz chunks to another rate.
+    """Converts 24 kHz chunks to another rate.
 
-    `flush` gives out what is held back (up to a tenth of a second) and begins anew. What follows is
-    an utterance of its own, so nothing rings across the seam.
+    `flush` returns the samples that are held back (up to a tenth of a second) and begins anew. The next
+    chunk belongs to another utterance, so nothing rings across the seam.
     """
 
     def __init__(self, sample_rate: int) -> None:
@@ -27,7 +27,8 @@ class Resampler:
         self._stream: soxr.ResampleStream | None = None
 
     def resample(self, samples: np.ndarray) -> np.ndarray:
-        """A chunk, float32 [n] at 24 kHz; the result may be longer or shorter than its time."""
+        """Resample a chunk, float32 [n] at 24 kHz. The result may be longer or shorter than the chunk's
+        time."""
         if self._sample_rate == SAMPLE_RATE:
             return samples
         if self._stream is None:
@@ -38,7 +39,7 @@ class Resampler:
         return resampled
 
     def flush(self) -> np.ndarray:
-        """The rest, float32 [n]. All samples since the last call are then exactly their time."""
+        """The rest, float32 [n]. All samples since the last call then last as long as the input."""
         stream, self._stream = self._stream, None
         rest: np.ndarray = _NOTHING if stream is None else stream.resample_chunk(_NOTHING, last=True)
         return rest
@@ -47,8 +48,8 @@ class Resampler:
 class PcmEncoder:
     """Turns 24 kHz float32 chunks into the bytes of one format.
 
-    `flush` ends a segment. Segments are utterances of their own, and the bytes of each are exactly
-    its duration.
+    `flush` ends a segment. Each segment is an utterance of its own, and its bytes have exactly its
+    duration.
     """
 
     def __init__(self, encoding: str, sample_rate: int) -> None:
@@ -57,7 +58,7 @@ class PcmEncoder:
         self._resampler = Resampler(sample_rate)
 
     def encode(self, samples: np.ndarray) -> bytes:
-        """A chunk, float32 [n]; what comes out may be shorter, or longer, than what went in."""
+        """Encode a chunk, float32 [n]. The result may be shorter or longer than the chunk."""
         return self._to_bytes(self._resampler.resample(samples))
 
     def flush(self) -> bytes:
@@ -76,6 +77,6 @@ class PcmEncoder:
 
 def _compand(samples: np.ndarray, subtype: str) -> bytes:
     with io.BytesIO() as file:
-        # The rate is in no byte of a raw file.
+        # No byte of a raw file depends on the rate.
         soundfile.write(file, samples, SAMPLE_RATE, format="RAW", subtype=subtype)
         return file.getvalue()

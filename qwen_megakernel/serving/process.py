@@ -1,7 +1,7 @@
 """The server process: its socket, its signals, the loading of the model, its exit code.
 
-The port answers before the model is loaded, so a port in use is noticed at once, and a supervisor can
-watch the phases.
+The port answers before the model is loaded. So the operator notices a port in use at once, and a
+supervisor can watch the phases.
 """
 
 from __future__ import annotations
@@ -33,23 +33,19 @@ if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
 
 Report = Callable[[Phase, str], None]
-"""Called by the loader, from its thread, with what it begins to do."""
+"""The loader calls this from its thread with the phase that begins, and a detail."""
 T = TypeVar("T")
 
 SEND_BUFFER_BYTES = 65_536
-"""Of each socket. With the kernel's default a client that stopped reading is noticed 80 s late."""
+"""Of each socket. With the kernel's default, a client that stops reading is noticed 80 s late."""
 BACKLOG = 64
-"""Connections that the kernel accepts ahead of us. asyncio takes as many at a time."""
+"""Connections that the kernel holds before the server accepts them. asyncio accepts as many at once."""
 FAILURE_POLL_S = 0.1
 """How often the engine is asked whether it lives: its thread knows no event loop to tell."""
-SWITCH_INTERVAL_S = 0.0002
-"""For which a thread may keep the interpreter while another waits for it. The engine's thread gives it
-up in every call of PyTorch. With the default of 5 ms it would wait that long in each of them while the
-event loop is busy, and an overload of requests would stop everybody's speech."""
 MOST_FOLLOWING = 512
-"""Connections for which there are sockets where their number follows from the slots."""
+"""Sockets for connections if their number follows from the slots, which are not known yet."""
 OTHER_FILES = 64
-"""Descriptors for what is not a socket: weights, the GPU, the event loop."""
+"""Descriptors for anything but sockets: weights, the GPU, the event loop."""
 
 
 class _Server(uvicorn.Server):
@@ -62,12 +58,12 @@ class _Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; `OSError` if there is none to be had."""
+    """A listening socket. Raises `OSError` if the address cannot be used."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     # `localhost` may be ::1 first, but tunnels and the banner say 127.0.0.1.
     family, _, _, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-    # asyncio sets TCP_NODELAY only where the protocol is spelt out. Without it Nagle's algorithm
-    # holds a small message, such as the answer to a cancel, for the 40 ms of a delayed ACK.
+    # asyncio sets TCP_NODELAY only if the protocol is given here. Without it, Nagle's algorithm holds
+    # a small message, such as the answer to a cancel, for the 40 ms of a delayed ACK.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -87,15 +83,14 @@ def run(
     load: Callable[[Report], TTSDecoder],
     announce: Callable[[TTSDecoder], None],
 ) -> int:
-    """Serve until SIGTERM, SIGINT or SIGHUP, or until the engine dies; the exit code.
+    """Serve until SIGTERM, SIGINT or SIGHUP, or until the engine dies. Returns the exit code.
 
     Args:
         settings: as validated by the command line.
         listener: from `bind`.
-        load: makes the decoder, in a thread of its own; what it raises is told in one line.
-        announce: called once turns are taken.
+        load: makes the decoder, in a thread of its own. The log has one line for what it raises.
+        announce: called once the server takes turns.
     """
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     return asyncio.run(_run(App(settings), listener, load, announce))
 
 
@@ -115,7 +110,7 @@ async def _run(
         _tell_serving_ended(serving)
         return 1
     if not loading.done():
-        # Nothing can interrupt a thread that loads; there is nothing to save either.
+        # Nothing can interrupt the thread that loads, and there is nothing to save.
         _exit_now(0)
     if (error := loading.exception()) is not None:
         app.report("failed")
@@ -133,7 +128,7 @@ async def _run(
         await (app.drain() if stop.done() else app.fail())
         code = await _shut_down(server, serving, 0)
     if decoder.error is not None:
-        # Whoever frees the memory of a lost device may hang, and the supervisor would wait.
+        # Freeing the memory of a lost device may hang, and the supervisor would wait.
         _exit_now(1)
     decoder.close()
     return code
@@ -166,10 +161,10 @@ def _uvicorn_config(app: App) -> uvicorn.Config:
 
 
 def _max_sockets(settings: ServerSettings) -> int:
-    """Sockets that may be open at a time: what is asked for, as far as there are descriptors."""
-    # Sockets are closed some turns of the event loop later, each of which may accept that many more.
+    """The sockets that may be open at a time: as many as asked for, if there are enough descriptors."""
+    # A socket closes a few rounds of the event loop later. Each round may accept `BACKLOG` more.
     room = _max_descriptors() - OTHER_FILES - 4 * BACKLOG
-    # A number that follows from the slots is not known before the model is loaded.
+    # If the number follows from the slots, it is not known before the model is loaded.
     most = settings.max_connections or MOST_FOLLOWING
     wanted = (settings.max_connections or FEWEST_CONNECTIONS) + settings.spare_sockets
     if room < wanted:
@@ -186,7 +181,7 @@ def _max_sockets(settings: ServerSettings) -> int:
 def _max_descriptors() -> int:
     try:
         import resource
-    except ImportError:  # Windows, where sockets are no files
+    except ImportError:  # Windows, where sockets are not files
         return sys.maxsize
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sys.maxsize if limit == resource.RLIM_INFINITY else limit
@@ -199,7 +194,7 @@ async def _shut_down(server: _Server, serving: asyncio.Task[None], code: int) ->
 
 
 def _stop_signal() -> asyncio.Future[None]:
-    """Done at the first signal; the second ends the process wherever it is."""
+    """A future that is done at the first signal. The second signal ends the process at once."""
     loop = asyncio.get_running_loop()
     received: asyncio.Future[None] = loop.create_future()
 
@@ -221,7 +216,7 @@ def _stop_signal() -> asyncio.Future[None]:
 
 def _stop_signals() -> list[signal.Signals]:
     numbers = [signal.SIGTERM, signal.SIGINT]
-    # Under `nohup` it is ignored. Windows has none.
+    # `nohup` ignores SIGHUP, and Windows has none.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     return numbers
@@ -240,7 +235,7 @@ def _tell_serving_ended(serving: asyncio.Task[None]) -> None:
 
 
 def _tell_load_failure(error: BaseException) -> None:
-    # What a user can cause is told in a line; anything else is our bug and needs its traceback.
+    # An error that a user can cause gets one line. Any other is a bug and needs its traceback.
     expected = isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
     message = " ".join(str(error).split()) or "no message"
     log.error("cannot load: %s: %s", type(error).__name__, message, exc_info=None if expected else error)

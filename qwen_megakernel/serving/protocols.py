@@ -1,9 +1,9 @@
-"""uvicorn's protocols of HTTP and WebSocket, with limits on what a peer may hold and what it may send.
+"""uvicorn's HTTP and WebSocket protocols, with limits on what a peer may hold and what it may send.
 
-A socket waits from its first byte until its request is complete, and again once the answer is given.
-A handshake waits until it is accepted. Such a wait has a deadline. When too many sockets are open,
-the one that has waited longest is closed. So a peer without a token can hold no socket for long, and
-can keep nobody out.
+A socket waits from its first byte until its request is complete, and again after the answer. A
+handshake waits until it is accepted. Each wait has a deadline. When too many sockets are open, the one
+that has waited longest is closed. So a peer without a token cannot hold a socket for long, and cannot
+keep others out.
 """
 
 from __future__ import annotations
@@ -19,52 +19,51 @@ from websockets.exceptions import InvalidState
 from qwen_megakernel.serving.observe import edge_log
 
 SEND_TIMEOUT_S = 10.0
-"""Seconds after which a peer is cut that takes nothing of what is sent to it."""
+"""A peer that reads nothing for so many seconds is cut."""
 FLUSH_S = 10.0
-"""Seconds after which a socket is cut that is being closed and cannot be flushed."""
+"""A socket that is being closed has so many seconds to flush; then it is cut."""
 PING_INTERVAL_S = 3.0
 PONG_TIMEOUT_S = 11.0
-"""A peer that reads as slowly as it plays answers a ping after the audio before it, which is 10 s at
-most in the native protocol. One that has stopped reading is cut after at most 14 s, with the
-interval."""
+"""A peer that reads as slowly as it plays answers a ping after the audio before the ping: at most 10 s
+in the native protocol. With the interval, a peer that has stopped reading is cut after 14 s at most."""
 MESSAGE_TIMEOUT_S = 10.0
-"""From the first byte of a message to its last."""
+"""Seconds from the first byte of a message to its last."""
 MAX_FRAGMENTS = 128
-"""Of a message. They cost time and memory even if they are empty."""
+"""The most fragments of a message. Even empty ones cost time and memory."""
 MAX_CONTROL_FRAMES = 64
-"""Pings and pongs that a peer may send within a second."""
+"""The most pings and pongs that a peer may send within a second."""
 READ_BYTES = 4096
-"""Taken from a WebSocket at a time. All frames in it are parsed before other sockets are served."""
+"""Bytes read from a WebSocket at a time. All their frames are parsed before other sockets are served."""
 
 
 @dataclass(frozen=True, slots=True)
 class SocketLimits:
-    """What the command line decides about sockets."""
+    """The limits on sockets that the command line sets."""
 
     max_sockets: int
-    """Open at a time, of all kinds."""
+    """Sockets of all kinds that may be open at a time."""
     request_timeout_s: float
-    """Until a request is complete, until a handshake is answered, and between two requests."""
+    """Time until a request must be complete or a handshake answered, and between two requests."""
 
 
 class _Deadline:
-    """When a socket that waits is cut; `since` is None while it does not wait."""
+    """The deadline of a socket that waits. `since` is when its wait began; None while it has none."""
 
     def __init__(self, transport: asyncio.Transport, limit_s: float, what: str) -> None:
-        """`what` is late, for the log."""
+        """`what` tells the log what the socket failed to do in time."""
         self._transport, self._limit_s, self._what = transport, limit_s, what
         self._timer: asyncio.TimerHandle | None = None
         self.since: float | None = None
 
     def start(self) -> None:
-        """Begin to wait, or begin anew."""
+        """Start the clock, or start it anew."""
         self.stop()
         loop = asyncio.get_running_loop()
         self.since = loop.time()
         self._timer = loop.call_later(self._limit_s, self._cut)
 
     def stop(self) -> None:
-        """What was waited for has come."""
+        """Stop the clock: the peer was in time."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.since = None
@@ -97,22 +96,22 @@ class HttpProtocol(H11Protocol):
             self.waiting.stop()
 
     def on_response_complete(self) -> None:
-        """Start the clock: what follows is the rest of the request, or another one."""
+        """Start the clock for the rest of the request, or for another one."""
         self.waiting.start()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """The peer does not read as fast as it is answered."""
+        """Start the clock: the peer does not read its answer fast enough."""
         super().pause_writing()
         self._sending.start()
 
     def resume_writing(self) -> None:
-        """The peer has read."""
+        """Stop the clock: the peer has read."""
         super().resume_writing()
         self._sending.stop()
 
     def handle_websocket_upgrade(self, event: Any) -> None:
-        """`SocketProtocol` has clocks of its own."""
+        """Stop the clocks. `SocketProtocol` has clocks of its own."""
         self.waiting.stop()
         self._sending.stop()
         super().handle_websocket_upgrade(event)
@@ -124,7 +123,7 @@ class HttpProtocol(H11Protocol):
         self._sending.stop()
 
     def _make_room(self) -> None:
-        """Close the socket that has waited longest, be it this one."""
+        """Close the socket that has waited longest. It may be this one."""
         protocols = cast("set[HttpProtocol | SocketProtocol]", self.connections)
         waiting = [
             (since, protocol.transport)
@@ -160,15 +159,15 @@ class SocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     # -- what the peer sends ------------------------------------------------------------------
 
     def get_buffer(self, sizehint: int) -> bytearray:
-        """Where asyncio reads to."""
+        """The buffer into which asyncio reads."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """`nbytes` were read."""
+        """Take the `nbytes` that were read."""
         self.data_received(bytes(memoryview(self._buffer)[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; time a message that is not complete."""
+        """Parse the data, and start the clock of a message that is not complete."""
         super().data_received(data)
         if self.conn.handshake_exc is not None and not self.handshake_complete:
             self._refuse_handshake(self.conn.handshake_exc)
@@ -178,7 +177,7 @@ class SocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self._message_timer = self.loop.call_later(MESSAGE_TIMEOUT_S, self._message_is_late)
 
     def send_receive_event_to_app(self) -> None:
-        """A message is complete."""
+        """Hand on a complete message."""
         self._stop_message_timer()
         try:
             super().send_receive_event_to_app()
@@ -188,26 +187,26 @@ class SocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self.handle_parser_exception()
 
     def handle_cont(self, event: Any) -> None:
-        """A fragment."""
+        """Count a fragment."""
         if len(self.frames) < MAX_FRAGMENTS:
             super().handle_cont(event)
         else:
             self._refuse(f"a message has more than {MAX_FRAGMENTS} fragments")
 
     def handle_ping(self) -> None:
-        """A ping; its pong is written."""
+        """Count a ping, and answer it with a pong."""
         self._count_control_frame()
         if not self.transport.is_closing():
             super().handle_ping()
 
     def handle_pong(self, event: Any) -> None:
-        """A pong."""
+        """Count a pong."""
         self._count_control_frame()
         super().handle_pong(event)
 
     def handle_parser_exception(self) -> None:
-        """Close, because of what the peer has sent."""
-        if self.conn.close_sent is None:  # frames before the handshake: there is no one to tell
+        """Close because the peer has broken the protocol."""
+        if self.conn.close_sent is None:  # frames before the handshake: the peer cannot be told
             self.transport.abort()
         else:
             super().handle_parser_exception()
@@ -221,18 +220,18 @@ class SocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self.scope["extensions"]["transport"] = {"is": self.transport}
 
     def start_keepalive(self) -> None:
-        """The handshake is accepted."""
+        """Stop the clock: the handshake is accepted."""
         self.waiting.stop()
         super().start_keepalive()
 
     async def send(self, message: Any) -> None:
-        """Send, and note that a refusal completes a handshake too; uvicorn would log an error."""
+        """Send, and note that a refusal completes a handshake, too. Otherwise uvicorn logs an error."""
         await super().send(message)
         if self.close_sent:
             self.handshake_complete = True
 
     def keepalive_timeout(self) -> None:
-        """No pong came: the peer would not read a goodbye either."""
+        """Cut a peer that sent no pong: it would not read a close frame either."""
         if not self.close_sent:
             edge_log.info("socket cut: it answered no ping for %g s", PONG_TIMEOUT_S)
         super().keepalive_timeout()
@@ -241,7 +240,7 @@ class SocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
     # -- limits -------------------------------------------------------------------------------
 
     def _refuse_handshake(self, error: Exception) -> None:
-        """Answer a handshake that cannot be parsed; uvicorn would leave it without an answer."""
+        """Answer a handshake that cannot be parsed. uvicorn alone would not answer it."""
         edge_log.info("handshake refused: %s", error)
         answer = b"".join(self.conn.data_to_send())
         self.transport.write(answer or self.conn.reject(400, f"{error}\n").serialize())
@@ -258,7 +257,7 @@ class SocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
 
     def _message_is_late(self) -> None:
         self._message_timer = None
-        if self.read_paused:  # the rest may have come, and we do not read
+        if self.read_paused:  # the rest may have come: the server is not reading now
             self._message_timer = self.loop.call_later(MESSAGE_TIMEOUT_S, self._message_is_late)
         else:
             self._refuse(f"a message is not complete after {MESSAGE_TIMEOUT_S:g} s")
@@ -269,7 +268,7 @@ class SocketProtocol(WebSocketsSansIOProtocol, asyncio.BufferedProtocol):
             self._message_timer = None
 
     def _refuse(self, reason: str) -> None:
-        """Close with 1008; at once if the peer was told to go before."""
+        """Close with 1008. If the peer has already got a close frame, cut the socket at once."""
         if self.transport.is_closing():
             return
         edge_log.info(f"socket cut: {reason}")

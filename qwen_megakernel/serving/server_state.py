@@ -1,4 +1,4 @@
-"""What all sessions of a server share: the decoder, the limits, the metrics."""
+"""The state that all sessions of a server share: the decoder, the limits, the metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ENGINE_STOPPED = "the engine has stopped; the server must be restarted"
 MAX_NAMES_SHOWN = 10
-"""Known names listed by an error about an unknown one."""
+"""The most known names that an error about an unknown name lists."""
 
 
 @dataclass(slots=True)
@@ -31,17 +31,17 @@ class ServerState:
     max_message_bytes: int = 65_536
     admission: Admission = field(default_factory=Admission)
     max_messages_per_s: float = 500.0
-    """Of a session; twice as many may come at once."""
+    """Messages of a session in a second; twice as many may come at once."""
     idle_s: float = 600.0
-    """A session in which nothing is said for so long is over; 0 is no limit."""
+    """A session that is silent for so many seconds is over; 0 is no limit."""
     voice_aliases: Mapping[str, str] = field(default_factory=dict)
-    """Voices of this server by names that clients of other services send."""
+    """This server's voices, by names that clients of other services send."""
     voices_folder: Path | None = None
-    """Where voices that clients add are kept; without it they cannot add any."""
+    """The folder for voices that clients add. Without it they cannot add any."""
     trim_leading_silence: bool = False
-    """Where a client does not say: whether the silence before a context's first sound is left out."""
+    """Whether the silence before a context's first sound is left out, if the client does not choose."""
     draining: bool = False
-    """The server is going down: turns go on, none may begin."""
+    """Whether the server shuts down: running turns go on, and no turn may begin."""
     mailbox: Mailbox = field(default_factory=Mailbox)
     """Brings the engine's events to the event loop."""
 
@@ -53,16 +53,16 @@ class ServerState:
             raise RequestError("internal", ENGINE_STOPPED)
 
     def voice_name(self, given: str | None) -> str | None:
-        """A voice as the decoder knows it; raises `RequestError`."""
+        """The decoder's name for a voice. Raises `RequestError` if there is no such voice."""
         if given is None or given in self.decoder.voices:
             return given
-        if given.lower() in self.decoder.voices:  # presets are known by lower-case names
+        if given.lower() in self.decoder.voices:  # presets have lower-case names
             return given.lower()
         known = name_list(list(self.decoder.voices))
         raise RequestError("unknown_voice", f"voice {given[:64]} is unknown; known: {known}")
 
     def choose(self, before: TurnOptions, choices: SpeechOptions) -> TurnOptions:
-        """The options before with a client's choices in their place; raises `RequestError`."""
+        """The earlier options with a client's choices. Raises `RequestError` for a wrong choice."""
         voice = self.voice_name(choices.voice or None)
         chosen = before.updated(replace(choices, voice=voice))
         self.decoder.check(chosen.voice, chosen.language, instruct=chosen.instruct)
@@ -70,6 +70,6 @@ class ServerState:
 
 
 def name_list(names: list[str]) -> str:
-    """At most ten of them, for an error message."""
+    """At most ten of the names, for an error message."""
     shown = ", ".join(sorted(names)[:MAX_NAMES_SHOWN]) or "none"
     return f"{shown}, ..." if len(names) > MAX_NAMES_SHOWN else shown

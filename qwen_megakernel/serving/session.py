@@ -1,15 +1,15 @@
-"""A session: what one client holds, whatever carries it.
+"""A session: the contexts of one client, whatever carries it.
 
     client -> carrier -> dialect --- append, flush, end, cancel --> Session --> turns of the engine
     client <- carrier <- dialect <-- events of `take` ------------- Session <-- their events
 
-A session's contexts are spoken in the order in which they were opened, or side by side, as the
-dialect's rules say. A context's segments become turns, one after the other. The next turn is opened
-when the one before has finished. Generation runs ahead of playback, so the seam is not heard.
+The dialect's rules decide whether contexts are spoken side by side, or in the order in which they
+were opened. A context's segments become turns, one after the other. The next turn is opened when the
+one before has finished. Generation runs ahead of playback, so the seam is not heard.
 
-There is no wire here. A carrier takes events when its client has room for them, and the engine
-waits while too much audio is not taken. Everything runs on the event loop, and nothing needs a
-lock: the engine's thread hands its events over.
+Nothing here knows the wire. A carrier takes events when its client has room for them. The engine waits
+while too much audio is not taken. Everything runs on the event loop, so nothing needs a lock: the
+engine's thread hands its events over.
 """
 
 from __future__ import annotations
@@ -41,37 +41,37 @@ from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.turn import Audio, Finished, RequestError, Started, TurnEvent
 
 MAX_UNSENT_BYTES = 65_536
-"""Bytes of audio that may wait for the carrier before the engine waits. It goes on at half of this."""
+"""The engine waits while so many bytes of audio wait for the carrier. It goes on at half of that."""
 QUIET_S = 1.0
-"""Seconds without an event after which a context is reported as quiet."""
+"""A context that gives no event for so many seconds is reported as quiet."""
 _REMEMBERED_IDS = 1000
 _NO_CHOICES = SpeechOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class SessionRules:
-    """What a dialect promises its clients about contexts."""
+    """How a dialect's contexts behave."""
 
     max_contexts: int = 8
-    """Open at a time."""
+    """Contexts that may be open at a time."""
     when_full: str = "8 contexts are open on this connection"
-    """Told to a client that opens one more."""
+    """The error message for a client that opens one more."""
     max_lead_s: float = 10.0
-    """Seconds of audio that a context may be ahead of its playback."""
+    """Seconds by which a context's audio may be ahead of its playback."""
     side_by_side: bool = False
-    """Contexts are spoken at the same time. Otherwise one follows the other."""
+    """Whether contexts are spoken at the same time. Otherwise one follows the other."""
     one_turn: bool = False
-    """A context is one turn. It is opened before it has text. It ends where its turn ends: when the
-    model says so, although more text could come; when the engine has honoured a cancel; or after the
-    audio before a failure. The next context is opened when this end was taken. A context that never
-    became a turn has no record.
+    """Whether a context is one turn. Its turn is opened before it has text. It ends with its turn: when
+    the model ends it, although more text could come; when the engine has stopped it after a cancel; or
+    after the audio before a failure. The next context begins when the carrier has taken this end. A
+    context without a turn has no record.
 
-    Otherwise a context is a row of turns that lasts until `end`. The next context is opened when all
-    audio of this one was generated. A cancel or a failure ends it at once, and what waits for the
-    carrier is dropped."""
+    Otherwise a context is a sequence of turns that lasts until `end`. The next context begins when all
+    audio of this one is generated. A cancel or a failure ends it at once, and drops what waits for the
+    carrier."""
     own_ids: bool = False
-    """Context ids are the dialect's, and name contexts in the log. Otherwise they are a client's
-    text, and the log has numbers."""
+    """Whether the dialect makes the context ids, which then name contexts in the log. Otherwise they
+    are a client's text, and the log has numbers."""
 
 
 class Session:
@@ -85,31 +85,29 @@ class Session:
         address: str | None = None,
         token: str | None = None,
     ) -> None:
-        """`name` is for the log; clients of one `address` or one `token` share its limits, None has
-        none."""
+        """`name` is for the log. Clients of one `address` or one `token` share its limits; None has no
+        limits."""
         self.server, self.name, self.address, self.token = server, name, address, token
         self.rules = rules or SessionRules()
-        """A dialect that the first message decides sets them before it opens a context."""
+        """If the first message decides on the dialect, that sets the rules before it opens a context."""
         self.bytes_in_carrier: Callable[[], int] = lambda: 0
-        """What the carrier holds for the client besides; the carrier sets it."""
+        """Gives the bytes that the carrier itself holds for the client. The carrier sets it."""
         self._outbox = Outbox()
         self._contexts: dict[str, Context] = {}
-        """Open ones, in order: their end was not told."""
+        """The open contexts, in order. The client does not know of their end yet."""
         self._used_ids: deque[str] = deque(maxlen=_REMEMBERED_IDS)
         self._numbers = count(1)
         self._retry: asyncio.TimerHandle | None = None
         self._quiet: asyncio.TimerHandle | None = None
         self._active_at = time.monotonic()
-        """When the client last said something, or the server something other than a report of
-        silence."""
+        """When the client last sent a message, or the carrier last took output of a context."""
         self._rate = MessageRate(server.max_messages_per_s, self._active_at)
         self._idle: asyncio.TimerHandle | None = None
         self._check_idle()
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the client said something, or was told something other than a report of
-        silence."""
+        """Seconds since the client sent a message, or since the carrier took output of a context."""
         return time.monotonic() - self._active_at
 
     @property
@@ -119,12 +117,12 @@ class Session:
 
     @property
     def owner(self) -> tuple[str | None, ...]:
-        """Whom the engine counts its turns for: the token, the address if it is counted, the session."""
+        """The owner of its turns in the engine: the token, the address if it is counted, the session."""
         return (self.token, self.name) if self.address is None else (self.token, self.address, self.name)
 
     @property
     def num_turns(self) -> int:
-        """Turns that wait or speak, without cancelled ones."""
+        """The number of turns that wait or speak, without cancelled ones."""
         return sum(c.speaking and not c.cancelled for c in self._contexts.values())
 
     @property
@@ -135,13 +133,13 @@ class Session:
     # -- what the client says ---------------------------------------------------------------
 
     def check_room(self) -> None:
-        """Refuse a new context where the server or this session takes none."""
+        """Raise `RequestError` if the server or this session takes no new context."""
         self.server.check_accepting()
         if len(self._contexts) >= self.rules.max_contexts:
             raise RequestError("overloaded", self.rules.when_full)
 
     def is_open(self, context_id: str) -> bool:
-        """Whether a context's end was not told, and does not wait to be told."""
+        """Whether a context is open: it has no end yet, not even one that the carrier has to take."""
         return context_id in self._contexts
 
     def takes_text(self, context_id: str) -> bool:
@@ -155,14 +153,14 @@ class Session:
         """Append text to a context, opening it if it is new.
 
         Args:
-            context_id: never one that was used before.
-            text: may end anywhere, also within a word.
-            choices: read where the text begins a segment.
+            context_id: a new context needs an id that was not used before.
+            text: may end anywhere, even within a word.
+            choices: used if the text begins a segment.
             ended: whether the context's text is complete.
 
         Raises:
-            RequestError: refused; nothing has changed. Choices that cannot be served are no
-                refusal: they fail the context.
+            RequestError: the text is refused, and nothing has changed. Choices that cannot be served
+                raise nothing: they fail the context.
         """
         context = self._contexts.get(context_id)
         if context is None:
@@ -177,7 +175,7 @@ class Session:
         if context is None:
             context = self._open(context_id)
             if choices.seed is None:
-                # Without a seed every take differs; the log has the seed of each.
+                # Without a given seed every take differs. The log has the seed of each.
                 choices = replace(choices, seed=secrets.randbits(32))
         context.account.num_chars = num_chars
         try:
@@ -191,7 +189,7 @@ class Session:
         self._advance()
 
     def flush(self, context_id: str) -> None:
-        """Complete the segment; nothing happens where there is nothing to say."""
+        """Complete the segment. Without anything to say, nothing happens."""
         context = self._find_growing(context_id)
         if context.tail is not None and not context.tail.blank:
             context.tail.flush()
@@ -203,7 +201,7 @@ class Session:
         self._advance()
 
     def cancel(self, context_id: str | None = None) -> None:
-        """Stop a context, or all."""
+        """Stop a context, or all contexts if `context_id` is None."""
         for context in list(self._contexts.values()) if context_id is None else [self._find(context_id)]:
             if self.rules.one_turn and context.num_turns:
                 context.cancel()
@@ -216,20 +214,20 @@ class Session:
     # -- what the server says ---------------------------------------------------------------
 
     def drain(self) -> None:
-        """Refuse what has not begun."""
+        """Fail the contexts that have no turn yet."""
         for context in list(self._contexts.values()):
             if not context.num_turns:
                 self._stop(context, RequestError("overloaded", "the server is shutting down"))
 
     def fail(self, failure: RequestError) -> None:
-        """Nothing more can be spoken: fail all contexts, tell the client, and have the carrier close."""
+        """Fail all contexts, tell the client that the server has failed, and let the carrier close."""
         for context in list(self._contexts.values()):
             self._stop(context, failure)
         self._outbox.put(SessionFailed(failure.code, str(failure)))
         self.finish("server_failed")
 
     def finish(self, reason: SessionEnd) -> None:
-        """Have the carrier close, once it has taken all that waits."""
+        """Let the carrier close, once it has taken all that waits."""
         self._outbox.put(SessionOver(reason))
 
     def close(self) -> None:
@@ -243,12 +241,12 @@ class Session:
     # -- what goes to the client ------------------------------------------------------------
 
     def reply(self, message: str | bytes) -> None:
-        """Queue a message of the dialect's own behind the events."""
+        """Queue a message of the dialect's own behind all waiting events."""
         self._outbox.put(Reply(message))
 
     async def take(self) -> list[SessionEvent]:
-        """The next events, which go out together. All is in order again when this returns: what the
-        client says while they are sent cannot take them back."""
+        """Wait for the next events, which go out together. The session counts them as sent: a message
+        that the client sends meanwhile cannot take them back."""
         while True:
             events = self._resolve(await self._outbox.get())
             if events:
@@ -257,7 +255,7 @@ class Session:
     async def keep_pace(self) -> None:
         """Count a message of the client, and wait before the carrier reads on.
 
-        It waits while the client leaves too many messages unread, and while it sends too many.
+        It waits while the client leaves too many messages unread, and while it sends too fast.
         """
         self._active_at = time.monotonic()
         await self._outbox.until_short()
@@ -322,7 +320,7 @@ class Session:
         return context
 
     def _stop(self, context: Context, failure: RequestError | None = None, *, tell: bool = True) -> None:
-        """End a context here and now, as cancelled if there is no failure."""
+        """End a context at once; as cancelled if there is no failure."""
         self._forget(context)
         self._outbox.drop(context)
         if failure is None:
@@ -347,7 +345,7 @@ class Session:
     # -- turns ------------------------------------------------------------------------------
 
     def _advance(self) -> None:
-        """Let the context whose turn it is go on, or all of them if they are spoken side by side."""
+        """Let the first context go on, or all of them if they are spoken side by side."""
         if self.rules.side_by_side:
             for context in list(self._contexts.values()):
                 while self._advance_context(context):
@@ -357,9 +355,9 @@ class Session:
                 pass
 
     def _advance_context(self, context: Context) -> bool:
-        """Let a context take a step; False if it has to wait, or is over."""
+        """Let a context take a step. Returns False if it has to wait or is over."""
         if context.closed or context.speaking or context.complete:
-            return False  # `_deliver`, or `take`, comes here again
+            return False  # `_deliver` or `take` calls again
         segment = context.next_segment(even_blank=self.rules.one_turn)
         if segment is not None:
             if self._must_wait(context):
@@ -377,16 +375,16 @@ class Session:
         return next((c for c in contexts if self.rules.one_turn or not c.complete), None)
 
     def _must_wait(self, context: Context) -> bool:
-        """Whether the client is to catch up before another turn is opened."""
+        """Whether the client must catch up before another turn is opened."""
         if self._outbox.unsent_bytes >= MAX_UNSENT_BYTES:
-            return True  # `_release` comes here again
+            return True  # `_release` calls again
         ahead_s = context.lead_s() - self.rules.max_lead_s
         if ahead_s <= 0:
             return False
         loop = asyncio.get_running_loop()
         if self._retry is not None:
             if loop.time() < self._retry.when() <= loop.time() + ahead_s:
-                return True  # another context is due before
+                return True  # the timer of another context comes first
             self._retry.cancel()
         self._retry = loop.call_later(ahead_s, self._advance)
         return True
@@ -400,7 +398,7 @@ class Session:
         options = segment.options
         context.start_clock()
         try:
-            if not context.num_turns:  # text that was let in is spoken to its end
+            if not context.num_turns:  # later turns of a context are always let in
                 self.server.admission.check_turn(self, self.server.decoder.capacity(self.owner))
             turn = self.server.decoder.open_turn(
                 segment.text,
@@ -423,7 +421,7 @@ class Session:
             context.begin_turn(turn)
 
     def _deliver(self, context: Context, event: TurnEvent) -> None:
-        """An event of the engine, on the loop."""
+        """Take an event of the engine, on the event loop."""
         if isinstance(event, Started):
             context.mark_started()
         elif isinstance(event, Audio):
@@ -453,7 +451,7 @@ class Session:
             self._outbox.put(Output(context, context.end_segment(finished)))
 
     def _hold(self, context: Context) -> None:
-        """Let the engine wait while the carrier cannot take what there is."""
+        """Let the engine wait while too much audio waits for the carrier."""
         if self._outbox.unsent_bytes >= MAX_UNSENT_BYTES:
             context.hold(True)
 
@@ -489,7 +487,7 @@ class Session:
             if now - context.quiet_since < QUIET_S:
                 continue
             context.quiet_since = now
-            if not self._outbox.unsent_bytes:  # else the carrier has more than it can take
+            if not self._outbox.unsent_bytes:  # otherwise the client is behind and has audio to read
                 queued = bool(num_before) and not self.rules.side_by_side
                 state = "queued" if queued else context.state
                 self._outbox.put(ContextQuiet(context.context_id, state, num_before))

@@ -1,6 +1,6 @@
 """The simple protocol (`simple_messages.py`): each text is a context of one turn.
 
-The last context may still be growing ("live", `"more": true`).
+The text of the last context may still grow ("live", `"more": true`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SimpleDialect:
         self._last_id = ""
 
     def receive(self, data: str | bytes) -> None:
-        """Follow one message of the client; a refused one is answered and otherwise forgotten."""
+        """Act on one message of the client. A refused one gets an error and changes nothing."""
         try:
             message = parse_client_message(data)
             if isinstance(message, Cancel):
@@ -61,7 +61,7 @@ class SimpleDialect:
             self._session.reply(encode_error(error.code, str(error)))
 
     def translate(self, event: ContextEvent | SessionFailed) -> list[str | bytes]:
-        """What to send for an event."""
+        """The messages to send for an event."""
         match event:
             case ContextAudio(samples=samples):
                 return [samples.astype("<f4", copy=False).tobytes()]

@@ -1,7 +1,7 @@
 """Messages of the simple protocol: JSON text in, float32 audio and JSON text out.
 
-Sans-IO and standard library only: bytes and strings in, values out, so that servers, clients
-and fuzzers share one definition.
+Sans-IO and standard library only, so that server, clients and fuzzers share one definition: bytes
+and strings go in, values come out.
 
 Client to server, one JSON object per text message:
 
@@ -18,12 +18,12 @@ Server to client:
 
     binary     raw float32 little-endian samples, mono, 24 kHz
     {"done": true, "duration_s", "generation_s", "ttfc_ms", "rtf", "samples", "finish_reason"}
-        A turn is over; one for each turn, cancelled ones included. A `cancel` that finds nothing to
-        stop is answered with an empty one, so that a client never waits in vain.
+        A turn is over. Each turn has one, and so has a cancelled turn. A `cancel` that finds nothing to
+        stop gets an empty one, so that a client never waits in vain.
     {"error": "...", "code": "..."}
-        A message was refused; the connection lives on. An overloaded server may say "retry_after_s":
-        seconds after which the text may be sent again. With "done": true beside it, a turn that had
-        begun failed.
+        A message was refused, and the connection goes on. An overloaded server may add
+        "retry_after_s": seconds after which the client may send the text again. With "done": true, a
+        turn that had begun has failed.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ VOICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class Speak:
-    """Text to speak; None leaves a choice to the server."""
+    """Text to speak. A field that is None leaves the choice to the server."""
 
     text: str
     more: bool = False
-    """The turn's text goes on in a later message."""
+    """Whether the turn's text goes on in a later message."""
     language: str = "auto"
     """Lower-case name."""
     voice: str | None = None
-    """`speaker_ref` on the wire: a name the server knows, never a path."""
+    """`speaker_ref` on the wire: the name of a voice of the server, never a path."""
     temperature: float | None = None
-    """Of the talker; 0 takes the most likely code."""
+    """Temperature of the talker; 0 takes the most likely code."""
     top_k: int | None = None
-    """Of the talker; 0 keeps all."""
+    """Top-k of the talker; 0 keeps all codes."""
     seed: int | None = None
     chunk_frames: int | None = None
     """`chunk_tokens` on the wire: frames of 80 ms in one binary message."""
@@ -68,14 +68,14 @@ class Speak:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop what is being spoken."""
+    """Stop the running turn, and forget the queued ones."""
 
 
 def parse_client_message(data: str | bytes) -> Speak | Cancel:
-    """The meaning of one WebSocket message.
+    """Parse one WebSocket message.
 
     Raises:
-        ProtocolError: anything else than a well-formed message, whatever the bytes.
+        ProtocolError: the message is malformed. No bytes raise anything else.
     """
     fields = parse_object(data)
     if get_flag(fields, "cancel"):
@@ -97,18 +97,18 @@ def parse_client_message(data: str | bytes) -> Speak | Cancel:
 def encode_done(
     *, finish_reason: str, samples: int, generation_s: float, ttfc_s: float | None, rtf: float | None
 ) -> str:
-    """The last message of a turn; figures that do not exist (nothing was spoken) are 0."""
+    """The last message of a turn. Figures are 0 if nothing was spoken."""
     return json.dumps(_done_fields(finish_reason, samples, generation_s, ttfc_s, rtf))
 
 
 def encode_failed(message: str, *, samples: int, generation_s: float) -> str:
-    """The last message of a turn that broke off: an error that is also a `done`."""
+    """The last message of a turn that has failed: an error that is also a `done`."""
     done = _done_fields("error", samples, generation_s, None, None)
     return json.dumps({**_error_fields("internal", message), **done})
 
 
 def encode_error(code: str, message: str, retry_after_s: float | None = None) -> str:
-    """A refusal."""
+    """The answer to a refused message."""
     later = {} if retry_after_s is None else {"retry_after_s": retry_after_s}
     return json.dumps({**_error_fields(code, message), **later})
 

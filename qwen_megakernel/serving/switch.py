@@ -28,20 +28,20 @@ def routes(sessions: OpenSessions) -> list[BaseRoute]:
 
 
 class DialectSwitch:
-    """A dialect that becomes one of two: native for an object with a `type`, else the simple one."""
+    """Becomes the native dialect if the first message is an object with a `type`, or the simple one."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._chosen: Dialect | None = None
 
     def receive(self, data: str | bytes) -> None:
-        """Choose, if that is not done, and hand on."""
+        """Choose the dialect at the first message, and hand the message on."""
         if self._chosen is None:
             self._chosen = (NativeDialect if _is_native(data) else SimpleDialect)(self._session)
         self._chosen.receive(data)
 
     def translate(self, event: ContextEvent | SessionFailed) -> Sequence[str | bytes | Work]:
-        """Hand on; there are no contexts before the choice."""
+        """Hand the event on. No context exists before the choice."""
         return self._chosen.translate(event) if self._chosen is not None else []
 
 

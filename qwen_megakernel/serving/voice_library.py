@@ -1,8 +1,8 @@
-"""Voices that clients add to the operator's folder, and take away again (docs/PROTOCOL.md).
+"""Voices that clients add to the operator's folder, and delete again (docs/PROTOCOL.md).
 
-The library is there only where the server has such a folder. A voice that the operator put there
-can be spoken with and not deleted. A recording becomes a voice in a thread that yields to all
-others, one recording at a time, so that nobody's speech waits for it.
+A server has a library only if it has such a folder. Clients can speak with the operator's voices and
+cannot delete them. A recording becomes a voice in a thread that yields to all others, one recording at
+a time, so that nobody's speech waits for it.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from qwen_megakernel.prompt.voice import Voice
 
 MAX_BODY_BYTES = (20 << 20) + 65_536
-"""A recording of 20 MiB and the texts beside it."""
+"""A recording of 20 MiB, and 64 KiB for the texts beside it."""
 MAX_VOICES = 200
-"""That clients have added."""
+"""The most voices that clients may have added."""
 MAX_PER_MINUTE = 10
-"""Requests to add a voice, of all clients."""
+"""The most requests to add a voice in a minute, of all clients together."""
 MAX_UPLOADS = 4
-"""Bodies that are held at a time."""
+"""The most request bodies that are held at a time."""
 PREVIEW = "This is how I sound. I can say whatever you like."
 _ERRORS = OpenAIErrors()
 _WAV = FORMATS["wav"]
@@ -54,7 +54,7 @@ _MAX_FIELD_BYTES = 16_384
 
 
 def routes(sessions: OpenSessions) -> list[BaseRoute]:
-    """What a library has beside the list of voices, which every server has."""
+    """The library's routes. Every server also lists its voices, so that route is not here."""
     uploads = _Uploads()
 
     async def add(request: Request) -> Response:
@@ -105,7 +105,7 @@ def routes(sessions: OpenSessions) -> list[BaseRoute]:
 
 
 class _Preview(OpenAIErrors):
-    """Asks for a sentence that a voice speaks, whatever the body says."""
+    """Speaks a fixed sentence with a voice. It ignores the body."""
 
     def __init__(self, voice: str) -> None:
         self._voice = voice
@@ -116,7 +116,7 @@ class _Preview(OpenAIErrors):
 
 
 class _Uploads:
-    """How many clients may add a voice, and how often."""
+    """Limits how many clients may add a voice at a time, and how often."""
 
     def __init__(self) -> None:
         self.one_at_a_time = asyncio.Lock()
@@ -125,7 +125,7 @@ class _Uploads:
 
     @asynccontextmanager
     async def enter(self) -> AsyncIterator[None]:
-        """Count an upload; raises `RequestError` if there are too many."""
+        """Count an upload. Raises `RequestError` if there are too many."""
         now = time.monotonic()
         if len(self._begun) == MAX_PER_MINUTE and now - self._begun[0] < 60.0:
             wait_s = 60.0 - (now - self._begun[0])
@@ -149,7 +149,7 @@ def _folder_of(server: ServerState) -> Path:
 
 
 async def _read_form(request: Request) -> dict[str, str | bytes]:
-    """The fields of a multipart body, files as bytes; raises `SpeechError`."""
+    """The fields of a multipart body, with files as bytes. Raises `SpeechError` if it is malformed."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise SpeechError(400, "the body must be multipart/form-data", "bad_request")
     request = Request(request.scope, _limited(request.receive))
@@ -162,7 +162,7 @@ async def _read_form(request: Request) -> dict[str, str | bytes]:
             }
     except HTTPException as error:
         raise SpeechError(400, f"the form cannot be read: {error.detail}", "bad_request") from None
-    except UnicodeError as error:  # some encodings that a form can name decode nothing
+    except UnicodeError as error:  # a form can name an encoding that decodes nothing
         raise SpeechError(400, f"the form's charset cannot be read: {error}", "bad_request") from None
 
 
@@ -208,7 +208,7 @@ async def _make(server: ServerState, new: NewVoice) -> Voice:
         return await asyncio.wrap_future(server.decoder.clone_voice_aside(new.recording, new.transcript))
     except RequestError:
         raise
-    except ValueError as error:  # a `VoiceError`: what is given and what is allowed
+    except ValueError as error:  # a `VoiceError`, which says what was given and what is allowed
         raise SpeechError(400, str(error), "bad_request", param) from None
 
 

@@ -10,34 +10,34 @@ from typing import Any
 from qwen_megakernel.serving.wire import SpeechError
 
 UPLOADED = "upload"
-"""The note `origin` of a voice that a client added: only such a voice can be deleted."""
+"""The note `origin` of a voice that a client added. Only such a voice can be deleted."""
 ALIASES = {"audio_sample": "recording", "ref_text": "transcript"}
 """Names of fields that clients of other servers send."""
 MAX_CONSENT_CHARS = 500
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-"""Of a voice that a client adds."""
+"""The names that a client may give a voice."""
 _NO_CONSENT = {"", "false", "0", "no", "off", "none", "null"}
 
 
 @dataclass(frozen=True, slots=True)
 class NewVoice:
-    """What a client wants to add: a recording of a speaker who agrees, or a description."""
+    """The voice that a client wants to add: a recording of a speaker who agrees, or a description."""
 
     name: str
     recording: bytes | None = None
     """A WAV or FLAC file."""
     transcript: str | None = None
-    """What is said in the recording."""
+    """The words of the recording."""
     consent: str | None = None
     """The client's statement that the speaker agrees, in its own words."""
     description: str | None = None
 
 
 def parse_new_voice(fields: Mapping[str, str | bytes]) -> NewVoice:
-    """The fields of `POST /v1/audio/voices`: texts, and the content of files.
+    """Parse the fields of `POST /v1/audio/voices`: texts, and the content of files.
 
     Raises:
-        SpeechError: 400, with the field that is wrong.
+        SpeechError: 400, with the name of the wrong field.
     """
     given = {ALIASES.get(name, name): value for name, value in fields.items()}
     name = _text(given, "name")
@@ -61,7 +61,7 @@ def parse_new_voice(fields: Mapping[str, str | bytes]) -> NewVoice:
 
 
 def voice_entry(name: str, kind: str, notes: Mapping[str, str]) -> dict[str, Any]:
-    """One voice, as answers have it."""
+    """The JSON of one voice."""
     return {
         "id": name,
         "name": name,
@@ -75,7 +75,7 @@ def _text(fields: Mapping[str, str | bytes], name: str) -> str:
     value = fields.get(name, "")
     if isinstance(value, bytes):
         raise _wrong(name, f"{name} must be text, not a file")
-    if any("\ud800" <= char <= "\udfff" for char in value):  # some encodings of a form can carry it
+    if any("\ud800" <= char <= "\udfff" for char in value):  # some encodings can carry surrogates
         raise _wrong(name, f"{name} has half of a surrogate pair")
     return value.strip()
 

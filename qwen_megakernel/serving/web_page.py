@@ -1,7 +1,7 @@
-"""The page at `/`, for people with a browser: files of `page/`, which load nothing from other hosts.
+"""The page at `/`, for people with a browser. Its files in `page/` load nothing from other hosts.
 
-The page needs no token, because it holds nothing. It asks its user for the token and sends it with its
-own requests.
+The page needs no token, because it holds no secrets. It asks its user for the token and sends it with
+its own requests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HEADERS = {
 
 
 def routes() -> list[BaseRoute]:
-    """The page, and the files that it names. Browsers ask again with an ETag, so nothing is stale."""
+    """The routes of the page and of its files. Browsers ask again with an ETag, so nothing is stale."""
     files = StaticFiles(directory=FOLDER)
 
     async def send(name: str, request: Request) -> Response:
@@ -43,7 +43,7 @@ def routes() -> list[BaseRoute]:
 
     async def front(request: Request) -> Response:
         if "text/html" not in request.headers.get("accept", ""):
-            # A WebSocket client whose proxy took the upgrade away is not helped by a page.
+            # A page does not help a WebSocket client whose proxy has removed the upgrade.
             headers = {"Upgrade": "websocket", "Vary": "Accept"}
             return Response(NOT_A_BROWSER, 426, headers, "text/plain")
         return await send("index.html", request)

@@ -1,4 +1,4 @@
-"""What all dialects read alike: strict JSON, typed fields, coded refusals. Standard library only."""
+"""Parsing that all dialects share: strict JSON, typed fields, coded errors. Standard library only."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _MAX_ERROR_CHARS = 300
 
 
 class ProtocolError(ValueError):
-    """A message that cannot be followed; `str()` of it is one line, fit for the client."""
+    """A message is malformed or not supported. `str()` is one line, fit for the client."""
 
     context_id: str | None = None
-    """What the message was about, where that is known."""
+    """The context that the message names, if known."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)
@@ -44,19 +44,19 @@ class ProtocolError(ValueError):
 
 
 class SpeechError(Exception):
-    """An HTTP request that is answered with an error; `str()` of it is one line, fit for the client."""
+    """An HTTP request gets an error answer. `str()` is one line, fit for the client."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
-        """`status` is HTTP's; `param` is the field that is wrong, where it is one."""
+        """`status` is HTTP's. `param` is the wrong field; None if no single field is wrong."""
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
 
 def parse_object(data: str | bytes) -> dict[str, Any]:
-    """A JSON object, strictly: no repeated keys, no NaN or Infinity, no binary message.
+    """Parse a JSON object strictly: no repeated keys, no NaN or Infinity, no binary message.
 
     Raises:
-        ProtocolError: anything else, whatever the bytes.
+        ProtocolError: it is anything else. No bytes raise another error.
     """
     if not isinstance(data, str):
         raise ProtocolError("bad_request", "binary message; expected a JSON object as text")
@@ -75,19 +75,19 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
 
 
 def error_line(message: str) -> str:
-    """A message for the client: one line of bounded length."""
+    """A message for the client, as one line of bounded length."""
     return " ".join(message.split())[:_MAX_ERROR_CHARS]
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     # Never repr(): the value may be nested to the recursion limit, or be the user's text.
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def get_string(fields: dict[str, Any], key: str) -> str:
-    """A string that is Unicode. Absence is null, and null is no string."""
+    """A string of valid Unicode. An absent field counts as null, which is not a string."""
     value = fields.get(key)
     if not isinstance(value, str):
         what = f"is {kind(value)}" if key in fields else "is missing"
@@ -98,7 +98,7 @@ def get_string(fields: dict[str, Any], key: str) -> str:
 
 
 def get_flag(fields: dict[str, Any], key: str) -> bool:
-    """A boolean; False when absent or null."""
+    """A boolean; False if the field is absent or null."""
     value = fields.get(key)
     if value is not None and not isinstance(value, bool):
         raise ProtocolError("bad_request", f"{key} is {kind(value)}, expected true or false")
@@ -108,7 +108,7 @@ def get_flag(fields: dict[str, Any], key: str) -> bool:
 def get_number(
     fields: dict[str, Any], key: str, kinds: tuple[type[int | float], ...], low: float, high: float
 ) -> Any:  # int | float | None, as `kinds` says
-    """A number in a range; None when absent or null."""
+    """A number in a range; None if the field is absent or null."""
     value = fields.get(key)
     if value is None:
         return None
@@ -130,7 +130,7 @@ def language_name(given: str) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        # Two readers of such a message could each believe another value.
+        # Two readers of such a message could each take a different value.
         raise ProtocolError("bad_request", "a key is repeated in a JSON object")
     return fields
 

@@ -1,8 +1,8 @@
 """Estimate when each word is heard: the model does not say where in the audio a word is.
 
-A segment's words are spread over its audio by how long their letters take to say. Until its
-duration is known, the pace of what this voice said before stands in for it. An interruption then
-leaves in the conversation about what was heard, and not the whole reply.
+A segment's words are spread over its audio by how long their letters take to say. While its duration
+is not known, the pace of this voice's earlier segments gives the times. With these times a client can
+keep, after an interruption, about the words that were heard and not the whole reply.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _EXTRA_WEIGHT = (
     (re.compile(r"[,;:，、；：]"), 2.0),
 )
 FIRST_GUESS = 14.0
-"""Letters a second, before a voice has been heard."""
+"""Letters a second that are assumed before a voice's first segment."""
 _FORGET = 0.8
 LEAD_S = 0.1
-"""So long before the end of a segment's audio its last word has begun. Transports are done with a
-sound some 40 ms before its end is heard, and clients keep words that come later for the next reply."""
+"""The last word begins at least so many seconds before the end of a segment's audio. Transports finish
+some 40 ms before the end is heard, and clients move words that come later to the next reply."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimedWord:
-    """A word and when it begins."""
+    """A word and its estimated time."""
 
     text: str
     time_s: float
-    """In the audio of its context."""
+    """When it begins, in seconds of its context's audio."""
     end_s: float
-    """When it ends, likewise."""
+    """When it ends, in seconds of its context's audio."""
     spaced: bool
-    """Whether the script sets spaces between words."""
+    """Whether its script puts spaces between words."""
 
 
 @dataclass(slots=True)
 class Pace:
-    """How fast a voice speaks, learned from what it has said."""
+    """How fast a voice speaks, learned from its finished segments."""
 
     _units: float = FIRST_GUESS
     _seconds: float = 1.0
@@ -56,14 +56,14 @@ class Pace:
         return self._units / self._seconds
 
     def learn(self, units: float, seconds: float) -> None:
-        """Take in a finished segment; older ones fade."""
+        """Add a finished segment. Older ones lose weight."""
         if units > 0 and seconds > 0:
             self._units = _FORGET * self._units + units
             self._seconds = _FORGET * self._seconds + seconds
 
 
 def weight(text: str) -> float:
-    """How long a text takes to say, in letters; digits, syllable signs and pauses take longer."""
+    """How long a text takes to say, in letters. Digits, syllable signs and pauses count for more."""
     return len(text) + sum(extra * len(kind.findall(text)) for kind, extra in _EXTRA_WEIGHT)
 
 
@@ -72,7 +72,7 @@ class _Segment:
     text: str = ""
     complete: bool = False
     num_chars_given: int = 0
-    """Characters up to the end of the last word handed out."""
+    """Characters up to the end of the last word that was given out."""
     units_given: float = 0.0
 
     def next_word(self) -> re.Match[str] | None:
@@ -92,42 +92,42 @@ class _Segment:
 
 @dataclass(slots=True)
 class WordClock:
-    """The words of one context: text goes in as it is sent, audio positions as they arrive."""
+    """The words of one context. Text goes in as it arrives, and positions as audio is sent."""
 
     pace: Pace
     lead_s: float = LEAD_S
-    """So long before the end of a segment its last word has begun."""
+    """The last word begins at least so many seconds before the end of its segment."""
     _segments: deque[_Segment] = field(default_factory=deque)
     _start_s: float = 0.0
     _last_s: float = 0.0
     _ended_early: bool = False
-    """The audio of the open segment is whole, and its text is not."""
+    """Whether the audio of the open segment is complete and its text is not."""
 
     def append(self, text: str) -> None:
-        """More text of the open segment, or of a new one."""
+        """Add text to the open segment, or begin a new one."""
         if self._ended_early:
-            return  # it is not spoken
+            return  # this text is not spoken
         if not self._segments or self._segments[-1].complete:
             self._segments.append(_Segment())
         self._segments[-1].text += text
 
     def complete_segment(self) -> None:
-        """The open segment's text is whole. One with nothing to say stays open."""
+        """Mark the open segment's text as complete. A segment with nothing to say stays open."""
         if self._ended_early:
             self._ended_early = False
         elif self._segments and self._segments[-1].text.strip():
             self._segments[-1].complete = True
 
     def advance(self, position_s: float) -> list[TimedWord]:
-        """Words of the first segment that have begun, as far as can be guessed, at a position.
+        """The words of the first segment that have begun at a position, by estimate.
 
-        The segment may end here: but for its first one, words of the last `lead_s` wait.
+        The segment may end at this position, so words of the last `lead_s` wait, except its first word.
         """
         first_s = min(position_s, math.nextafter(self._start_s, math.inf))
         return self._take(self.pace.units_per_s, max(first_s, position_s - self.lead_s))
 
     def end_segment(self, end_s: float) -> list[TimedWord]:
-        """The first segment's audio is whole: its other words, by its true duration."""
+        """End the first segment's audio. Returns its other words, by its true duration."""
         if not self._segments:
             return []
         segment, duration_s = self._segments[0], max(0.0, end_s - self._start_s)

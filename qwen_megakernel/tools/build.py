@@ -1,4 +1,4 @@
-"""`python -m qwen_megakernel build`: compile the kernels ahead of time, also where there is no GPU."""
+"""`python -m qwen_megakernel build`: compile the kernels ahead of time, even without a GPU."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ RELEASED_SHAPES: tuple[Shape, ...] = ("0.6b", "1.7b")
 
 
 def find_config(model: str) -> ModelConfig:
-    """The configuration of a shape's name, a folder, or a Hugging Face id that is in the cache.
+    """The configuration for a shape's name, a folder, or a Hugging Face id that is in the cache.
 
     Raises:
-        CheckpointError, ConfigError: there is none.
+        CheckpointError, ConfigError: there is no such configuration.
     """
     if model in SHAPES and not Path(model).exists():
         return shape_config(model)
@@ -60,7 +60,7 @@ def find_config(model: str) -> ModelConfig:
 
 
 def find_arches(named: list[str] | None) -> list[str]:
-    """The architectures to build for; the GPU's own where none is named. Raises `BuildError`."""
+    """The architectures to build for: the GPU's own if none is named. Raises `BuildError`."""
     if named:
         return list(dict.fromkeys(named))
     if not torch.cuda.is_available():
@@ -70,12 +70,12 @@ def find_arches(named: list[str] | None) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class KernelBuild:
-    """One library to compile, and what it is compiled for."""
+    """A library to compile, its architecture and its shape."""
 
     library: Library
     arch: str
     shape: str = "-"
-    """Of the model; `-` where the library does not depend on it, or the shape has no name."""
+    """The model's shape; `-` if the library does not depend on it, or if the shape has no name."""
 
     def __str__(self) -> str:
         return f"{self.library.name} sm_{self.arch}" + ("" if self.shape == "-" else f" {self.shape}")
@@ -107,11 +107,11 @@ def released_builds() -> list[KernelBuild]:
 
 
 def build_all(builds: Sequence[KernelBuild], out: Path | None = None) -> list[Path | None]:
-    """Build libraries side by side, telling of each; None for one that failed.
+    """Build libraries side by side, and print a line about each. A failed one gives None.
 
     Args:
-        builds: what to build.
-        out: a folder for what a server needs of them; None is the cache, for all that is made.
+        builds: the libraries.
+        out: a folder for the files that a server needs; None keeps all files in the cache.
     """
     width = max(14, *(len(str(build)) + 2 for build in builds))
     with ThreadPoolExecutor(min(len(builds), os.cpu_count() or 1)) as threads:
@@ -143,7 +143,7 @@ def _build(one: KernelBuild, width: int, out: Path | None) -> Path | None:
 
 
 def _figures(product: Path) -> str:
-    """What ptxas said of a build, unless it has been stripped."""
+    """The figures that ptxas gave for a build; none if it has been stripped."""
     used = resources(product)
     if not used:
         return ""
@@ -152,7 +152,7 @@ def _figures(product: Path) -> str:
 
 
 def _write_table(builds: Sequence[KernelBuild], products: Sequence[Path]) -> None:
-    """Write the table of the machine code, and tell how it differs from the one before."""
+    """Write the table of the machine code, and print how it differs from the earlier one."""
     made = [
         row
         for one, product in zip(builds, products, strict=True)
@@ -160,7 +160,7 @@ def _write_table(builds: Sequence[KernelBuild], products: Sequence[Path]) -> Non
     ]
     release = compiler_release(require_compiler())
     differences: list[str] = []
-    with suppress(FileNotFoundError, ValueError):  # there is none, or a merge left it in pieces
+    with suppress(FileNotFoundError, ValueError):  # there is none, or a merge has broken it
         differences = machine_code.parse(machine_code.TABLE.read_text()).differences(made)
     machine_code.TABLE.write_text(machine_code.render(made, release))
     print(f"wrote {machine_code.TABLE}: {len(made)} kernels, NVRTC {release}")
@@ -231,7 +231,7 @@ def _chosen(args: argparse.Namespace) -> list[KernelBuild]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Build; 1 if something failed."""
+    """Build. Returns 1 if a build failed."""
     try:
         builds = _chosen(args)
         what = "all shapes" if args.table or args.all else args.model or DEFAULT_MODEL

@@ -1,4 +1,4 @@
-"""The whole way once, on any machine: the demonstration voice, a real server, the real client."""
+"""Run everything once, on any machine: the demonstration voice, a real server, the real client."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from qwen_megakernel.installation.bundled import bundled_folder
 
 PROGRAM = ("-m", "qwen_megakernel")
 CHECKPOINT = bundled_folder("demo_voice")
-"""The tiny checkpoint that comes with the package; see its README.md."""
+"""The tiny checkpoint that comes with the package. Its README.md describes it."""
 VOICE = "rms"
 SEED = 3
-"""Fixed: the demo sounds the same each time, so that a change can be heard."""
+"""A fixed seed: the demo sounds the same each time, so that a change can be heard."""
 
 TEXT = "Hello, and thank you for trying this. How can I help you today?"
 READY_S = 180.0
-"""The first import of torch from a cold disk can take a minute."""
+"""Seconds until the server must be ready. A cold disk makes the first import of torch take a minute."""
 CLIENT_S = 300.0
 STOP_S = 30.0
 
@@ -50,7 +50,7 @@ class DemoError(RuntimeError):
 
 
 def run_step(*arguments: str | Path, limit_s: float) -> None:
-    """Run one of our programs to its end and show how it was called; raises `DemoError`."""
+    """Run one of the project's programs to its end, and show its command. Raises `DemoError`."""
     shown = _shown(arguments)
     print(shown, flush=True)
     command = [sys.executable, *map(str, arguments)]
@@ -82,7 +82,7 @@ def running_server(
         environ: variables of the server beside ours.
 
     Raises:
-        DemoError: it did not get ready, or did not stop cleanly.
+        DemoError: the server does not get ready, or does not stop cleanly.
     """
     command = (*PROGRAM, "serve", "--port", "0", *arguments)
     show(_shown(command))
@@ -115,7 +115,7 @@ def running_server(
 def _show_log(
     process: subprocess.Popen[str], ports: queue.SimpleQueue[int], show: Callable[[str], None]
 ) -> None:
-    """Pass the server's log on, and the port that it names."""
+    """Pass on the lines of the server's log, and the port that one of them names."""
     for line in process.stderr or ():
         show(f"  {line.rstrip()}")
         if match := _LISTENING.search(line):
@@ -137,7 +137,7 @@ def _wait_until_ready(process: subprocess.Popen[str], ports: queue.SimpleQueue[i
 
 
 def _is_ready(port: int) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows our port
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy reaches this port
     try:
         with opener.open(f"http://127.0.0.1:{port}/ready", timeout=5) as response:
             return response.status == 200
@@ -146,7 +146,7 @@ def _is_ready(port: int) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """Our environment, without proxies and without what would configure the demo's server."""
+    """This process's environment without proxies and without variables that configure a server."""
     kept = {
         k: v
         for k, v in os.environ.items()
@@ -160,7 +160,7 @@ def _shown(command: Sequence[str | Path]) -> str:
 
 
 def _short(argument: str | Path) -> str:
-    """A path as seen from the working folder."""
+    """A path relative to the working folder."""
     here = Path.cwd()
     if isinstance(argument, Path) and argument.is_relative_to(here):
         return str(argument.relative_to(here))
@@ -189,8 +189,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Server, client; the exit status."""
-    # By default SIGTERM would end us without the cleaning up, and leave a server behind.
+    """Run server and client. Returns the exit status."""
+    # By default SIGTERM would end this process without cleaning up, and leave a server behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = args.folder.absolute()
     out = folder / "demo.wav"

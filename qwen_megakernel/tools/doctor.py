@@ -1,6 +1,6 @@
 """`python -m qwen_megakernel doctor`: whether this machine can serve, and how to fix what is wrong.
 
-Each check is a function: it takes the facts of `machine` and returns a `Check`. This module imports only
+Each check is a function that takes facts from `machine` and returns a `Check`. This module imports only
 the standard library, so that it runs before anything is installed.
 """
 
@@ -53,13 +53,13 @@ KERNEL_CACHE_GB = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What a model needs, in GB."""
+    """The memory that a model needs, in GB."""
 
     disk: float
     gpu: float
-    """Weights in bf16, the key-value caches of the server's 16 slots, and what CUDA takes. 0.6B: PyTorch
-    took 9.4 GB at most while loading on an H200, before there was the predictor's table (0.24 GB); CUDA
-    itself comes on top. 1.7B: estimated."""
+    """Weights in bf16, the key-value caches of the server's 16 slots, and CUDA itself. 0.6B: PyTorch
+    takes at most 9.4 GB while loading, measured on an H200. The predictor's table (0.24 GB) and CUDA
+    come on top. 1.7B: estimated."""
 
 
 SIZES = {"0.6B": Size(2.5, 10.5), "1.7B": Size(4.5, 12.5)}
@@ -69,7 +69,7 @@ SIZES = {"0.6B": Size(2.5, 10.5), "1.7B": Size(4.5, 12.5)}
 
 
 def check_python(version: Version = sys.version_info[:3]) -> Check:
-    """New enough."""
+    """Python is new enough."""
     if version < MIN_PYTHON:
         fix = f"make a virtual environment with Python {dotted(MIN_PYTHON)} or later"
         return Check("python", "fail", f"{dotted(version)} is too old", fix)
@@ -80,8 +80,8 @@ def check_packages(requirements: str, installed: Callable[[str], str] = metadata
     """The installed packages satisfy every line of requirements.txt.
 
     Args:
-        requirements: its text.
-        installed: version by name; raises `PackageNotFoundError`.
+        requirements: the text of requirements.txt.
+        installed: gives a package's version, or raises `PackageNotFoundError`.
     """
     try:
         from packaging.requirements import Requirement
@@ -113,7 +113,7 @@ def check_packages(requirements: str, installed: Callable[[str], str] = metadata
 
 
 def check_cpu(torch: Torch, cores: float | None = None) -> Check:
-    """Threads fit the cores that this process may use."""
+    """The number of threads fits the cores that this process may use."""
     cores = usable_cores() if cores is None else cores
     detail = f"{cores:g} cores, {torch.threads or '?'} threads"
     if torch.threads > max(1.0, cores):
@@ -126,7 +126,7 @@ def check_cpu(torch: Torch, cores: float | None = None) -> Check:
 
 
 def check_driver(found: Gpus, torch: Torch) -> Check:
-    """An NVIDIA driver that answers and is new enough for torch's CUDA."""
+    """An NVIDIA driver answers and is new enough for torch's CUDA."""
     if not found.installed:
         detail = "no GPU: the torch backend on the CPU will be used"
         return Check(
@@ -146,12 +146,12 @@ def check_driver(found: Gpus, torch: Torch) -> Check:
         f"choose a machine image with driver {needed} or later, or: "
         f"sudo apt install nvidia-driver-{needed}-open && sudo reboot"
     )
-    # Within CUDA 12 an older driver runs newer programs, if not everything in them.
+    # Within CUDA 12 an older driver runs newer programs, but not all of their features.
     return Check("driver", "warn" if torch.available else "fail", detail, fix)
 
 
 def check_gpu(found: Gpus, size: Size) -> Check:
-    """Memory for the model."""
+    """A GPU has enough memory for the model."""
     if not found.gpus:
         return Check("gpu", "skipped", "no GPU")
     gpu = found.gpus[0]
@@ -167,7 +167,7 @@ def check_gpu(found: Gpus, size: Size) -> Check:
 
 
 def check_torch(found: Gpus, torch: Torch) -> Check:
-    """torch can be imported, sees the GPU, and has code for it."""
+    """torch can be imported, finds the GPU, and has code for it."""
     if torch.error:
         return Check("torch", "fail", f"cannot be imported: {torch.error}", INSTALL)
     if not found.gpus:
@@ -190,7 +190,8 @@ def check_torch(found: Gpus, torch: Torch) -> Check:
 
 
 def covers(arch_list: Sequence[str], capability: Version) -> bool:
-    """Whether a build runs on a GPU: machine code of its generation, or PTX up to its capability."""
+    """Whether a build runs on a GPU: it has machine code for its generation, or PTX of at most its
+    capability."""
     for arch in arch_list:
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
         if match is None:
@@ -207,7 +208,7 @@ def covers(arch_list: Sequence[str], capability: Version) -> bool:
 
 
 def check_model(model: Model) -> Check:
-    """The checkpoint is there, complete and well-formed; weights are not read."""
+    """The checkpoint exists and is complete and well-formed. Weights are not read."""
     if model.folder is not None:
         return _check_checkpoint(model, model.folder)
     if not model.is_id:
@@ -239,7 +240,7 @@ def _check_checkpoint(model: Model, folder: Path) -> Check:
 
 
 def check_model_disk(model: Model, size: Size) -> Check:
-    """Space for a download, where one is still to come."""
+    """There is space for the download, if the checkpoint is not here yet."""
     if model.folder is not None or not model.is_id:
         return Check("model-disk", "skipped", "nothing to download")
     return _check_space(
@@ -248,7 +249,7 @@ def check_model_disk(model: Model, size: Size) -> Check:
 
 
 def check_kernel_disk(cache: Path | None = None) -> Check:
-    """Space for built kernels."""
+    """There is space for built kernels."""
     fix = "export QWEN_MEGAKERNEL_CACHE=/a/larger/disk, or make room"
     return _check_space("kernel-disk", cache or cache_folder(), KERNEL_CACHE_GB, fix)
 
@@ -267,9 +268,9 @@ def _check_space(name: str, folder: Path, need_gb: float, fix: str) -> Check:
 
 
 def check_port(port: int) -> Check:
-    """Free on 127.0.0.1."""
+    """The port is free on 127.0.0.1."""
     with socket.socket() as listener:
-        # As the server does: a port whose last connection has just closed is free.
+        # The server does the same: a port whose last connection has just closed counts as free.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", port))
@@ -284,7 +285,7 @@ def check_port(port: int) -> Check:
 
 
 def read_requirements() -> str:
-    """requirements.txt, or what an installed package keeps of it."""
+    """The text of requirements.txt, or the same lines from an installed package."""
     if REQUIREMENTS.is_file():
         return REQUIREMENTS.read_text(encoding="utf-8")
     return "\n".join(metadata.requires("qwen-megakernel") or ())
@@ -308,7 +309,7 @@ def examine(name: str, port: int) -> list[Check]:
     ]
     try:
         model = ask_model(name)
-    except (ImportError, OSError) as error:  # OSError: torch, half installed
+    except (ImportError, OSError) as error:  # OSError: torch is half installed
         checks.append(Check("model", "skipped", f"needs the packages above ({error})"))
     else:
         checks += [check_model(model), check_model_disk(model, size)]
@@ -342,7 +343,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings; 1 if something failed."""
+    """Print the findings. Returns 1 if a check failed."""
     checks = examine(args.model, args.port)
     ok = not any(check.status == "fail" for check in checks)
     if args.json:

@@ -1,4 +1,4 @@
-"""What one check of `doctor` found. Standard library only."""
+"""The result of one check of `doctor`. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Status = Literal["ok", "warn", "fail", "skipped"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What one check found."""
+    """The result of one check."""
 
     name: str
     status: Status
@@ -20,11 +20,11 @@ class Check:
     fix: str | None = None
 
     def lines(self) -> str:
-        """For people."""
+        """The result as text for people."""
         line = f"{self.status.upper():<8}{self.name:<12}{self.detail}"
         return f"{line}\n{'':<20}fix: {self.fix}" if self.fix else line
 
 
 def dotted(version: Version) -> str:
-    """`13.0` of (13, 0)."""
+    """A version as text: `13.0` for (13, 0)."""
     return ".".join(map(str, version))

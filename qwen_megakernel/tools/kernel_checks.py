@@ -1,4 +1,4 @@
-"""The checks of `doctor` that ask whether kernels can be built and run here. Standard library only."""
+"""The checks of `doctor` on whether kernels can be built and run here. Standard library only."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def check_kernels(found: Gpus, compiler: Check, cache: Path | None = None) -> Ch
 
 
 def check_tuning(found: Gpus, cache: Path | None = None) -> Check:
-    """Whether `tune` has found settings for this GPU, and for the present kernels.
+    """Whether `tune` has found settings for this GPU and for the current kernels.
 
     Args:
         found: the GPUs.
-        cache: where builds are kept.
+        cache: the folder of builds.
     """
     if not found.gpus or found.gpus[0].capability < MIN_CAPABILITY:
         return Check("tuning", "skipped", "no GPU that runs the kernels")
@@ -104,7 +104,7 @@ def check_tuning(found: Gpus, cache: Path | None = None) -> Check:
 def _is_of_present_kernels(target: kernel_tuning.Target) -> bool:
     try:
         from qwen_megakernel.build_tts import frame_digest
-    except (ImportError, OSError):  # torch is not installed, or not whole
+    except (ImportError, OSError):  # torch is not installed, or only half
         return True
     return target.digest == frame_digest(target.geometry, target.arch)
 

@@ -1,7 +1,8 @@
 """Facts about this machine, which `doctor` judges.
 
-Other programs run with a time limit, and torch in a process of its own: a broken driver hangs or kills
-whoever talks to it. Run as a file, this module is that process, and prints torch's answers as JSON.
+Other programs run with a time limit, and torch runs in a process of its own, because a broken driver
+hangs or kills any program that uses it. Run as a file, this module is that process and prints torch's
+answers as JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Version = tuple[int, ...]
 
 TOOL_S = 10.0
 TORCH_S = 60.0
-"""The first import of torch from a cold disk can take this long."""
+"""Seconds that the first import of torch from a cold disk can take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,12 @@ class Gpu:
     """(12, 0) on an RTX 5090."""
     free_gb: float | None
     total_gb: float | None
-    """None where the driver does not say."""
+    """None if the driver does not say."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """What nvidia-smi said: GPUs, or why there are none."""
+    """The answer of nvidia-smi: the GPUs, or why there are none."""
 
     gpus: tuple[Gpu, ...] = ()
     installed: bool = True
@@ -48,16 +49,16 @@ class Gpus:
 
 @dataclass(frozen=True, slots=True)
 class Torch:
-    """What torch said of itself."""
+    """What torch says about itself."""
 
     version: str = ""
     cuda: Version | None = None
-    """None is a build without CUDA."""
+    """None for a build without CUDA."""
     available: bool = False
     arch_list: tuple[str, ...] = ()
     threads: int = 0
     error: str = ""
-    """Why it could not be asked."""
+    """Why torch gave no answer; empty if it did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +67,20 @@ class Model:
 
     name: str
     is_id: bool
-    """On Hugging Face, not a folder."""
+    """Whether it is a Hugging Face id and not a folder."""
     cache: Path
-    """Where downloads go."""
+    """The folder for downloads."""
     revision: str | None = None
     """The commit that the server takes; None is the newest."""
     offline: bool = False
-    """HF_HUB_OFFLINE is set."""
+    """Whether HF_HUB_OFFLINE is set."""
     folder: Path | None = None
-    """None: not there, for the reason in `error`."""
+    """The local folder; None if there is none, for the reason in `error`."""
     error: str = ""
 
 
 def run_tool(*command: str, limit_s: float = TOOL_S) -> tuple[str, str]:
-    """A program's output and, if it failed, why: its last words on one line."""
+    """A program's output, and its last words on one line if it failed."""
     try:
         process = subprocess.Popen(
             command,
@@ -96,7 +97,7 @@ def run_tool(*command: str, limit_s: float = TOOL_S) -> tuple[str, str]:
     except subprocess.TimeoutExpired:
         process.kill()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(1)  # who is stuck in the driver cannot even be killed
+            process.wait(1)  # a process that is stuck in the driver cannot be killed
         return "", f"no answer within {limit_s:g} s"
     if process.returncode == 0:
         return out, ""
@@ -105,7 +106,7 @@ def run_tool(*command: str, limit_s: float = TOOL_S) -> tuple[str, str]:
 
 
 def ask_nvidia_smi() -> Gpus:
-    """The GPUs the driver shows."""
+    """The GPUs that the driver shows."""
     path = shutil.which("nvidia-smi")
     if path is None:
         return Gpus(installed=False)
@@ -127,12 +128,12 @@ def _parse_gpu(line: str) -> Gpu:
 
 
 def _gigabytes(mebibytes: str) -> float | None:
-    # Unified memory and MIG have words in brackets here.
+    # For unified memory and MIG the field holds words in brackets.
     return float(mebibytes) * 2**20 / 1e9 if re.fullmatch(r"[\d.]+", mebibytes) else None
 
 
 def parse_version(text: str) -> Version:
-    """(2, 13, 0) of 2.13.0+cpu; raises `ValueError` if there is none."""
+    """Parse a version: (2, 13, 0) for 2.13.0+cpu. Raises `ValueError` if the text has none."""
     match = re.match(r"\d+(\.\d+)*", text)
     if match is None:
         raise ValueError(f"no version: {text!r}")
@@ -140,8 +141,8 @@ def parse_version(text: str) -> Version:
 
 
 def ask_torch(limit_s: float = TORCH_S) -> Torch:
-    """What torch says, asked in a process of its own."""
-    # -P: this folder has modules whose names others use, such as `config`.
+    """Ask torch about itself, in a process of its own."""
+    # -P: modules in this folder must not hide others of the same name, such as `config`.
     out, error = run_tool(sys.executable, "-P", __file__, limit_s=limit_s)
     if error:
         return Torch(error=error)
@@ -167,18 +168,18 @@ def _tell_torch() -> dict[str, Any]:
 
 
 def usable_cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
-    """Those this process may use, by its affinity and its container."""
+    """The cores that this process may use, by its affinity and its container."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
     try:
         quota, period = cgroup.read_text().split()
-        return min(cores, int(quota) / int(period))  # what a container may use of them
+        return min(cores, int(quota) / int(period))  # the container's share
     except (OSError, ValueError):
         return cores
 
 
 def ask_model(name: str) -> Model:
-    """Where a checkpoint is, on disk or in the hub's cache; nothing is fetched."""
+    """Where a checkpoint is: on disk or in the hub's cache. Nothing is fetched."""
     from huggingface_hub import constants
 
     from qwen_megakernel.checkpoint import KNOWN_REVISIONS, CheckpointError, hub_cache_folder, resolve

@@ -1,7 +1,7 @@
 """Figures of the kernels' machine code, and the table that keeps them.
 
-`csrc/machine_code.md` has a row for each kernel, shape and architecture. A test compares it with a
-fresh build, so that no change of the machine code goes unseen.
+`csrc/machine_code.md` has a row for each kernel, shape and architecture. A test compares it with a fresh
+build, so that no change of the machine code goes unnoticed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qwen_megakernel.installation.cubin import CubinError, read_cubin
 TABLE = bundled_folder("csrc") / "machine_code.md"
 UPDATE_COMMAND = "python -m qwen_megakernel build --table"
 INSTRUCTION_BYTES = 16
-"""Of every architecture since sm_70."""
+"""Bytes of an instruction on every architecture since sm_70."""
 DIGEST_DIGITS = 12
 _KEY_COLUMNS = 4
 _RELEASE = re.compile(r"^Compiler: NVRTC ([\d.]+)$", re.MULTILINE)
@@ -49,22 +49,22 @@ Compiler: NVRTC {release}
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What ptxas reports of one kernel."""
+    """The resources that ptxas reports for one kernel."""
 
     kernel: str
     registers: int
     spill_bytes: int
-    """Stores and loads to local memory for want of registers."""
+    """Bytes stored to and loaded from local memory because registers are short."""
     static_shared_bytes: int
-    """Shared memory that the kernel declares."""
+    """Bytes of shared memory that the kernel declares."""
 
 
 def resources(product: Path) -> list[Resources]:
-    """What ptxas said of the kernels of a built library, and of the functions that they call."""
+    """The report of ptxas on the kernels of a built library, and on the functions that they call."""
     found = []
     for log in sorted(product.parent.glob("*.cu.log")):
         for entry in log.read_text().split("Compiling entry function")[1:]:
-            # A function that is not inlined has a line of spills of its own.
+            # A function that is not inlined has its own line of spills.
             spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
             used = re.search(r"Used (\d+) registers(?:.*?, (\d+) bytes smem)?", entry)
             if spills and used:
@@ -74,7 +74,7 @@ def resources(product: Path) -> list[Resources]:
 
 
 def system_calls(product: Path) -> list[str]:
-    """Instructions of a built library that ptxas replaced by a call of a routine in the driver.
+    """Instructions of a built library that ptxas has replaced by calls of routines in the driver.
 
     Raises:
         CubinError: it is no cubin.
@@ -91,7 +91,7 @@ class Row:
 
     library: str
     shape: str
-    """Of the model; `-` where the library does not depend on it."""
+    """The model's shape; `-` if the library does not depend on it."""
     arch: str
     kernel: str
     registers: int
@@ -113,7 +113,7 @@ def rows(product: Path, shape: str, arch: str) -> list[Row]:
     """The table's rows for a built library, in the order of its kernels' names.
 
     Args:
-        product: what `build` gives.
+        product: the library's path, from `build`.
         shape: the model's shape, or `-`.
         arch: such as `90a`.
 
@@ -147,7 +147,7 @@ def _natural(name: str) -> list[str | int]:
 
 
 def render(made: Sequence[Row], release: str) -> str:
-    """The file's text: what it says, the compiler's release, and the rows, padded to columns."""
+    """The file's text: an introduction, the compiler's release, and the rows, padded to columns."""
     quoted = [replace(row, kernel=f"`{row.kernel}`") for row in made]  # `<` begins a tag in Markdown
     lines = [COLUMNS, *(row.cells() for row in quoted)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
@@ -159,19 +159,19 @@ def render(made: Sequence[Row], release: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The table as it was read from the file."""
+    """The table in the file."""
 
     release: str
-    """The compiler's, such as 13.0.88."""
+    """The compiler's release, such as 13.0.88."""
     rows: tuple[tuple[str, ...], ...]
-    """Cells, as in `Row.cells`."""
+    """The rows' cells, as in `Row.cells`."""
 
     def builds(self) -> set[tuple[str, ...]]:
         """Library, shape and architecture of every build that has rows."""
         return {cells[: _KEY_COLUMNS - 1] for cells in self.rows}
 
     def differences(self, made: Sequence[Row]) -> list[str]:
-        """How a build's rows differ from those kept for it, a line a kernel; empty if they agree."""
+        """How a build's rows differ from the table's, a line for each kernel; empty if they agree."""
         new = {row.cells()[:_KEY_COLUMNS]: row.cells()[_KEY_COLUMNS:] for row in made}
         builds = {key[:-1] for key in new}
         old = {
@@ -197,7 +197,7 @@ def _differences(
 
 
 def parse(text: str) -> Table:
-    """Read what `render` wrote.
+    """Parse the text of `render`.
 
     Raises:
         ValueError: the text has no compiler's release, or other columns.

@@ -1,6 +1,6 @@
 """`python -m qwen_megakernel protocol-schema`: JSON Schema of the native protocol's text messages.
 
-The messages are declared in `serving.native_messages`; docs/protocol.schema.json is what this prints.
+`serving.native_messages` declares the messages. docs/protocol.schema.json is this command's output.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def message_schema(name: str, cls: type) -> dict[str, Any]:
 
 
 def protocol_schema() -> dict[str, Any]:
-    """The whole schema: any message, those of each side, and each one by its `type`."""
+    """The whole schema: any message, the messages of each side, and each message by its `type`."""
     sides = {"client_message": CLIENT_TYPES, "server_message": SERVER_TYPES}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -57,7 +57,7 @@ def protocol_schema() -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`python -m qwen_megakernel protocol-schema` takes none."""
+    """`python -m qwen_megakernel protocol-schema` has no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,19 +9,21 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_megakernel.config import SAMPLINGS
 from qwen_megakernel.installation.build_environment import ARCH_VARIABLE, PREBUILT_VARIABLE
+from qwen_megakernel.installation.cuda_context import begin_context
 from qwen_megakernel.serving.access import is_loopback
 from qwen_megakernel.serving.app import Phase, ServerSettings
 from qwen_megakernel.serving.observe import configure_logging, log
 from qwen_megakernel.serving.openai_messages import VOICE_NAMES
 from qwen_megakernel.serving.process import Report, bind
 from qwen_megakernel.serving.process import run as serve
+from qwen_megakernel.tools.banner import banner, show, time_spent
 
 if TYPE_CHECKING:
     from qwen_megakernel.tts_model import TTSDecoder
@@ -29,10 +31,10 @@ if TYPE_CHECKING:
 _STARTED = time.monotonic()
 PREFIX = "QWEN_MEGAKERNEL_"
 OTHER_VARIABLES = {f"{PREFIX}CACHE", ARCH_VARIABLE, PREBUILT_VARIABLE}
-"""Read elsewhere in the project."""
+"""Variables that other modules read."""
 MAX_REFERENCE_BYTES = 20 << 20
 TOKEN_NAME = "token"
-"""The account of `--token`."""
+"""The name of the account of `--token`."""
 BACKENDS = ("auto", "torch", "megakernel")
 DTYPES = ("auto", "bf16", "fp32")
 
@@ -185,12 +187,12 @@ class Option:
 
     @property
     def name(self) -> str:
-        """As an attribute."""
+        """The option's attribute of the parsed arguments."""
         return self.flag.lstrip("-").replace("-", "_")
 
     @property
     def variable(self) -> str:
-        """In the environment."""
+        """The option's environment variable."""
         return PREFIX + self.name.upper()
 
 
@@ -232,6 +234,21 @@ MODEL_OPTIONS = (
         _count,
         "streaming multiprocessors that a frame takes, where others share the GPU; default: all",
         "N",
+    ),
+    Option(
+        "--keep-warm",
+        False,
+        _flag,
+        "decode a frame twice a second while nobody speaks, so that the GPU keeps its clocks up",
+        "",
+    ),
+    Option(
+        "--unload-after",
+        None,
+        _timeout,
+        "seconds without a turn after which the model leaves the GPU; the next turn loads it again; "
+        "default: never",
+        "SECONDS",
     ),
 )
 VOICE_OPTIONS = (
@@ -295,7 +312,7 @@ OPTIONS = (*MODEL_OPTIONS, *VOICE_OPTIONS, *SERVER_OPTIONS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All of `OPTIONS`. Each stays None where the command line does not have it: see `resolve`."""
+    """Add all of `OPTIONS`. An option that the command line does not have stays None: see `resolve`."""
     parser.allow_abbrev = False
     parser.usage = "%(prog)s [options]"
     parser.epilog = EXAMPLE
@@ -316,7 +333,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(given: argparse.Namespace, environ: Mapping[str, str]) -> argparse.Namespace:
-    """Checked options: command line, then environment, then defaults. Exits with 2 if one is wrong."""
+    """The checked options: from the command line, else the environment, else the default. Exits with 2
+    if one is wrong."""
     options = argparse.Namespace()
     for option in OPTIONS:
         source, texts = option.flag, getattr(given, option.name)
@@ -357,25 +375,31 @@ def _all_tokens(options: argparse.Namespace) -> dict[str, str]:
 
 
 def warn_unknown_variables(environ: Mapping[str, str]) -> None:
-    """A misspelt variable would otherwise do nothing, silently."""
+    """Warn of unknown variables: a misspelt one would do nothing, silently."""
     known = {option.variable for option in OPTIONS} | OTHER_VARIABLES
     for name in sorted(n for n in environ if n.startswith(PREFIX) and n not in known):
         log.warning("%s is set, but no option has that name", name)
 
 
 def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
-    """Load model and voices and warm up; runs in the loader's thread."""
-    steps = [("starting", _STARTED)]
+    """Load model and voices, and warm up. Runs in the loader's thread."""
+    steps, started = [("starting", _STARTED)], False
 
     def tell(phase: Phase, text: str) -> None:
+        if started:  # a model that was unloaded comes back: turns are taken all the time
+            log.info("%s", text)
+            return
         steps.append((text, time.monotonic()))
         report(phase, text)
 
     def progress(text: str) -> None:
         tell("loading", text)
 
+    begin_context(options.device)
     progress("importing torch")
-    from qwen_megakernel.tts_model import TTSDecoder  # seconds, while the port already answers
+    # These take seconds; the port answers meanwhile.
+    from qwen_megakernel.engine.standby import StandbyPlan
+    from qwen_megakernel.tts_model import TTSDecoder
 
     decoder = TTSDecoder.load(
         options.model,
@@ -385,6 +409,7 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
         num_slots=options.num_slots,
         memory=options.memory,
         sms=options.sms,
+        standby=StandbyPlan(options.keep_warm, options.unload_after),
         sampling=options.sampling,
         text_cleaning=options.text_cleaning == "on",
         revision=options.revision,
@@ -404,66 +429,17 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
             known = ", ".join(sorted(decoder.voices)) or "none"
             raise ValueError(f"--openai-voice {name}={voice}: the voice is unknown; known: {known}")
     decoder.warm_up(lambda text: tell("warming_up", text))
+    started = True
     log.info("%s", time_spent(steps, time.monotonic()))
-    # What is loaded stays: the garbage collector, which stops all turns, need not look at it again.
+    # The garbage collector stops all turns. It need not look again at what stays loaded.
     gc.collect()
     gc.freeze()
     return decoder
 
 
-def time_spent(steps: Sequence[tuple[str, float]], now: float) -> str:
-    """Where the time went, from what began when; what took less than 0.1 s is left out."""
-    ends = [*(start for _, start in steps[1:]), now]
-    spent = [(text, end - start) for (text, start), end in zip(steps, ends, strict=True)]
-    parts = "; ".join(f"{text} {seconds:.1f} s" for text, seconds in spent if seconds >= 0.1)
-    return f"{now - steps[0][1]:.1f} s since the start: {parts}"
-
-
-def banner(decoder: TTSDecoder, host: str, port: int, has_token: bool) -> str:
-    """What to do next, ready to paste."""
-    facts = [f"  {name + ':':<9}{value}" for name, value in decoder.description.items()]
-    voices = ", ".join(sorted(decoder.voices)) or "none (give one with --speaker-ref or --voices)"
-    here = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    address = f"[{here}]" if ":" in here else here
-    token = f' --token "${PREFIX}TOKEN"' if has_token else ""
-    tunnel = [f"  tunnel:  ssh -L {port}:127.0.0.1:{port} user@host"] if is_loopback(host) else []
-    return "\n".join(
-        [
-            f"Ready on ws://{address}:{port}",
-            *facts,
-            f"  voices:  {voices}",
-            *tunnel,
-            f"  try:     python -m qwen_megakernel say --url ws://{address}:{port}{token} "
-            '--text "Hello, I can hear you."',
-        ]
-    )
-
-
-def show(text: str) -> None:
-    """Print to standard output. Where that cannot be written, the server goes on without it."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        log.warning("cannot print what is ready: %s", error.strerror)
-        # Python writes what is left when it exits: let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the server; the exit code."""
-    options = resolve(args, os.environ)
-    configure_logging(options.log_format)
-    warn_unknown_variables(os.environ)
-    try:
-        listener = bind(options.host, options.port)
-    except OSError as error:
-        reason = error.strerror or error
-        address = f"{options.host} port {options.port}"
-        print(f"{args.parser.prog}: cannot listen on {address}: {reason}", file=sys.stderr)
-        return 1
-    port = listener.getsockname()[1]
-    log.info("listening on %s port %d", options.host, port, extra={"fields": {"port": port}})
-    settings = ServerSettings(
+def server_settings(options: argparse.Namespace, port: int) -> ServerSettings:
+    """What resolved options decide about serving on a port."""
+    return ServerSettings(
         host=options.host,
         port=port,
         tokens=_all_tokens(options),
@@ -485,6 +461,23 @@ def run(args: argparse.Namespace) -> int:
         voices_folder=options.voices,
         trim_leading_silence=options.trim_leading_silence,
     )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the server; the exit code."""
+    options = resolve(args, os.environ)
+    configure_logging(options.log_format)
+    warn_unknown_variables(os.environ)
+    try:
+        listener = bind(options.host, options.port)
+    except OSError as error:
+        reason = error.strerror or error
+        address = f"{options.host} port {options.port}"
+        print(f"{args.parser.prog}: cannot listen on {address}: {reason}", file=sys.stderr)
+        return 1
+    port = listener.getsockname()[1]
+    log.info("listening on %s port %d", options.host, port, extra={"fields": {"port": port}})
+    settings = server_settings(options, port)
 
     def announce(decoder: TTSDecoder) -> None:
         if options.log_format == "text":

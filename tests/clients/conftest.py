@@ -24,5 +24,5 @@ def demo_server() -> Iterator[LiveServer]:
 
 @pytest.fixture
 def http_url(demo_server: LiveServer) -> str:
-    """Of the server, for HTTP."""
+    """The server's address for HTTP."""
     return f"http://127.0.0.1:{demo_server.port}"

@@ -1,4 +1,4 @@
-"""Cartesia's own SDK speaks through our server: only its URLs, key and voice are changed."""
+"""Cartesia's own SDK speaks through this server. Only its URLs, key and voice are changed."""
 
 import pytest
 
@@ -72,6 +72,6 @@ def test_several_contexts_share_a_socket(client):
             b"".join(event.audio for event in context.receive() if event.type == "chunk")
             for context in contexts
         ]
-    # In company a sample may round otherwise: the lengths are equal.
+    # Beside other streams a sample may round differently, so the lengths are compared.
     assert len({len(data) for data in audio}) == 1
     assert len(audio[0]) > 24_000

@@ -1,4 +1,4 @@
-"""Deepgram's own SDK speaks through our server: only its URLs, key and voice are changed."""
+"""Deepgram's own SDK speaks through this server. Only its URLs, key and voice are changed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""LiveKit's plugins speak through our server: only base URL, key and voice are changed."""
+"""LiveKit's plugins speak through this server. Only base URL, key and voice are changed."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The server keeps what its OpenAPI description says: schemathesis asks for all it allows, and more."""
+"""The server agrees with its OpenAPI description: schemathesis tries all that it allows, and more."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from live_server import DEMO_TOKEN, ROOT, VOICES_OFTEN, LiveServer
 NOT_CHECKED = (
     # The description cannot say which rate goes with which encoding, or which voices there are.
     "positive_data_acceptance",
-    # Fields that nobody knows are ignored, as by the services whose clients send them.
+    # Unknown fields are ignored, as by the services whose clients send them.
     "negative_data_rejection",
 )
 

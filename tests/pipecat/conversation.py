@@ -1,4 +1,4 @@
-"""Runs the service in Pipecat's test pipeline, and looks at what came out of it."""
+"""Run the service in Pipecat's test pipeline, and examine the frames that come out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONG_SETTINGS = {"temperature": 10.0, "top_k": 0}
 
 
 def make_service(url: str, **options: Any) -> MegakernelTTSService:
-    """Settings and arguments alike; it comes back soon after a break."""
+    """A service with these settings and arguments. It reconnects soon after a break."""
     names = ("voice", "language", "temperature", "top_k", "seed", "chunk_frames")
     settings = {name: options.pop(name) for name in names if name in options}
     defaults = {
@@ -43,12 +43,12 @@ def make_service(url: str, **options: Any) -> MegakernelTTSService:
 
 
 def turn(*texts: str) -> list[Frame]:
-    """What an LLM pushes for one answer."""
+    """The frames that an LLM pushes for one answer."""
     return [LLMFullResponseStartFrame(), *map(LLMTextFrame, texts), LLMFullResponseEndFrame()]
 
 
 def until(condition: Callable[[], object], limit_s: float = 60.0) -> Iterator[SleepFrame]:
-    """Waits, between the frames of a script."""
+    """Wait for a condition between the frames of a script."""
     for _ in range(round(limit_s / 0.01)):
         if condition():
             return
@@ -57,13 +57,13 @@ def until(condition: Callable[[], object], limit_s: float = 60.0) -> Iterator[Sl
 
 
 async def play(
-    service: MegakernelTTSService, script: Iterable[Frame]
+    service: MegakernelTTSService, script: Iterable[Frame], limit_s: float = 120.0
 ) -> tuple[list[Frame], list[ErrorFrame]]:
     """Frames that came out downstream, and errors."""
     failures: list[Exception] = []
 
     def guarded() -> Iterator[Frame]:
-        # A pipeline whose feeder dies would run for ever.
+        # Without its feeder a pipeline would run for ever.
         try:
             yield from script
         except Exception as error:
@@ -77,7 +77,7 @@ async def play(
             start_timeout=15.0,
             pipeline_params=PipelineParams(enable_metrics=True, enable_usage_metrics=True),
         ),
-        120,
+        limit_s,
     )
     if failures:
         raise failures[0]
@@ -99,13 +99,13 @@ def spoken(frames: Iterable[Frame]) -> str:
 
 
 def metrics(frames: Iterable[Frame], kind: type) -> list[Any]:
-    """Figures of a kind; Pipecat begins with some zeros, which say only who will report."""
+    """Figures of a kind. Pipecat begins with zeros, which only say who will report."""
     data = (item for frame in only(frames, MetricsFrame) for item in frame.data)
     return [item for item in data if isinstance(item, kind) and getattr(item, "value", None) != 0.0]
 
 
 def names(frames: Iterable[Frame], *left_out: type) -> list[str]:
-    """Types in order, repetitions as one."""
+    """Names of the frames' types in order. Repetitions count as one."""
     result: list[str] = []
     for frame in frames:
         name = type(frame).__name__

@@ -12,7 +12,7 @@ from pipecat.services.tts_service import TTSService
 
 
 def speak_interrupt_speak(server: LiveServer, make_service: Callable[[], TTSService]) -> list[Frame]:
-    """Speak, interrupt, and speak `TURN`; the frames from the interruption on."""
+    """Speak, interrupt, and speak `TURN`. Returns the frames from the interruption on."""
 
     async def scenario() -> tuple[list[Frame], list[str]]:
         service = make_service()

@@ -18,7 +18,7 @@ _FORMANTS = ((730, 1090, 2440), (270, 2290, 3010), (570, 840, 2410), (530, 1840,
 
 
 def voice(seconds: float) -> bytes:
-    """Vowels, as a source and three formants make them: to a voice detector it is somebody."""
+    """Vowels from a source and three formants, which a voice detector accepts as a voice."""
     time = np.arange(round(seconds * VOICE_RATE)) / VOICE_RATE
     phase = 2 * np.pi * np.cumsum(120 * (1 + 0.1 * np.sin(2 * np.pi * 2.3 * time))) / VOICE_RATE
     source = sum(np.sin(k * phase) / k for k in range(1, 40))
@@ -77,7 +77,7 @@ class RtviClient:
         await self._socket.send(frame.SerializeToString())
 
     async def speak(self, pcm: bytes) -> None:
-        """Into the microphone, as fast as it is said."""
+        """Send speech to the microphone, in real time."""
         step = VOICE_RATE // 50 * 2
         for start in range(0, len(pcm), step):
             frame = frames_pb2.Frame()
@@ -96,7 +96,7 @@ class RtviClient:
         return sum(message["type"] == kind for message in self.messages)
 
     def words(self, since: int = 0) -> str:
-        """What the bot said, in words, as they were played."""
+        """The bot's words that were played."""
         texts = [m["data"]["text"] for m in self.messages[since:] if m["type"] == "bot-tts-text"]
         return " ".join(texts)
 

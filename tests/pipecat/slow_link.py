@@ -1,4 +1,4 @@
-"""A TCP proxy that behaves like a bad network: delay, jitter, stalls, and a line that breaks."""
+"""A TCP proxy that behaves like a bad network: delay, jitter, stalls, and a connection that breaks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class SlowLink:
     """`async with SlowLink(port) as link: connect(link.url)`. Bytes keep their order, as in TCP."""
 
     def __init__(self, server_port: int, *, stall_every: int = 6, cut_after: int | None = None) -> None:
-        """The line stalls each `stall_every` packets of the server, and breaks once at `cut_after`."""
+        """The link stalls every `stall_every` packets of the server, and breaks once at `cut_after`."""
         self.server_port, self.stall_every, self.cut_after = server_port, stall_every, cut_after
         self.num_connections = 0
         self.num_stalls = 0

@@ -28,7 +28,7 @@ def test_reply_over_a_bad_network(live_server, mode, cut_after):
     async def scenario():
         undisturbed, _ = await speak(live_server.url, mode)
         async with SlowLink(live_server.port, cut_after=cut_after) as link:
-            # A stall is shorter than what Pipecat waits for audio; a break and the way back are not.
+            # Pipecat waits for audio longer than a stall, but not longer than a break and reconnect.
             down, errors = await speak(link.url, mode, stop_frame_timeout_s=3.0)
         return undisturbed, down, errors, link
 

@@ -1,4 +1,4 @@
-"""Pipecat's own Cartesia services speak through our server: only URL, key and voice are changed."""
+"""Pipecat's own Cartesia services speak through this server. Only URL, key and voice are changed."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""What is sent, and sent again: no sockets, no Pipecat."""
+"""What the journal sends, and sends again, without sockets and without Pipecat."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ def test_sentences():
     journal.speak("a", "Two.", complete=True, voice="w", seed=7)
     first, _, second, _ = sent(journal)
     assert (first.text, first.voice, second.text, second.voice) == ("One.", "v", "Two.", "w")
-    # The server adds a segment's index to its seed; each is to have 7.
+    # The server adds a segment's index to its seed. Each segment must get 7.
     assert (first.seed, second.seed) == (7, 6)
     journal.end("a")
     assert outline(sent(journal)) == "e"
@@ -157,7 +157,7 @@ def test_long_reply_goes_on_in_another_context_before_others_are_sent():
     st.integers(1, 7),
 )
 def test_every_sample_once_wherever_the_line_breaks(lengths, cuts, chunk):
-    """Segments of some samples each, over lines that carry some samples each."""
+    """Segments of some samples each, over connections that carry some samples each."""
     journal = connected()
     for index in range(len(lengths)):
         reply = journal.speak("a", f"{index}", complete=True)

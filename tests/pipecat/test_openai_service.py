@@ -1,4 +1,4 @@
-"""Pipecat's own OpenAI service speaks through our server: only its base URL is changed."""
+"""Pipecat's own OpenAI service speaks through this server. Only its base URL is changed."""
 
 import asyncio
 

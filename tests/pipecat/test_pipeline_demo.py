@@ -1,4 +1,4 @@
-"""`pipeline_demo.py` as a process: its page, conversations over RTVI, what it says if it cannot run."""
+"""`pipeline_demo.py` as a process: its page, conversations over RTVI, errors if it cannot run."""
 
 import asyncio
 import os
@@ -45,7 +45,7 @@ def run_demo(*arguments):
 
 @contextmanager
 def scripted_demo(tts_url, *options):
-    """The port of its page."""
+    """Run the scripted demo. Gives the port of its page."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -123,7 +123,7 @@ def talker_port(talker):
 
 
 async def barge_in(port, interrupt):
-    """What was heard of the greeting, and of what came after it."""
+    """The words that were heard of the greeting, and those after it."""
     async with RtviClient(port) as client:
         await client.wait(lambda: len(client.words().split()) >= 3)
         await interrupt(client)
@@ -152,7 +152,7 @@ def test_barge_in_by_text(talker, talker_port):
 
 
 def test_barge_in_by_voice(talker, talker_port):
-    """Through the real voice detector; when the voice ends, the bot takes its turn."""
+    """With the real voice detector. When the voice ends, the bot takes its turn."""
     before = cancelled_turns(talker)
     cut, answer = asyncio.run(barge_in(talker_port, lambda client: client.speak(voice(1.0))))
     assert REPLIES[0].startswith(cut)

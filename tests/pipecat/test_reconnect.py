@@ -1,4 +1,4 @@
-"""A line that breaks and a server that goes away: no sentence is lost, and none spoken twice."""
+"""A connection breaks, or the server goes away: no sentence is lost, and none is spoken twice."""
 
 import asyncio
 import signal
@@ -31,7 +31,7 @@ from qwen_megakernel.serving.native_messages import AudioChunk, Done, Error, Pro
 
 SENTENCE, TOKEN = TextAggregationMode.SENTENCE, TextAggregationMode.TOKEN
 EXACT = {"seed": 11, "chunk_frames": 1, "temperature": 2.0}
-"""Speech that is the same each time, in messages of one frame."""
+"""Options for speech that is the same each time, in messages of one frame."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def start(arguments):
 
 @pytest.fixture(scope="module")
 def undisturbed(live_server):
-    """The audio of `TURN` as it should be, by mode."""
+    """The correct audio of `TURN`, by mode."""
 
     async def scenario(mode):
         service = make_service(live_server.url, text_aggregation_mode=mode, **EXACT)
@@ -67,7 +67,7 @@ def undisturbed(live_server):
 
 
 def check_whole(down, audio):
-    """One context, every sample once, all words once."""
+    """Check one context: every sample once, and all words once."""
     assert pcm(down) == audio
     assert len(only(down, TTSStartedFrame)) == len(only(down, TTSStoppedFrame)) == 1
     assert spoken(down) == "".join(TURN)
@@ -159,7 +159,7 @@ def test_server_killed_and_started_again_in_mid_turn(start, undisturbed):
 
 
 def test_server_shut_down_in_good_order(start, undisturbed):
-    """It says what it was saying, refuses what is new, and goes; the next one says that."""
+    """A server that shuts down ends its running speech and refuses new text. The next one speaks it."""
     port = free_port()
     old = start("--port", str(port), "--drain-s", "3").wait_until_ready()
 
@@ -264,7 +264,7 @@ def test_what_is_no_server_of_ours_is_final():
 
 
 def test_server_that_stays_away(start):
-    """After the last attempt the service is unusable, and what was open ends."""
+    """After the last attempt the service is unusable, and open replies end."""
     url = f"ws://127.0.0.1:{free_port()}"
     service = make_service(url, max_reconnect_attempts=2)
     down, errors = asyncio.run(play(service, [TTSSpeakFrame("Hello."), TTSSpeakFrame("Again.")]))
@@ -306,7 +306,7 @@ def test_interrupted_speech_is_not_taken_up_again(live_server):
                 port = tap.server_port
                 yield from turn(*TURN)
                 yield from until(lambda: tap.lines)
-                tap.server_port = free_port()  # no way back for now
+                tap.server_port = free_port()  # reconnecting fails for now
                 yield from until(lambda: tap.num_refused)
                 yield InterruptionFrame()
                 yield TTSSpeakFrame("What is it?")
@@ -336,7 +336,7 @@ def test_pipeline_can_be_cancelled_while_the_server_is_away():
 
 
 def drop_lines(server, cut_when, num_cuts, **options):
-    """Say `TURN` while lines are dropped."""
+    """Speak `TURN` while connections are dropped."""
 
     async def scenario():
         async with WireTap(server.port) as tap:
@@ -348,7 +348,7 @@ def drop_lines(server, cut_when, num_cuts, **options):
 
 
 def test_line_that_breaks_again_and_again_while_audio_flows(live_server, undisturbed):
-    """Each time after more was heard than before."""
+    """Each connection is dropped after more audio than the one before."""
 
     def cut_when(tap):
         return lambda line: last(line, AudioChunk) and num_chunks(line) > len(tap.lines)
@@ -376,7 +376,7 @@ def test_line_that_never_brings_audio_is_given_up(live_server):
     tap, service, down, errors = drop_lines(live_server, cut_when, 99, max_reconnect_attempts=4)
     assert len(tap.lines) == 4
     begun = [line.heard[0][0] for line in tap.lines]
-    assert begun[3] - begun[1] > 2 * 0.3  # it waits ever longer, up to this
+    assert begun[3] - begun[1] > 2 * 0.3  # the waits grow
     assert pcm(down) == b""
     assert not service.is_usable
     assert "4 times immediately after connecting" in errors[-1].error

@@ -1,4 +1,4 @@
-"""What the server refuses ends the reply at once, is told to the developer, and is not remembered."""
+"""A refusal of the server ends the reply at once, is reported as an error, and leaves no text behind."""
 
 import asyncio
 
@@ -41,7 +41,7 @@ WRONG = [
 
 
 def converse(server, script, **options):
-    """Frames, errors and the recording; a script may be made from tap and service."""
+    """Frames, errors and the recording. A script may be made from tap and service."""
 
     async def scenario():
         async with WireTap(server.port) as tap:
@@ -53,7 +53,7 @@ def converse(server, script, **options):
 
 
 def held(down):
-    """What the conversation holds."""
+    """The text that the conversation holds."""
     return " ".join(frame.text for frame in only(down, TTSTextFrame) if frame.append_to_context)
 
 
@@ -86,7 +86,7 @@ def test_wrong_change_of_settings_is_told_and_changes_nothing(live_server):
 
 @pytest.mark.parametrize("mode", list(TextAggregationMode))
 def test_refused_speak_ends_the_reply_at_once(live_server, mode):
-    """Whatever the server refuses it for: here a setting that slipped by the checks."""
+    """For any reason of the server; here it is a setting that the client's checks miss."""
     service = make_service(live_server.url, text_aggregation_mode=mode)
 
     def script():
@@ -106,7 +106,7 @@ def test_refused_speak_ends_the_reply_at_once(live_server, mode):
 
 
 def test_rest_of_a_failed_reply_is_not_asked_for(live_server):
-    """One error for a turn, however long the LLM goes on: three would make the service unusable."""
+    """A turn has one error, however long the LLM writes: three would make the service unusable."""
 
     def script(tap, service):
         yield LLMFullResponseStartFrame()
@@ -155,7 +155,7 @@ def test_only_what_was_heard_is_kept_when_the_server_is_gone_for_good(
 
 
 def test_texts_that_say_nothing_leave_the_service_usable(live_server):
-    """Replies that are complete without a sound, as the server makes of an ellipsis or a smiley."""
+    """Replies that are complete without a sound, such as an ellipsis or a smiley."""
 
     def script(tap, service):
         tap.mute = True
@@ -194,7 +194,7 @@ def speaks_after_refusals(server, refusals, num_texts=1):
 
 
 def test_text_is_sent_again_when_the_server_says(live_server):
-    """The times are those of each refusal, and longer than what is waited without one."""
+    """Each wait is the time of its refusal, and longer than a wait without a given time."""
     first_s, second_s = speaks_after_refusals(live_server, [2.5, 1.5])
     assert first_s >= 2.4
     assert second_s >= 1.4
@@ -212,13 +212,13 @@ def test_a_server_cannot_ask_for_more_than_a_minute(live_server, monkeypatch):
 
 
 def test_of_two_refusals_the_later_time_counts(live_server):
-    """Both replies were sent before the first was refused; neither is asked for before the time."""
+    """Both replies were sent before the first refusal. Neither is sent again before its time."""
     waits_s = speaks_after_refusals(live_server, [2.5, 0.2], num_texts=2)
     assert max(waits_s) >= 2.4
 
 
 def test_a_reply_that_waits_is_not_given_up(live_server):
-    """Pipecat ends a reply of which it hears nothing for a while, shorter than the server asks for."""
+    """Pipecat ends a reply that is silent for a while, which is shorter than the server's wait."""
 
     def script(tap, service):
         tap.busy = [6.0]

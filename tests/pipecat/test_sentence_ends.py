@@ -42,7 +42,7 @@ def test_text_is_split_where_the_next_sentence_begins(tokens, expected):
 
 
 def test_end_within_earlier_text_is_left_out():
-    """Whether a name goes on after an initial shows only when the next word is whole."""
+    """Only the whole next word shows whether a name goes on after an initial."""
     assert pieces("It is you and I. D", "id you see? ", "Yes") == [
         ["It is you and I. D"],
         ["id you see? "],

@@ -31,7 +31,7 @@ def tokens(text):
 
 
 def num_waits(tap):
-    """How often the server has said that it waits for text."""
+    """How often the server has reported that it waits for text."""
     progress = tap.line.received(Progress) if tap.lines else []
     return sum(message.state == "waiting_for_text" for message in progress)
 
@@ -55,7 +55,7 @@ def converse(server, script, **options):
     ],
 )
 def test_pause_is_not_the_end_of_the_reply(live_server, mode, before, after):
-    """It lasts longer than Pipecat waits for audio (`stop_frame_timeout_s`)."""
+    """The pause is longer than Pipecat waits for audio (`stop_frame_timeout_s`)."""
 
     def script(tap):
         yield LLMFullResponseStartFrame()
@@ -73,7 +73,7 @@ def test_pause_is_not_the_end_of_the_reply(live_server, mode, before, after):
 
 
 def test_sentence_is_spoken_to_its_end_without_the_next(live_server):
-    """And its words are in the conversation, if the user interrupts then."""
+    """Its words are in the conversation if the user interrupts then."""
 
     def script(tap):
         yield LLMFullResponseStartFrame()
@@ -88,7 +88,7 @@ def test_sentence_is_spoken_to_its_end_without_the_next(live_server):
 
 
 def test_each_sentence_is_a_segment_with_or_without_pauses(live_server):
-    """So that the same seed gives the same speech, however the LLM writes."""
+    """The same seed gives the same speech, however the LLM writes."""
     first, second = "One is the first. ", "Two comes after it. "
 
     def script(tap):
@@ -98,7 +98,7 @@ def test_each_sentence_is_a_segment_with_or_without_pauses(live_server):
         yield from tokens(" " + second)
         yield LLMFullResponseEndFrame()
 
-    # With other settings the tiny checkpoint may end a sentence before the pause shows where it ends.
+    # With other settings the tiny checkpoint may end a sentence before the pause reveals its end.
     tap, down = converse(live_server, script, text_aggregation_mode=TOKEN, **LONG_SETTINGS)
     assert num_segments(tap.line) == 2
     at_once, down_at_once = converse(
@@ -138,7 +138,7 @@ def test_very_long_pause_ends_the_segment_before_the_server_gives_it_up(live_ser
 
 
 def test_words_held_back_come_before_those_that_are_queued(live_server):
-    """Pipecat holds the words of a sentence back until it knows where the sentence ends."""
+    """Pipecat holds a sentence's words back until it knows where the sentence ends."""
     text = "One is the first of very many words"
 
     def script(tap):

@@ -1,4 +1,4 @@
-"""Halves of surrogate pairs in what the LLM writes: a known fault of some servers' token streams."""
+"""Halves of surrogate pairs in the LLM's text: a known fault of some servers' token streams."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ FIRST, SECOND = "\ud83d", "\ude00"
 
 
 def converse(server, script, mode):
-    """Frames and the recording; a script is made from the tap."""
+    """Frames and the recording. The script is made from the tap."""
 
     async def scenario():
         async with WireTap(server.port) as tap:
@@ -57,7 +57,7 @@ def test_halves_are_joined_or_replaced(live_server, mode, pieces, text):
 
 
 def test_other_texts_keep_out_of_it(live_server):
-    """A half waits for the LLM's next token: neither an interjection nor the next turn gets it."""
+    """A half waits for the LLM's next token. Neither an interjection nor the next turn gets it."""
 
     def script(tap):
         yield LLMFullResponseStartFrame()

@@ -26,7 +26,7 @@ def url(talker):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Its microphone hears silence, then a voice, and so on."""
+    """A browser whose microphone hears silence, then a voice, and so on."""
     path = tmp_path_factory.mktemp("microphone") / "voice.wav"
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, VOICE_RATE, 0, "NONE", ""))
@@ -74,7 +74,7 @@ def test_a_typed_text_is_answered(page):
 
 
 def test_the_wire_is_pipecats(page):
-    """The page's own reading and writing of frames, against Pipecat's."""
+    """The page's own encoding and decoding of frames, against Pipecat's."""
     written = page.evaluate(
         """async () => {
             const {audioFrame, messageFrame} = await import("./frames.js");

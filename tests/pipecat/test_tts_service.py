@@ -51,7 +51,7 @@ WORDS = (TTSTextFrame, AggregatedTextProgressFrame, MetricsFrame)
 
 
 def converse(server, script, **options):
-    """Frames, errors and the recording of one pipeline; a script may be made from tap and service."""
+    """Frames, errors and the recording of one pipeline. A script may be made from tap and service."""
 
     async def scenario():
         async with WireTap(server.port) as tap:
@@ -216,7 +216,7 @@ def test_uninterruptible_speech_goes_on(live_server):
 
 
 def test_ttfb_of_overlapping_contexts(live_server):
-    """The second is asked for while the first speaks, and has its own clock."""
+    """The second reply is asked for while the first speaks, and has its own clock."""
 
     def script(tap, service):
         tap.delay_s = 0.02
@@ -335,7 +335,7 @@ def test_more_utterances_than_the_server_opens_contexts(live_server):
 
 
 def test_settings_are_complete(live_server):
-    """A field left out of the defaults is an error at start, in Pipecat's log only."""
+    """If a default is missing, Pipecat logs an error at start, and nothing else shows it."""
     service = make_service("ws://127.0.0.1:1", voice="default")
     service._settings.validate_complete()
     assert service.settings.voice == "default"

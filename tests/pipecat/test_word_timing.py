@@ -1,4 +1,4 @@
-"""Where words are guessed to be."""
+"""The estimated times of words."""
 
 import pytest
 

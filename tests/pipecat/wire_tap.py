@@ -1,4 +1,4 @@
-"""A recording proxy between the service and a real server; it can cut the line."""
+"""A recording proxy between the service and a real server. It can cut the connection."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from qwen_megakernel.serving.native_messages import (
 
 @dataclass
 class Line:
-    """One connection: what each side said, and when."""
+    """One connection: the messages of each side, and their times."""
 
     said: list[tuple[float, ClientMessage]] = field(default_factory=list)
     heard: list[tuple[float, ServerMessage]] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Line:
         return "".join(letters.get(type(message), "") for _, message in self.said)
 
     def pcm(self) -> bytes:
-        """All audio; raises where it is not continuous, or goes on after its context."""
+        """All audio. Raises if it is not continuous, or goes on after the end of its context."""
         streams: dict[int, str] = {}
         counts: dict[int, int] = {}
         samples: dict[str, int] = {}
@@ -80,20 +80,20 @@ class WireTap:
     """`async with WireTap(port) as tap: MegakernelTTSService(url=tap.url)`."""
 
     def __init__(self, server_port: int, headers: dict[str, str] | None = None) -> None:
-        """`headers`: of the handshake with the server."""
+        """`headers`: for the handshake with the server."""
         self.server_port, self._headers = server_port, headers
         self.lines: list[Line] = []
         self.cut_when: Callable[[Line], bool] | None = None
-        """Asked after each message of the server: whether to drop the line before handing it on."""
+        """Called after each message of the server: whether to cut the line before passing it on."""
         self.num_more_cuts = 0
-        """How many lines are dropped likewise, after the first."""
+        """The number of further connections to drop in the same way."""
         self.delay_s = 0.0
-        """Before each message of the server."""
+        """Delay before each message of the server."""
         self.mute = False
         """Whether audio is kept from the client."""
         self.num_refused = 0
         self.busy: list[float | None] = []
-        """`retry_after_s` of the next `speak` messages, which are refused and kept from the server."""
+        """`retry_after_s` for each of the next `speak` messages, which the tap refuses itself."""
         self._server: Server | None = None
         self._upstream: dict[Request, ClientConnection] = {}
 

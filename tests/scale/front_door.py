@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 
 HAPROXY = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
 MAX_CONNECTIONS = 8
-"""Of a replica."""
+"""Options of a replica."""
 TOKEN = "a-secret-for-tests"
 LIMIT_S = 60.0
 
@@ -71,20 +71,20 @@ class FrontDoor:
         return f"ws://127.0.0.1:{self.port}"
 
     def states(self) -> dict[str, str]:
-        """Of the replicas, as HAProxy sees them."""
+        """The states of the replicas, as HAProxy sees them."""
         lines = command(self.socket, "show stat").removeprefix("# ").splitlines()
         rows = [row for row in csv.DictReader(lines) if row["pxname"] == "replicas"]
         return {row["svname"]: row["status"] for row in rows if row["svname"].startswith("gpu")}
 
     def wait_until_up(self) -> None:
-        """Until HAProxy sends clients to both."""
+        """Wait until HAProxy sends clients to both replicas."""
         deadline = time.monotonic() + LIMIT_S
         while set(self.states().values()) != {"UP"}:
             assert time.monotonic() < deadline, self.states()
             time.sleep(0.05)
 
     def connections(self) -> list[int]:
-        """Clients of each replica."""
+        """The number of clients of each replica."""
         return [replica.ready(TOKEN)["connections"] for replica in self.replicas]
 
     def wait_for_connections(self, *numbers: int) -> None:
@@ -93,7 +93,12 @@ class FrontDoor:
             assert time.monotonic() < deadline, self.connections()
             time.sleep(0.02)
 
+    def kill(self, number: int) -> None:
+        """As `kill -9` does."""
+        self.replicas[number].process.kill()
+
     def start_again(self, number: int) -> None:
+        self.replicas[number].kill()
         self.replicas[number] = self._replica(number)
 
     def set_state(self, number: int, state: str) -> None:
@@ -110,7 +115,7 @@ class FrontDoor:
 
 @dataclass
 class Outcome:
-    """What a client got."""
+    """The outcome of one client."""
 
     audio: bytes = b""
     complete: bool = False
@@ -123,7 +128,7 @@ HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 
 
 def speak_simple(port: int, fields: dict[str, Any], outcome: Outcome) -> None:
-    """One turn in the simple protocol, over a connection of its own."""
+    """Speak one turn in the simple protocol, over a connection of its own."""
     try:
         options = {"max_size": None, "compression": None, "additional_headers": HEADERS}
         with connect(f"ws://127.0.0.1:{port}", **options) as client:
@@ -138,7 +143,7 @@ def speak_simple(port: int, fields: dict[str, Any], outcome: Outcome) -> None:
 
 
 def speak_http(port: int, fields: dict[str, Any], outcome: Outcome) -> None:
-    """One text over OpenAI's route."""
+    """Speak one text over OpenAI's route."""
     link = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
     try:
         body = {"input": fields["text"], "voice": fields["voice"], "seed": fields["seed"]}

@@ -1,4 +1,4 @@
-"""The simulation agrees with what is known without it."""
+"""The simulation agrees with Erlang's formula and with simple expectations."""
 
 import math
 from dataclasses import replace
