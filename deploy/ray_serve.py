@@ -42,6 +42,8 @@ AFTER_DRAIN_S = 5.0
 """Between the end of the server's own drain and that time."""
 DRAIN_POLL_S = 0.2
 """How often a replica asks Ray whether it goes. Ray does not tell it."""
+SETTLE_S = 1.5
+"""From then until it refuses clients. Ray's HAProxy has taken it out meanwhile."""
 TARGET_LOAD = 0.7
 ARGUMENTS = {"min_replicas": 1, "max_replicas": 1}
 """Of `build`, with their defaults."""
@@ -155,6 +157,7 @@ class Speech:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(5)) as client:
             while not await self._is_going(client):
                 await asyncio.sleep(DRAIN_POLL_S)
+        await asyncio.sleep(SETTLE_S)
         await self._app.drain()
 
     async def _is_going(self, client: aiohttp.ClientSession) -> bool:

@@ -71,8 +71,9 @@ def test_full_replica_is_passed_over_and_all_full_is_told(door):
     with contextlib.ExitStack() as stack:
         # HAProxy does not know of these connections, so it goes on sending clients there.
         full = [stack.enter_context(handshake(door.ports[0])) for _ in range(MAX_CONNECTIONS)]
-        run_one(speak_http, door.port, SHORT)
-        run_one(speak_simple, door.port, SHORT)
+        for _ in range(2):  # one of them is sent to the full one first
+            run_one(speak_http, door.port, SHORT)
+            run_one(speak_simple, door.port, SHORT)
         door.wait_for_connections(MAX_CONNECTIONS, 0)
         for _ in range(MAX_CONNECTIONS):
             stack.enter_context(handshake(door.port))
