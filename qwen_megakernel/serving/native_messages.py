@@ -22,8 +22,10 @@ from typing import Annotated, Any, Literal, get_args
 from qwen_megakernel.serving.message_rules import (
     COUNT,
     FLAG,
+    LEXICON,
     MAYBE_STRING,
     SECONDS,
+    SPEED,
     STRING,
     STRINGS,
     build,
@@ -131,6 +133,12 @@ class Speak:
     """Text layout of the prompt; None is the checkpoint's own."""
     trim_leading_silence: Annotated[bool | None, or_none(FLAG)] = None
     """Whether the silence before the context's first sound is left out. Its first segment decides."""
+    markup: Annotated[bool | None, or_none(FLAG)] = None
+    """Whether `<spell>` and `<break>` are followed."""
+    lexicon: Annotated[dict[str, str] | None, or_none(LEXICON)] = None
+    """Words, and how they are spelt for the model."""
+    speed: Annotated[float | None, or_none(SPEED)] = None
+    """At the same pitch; 2 takes half as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +209,8 @@ class Ready:
     """An earlier server does not say."""
     trim_leading_silence: Annotated[bool | None, or_none(FLAG)] = None
     """Of a context that does not say; None is no."""
+    markup: Annotated[bool | None, or_none(FLAG)] = None
+    """Of a segment that does not say; None is no."""
 
 
 @dataclass(frozen=True, slots=True)

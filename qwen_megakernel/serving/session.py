@@ -19,10 +19,10 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 
-from qwen_megakernel.serving.context import Context, WaitingSegment
+from qwen_megakernel.serving.context import Context, WaitingPhrase
 from qwen_megakernel.serving.events import (
     ContextAudio,
     ContextQuiet,
@@ -38,40 +38,18 @@ from qwen_megakernel.serving.observe import edge_log
 from qwen_megakernel.serving.options import SpeechOptions, TurnOptions
 from qwen_megakernel.serving.outbox import Ended, Entry, Outbox, Output
 from qwen_megakernel.serving.server_state import ServerState
+from qwen_megakernel.serving.session_rules import SessionRules
+from qwen_megakernel.serving.spoken_text import Span
 from qwen_megakernel.turn import Audio, Finished, RequestError, Started, TurnEvent
 
 MAX_UNSENT_BYTES = 65_536
 """Bytes of audio that may wait for the carrier before the engine waits. It goes on at half of this."""
+MAX_GROWTH = 4
+"""Characters that are spoken for each that a client may write."""
 QUIET_S = 1.0
 """Seconds without an event after which a context is reported as quiet."""
 _REMEMBERED_IDS = 1000
 _NO_CHOICES = SpeechOptions()
-
-
-@dataclass(frozen=True, slots=True)
-class SessionRules:
-    """What a dialect promises its clients about contexts."""
-
-    max_contexts: int = 8
-    """Open at a time."""
-    when_full: str = "8 contexts are open on this connection"
-    """Told to a client that opens one more."""
-    max_lead_s: float = 10.0
-    """Seconds of audio that a context may be ahead of its playback."""
-    side_by_side: bool = False
-    """Contexts are spoken at the same time. Otherwise one follows the other."""
-    one_turn: bool = False
-    """A context is one turn. It is opened before it has text. It ends where its turn ends: when the
-    model says so, although more text could come; when the engine has honoured a cancel; or after the
-    audio before a failure. The next context is opened when this end was taken. A context that never
-    became a turn has no record.
-
-    Otherwise a context is a row of turns that lasts until `end`. The next context is opened when all
-    audio of this one was generated. A cancel or a failure ends it at once, and what waits for the
-    carrier is dropped."""
-    own_ids: bool = False
-    """Context ids are the dialect's, and name contexts in the log. Otherwise they are a client's
-    text, and the log has numbers."""
 
 
 class Session:
@@ -151,8 +129,8 @@ class Session:
 
     def append(
         self, context_id: str, text: str, choices: SpeechOptions = _NO_CHOICES, *, ended: bool = False
-    ) -> None:
-        """Append text to a context, opening it if it is new.
+    ) -> list[Span]:
+        """Append text to a context, opening it if it is new; what it is read as, so far.
 
         Args:
             context_id: never one that was used before.
@@ -180,27 +158,33 @@ class Session:
                 # Without a seed every take differs; the log has the seed of each.
                 choices = replace(choices, seed=secrets.randbits(32))
         context.account.num_chars = num_chars
+        spans: list[Span] = []
         try:
             if context.tail is None:
-                context.add_segment(self.server.choose(context.options, choices))
-            context.append(text)
+                options = self.server.choose(context.options, choices)
+                if self.rules.one_turn:  # there is no place for a pause
+                    options = replace(options, markup=False)
+                context.add_segment(options, self.server.reader(options))
+            spans += context.append(text, MAX_GROWTH * limit)
             if ended:
-                context.end()
+                spans += context.end()
         except RequestError as failure:
             self._stop(context, failure)
         self._advance()
+        return spans
 
-    def flush(self, context_id: str) -> None:
-        """Complete the segment; nothing happens where there is nothing to say."""
-        context = self._find_growing(context_id)
-        if context.tail is not None and not context.tail.blank:
-            context.tail.flush()
-            self._advance()
-
-    def end(self, context_id: str) -> None:
-        """Complete the context."""
-        self._find_growing(context_id).end()
+    def flush(self, context_id: str) -> list[Span]:
+        """Complete the segment, and tell what is left of its text; nothing happens where there is
+        nothing to say."""
+        spans = self._find_growing(context_id).flush()
         self._advance()
+        return spans
+
+    def end(self, context_id: str) -> list[Span]:
+        """Complete the context, and tell what is left of its text."""
+        spans = self._find_growing(context_id).end()
+        self._advance()
+        return spans
 
     def cancel(self, context_id: str | None = None) -> None:
         """Stop a context, or all."""
@@ -302,6 +286,7 @@ class Session:
         options = TurnOptions(
             params=self.server.decoder.default_params,
             trim_leading_silence=self.server.trim_leading_silence,
+            markup=self.server.markup,
         )
         context = Context(context_id, f"{self.name}-{number}", options)
         self._used_ids.append(context_id)
@@ -360,11 +345,20 @@ class Session:
         """Let a context take a step; False if it has to wait, or is over."""
         if context.closed or context.speaking or context.complete:
             return False  # `_deliver`, or `take`, comes here again
-        segment = context.next_segment(even_blank=self.rules.one_turn)
-        if segment is not None:
+        if context.spoken is not None and context.spoken.owes and not self.rules.one_turn:
+            if context.spoken.pause_s and self._must_wait(context):
+                return False
+            if (due := context.settle()) is not None:
+                self._outbox.put(Output(context, due))
+            return True
+        phrase = context.next_phrase(even_blank=self.rules.one_turn)
+        if phrase is not None:
             if self._must_wait(context):
                 return False
-            self._open_turn(context, segment)
+            if phrase.blank and phrase.silent:
+                context.begin_silence()
+            else:
+                self._open_turn(context, phrase)
         elif not context.ended:
             return False
         else:
@@ -391,25 +385,25 @@ class Session:
         self._retry = loop.call_later(ahead_s, self._advance)
         return True
 
-    def _open_turn(self, context: Context, segment: WaitingSegment) -> None:
+    def _open_turn(self, context: Context, phrase: WaitingPhrase) -> None:
         loop = asyncio.get_running_loop()
 
         def sink(event: TurnEvent) -> None:
             self.server.mailbox.post(loop, self._deliver, context, event)
 
-        options = segment.options
+        options = phrase.options
         context.start_clock()
         try:
             if not context.num_turns:  # text that was let in is spoken to its end
                 self.server.admission.check_turn(self, self.server.decoder.capacity(self.owner))
             turn = self.server.decoder.open_turn(
-                segment.text,
+                phrase.text,
                 sink=sink,
-                ended=segment.flushed,
+                ended=phrase.flushed,
                 voice=options.voice,
                 language=options.language,
                 instruct=options.instruct,
-                params=options.params_of(context.num_turns),
+                params=context.params_of(phrase),
                 chunk_frames=options.chunk_frames,
                 streaming=options.streaming,
                 max_lead_s=self.rules.max_lead_s - context.lead_s(),
@@ -427,10 +421,7 @@ class Session:
         if isinstance(event, Started):
             context.mark_started()
         elif isinstance(event, Audio):
-            audio = context.add_audio(event)
-            if len(audio.samples) and not (context.closed or context.cancelled):
-                self._outbox.put(Output(context, audio))
-                self._hold(context)
+            self._put_audio(context, context.add_audio(event))
         else:
             context.finish_turn(event)
             if context.closed:
@@ -438,6 +429,11 @@ class Session:
             else:
                 self._finish_turn(context, event)
                 self._advance()
+
+    def _put_audio(self, context: Context, audio: Audio) -> None:
+        if len(audio.samples) and not (context.closed or context.cancelled):
+            self._outbox.put(Output(context, audio))
+            self._hold(context)
 
     def _finish_turn(self, context: Context, finished: Finished) -> None:
         if self.rules.one_turn:
@@ -450,7 +446,9 @@ class Session:
             self._stop(context, RequestError("internal", f"{context.name} failed: {why}"))
             return
         if not context.cancelled:
-            self._outbox.put(Output(context, context.end_segment(finished)))
+            self._put_audio(context, context.end_turn(finished))
+            if self.rules.one_turn and (due := context.settle()) is not None:
+                self._outbox.put(Output(context, due))
 
     def _hold(self, context: Context) -> None:
         """Let the engine wait while the carrier cannot take what there is."""

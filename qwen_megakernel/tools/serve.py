@@ -18,6 +18,7 @@ from qwen_megakernel.config import SAMPLINGS
 from qwen_megakernel.installation.build_environment import ARCH_VARIABLE, PREBUILT_VARIABLE
 from qwen_megakernel.serving.access import is_loopback
 from qwen_megakernel.serving.app import Phase, ServerSettings
+from qwen_megakernel.serving.lexicon import read_lexicons
 from qwen_megakernel.serving.observe import configure_logging, log
 from qwen_megakernel.serving.openai_messages import VOICE_NAMES
 from qwen_megakernel.serving.process import Report, bind
@@ -113,6 +114,10 @@ def _tokens_file(text: str) -> dict[str, str]:
     if not tokens:
         raise ValueError(f"{text}: has no token")
     return tokens
+
+
+def _lexicons(text: str) -> dict[str | None, dict[str, str]]:
+    return read_lexicons(_file(text).read_bytes(), text)
 
 
 def _origin(text: str) -> str:
@@ -281,6 +286,10 @@ SERVER_OPTIONS = (
         "leave out silence before the first sound of a reply, up to 1 s, where a client does not say",
         "",
     ),
+    Option(
+        "--markup", False, _flag, "follow <spell> and <break> in texts, where a client does not say", ""
+    ),
+    Option("--lexicon", {}, _lexicons, "words and their respellings: see docs/agent.md", "PATH"),
     Option("--drain-s", 10.0, _seconds, "seconds that running turns get on SIGTERM", "SECONDS"),
     Option("--log-format", "text", _choice("text", "json"), "text or json", "NAME"),
 )
@@ -476,6 +485,8 @@ def run(args: argparse.Namespace) -> int:
         openai_voices=dict(options.openai_voice),
         voices_folder=options.voices,
         trim_leading_silence=options.trim_leading_silence,
+        markup=options.markup,
+        lexicons=options.lexicon,
     )
 
     def announce(decoder: TTSDecoder) -> None:
