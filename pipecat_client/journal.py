@@ -68,8 +68,11 @@ class Reply:
     end_sent: bool = False
     num_segments_spoken: int = 0
     """In this context of the server."""
-    goes_on: bool = False
-    """A segment was spoken in an earlier context of the server."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether segments that are wholly spoken have made a sound, or a pause."""
+        return self.num_samples > sum(segment.num_received for segment in self.segments)
 
     @property
     def finished(self) -> bool:
@@ -106,7 +109,6 @@ class Reply:
             segment.rewind()
         self.wire_id = wire_id
         self.is_open = self.end_sent = False
-        self.goes_on = self.goes_on or self.num_segments_spoken > 0
         self.num_segments_spoken = 0
 
 
@@ -210,7 +212,7 @@ class Journal:
                     return Speak(reply.wire_id, text)
                 # The server adds the index of a segment to its seed; here each has its own.
                 options = segment.options | {"seed": (segment.options["seed"] - index) % 2**64}
-                if reply.goes_on and (self.trims or options.get("trim_leading_silence")):
+                if index == 0 and reply.goes_on and (self.trims or options.get("trim_leading_silence")):
                     # Its silence was a pause within the reply. The same samples are to come again.
                     options["trim_leading_silence"] = False
                 return Speak(reply.wire_id, text, **options)
