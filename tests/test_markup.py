@@ -199,9 +199,14 @@ def test_a_long_pause_waits_for_the_client_as_speech_does():
     async def go():
         stage = Stage(decoder=LoudDecoder())
         stage.session.append("c", '<break time="10s"/>', TAGS, ended=True)
-        return stage.session.unsent_bytes
+        unsent = stage.session.unsent_bytes
+        await asyncio.wait_for(stage.session.take(), 1)
+        (context,) = stage.session._contexts.values()
+        return unsent, context.state
 
-    assert asyncio.run(go()) < 100_000
+    unsent, state = asyncio.run(go())
+    assert unsent < 100_000
+    assert state == "speaking"
 
 
 @settings(deadline=None, max_examples=40)

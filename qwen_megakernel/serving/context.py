@@ -207,6 +207,8 @@ class Context:
     @property
     def state(self) -> ContextState:
         """Of a context that is the first in its session."""
+        if self.spoken is not None and self.spoken.owes:
+            return "speaking"
         if self.spoken is None or self.spoken.finished or not self.spoken.flushed:
             return "waiting_for_text"
         return "speaking" if self.spoken.started else "queued"
