@@ -12,7 +12,7 @@ from qwen_megakernel.config import SAMPLE_RATE
 
 THRESHOLD = 10 ** (-46 / 20)
 """A sample beyond this is sound: -46 dBFS."""
-MARGIN_S = 0.03
+MARGIN_S = 0.05
 """Seconds before the first sound that are kept."""
 LIMIT_S = 1.0
 """Seconds that are left out at most. A longer silence is meant."""
