@@ -67,9 +67,12 @@ class Reply:
     is_open: bool = False
     end_sent: bool = False
     num_segments_spoken: int = 0
-    """Segments that were spoken in the current context of the server."""
-    goes_on: bool = False
-    """Whether a segment was spoken in an earlier context of the server."""
+    """In this context of the server."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether segments that are wholly spoken have made a sound, or a pause."""
+        return self.num_samples > sum(segment.num_received for segment in self.segments)
 
     @property
     def finished(self) -> bool:
@@ -106,7 +109,6 @@ class Reply:
             segment.rewind()
         self.wire_id = wire_id
         self.is_open = self.end_sent = False
-        self.goes_on = self.goes_on or self.num_segments_spoken > 0
         self.num_segments_spoken = 0
 
 
@@ -210,8 +212,8 @@ class Journal:
                     return Speak(reply.wire_id, text)
                 # The server adds a segment's index to the seed. Here each segment has its own seed.
                 options = segment.options | {"seed": (segment.options["seed"] - index) % 2**64}
-                if reply.goes_on and (self.trims or options.get("trim_leading_silence")):
-                    # The silence is a pause within the reply. The same samples must come again.
+                if index == 0 and reply.goes_on and (self.trims or options.get("trim_leading_silence")):
+                    # Its silence was a pause within the reply. The same samples are to come again.
                     options["trim_leading_silence"] = False
                 return Speak(reply.wire_id, text, **options)
             if segment.complete and not segment.flushed and segment is not self._last_of(reply):

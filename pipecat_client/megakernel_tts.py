@@ -14,7 +14,6 @@ broke off (`journal`). The times of words are estimates (`word_timing`).
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from typing import Any, Literal
@@ -43,8 +42,10 @@ from pipecat.utils.tracing.service_decorators import traced_tts
 
 from pipecat_client.journal import Reply
 from pipecat_client.journal_service import RETRY_S, JournalTTSService
-from pipecat_client.playback import Playback
+from pipecat_client.playback import Gaps, Playback
+from pipecat_client.sentence_ends import SentenceEnds
 from pipecat_client.settings import MegakernelTTSSettings, ServerTTSMetricsData
+from pipecat_client.tags import TagWriters, new_aggregator
 from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     Done,
@@ -71,7 +72,7 @@ _ENDED_BY_DONE = ("unknown_voice", "unknown_language", "unsupported", "internal"
 """Errors after which the server itself ends the context."""
 
 
-class MegakernelTTSService(JournalTTSService):
+class MegakernelTTSService(TagWriters, JournalTTSService):
     """Qwen3-TTS from this project's server, over one WebSocket.
 
     If metrics are enabled, the server's own figures of each turn come as `ServerTTSMetricsData`.
@@ -130,6 +131,7 @@ class MegakernelTTSService(JournalTTSService):
             **kwargs,
         )
         self._times_words = word_timestamps == "estimated"
+        self._keep_tags_whole()
         self._playbacks: dict[str, Playback] = {}
         self._paces: defaultdict[str | NotGiven | None, Pace] = defaultdict(Pace)
         self._surrogates = SurrogateJoiner()
@@ -175,7 +177,7 @@ class MegakernelTTSService(JournalTTSService):
             return
         playback = self._playbacks.get(context_id)
         if playback is None:
-            playback = Playback.begin(self._paces[self._settings.voice], self.text_aggregation_language)
+            playback = Playback.begin(self._paces[self._settings.voice], self._new_sentence_ends())
             self._playbacks[context_id] = playback
         if playback.state == "failed":
             yield None
@@ -200,10 +202,21 @@ class MegakernelTTSService(JournalTTSService):
         if text:
             options = self._settings.speak_fields()
             self._journal.speak(context_id, text, complete=complete, **options)
-            playback.append(text)
+            playback.append(text, lambda: self._settings.reader(self._ready))
         if complete:
             self._journal.complete(context_id)
-            playback.clock.complete_segment()
+            playback.complete_segment()
+
+    def _new_sentence_ends(self) -> SentenceEnds:
+        markup = self._settings.follows_tags(self._ready)
+        return SentenceEnds(self.text_aggregation_language, markup=markup)
+
+    def _keep_tags_whole(self) -> None:
+        """Where this service is told to follow tags, Pipecat ends no sentence within them."""
+        if self._settings.markup is True:
+            self._text_aggregator = new_aggregator(
+                self._text_aggregation_mode, self.text_aggregation_language, markup=True
+            )
 
     def _on_pause(self, context_id: str, last_text_at: float) -> None:
         """Complete the sentence if the LLM has ended one and written nothing since `last_text_at`."""
@@ -214,8 +227,8 @@ class MegakernelTTSService(JournalTTSService):
             self.create_task(self._complete_sentence(context_id, playback), name="pause")
 
     async def _complete_sentence(self, context_id: str, playback: Playback) -> None:
-        """Treat the text so far as a whole sentence, although the next one has not begun."""
-        playback.end_sentence(self.text_aggregation_language)
+        """What the LLM has written is a sentence, although the next one has not begun."""
+        playback.end_sentence(self._new_sentence_ends())
         self._journal.complete(context_id)
         # Pipecat holds a sentence's words back until the next sentence begins.
         frames = await self._aggregated_frame_sequencer.finalize(context_id)
@@ -266,6 +279,8 @@ class MegakernelTTSService(JournalTTSService):
             await self.push_error(message, category=ErrorCategory.APPLICATION)
             return {}
         changed = await super()._update_settings(delta)
+        if "markup" in changed:
+            self._keep_tags_whole()
         if "model" in changed:
             self._warn_unhandled_updated_settings({"model"})  # the server's to choose
         return changed
@@ -350,8 +365,8 @@ class MegakernelTTSService(JournalTTSService):
             return
         self._quick_failure_tracker.reset()
         playback = self._playbacks.get(reply.context_id)
-        if playback is not None and playback.first_audio_at is None:
-            playback.first_audio_at = time.time()
+        if playback is not None:
+            playback.receive(len(samples) / 2 / self.sample_rate)
         frame = TTSAudioRawFrame(samples, self.sample_rate, 1, context_id=reply.context_id)
         await self.append_to_audio_context(reply.context_id, frame)
         if playback is not None:
@@ -378,6 +393,8 @@ class MegakernelTTSService(JournalTTSService):
         reply.end_segment(segment.index)
         playback = self._playbacks.get(reply.context_id)
         if playback is not None:
+            if not reply.segments:
+                playback.gaps.pause()
             words = playback.clock.end_segment(reply.num_samples / self.sample_rate)
             await self._add_words(reply.context_id, words)
 
@@ -385,7 +402,7 @@ class MegakernelTTSService(JournalTTSService):
         reply = self._journal.find(done.context_id)
         if reply is None:
             return  # the answer to a cancel
-        await self._push_server_metrics(done)
+        await self._push_server_metrics(done, reply.context_id)
         if done.finish_reason == "error":
             self._journal.drop(reply.context_id)
             await self._fail(reply.context_id)
@@ -474,8 +491,10 @@ class MegakernelTTSService(JournalTTSService):
         spoken = playback is not None and playback.state == "spoken"
         await super()._record_context_audio_outcome(context_id, received_audio or spoken)
 
-    async def _push_server_metrics(self, done: Done) -> None:
+    async def _push_server_metrics(self, done: Done, context_id: str) -> None:
+        gaps = self._playbacks[context_id].gaps if context_id in self._playbacks else Gaps()
+        if gaps.count:
+            logger.warning(f"{self}: {gaps.count} gaps in the speech, {gaps.seconds:.2f} s in all")
         if self.metrics_enabled:
-            model = self._settings.model
-            data = ServerTTSMetricsData.of(done, self.name, model if isinstance(model, str) else None)
+            data = ServerTTSMetricsData.of(done, self.name, self._settings.model, gaps)
             await self.push_frame(MetricsFrame(data=[data]))

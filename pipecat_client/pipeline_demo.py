@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 try:
     from pipecat.audio.vad.silero import SileroVADAnalyzer
     from pipecat.frames.frames import LLMRunFrame
+    from pipecat.observers.base_observer import BaseObserver
     from pipecat.pipeline.pipeline import Pipeline
     from pipecat.pipeline.worker import PipelineParams, PipelineWorker
     from pipecat.processors.aggregators.llm_context import LLMContext
@@ -46,6 +47,7 @@ except ImportError as error:
 
 from pipecat_client.megakernel_tts import MegakernelTTSService
 from pipecat_client.scripted import ScriptedLLM, ScriptedSTT
+from pipecat_client.voice_to_voice import RecordedCall, read_question, speak_question, table
 from pipecat_client.web_page import PATH, talk_page
 
 PROGRAM = Path(__file__).name
@@ -114,32 +116,54 @@ def make_parser() -> argparse.ArgumentParser:
         "--tokens", action="store_true", help="speak tokens as they come, not whole sentences"
     )
     agent = parser.add_argument_group("agent")
-    agent.add_argument("--scripted", action="store_true", help="no recognition and no language model")
+    agent.add_argument(
+        "--scripted", action="store_true", help="no language model; no recognition, but for --stt"
+    )
     agent.add_argument(
         "--stt",
         choices=["deepgram", "openai", "moonshine", "whisper"],
         help="who listens (default: by the keys that are set)",
     )
+    agent.add_argument(
+        "--local-models", action="store_true", help="whatever keys are set, nothing leaves this machine"
+    )
+    agent.add_argument("--stt-model", help="of Whisper: a name or a folder (default: Pipecat's)")
     agent.add_argument("--llm-url", help="an OpenAI-compatible server (default: OpenAI or Ollama)")
     agent.add_argument("--llm-model", help="its model (default: gpt-4.1-mini, or llama3.2 at Ollama)")
     agent.add_argument("--local", action="store_true", help="use this machine's microphone")
     agent.add_argument("--half-duplex", action="store_true", help="do not listen while speaking")
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument(
+        "--measure",
+        nargs="?",
+        const="",
+        metavar="WAV",
+        help="ask a recorded question, and print how long its answer takes, by part; without a file the "
+        "server speaks the question",
+    )
+    measuring.add_argument("--questions", type=int, default=5, help="how often (default: %(default)s)")
     return parser
 
 
 def make_stt(options: argparse.Namespace) -> FrameProcessor:
-    """The speech recogniser."""
-    if options.scripted:
+    """Whoever listens."""
+    if options.scripted and options.stt is None:
         return ScriptedSTT()
-    name = options.stt or _default_stt()
-    service: Callable[..., FrameProcessor] = getattr(
-        importlib.import_module(f"pipecat.services.{name}.stt"), STT[name][0]
-    )
-    return service(api_key=os.environ[_key_of(name)]) if name in KEYED_STT else service()
+    name = options.stt or _default_stt(options)
+    service: Any = getattr(importlib.import_module(f"pipecat.services.{name}.stt"), STT[name][0])
+    stt: FrameProcessor
+    if name in KEYED_STT:
+        stt = service(api_key=os.environ[_key_of(name)])
+    elif name == "whisper" and options.stt_model:
+        stt = service(settings=service.Settings(model=options.stt_model))
+    else:
+        stt = service()
+    return stt
 
 
-def _default_stt() -> str:
-    return next((name for name in KEYED_STT if os.environ.get(_key_of(name))), "moonshine")
+def _default_stt(options: argparse.Namespace) -> str:
+    keyed = () if options.local_models else KEYED_STT
+    return next((name for name in keyed if os.environ.get(_key_of(name))), "moonshine")
 
 
 def _key_of(name: str) -> str:
@@ -153,7 +177,7 @@ def make_llm(options: argparse.Namespace) -> FrameProcessor:
     from pipecat.services.openai.llm import OpenAILLMService
 
     key = os.environ.get("OPENAI_API_KEY")
-    at_openai = bool(key) and options.llm_url is None
+    at_openai = bool(key) and options.llm_url is None and not options.local_models
     model = options.llm_model or ("gpt-4.1-mini" if at_openai else "llama3.2")
     return OpenAILLMService(
         base_url=None if at_openai else options.llm_url or OLLAMA,
@@ -172,16 +196,16 @@ def make_tts(options: argparse.Namespace) -> MegakernelTTSService:
     )
 
 
-async def run_agent(
-    transport: BaseTransport, options: argparse.Namespace, **runner_options: Any
-) -> None:
-    """Run one conversation, until the client leaves."""
+def make_worker(
+    transport: BaseTransport, options: argparse.Namespace, observers: Sequence[BaseObserver] = ()
+) -> PipelineWorker:
+    """The agent at a transport."""
     mute: list[BaseUserMuteStrategy] = [AlwaysUserMuteStrategy()] if options.half_duplex else []
     user, assistant = LLMContextAggregatorPair(
         LLMContext(),
         user_params=LLMUserAggregatorParams(vad_analyzer=SileroVADAnalyzer(), user_mute_strategies=mute),
     )
-    worker = PipelineWorker(
+    return PipelineWorker(
         Pipeline(
             [
                 transport.input(),
@@ -194,8 +218,16 @@ async def run_agent(
             ]
         ),
         params=PipelineParams(enable_metrics=True, enable_usage_metrics=True),
+        observers=list(observers),
         idle_timeout_secs=None,
     )
+
+
+async def run_agent(
+    transport: BaseTransport, options: argparse.Namespace, **runner_options: Any
+) -> None:
+    """One conversation, until the client leaves."""
+    worker = make_worker(transport, options)
     runner = WorkerRunner(**runner_options)
     await runner.add_workers(worker)
 
@@ -228,11 +260,41 @@ async def run_local(options: argparse.Namespace) -> None:
     await run_agent(LocalAudioTransport(params), options)
 
 
+async def run_measure(options: argparse.Namespace) -> None:
+    """Ask, and print how long the answers took."""
+    question = (
+        read_question(Path(options.measure))
+        if options.measure
+        else await asyncio.to_thread(speak_question, options.tts_url, options.tts_token, options.voice)
+    )
+    call = RecordedCall()
+    worker = make_worker(call, options, [call.stopwatch])
+    runner = WorkerRunner()
+    await runner.add_workers(worker)
+    answers = []
+
+    async def ask_all(*_: Any) -> None:
+        try:
+            for _number in range(options.questions + 1):
+                answers.append(await call.ask(question))
+                print(f"heard: {call.stopwatch.transcript}", file=sys.stderr)
+        except TimeoutError:
+            print(f"{PROGRAM}: a question was not answered", file=sys.stderr)
+        finally:
+            await runner.cancel()
+
+    worker.add_event_handler("on_pipeline_started", ask_all)
+    await runner.run()
+    if len(answers) <= options.questions:
+        sys.exit(1)
+    print(table(answers[1:]))  # the first one finds everything cold
+
+
 def check_needs(options: argparse.Namespace) -> None:
     """Exit with one line if a key or a package is missing, before anything slow begins."""
     packages = [("pyaudio", "requirements-microphone.txt")] if options.local else []
-    if not options.scripted:
-        name = options.stt or _default_stt()
+    if not options.scripted or options.stt is not None:
+        name = options.stt or _default_stt(options)
         if name in KEYED_STT and not os.environ.get(_key_of(name)):
             sys.exit(f"{PROGRAM}: --stt {name} needs the variable {_key_of(name)}")
         packages.append(STT[name][1:])
@@ -268,7 +330,12 @@ def main() -> None:
     options, _ = parser.parse_known_args()
     check_needs(options)
     reach_loopback_directly()
-    if options.local:
+    if options.measure is not None:
+        try:
+            asyncio.run(run_measure(options))
+        except ValueError as error:
+            sys.exit(f"{PROGRAM}: {error}")
+    elif options.local:
         asyncio.run(run_local(options))
     else:
         app.mount(PATH, talk_page())

@@ -6,7 +6,8 @@ import re
 
 from pipecat.frames.frames import TextType
 from pipecat.utils.string import match_endofsentence
-from pipecat.utils.text.simple_text_aggregator import SimpleTextAggregator
+
+from pipecat_client.tags import new_aggregator
 
 _NUMBER_MAY_GO_ON = re.compile(r"\d\.$")
 _NEXT_SENTENCE = " A"
@@ -16,10 +17,13 @@ _NEXT_SENTENCE = " A"
 class SentenceEnds:
     """Splits a growing text where Pipecat itself finds the ends of sentences."""
 
-    def __init__(self, language: str) -> None:
-        """`language` is a code such as `en`, as in `TTSService.text_aggregation_language`."""
+    def __init__(self, language: str, *, markup: bool = False) -> None:
+        """`language` is a code such as `en`, as in `TTSService.text_aggregation_language`.
+
+        `markup`: no sentence ends within a tag or within what is spelt.
+        """
         self._language = language
-        self._aggregator = SimpleTextAggregator(aggregation_type=TextType.SENTENCE, language=language)
+        self._aggregator = new_aggregator(TextType.SENTENCE, language, markup=markup)
         self._sentence = ""
         """The text since the last end."""
 

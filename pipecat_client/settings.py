@@ -8,7 +8,10 @@ from typing import Any
 from pipecat.metrics.metrics import MetricsData
 from pipecat.services.settings import NOT_GIVEN, NotGiven, TTSSettings
 
+from pipecat_client.playback import Gaps
+from qwen_megakernel.serving.lexicon import Lexicon
 from qwen_megakernel.serving.native_messages import Done, Ready, Speak, check_values
+from qwen_megakernel.serving.spoken_text import TextReader
 from qwen_megakernel.serving.wire import ProtocolError, language_name
 
 
@@ -32,6 +35,12 @@ class MegakernelTTSSettings(TTSSettings):
     """Frames of 80 ms in one audio message, 1 to 8; None begins with one frame and grows."""
     trim_leading_silence: bool | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
     """Whether the silence before a reply's first sound is left out, up to 1 s."""
+    markup: bool | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    """Whether `<spell>` and `<break>` in the text are followed; True also keeps them in one sentence."""
+    lexicon: dict[str, str] | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    """Words, and how they are spelt so that the model says them right."""
+    speed: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    """0.25 to 4, at the same pitch; 2 takes half as long."""
 
     @classmethod
     def defaults(cls) -> MegakernelTTSSettings:
@@ -57,11 +66,22 @@ class MegakernelTTSSettings(TTSSettings):
             return f"language {language} is unknown; known: {', '.join(ready.languages)}"
         return None
 
+    def follows_tags(self, ready: Ready | None) -> bool:
+        """Whether tags are followed; a server that is not known yet follows none unasked."""
+        if isinstance(self.markup, bool):
+            return self.markup
+        return ready is not None and bool(ready.markup)
+
+    def reader(self, ready: Ready | None) -> TextReader:
+        """What reads a sentence as the server does. It knows no lexicon of the server's own."""
+        words = self.lexicon if isinstance(self.lexicon, dict) else {}
+        return TextReader(Lexicon(words) if words else None, markup=self.follows_tags(ready))
+
     def speak_fields(self) -> dict[str, Any]:
         """The options for `native_messages.Speak`."""
         names = (
             "voice", "language", "instruct", "temperature", "top_k", "seed", "chunk_frames",
-            "trim_leading_silence",
+            "trim_leading_silence", "markup", "lexicon", "speed",
         )  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not NOT_GIVEN}
 
@@ -75,15 +95,23 @@ class ServerTTSMetricsData(MetricsData):
     """Generation over duration; below 1 is faster than real time."""
     duration_s: float
     finish_reason: str
+    gaps: int = 0
+    """Times that audio came too late, as the service saw it, and playback stood still."""
+    gap_s: float = 0.0
+    """All of them together."""
 
     @classmethod
-    def of(cls, done: Done, processor: str, model: str | None) -> ServerTTSMetricsData:
-        """The figures in a `done`."""
+    def of(
+        cls, done: Done, processor: str, model: str | NotGiven | None, gaps: Gaps
+    ) -> ServerTTSMetricsData:
+        """What a `done` says, and what was seen here."""
         return cls(
             processor=processor,
-            model=model,
+            model=model if isinstance(model, str) else None,
             ttfc_ms=done.ttfc_ms,
             rtf=done.rtf,
             duration_s=done.duration_s,
             finish_reason=done.finish_reason,
+            gaps=gaps.count,
+            gap_s=round(gaps.seconds, 3),
         )

@@ -21,7 +21,8 @@ from qwen_megakernel.serving.events import (
 from qwen_megakernel.serving.message_rate import BURST_S, MessageRate
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.outbox import MAX_MESSAGES
-from qwen_megakernel.serving.session import MAX_UNSENT_BYTES, SessionRules
+from qwen_megakernel.serving.session import MAX_UNSENT_BYTES
+from qwen_megakernel.serving.session_rules import SessionRules
 from qwen_megakernel.turn import RequestError, Started
 
 ONE_TURN = SessionRules(one_turn=True, own_ids=True, max_contexts=3, when_full="full")

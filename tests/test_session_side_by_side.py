@@ -5,7 +5,7 @@ import asyncio
 from session_stage import SEGMENT_S, InstantDecoder, Stage
 
 from qwen_megakernel.serving.events import ContextAudio, ContextDone, ContextQuiet
-from qwen_megakernel.serving.session import SessionRules
+from qwen_megakernel.serving.session_rules import SessionRules
 
 RULES = SessionRules(max_lead_s=1.0, side_by_side=True)
 

@@ -106,7 +106,10 @@ class ServerSettings:
     voices_folder: Path | None = None
     """The folder for voices that clients add. Without it they cannot add any."""
     trim_leading_silence: bool = False
-    """Whether leading silence is left out if the client does not choose."""
+    """Where a client does not say; likewise the next."""
+    markup: bool = False
+    lexicons: Mapping[str | None, Mapping[str, str]] = field(default_factory=dict)
+    """Word to respelling by voice; those of None are for all."""
 
     @property
     def admission(self) -> AdmissionLimits:
@@ -203,6 +206,8 @@ class App:
             self.settings.openai_voices,
             self.settings.voices_folder,
             self.settings.trim_leading_silence,
+            self.settings.markup,
+            self.settings.lexicons,
         )
         self.report("ready")
 

@@ -48,7 +48,9 @@ from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.pcm import PcmEncoder
 from qwen_megakernel.serving.server_state import ServerState
-from qwen_megakernel.serving.session import Session, SessionRules
+from qwen_megakernel.serving.session import Session
+from qwen_megakernel.serving.session_rules import SessionRules
+from qwen_megakernel.serving.spoken_text import Span
 from qwen_megakernel.serving.wire import ProtocolError, SpeechError
 from qwen_megakernel.serving.word_timing import Pace, WordClock
 from qwen_megakernel.turn import ErrorCode, RequestError
@@ -132,12 +134,16 @@ class _Context:
         self._unsent_flushes: deque[tuple[int, int]] = deque()
         """For each flush, the number of segments that must be done before its answer, and its id."""
 
-    def append(self, text: str) -> None:
-        """Note text that the session has taken."""
-        if self._clock is not None:
-            self._clock.append(text)
+    def append(self, text: str, spans: list[Span]) -> None:
+        """The session has taken text, and reads it as `spans`."""
+        self.add(spans)
         if text.strip() and len(self._flush_ids) == self._num_closed:
             self._flush_ids.append(self._num_flushes + 1)
+
+    def add(self, spans: list[Span]) -> None:
+        """The session reads text that it took before as more than it said then."""
+        if self._clock is not None:
+            self._clock.add(spans)
 
     def close_segment(self) -> None:
         """Note that the session has completed the segment, if there was something to say."""
@@ -241,23 +247,23 @@ class CartesiaDialect:
             self._names[context_id] = name
             self._contexts[name] = _Context(message, context_id, self._pace)
             try:
-                self._session.append(name, message.text, _choices(message))
+                spans = self._session.append(name, message.text, _choices(message))
             except RequestError:
                 self._forget(name)
                 raise
-        else:  # the context's first message has set voice and language
-            self._session.append(name, message.text)
+        else:  # voice and language are those of the context's first message
+            spans = self._session.append(name, message.text)
         context = self._contexts[name]
-        context.append(message.text)
+        context.append(message.text, spans)
         if not self._session.is_open(name):  # it has failed, and its end is on its way
             del self._names[context_id]
             return
         if not message.more:
+            context.add(self._session.end(name))
             context.close_segment()
-            self._session.end(name)
         elif message.flush or (message.unbuffered and _SENTENCE_END.search(message.text)):
+            context.add(self._session.flush(name))
             context.close_segment()
-            self._session.flush(name)
         if message.flush:
             for line in context.flush():
                 self._session.reply(line)

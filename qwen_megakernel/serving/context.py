@@ -1,4 +1,4 @@
-"""Contexts: a reply is a sequence of segments, each of which becomes a turn of the engine.
+"""Contexts: a reply as a row of segments, whose phrases become turns of the engine.
 
 `session.py` decides the order of contexts and waits for clients. Nothing here does.
 """
@@ -8,24 +8,36 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from qwen_megakernel.config import SAMPLE_RATE
+import numpy as np
+
+from qwen_megakernel.config import SAMPLE_RATE, GenerationParams
 from qwen_megakernel.serving.account import Account
 from qwen_megakernel.serving.events import ContextDone, ContextFailed, ContextState, SegmentDone
 from qwen_megakernel.serving.leading_silence import LeadingSilence
 from qwen_megakernel.serving.observe import TurnRecord
 from qwen_megakernel.serving.options import TurnOptions
+from qwen_megakernel.serving.speaking_rate import SpeakingRate
+from qwen_megakernel.serving.spoken_text import Pause, Span, TextReader
 from qwen_megakernel.turn import Audio, Finished, FinishReason, RequestError, Turn
 
+_PAUSE_PIECE = SAMPLE_RATE // 5
+"""Samples of a pause that are given at a time."""
 
-class WaitingSegment:
-    """Text between two flushes, before its turn is opened."""
 
-    def __init__(self, options: TurnOptions) -> None:
-        self.options = options
+class WaitingPhrase:
+    """Text between two pauses of a segment, before its turn is opened. Most segments are one phrase."""
+
+    def __init__(self, options: TurnOptions, number: int = 0) -> None:
+        """`number` counts the phrases of a segment."""
+        self.options, self.number = options, number
         self.flushed = False
         """No more text will come."""
+        self.pause_s: float | None = None
+        """Of the pause that follows; None where the segment ends."""
         self.blank = True
-        """Whether there is nothing to say yet."""
+        """Whether there is nothing to say as yet."""
+        self.silent = number > 0
+        """Whether it counts even so: a pause or a tag is all there is."""
         self._pieces: list[str] = []
 
     @property
@@ -39,36 +51,51 @@ class WaitingSegment:
             self._pieces.append(text)
             self.blank = self.blank and not text.strip()
 
-    def flush(self) -> None:
-        """Mark the text as complete."""
-        self.flushed = True
+    def flush(self, pause_s: float | None = None) -> None:
+        """Say that the text is complete, and what follows."""
+        self.flushed, self.pause_s = True, pause_s
+        self.silent = self.silent or pause_s is not None
 
 
-class SpokenSegment:
-    """Text between two flushes, whose turn was opened."""
+class SpokenPhrase:
+    """A phrase whose turn was opened, or one that is silent."""
 
-    def __init__(self, turn: Turn) -> None:
-        self.turn = turn
-        self.started = False
+    def __init__(self, phrase: WaitingPhrase, turn: Turn | None) -> None:
+        self.turn, self.number = turn, phrase.number
+        self.started = turn is None
         """Whether the turn has a slot, or had one."""
-        self.finished = False
+        self.finished = turn is None
         """Whether the turn's last event has come."""
+        self.flushed = phrase.flushed
+        """Whether the text is complete."""
+        self.pause_s = phrase.pause_s
+        """As before."""
+        self.num_paused = 0
+        """Samples of the pause that were given."""
+        self.settled = False
+        """Whether the pause and the segment's end were given."""
+        self.rate = SpeakingRate(phrase.options.speed) if turn and phrase.options.speed != 1 else None
+        self.waits_for_flush = phrase.options.markup
+        """Whether text that is still to come may hold a pause, though the model has ended."""
 
     blank = False
+    silent = True
 
     @property
-    def flushed(self) -> bool:
-        """Whether the text is complete."""
-        return self.turn.ended
+    def owes(self) -> bool:
+        """Whether a pause or the segment's end is due."""
+        return self.finished and not self.settled and (self.flushed or not self.waits_for_flush)
 
     def append(self, text: str) -> None:
-        """Add text. What comes after the model has ended the segment is not spoken."""
-        if not self.finished:
+        """Add text. What comes after the model has ended the phrase is not spoken."""
+        if self.turn is not None and not self.finished:
             self.turn.append(text)
 
-    def flush(self) -> None:
-        """Mark the text as complete."""
-        self.turn.end()
+    def flush(self, pause_s: float | None = None) -> None:
+        """Say that the text is complete, and what follows."""
+        self.flushed, self.pause_s = True, pause_s
+        if self.turn is not None:
+            self.turn.end()
 
 
 class Context:
@@ -80,10 +107,12 @@ class Context:
         self.options = options
         """The options of the last segment."""
         self.account = Account()
-        self.waiting: deque[WaitingSegment] = deque()
-        self.spoken: SpokenSegment | None = None
-        """The segment whose turn runs, or whose turn the model has ended before its flush."""
+        self.waiting: deque[WaitingPhrase] = deque()
+        self.spoken: SpokenPhrase | None = None
+        """The phrase whose turn runs; or one that the model has ended, until it is flushed."""
         self.num_turns = 0
+        self.num_segments = 0
+        """Begun to be spoken."""
         self.ended = False
         """No more text will come."""
         self.complete = False
@@ -97,42 +126,76 @@ class Context:
         self.reason: FinishReason = "stop"
         self.failure: RequestError | None = None
         self.quiet_since = time.monotonic()
+        self._reader = TextReader()
+        """Of the last segment."""
+        self._num_spoken_chars = 0
         self._segment_start = 0
+        self._segment_reason: FinishReason = "stop"
         self._first_audio_at = 0.0
         self._leading: LeadingSilence | None = None
 
     # -- text -------------------------------------------------------------------------------
 
     @property
-    def tail(self) -> WaitingSegment | SpokenSegment | None:
-        """The segment that takes text."""
-        segment = self.waiting[-1] if self.waiting else self.spoken
-        return None if segment is None or segment.flushed else segment
+    def tail(self) -> WaitingPhrase | SpokenPhrase | None:
+        """The phrase that takes text."""
+        phrase = self.waiting[-1] if self.waiting else self.spoken
+        return None if phrase is None or phrase.flushed else phrase
 
     @property
     def takes_text(self) -> bool:
         """Whether text that is appended now can still be spoken."""
         tail = self.tail
-        model_ended = isinstance(tail, SpokenSegment) and tail.turn.finished
+        model_ended = isinstance(tail, SpokenPhrase) and tail.turn is not None and tail.turn.finished
         return not (self.ended or self.cancelled or model_ended)
 
-    def append(self, text: str) -> None:
-        """Add text to the segment that takes it."""
-        if self.tail is not None:
-            self.tail.append(text)
+    def append(self, text: str, max_spoken_chars: int) -> list[Span]:
+        """Add text to the segment that takes it; what can be told of it now.
+
+        Raises:
+            RequestError: the context's text is longer than that, with all respellings in it.
+        """
+        spans = self._take(self._reader.append(text))
+        if self._num_spoken_chars > max_spoken_chars:
+            message = f"text is longer than {max_spoken_chars} characters with its respellings"
+            raise RequestError("text_too_long", message)
         if self.speaking:
             self.start_clock()
+        return spans
 
-    def add_segment(self, options: TurnOptions) -> None:
+    def add_segment(self, options: TurnOptions, reader: TextReader) -> None:
         """Begin a segment."""
-        self.options = options
-        self.waiting.append(WaitingSegment(options))
+        self.options, self._reader = options, reader
+        self.waiting.append(WaitingPhrase(options))
 
-    def end(self) -> None:
-        """Mark the text as complete."""
+    def flush(self) -> list[Span]:
+        """Say that the segment's text is complete, if there is something to say; what is left of it."""
+        spans = self._take(self._reader.end())
+        if self.tail is not None and (self.tail.silent or not self.tail.blank):
+            self.tail.flush()
+        return spans
+
+    def end(self) -> list[Span]:
+        """Say that the text is complete; what is left of it."""
         self.ended = True
+        spans = self._take(self._reader.end()) if self.tail is not None else []
         if self.tail is not None:
             self.tail.flush()
+        return spans
+
+    def _take(self, spans: list[Span]) -> list[Span]:
+        for span in spans:
+            if (tail := self.tail) is None:
+                break
+            if isinstance(span, Pause):
+                tail.flush(span.seconds)
+                self.waiting.append(WaitingPhrase(self.options, tail.number + 1))
+                continue
+            tail.append(span.spoken)
+            self._num_spoken_chars += len(span.spoken)
+            if isinstance(tail, WaitingPhrase):
+                tail.silent = tail.silent or not span.blank
+        return spans
 
     # -- turns ------------------------------------------------------------------------------
 
@@ -143,13 +206,15 @@ class Context:
 
     @property
     def state(self) -> ContextState:
-        """The state of a context that is the first in its session."""
+        """Of a context that is the first in its session."""
+        if self.spoken is not None and self.spoken.owes:
+            return "speaking"
         if self.spoken is None or self.spoken.finished or not self.spoken.flushed:
             return "waiting_for_text"
         return "speaking" if self.spoken.started else "queued"
 
-    def next_segment(self, *, even_blank: bool) -> WaitingSegment | None:
-        """The next segment that needs a turn, if it has something to say.
+    def next_phrase(self, *, even_blank: bool) -> WaitingPhrase | None:
+        """The phrase to speak, if there is one with something to say, or that is silent.
 
         With `even_blank` a segment without text counts too: its turn waits for its first text.
         """
@@ -160,16 +225,33 @@ class Context:
         while self.waiting and self.waiting[0].blank and not even_blank:
             if not self.waiting[0].flushed:
                 return None
+            if self.waiting[0].silent:
+                break
             self.waiting.popleft()
         return self.waiting[0] if self.waiting else None
 
+    def params_of(self, phrase: WaitingPhrase) -> GenerationParams:
+        """For the turn of the next phrase."""
+        segment = self.num_segments - 1 if phrase.number else self.num_segments
+        return phrase.options.params_of(segment, phrase.number)
+
     def begin_turn(self, turn: Turn) -> None:
-        """Note that the turn of `next_segment` was opened."""
-        options = self.waiting.popleft().options
-        if not self.num_turns and options.trim_leading_silence:
+        """The turn of `next_phrase` was opened."""
+        options = self.waiting[0].options
+        first = not (self.num_turns or self.account.num_samples)
+        if first and options.trim_leading_silence:
             self._leading, self.account.num_trimmed = LeadingSilence(), 0
-        self.spoken = SpokenSegment(turn)
         self.num_turns += 1
+        self._begin_phrase(turn)
+
+    def begin_silence(self) -> None:
+        """`next_phrase` needs no turn."""
+        self._begin_phrase(None)
+
+    def _begin_phrase(self, turn: Turn | None) -> None:
+        phrase = self.waiting.popleft()
+        self.num_segments += phrase.number == 0
+        self.spoken = SpokenPhrase(phrase, turn)
 
     def mark_started(self) -> None:
         """Note that the turn has a slot."""
@@ -183,13 +265,14 @@ class Context:
         self.account.add_turn(finished)
 
     def hold(self, on: bool) -> None:
-        """Make the turn wait, or let it go on."""
-        if self.spoken is not None and self.spoken.turn.held != on:
-            self.spoken.turn.hold(on)
+        """Make the turn wait, or go on."""
+        turn = self.spoken.turn if self.spoken is not None else None
+        if turn is not None and turn.held != on:
+            turn.hold(on)
 
     def stop_turn(self) -> None:
-        """Cancel the turn that runs, if any. Its `Finished` still comes."""
-        if self.spoken is not None and not self.spoken.finished:
+        """Cancel the turn that runs, if one does; its `Finished` still comes."""
+        if self.spoken is not None and self.spoken.turn is not None and not self.spoken.finished:
             self.spoken.turn.cancel()
 
     def start_clock(self) -> None:
@@ -205,20 +288,46 @@ class Context:
         if self._leading is not None:
             samples = self._leading.pass_on(samples)
             self._count_trimmed(self._leading.num_cut)
+        if self.spoken is not None and self.spoken.rate is not None:
+            changed = self.spoken.rate.change(samples)
+            self._skip(len(samples) - len(changed))
+            samples = changed
+        self._count_played(len(samples))
+        self.account.add_audio(audio, len(samples))
+        return Audio(samples, audio.generation_s)
+
+    def end_turn(self, finished: Finished) -> Audio:
+        """The turn has finished in good order; the rest of its audio."""
+        samples = np.zeros(0, np.float32)
+        if self._leading is not None:
+            self._leading.end_segment()
+            self._count_trimmed(self._leading.num_cut)
+        if self.spoken is not None and self.spoken.rate is not None:
+            samples = self.spoken.rate.end()
+            self._skip(-len(samples))
+            self._count_played(len(samples))
+            self.account.num_samples += len(samples)
+        if self._segment_reason == "stop":
+            self._segment_reason = finished.reason
+        return Audio(samples)
+
+    def _count_played(self, num_samples: int) -> None:
+        """There are so many samples more."""
         now = time.monotonic()
         if not self.account.num_samples:
             self._first_audio_at = now
-        elif not self.lead_s():  # playback ran dry: its clock starts anew here
+        elif num_samples and not self.lead_s():  # playback ran dry: it goes on from here
             self._first_audio_at = now - self.account.num_samples / SAMPLE_RATE
             self.account.mark_dry()
-        self.account.add_audio(audio, len(samples))
-        return Audio(samples, audio.generation_s)
 
     def _count_trimmed(self, num_samples: int) -> None:
         more = num_samples - (self.account.num_trimmed or 0)
         self.account.num_trimmed = num_samples
-        if more and self.spoken is not None:
-            self.spoken.turn.skip(more / SAMPLE_RATE)
+        self._skip(more)
+
+    def _skip(self, num_samples: int) -> None:
+        if num_samples and self.spoken is not None and self.spoken.turn is not None:
+            self.spoken.turn.skip(num_samples / SAMPLE_RATE)
 
     def lead_s(self) -> float:
         """Seconds of generated audio that the client cannot have played yet."""
@@ -227,21 +336,36 @@ class Context:
         played_s = time.monotonic() - self._first_audio_at
         return max(0.0, self.account.num_samples / SAMPLE_RATE - played_s)
 
-    def end_segment(self, finished: Finished) -> SegmentDone:
-        """Take the end of a turn that has not failed. Returns the event for it."""
-        if self._leading is not None:
-            self._leading.end_segment()
-            self._count_trimmed(self._leading.num_cut)
+    def settle(self) -> Audio | SegmentDone | None:
+        """What is due next after the phrase: a piece of its pause, the segment's end, or nothing."""
+        phrase = self.spoken
+        assert phrase is not None, "nothing is due"
+        if phrase.pause_s is None or not phrase.flushed:
+            phrase.settled = True
+            return self._end_segment()
+        left = round(phrase.pause_s * SAMPLE_RATE) - phrase.num_paused
+        if left <= 0:
+            phrase.settled = True
+            return None
+        samples = np.zeros(min(left, _PAUSE_PIECE), np.float32)
+        phrase.num_paused += len(samples)
+        self.start_clock()
+        self._count_played(len(samples))
+        self.account.num_samples += len(samples)
+        return Audio(samples)
+
+    def _end_segment(self) -> SegmentDone:
         start, self._segment_start = self._segment_start, self.account.num_samples
         duration = self.account.num_samples - start
+        reason, self._segment_reason = self._segment_reason, "stop"
         if self.reason == "stop":
-            self.reason = finished.reason
+            self.reason = reason
         return SegmentDone(
             self.context_id,
-            self.num_turns - 1,
+            self.num_segments - 1,
             start / SAMPLE_RATE,
             duration / SAMPLE_RATE,
-            finished.reason,
+            reason,
         )
 
     # -- its end ----------------------------------------------------------------------------

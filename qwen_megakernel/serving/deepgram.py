@@ -46,7 +46,8 @@ from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.pcm import PcmEncoder
 from qwen_megakernel.serving.server_state import ServerState
-from qwen_megakernel.serving.session import Session, SessionRules
+from qwen_megakernel.serving.session import Session
+from qwen_megakernel.serving.session_rules import SessionRules
 from qwen_megakernel.serving.wire import ProtocolError, SpeechError
 from qwen_megakernel.turn import ErrorCode, RequestError
 

@@ -11,9 +11,9 @@ import numpy as np
 from qwen_megakernel.config import SAMPLE_RATE
 
 THRESHOLD = 10 ** (-46 / 20)
-"""A sample of a greater magnitude is sound: -46 dBFS."""
-MARGIN_S = 0.03
-"""Seconds of silence that are kept before the first sound."""
+"""A sample beyond this is sound: -46 dBFS."""
+MARGIN_S = 0.05
+"""Seconds before the first sound that are kept."""
 LIMIT_S = 1.0
 """The most seconds that are left out. Longer silence is assumed to be intended."""
 _MARGIN, _LIMIT = int(MARGIN_S * SAMPLE_RATE), int(LIMIT_S * SAMPLE_RATE)
@@ -26,6 +26,8 @@ class LeadingSilence:
     def __init__(self) -> None:
         self.num_cut = 0
         """Samples that were left out, at 24 kHz."""
+        self._segment_start = 0
+        """How many were left out before this segment."""
         self._held = _NOTHING
         """The margin: silence that is sent if sound follows."""
         self._over = False
@@ -37,7 +39,7 @@ class LeadingSilence:
         held = np.concatenate([self._held, samples])
         loud = np.abs(held) > THRESHOLD
         num_quiet = int(loud.argmax()) if loud.any() else len(held)
-        left = _LIMIT - self.num_cut
+        left = _LIMIT - (self.num_cut - self._segment_start)
         kept = held[max(0, min(num_quiet, left) - _MARGIN) :]
         self.num_cut += len(held) - len(kept)
         self._over = num_quiet < len(held) or num_quiet >= left
@@ -45,6 +47,6 @@ class LeadingSilence:
         return sent
 
     def end_segment(self) -> None:
-        """Leave out the held margin too, because no sound follows."""
+        """No sound follows the margin that is held: it is left out too. The limit is a segment's."""
         self.num_cut += len(self._held)
-        self._held = _NOTHING
+        self._held, self._segment_start = _NOTHING, self.num_cut

@@ -12,7 +12,16 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from typing import Any, get_type_hints
 
+from qwen_megakernel.serving.lexicon import (
+    MAX_RESPELLING_CHARS,
+    MAX_WORD_CHARS,
+    MAX_WORDS,
+    check_lexicon,
+)
 from qwen_megakernel.serving.wire import ProtocolError, get_flag, get_number, get_string, kind
+
+MIN_SPEED, MAX_SPEED = 0.25, 4.0
+"""Of speech, beside the model's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,32 @@ def number(kinds: tuple[type[int | float], ...], low: float, high: float) -> Rul
 def integer(low: int, high: int) -> Rule:
     """An integer in a range, both ends included."""
     return number((int,), low, high)
+
+
+def words(values: dict[str, Any], key: str) -> dict[str, str]:
+    """An object whose values are strings, as a lexicon takes them."""
+    found = values.get(key)
+    if not isinstance(found, dict):
+        raise ProtocolError("bad_request", f"{key} is {kind(found)}, expected an object")
+    entries = {word: get_string(found, word) for word in found if isinstance(found[word], str)}
+    if len(entries) < len(found):
+        raise ProtocolError("bad_request", f"{key} must have strings as values")
+    try:
+        check_lexicon(entries)
+    except ValueError as error:
+        raise ProtocolError("bad_request", f"{key} has {error}") from None
+    return entries
+
+
+LEXICON = Rule(
+    words,
+    {
+        "type": "object",
+        "maxProperties": MAX_WORDS,
+        "propertyNames": {"minLength": 1, "maxLength": MAX_WORD_CHARS},
+        "additionalProperties": {"type": "string", "minLength": 1, "maxLength": MAX_RESPELLING_CHARS},
+    },
+)
 
 
 def list_of(kind_of_item: type, expected: str) -> Rule:
@@ -167,6 +202,7 @@ def refuse_unknown(cls: type, values: dict[str, Any], *more: str) -> None:
 
 STRING = Rule(get_string, {"type": "string"})
 MAYBE_STRING = or_none(STRING)
+SPEED = number((int, float), MIN_SPEED, MAX_SPEED)
 FLAG = Rule(get_flag, {"type": "boolean"})
 STRINGS = list_of(str, "a list of strings")
 SECONDS = number((int, float), 0, 1e12)

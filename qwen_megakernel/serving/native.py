@@ -50,7 +50,9 @@ from qwen_megakernel.serving.native_messages import (
 from qwen_megakernel.serving.observe import edge_log
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.pcm import PcmEncoder
-from qwen_megakernel.serving.session import Session, SessionRules
+from qwen_megakernel.serving.session import Session
+from qwen_megakernel.serving.session_rules import SessionRules
+from qwen_megakernel.serving.spoken_text import Span
 from qwen_megakernel.serving.wire import ProtocolError, error_line, language_name
 from qwen_megakernel.serving.word_timing import Pace, WordClock
 from qwen_megakernel.turn import RequestError
@@ -172,18 +174,20 @@ class NativeDialect:
         elif isinstance(message, Speak):
             self._speak(message)
         elif isinstance(message, Flush):
-            self._session.flush(message.context_id)
-            self._clocks[message.context_id].complete_segment()
+            self._complete(message.context_id, self._session.flush(message.context_id))
         elif isinstance(message, End):
-            self._session.end(message.context_id)
-            self._clocks[message.context_id].complete_segment()
+            self._complete(message.context_id, self._session.end(message.context_id))
         elif isinstance(message, Cancel):
             self._session.cancel(message.context_id)
 
     def _speak(self, message: Speak) -> None:
-        self._session.append(message.context_id, message.text, _choices(message))
+        spans = self._session.append(message.context_id, message.text, _choices(message))
         clock = self._clocks.setdefault(message.context_id, WordClock(Pace(), lead_s=0.0))
-        clock.append(message.text)
+        clock.add(spans)
+
+    def _complete(self, context_id: str, rest: list[Span]) -> None:
+        self._clocks[context_id].add(rest)
+        self._clocks[context_id].complete_segment()
 
     def _greet(self, hello: Hello) -> None:
         if self._greeted:
@@ -223,6 +227,7 @@ class NativeDialect:
                     predictor.top_k,
                 ),
                 trim_leading_silence=server.trim_leading_silence or None,
+                markup=server.markup or None,
             )
         )
 
@@ -282,4 +287,7 @@ def _choices(message: Speak) -> SpeechOptions:
         max_frames=message.max_frames,
         streaming=message.streaming,
         trim_leading_silence=message.trim_leading_silence,
+        markup=message.markup,
+        lexicon=message.lexicon,
+        speed=message.speed,
     )

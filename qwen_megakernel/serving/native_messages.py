@@ -22,8 +22,10 @@ from typing import Annotated, Any, Literal, get_args
 from qwen_megakernel.serving.message_rules import (
     COUNT,
     FLAG,
+    LEXICON,
     MAYBE_STRING,
     SECONDS,
+    SPEED,
     STRING,
     STRINGS,
     build,
@@ -130,7 +132,13 @@ class Speak:
     streaming: Annotated[bool | None, or_none(FLAG)] = None
     """Text layout of the prompt; None is the checkpoint's own."""
     trim_leading_silence: Annotated[bool | None, or_none(FLAG)] = None
-    """Whether the silence before the context's first sound is left out; the first segment decides."""
+    """Whether the silence before the context's first sound is left out. Its first segment decides."""
+    markup: Annotated[bool | None, or_none(FLAG)] = None
+    """Whether `<spell>` and `<break>` are followed."""
+    lexicon: Annotated[dict[str, str] | None, or_none(LEXICON)] = None
+    """Words, and how they are spelt for the model."""
+    speed: Annotated[float | None, or_none(SPEED)] = None
+    """At the same pitch; 2 takes half as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +208,9 @@ class Ready:
     sampling: Annotated[Sampling | None, or_none(object_of(Sampling))] = None
     """Earlier servers leave this field out."""
     trim_leading_silence: Annotated[bool | None, or_none(FLAG)] = None
-    """Whether leading silence is left out if a context does not choose; None means no."""
+    """Of a context that does not say; None is no."""
+    markup: Annotated[bool | None, or_none(FLAG)] = None
+    """Of a segment that does not say; None is no."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from itertools import count
 from qwen_megakernel.serving.admission import Admission, NotAdmitted
 from qwen_megakernel.serving.observe import edge_log
 from qwen_megakernel.serving.server_state import ServerState
-from qwen_megakernel.serving.session import Session, SessionRules
+from qwen_megakernel.serving.session import Session
+from qwen_megakernel.serving.session_rules import SessionRules
 from qwen_megakernel.turn import RequestError
 
 GIVE_WAY_S = 60.0

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from qwen_megakernel.serving.message_rules import MAX_SPEED, MIN_SPEED, words
 from qwen_megakernel.serving.wire import (
     ProtocolError,
     SpeechError,
@@ -61,7 +62,10 @@ class SpeechRequest:
     as_events: bool
     """Whether the answer is Server-Sent Events, not an audio file."""
     trim_leading_silence: bool | None = None
-    """An addition to OpenAI's API; None leaves the choice to the server."""
+    """Not of OpenAI; None leaves it to the server. So are the next two."""
+    markup: bool | None = None
+    lexicon: dict[str, str] | None = None
+    speed: float | None = None
 
 
 def parse_speech(body: bytes) -> SpeechRequest:
@@ -77,7 +81,6 @@ def parse_speech(body: bytes) -> SpeechRequest:
     except ProtocolError as error:
         raise SpeechError(400, error_line(str(error)), error.code) from None
     _field("model", lambda: _string(fields, "model"))
-    _field("speed", lambda: _check_speed(fields))
     stream_format = _field("stream_format", lambda: _choice(fields, "stream_format", STREAM_FORMATS))
     language = _field("language", lambda: _string(fields, "language"))
     return SpeechRequest(
@@ -89,6 +92,9 @@ def parse_speech(body: bytes) -> SpeechRequest:
         trim_leading_silence=_field(
             "trim_leading_silence", lambda: _flag(fields, "trim_leading_silence")
         ),
+        markup=_field("markup", lambda: _flag(fields, "markup")),
+        lexicon=_field("lexicon", lambda: _lexicon(fields)),
+        speed=_field("speed", lambda: get_number(fields, "speed", (int, float), MIN_SPEED, MAX_SPEED)),
         response_format=_field(
             "response_format", lambda: _choice(fields, "response_format", RESPONSE_FORMATS)
         ),
@@ -181,18 +187,16 @@ def _instructions(fields: dict[str, Any]) -> str | None:
     return instructions if instructions and instructions.strip() else None
 
 
-def _check_speed(fields: dict[str, Any]) -> None:
-    speed = get_number(fields, "speed", (int, float), 0.25, 4.0)
-    if speed not in (None, 1.0):
-        raise ProtocolError("unsupported", "speed other than 1 is not supported; leave it out")
-
-
 def _choice(fields: dict[str, Any], key: str, known: tuple[Any, ...]) -> Any:
     """One of the known strings; the first if the field is absent or null."""
     value = _string(fields, key)
     if value is not None and value not in known:
         raise ProtocolError("bad_request", f"{key} is unknown; known: {', '.join(known)}")
     return known[0] if value is None else value
+
+
+def _lexicon(fields: dict[str, Any]) -> dict[str, str] | None:
+    return None if fields.get("lexicon") is None else words(fields, "lexicon")
 
 
 def _flag(fields: dict[str, Any], key: str) -> bool | None:

@@ -96,6 +96,9 @@ class _OpenAI(OpenAIErrors):
             instruct=asked.instructions,
             seed=asked.seed,
             trim_leading_silence=asked.trim_leading_silence,
+            markup=asked.markup,
+            lexicon=asked.lexicon,
+            speed=asked.speed,
         )
         framing = _Events() if asked.as_events else None
         return SpokenFile(asked.text, choices, FORMATS[asked.response_format], framing=framing)

@@ -19,6 +19,7 @@ from qwen_megakernel.serving import (
     openai_messages,
     voice_messages,
 )
+from qwen_megakernel.serving.message_rules import LEXICON, SPEED, or_none
 
 Schema = dict[str, Any]
 _SECURITY: list[dict[str, list[str]]] = [{"bearer": []}]
@@ -217,10 +218,12 @@ def _openai_fields(facts: ServerFacts) -> dict[str, Schema]:
         "instructions": {**_MAYBE_STRING, "maxLength": longest},
         "response_format": _choice(openai_messages.RESPONSE_FORMATS, "mp3"),
         "stream_format": _choice(openai_messages.STREAM_FORMATS, "audio"),
-        "speed": _choice([1.0]),
+        "speed": or_none(SPEED).schema,
         "language": _MAYBE_STRING,
         "seed": _SEED,
         "trim_leading_silence": {"type": ["boolean", "null"]},
+        "markup": {"type": ["boolean", "null"]},
+        "lexicon": or_none(LEXICON).schema,
     }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from qwen_megakernel.config import GenerationParams
 
 T = TypeVar("T")
+_PHRASE_STEP = 0x9E3779B97F4A7C15
+"""Keeps the seeds of a segment's phrases away from those of the segments that follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,13 @@ class SpeechOptions:
     streaming: bool | None = None
     """Text layout of the prompt."""
     trim_leading_silence: bool | None = None
-    """Whether the silence before the first sound of a context is left out; the first text decides."""
+    """Whether the silence before the first sound of a context is left out. Its first text decides."""
+    markup: bool | None = None
+    """Whether tags in the text are followed."""
+    lexicon: Mapping[str, str] | None = None
+    """Word to respelling, as `check_lexicon` allows them; beside the server's, and before them."""
+    speed: float | None = None
+    """0.25 to 4, at the same pitch; 2 takes half as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,10 @@ class TurnOptions:
     streaming: bool | None = None
     """Text layout of the prompt; None is the checkpoint's own."""
     trim_leading_silence: bool = False
+    markup: bool = False
+    lexicon: Mapping[str, str] = field(default_factory=dict)
+    """The client's own."""
+    speed: float = 1.0
 
     def updated(self, choices: SpeechOptions) -> TurnOptions:
         """These options, replaced by a client's choices where it has made any."""
@@ -70,11 +83,15 @@ class TurnOptions:
             chunk_frames=_either(choices.chunk_frames, self.chunk_frames),
             streaming=_either(choices.streaming, self.streaming),
             trim_leading_silence=_either(choices.trim_leading_silence, self.trim_leading_silence),
+            markup=_either(choices.markup, self.markup),
+            lexicon=_either(choices.lexicon, self.lexicon),
+            speed=_either(choices.speed, self.speed),
         )
 
-    def params_of(self, index: int) -> GenerationParams:
-        """The parameters of turn `index` of a context: each turn has the next seed."""
-        return replace(self.params, seed=(self.params.seed + index) % 2**64)
+    def params_of(self, segment: int, phrase: int = 0) -> GenerationParams:
+        """The parameters of a phrase of a context's segment: seeds count on with the segments."""
+        seed = self.params.seed + segment + phrase * _PHRASE_STEP
+        return replace(self.params, seed=seed % 2**64)
 
 
 def _updated(params: GenerationParams, choices: SpeechOptions) -> GenerationParams:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_megakernel.serving import speaking_rate
 from qwen_megakernel.serving.admission import Admission
+from qwen_megakernel.serving.lexicon import Lexicon
 from qwen_megakernel.serving.mailbox import Mailbox
 from qwen_megakernel.serving.observe import Metrics
 from qwen_megakernel.serving.options import SpeechOptions, TurnOptions
+from qwen_megakernel.serving.spoken_text import TextReader
 from qwen_megakernel.turn import RequestError
 
 if TYPE_CHECKING:
@@ -39,7 +42,11 @@ class ServerState:
     voices_folder: Path | None = None
     """The folder for voices that clients add. Without it they cannot add any."""
     trim_leading_silence: bool = False
-    """Whether the silence before a context's first sound is left out, if the client does not choose."""
+    """Where a client does not say: whether the silence before a context's first sound is left out."""
+    markup: bool = False
+    """Where a client does not say: whether tags in a text are followed."""
+    lexicons: Mapping[str | None, Mapping[str, str]] = field(default_factory=dict)
+    """Word to respelling for each voice that has its own; those of None are for all voices."""
     draining: bool = False
     """Whether the server shuts down: running turns go on, and no turn may begin."""
     mailbox: Mailbox = field(default_factory=Mailbox)
@@ -65,8 +72,16 @@ class ServerState:
         """The earlier options with a client's choices. Raises `RequestError` for a wrong choice."""
         voice = self.voice_name(choices.voice or None)
         chosen = before.updated(replace(choices, voice=voice))
+        if chosen.speed != 1.0 and not speaking_rate.available():
+            raise RequestError("unsupported", "speed other than 1 needs PyAV on the server")
         self.decoder.check(chosen.voice, chosen.language, instruct=chosen.instruct)
         return chosen
+
+    def reader(self, options: TurnOptions) -> TextReader:
+        """What reads a segment's text."""
+        voice = options.voice or self.decoder.default_voice
+        words = {**self.lexicons.get(None, {}), **self.lexicons.get(voice, {}), **options.lexicon}
+        return TextReader(Lexicon(words) if words else None, markup=options.markup)
 
 
 def name_list(names: list[str]) -> str:

@@ -19,10 +19,10 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 
-from qwen_megakernel.serving.context import Context, WaitingSegment
+from qwen_megakernel.serving.context import Context, WaitingPhrase
 from qwen_megakernel.serving.events import (
     ContextAudio,
     ContextQuiet,
@@ -38,40 +38,18 @@ from qwen_megakernel.serving.observe import edge_log
 from qwen_megakernel.serving.options import SpeechOptions, TurnOptions
 from qwen_megakernel.serving.outbox import Ended, Entry, Outbox, Output
 from qwen_megakernel.serving.server_state import ServerState
+from qwen_megakernel.serving.session_rules import SessionRules
+from qwen_megakernel.serving.spoken_text import Span
 from qwen_megakernel.turn import Audio, Finished, RequestError, Started, TurnEvent
 
 MAX_UNSENT_BYTES = 65_536
-"""The engine waits while so many bytes of audio wait for the carrier. It goes on at half of that."""
+"""Bytes of audio that may wait for the carrier before the engine waits. It goes on at half of this."""
+MAX_GROWTH = 4
+"""Characters that are spoken for each that a client may write."""
 QUIET_S = 1.0
 """A context that gives no event for so many seconds is reported as quiet."""
 _REMEMBERED_IDS = 1000
 _NO_CHOICES = SpeechOptions()
-
-
-@dataclass(frozen=True, slots=True)
-class SessionRules:
-    """How a dialect's contexts behave."""
-
-    max_contexts: int = 8
-    """Contexts that may be open at a time."""
-    when_full: str = "8 contexts are open on this connection"
-    """The error message for a client that opens one more."""
-    max_lead_s: float = 10.0
-    """Seconds by which a context's audio may be ahead of its playback."""
-    side_by_side: bool = False
-    """Whether contexts are spoken at the same time. Otherwise one follows the other."""
-    one_turn: bool = False
-    """Whether a context is one turn. Its turn is opened before it has text. It ends with its turn: when
-    the model ends it, although more text could come; when the engine has stopped it after a cancel; or
-    after the audio before a failure. The next context begins when the carrier has taken this end. A
-    context without a turn has no record.
-
-    Otherwise a context is a sequence of turns that lasts until `end`. The next context begins when all
-    audio of this one is generated. A cancel or a failure ends it at once, and drops what waits for the
-    carrier."""
-    own_ids: bool = False
-    """Whether the dialect makes the context ids, which then name contexts in the log. Otherwise they
-    are a client's text, and the log has numbers."""
 
 
 class Session:
@@ -149,8 +127,8 @@ class Session:
 
     def append(
         self, context_id: str, text: str, choices: SpeechOptions = _NO_CHOICES, *, ended: bool = False
-    ) -> None:
-        """Append text to a context, opening it if it is new.
+    ) -> list[Span]:
+        """Append text to a context, opening it if it is new; what it is read as, so far.
 
         Args:
             context_id: a new context needs an id that was not used before.
@@ -178,27 +156,33 @@ class Session:
                 # Without a given seed every take differs. The log has the seed of each.
                 choices = replace(choices, seed=secrets.randbits(32))
         context.account.num_chars = num_chars
+        spans: list[Span] = []
         try:
             if context.tail is None:
-                context.add_segment(self.server.choose(context.options, choices))
-            context.append(text)
+                options = self.server.choose(context.options, choices)
+                if self.rules.one_turn:  # there is no place for a pause
+                    options = replace(options, markup=False)
+                context.add_segment(options, self.server.reader(options))
+            spans += context.append(text, MAX_GROWTH * limit)
             if ended:
-                context.end()
+                spans += context.end()
         except RequestError as failure:
             self._stop(context, failure)
         self._advance()
+        return spans
 
-    def flush(self, context_id: str) -> None:
-        """Complete the segment. Without anything to say, nothing happens."""
-        context = self._find_growing(context_id)
-        if context.tail is not None and not context.tail.blank:
-            context.tail.flush()
-            self._advance()
-
-    def end(self, context_id: str) -> None:
-        """Complete the context."""
-        self._find_growing(context_id).end()
+    def flush(self, context_id: str) -> list[Span]:
+        """Complete the segment, and tell what is left of its text; nothing happens where there is
+        nothing to say."""
+        spans = self._find_growing(context_id).flush()
         self._advance()
+        return spans
+
+    def end(self, context_id: str) -> list[Span]:
+        """Complete the context, and tell what is left of its text."""
+        spans = self._find_growing(context_id).end()
+        self._advance()
+        return spans
 
     def cancel(self, context_id: str | None = None) -> None:
         """Stop a context, or all contexts if `context_id` is None."""
@@ -300,6 +284,7 @@ class Session:
         options = TurnOptions(
             params=self.server.decoder.default_params,
             trim_leading_silence=self.server.trim_leading_silence,
+            markup=self.server.markup,
         )
         context = Context(context_id, f"{self.name}-{number}", options)
         self._used_ids.append(context_id)
@@ -357,12 +342,21 @@ class Session:
     def _advance_context(self, context: Context) -> bool:
         """Let a context take a step. Returns False if it has to wait or is over."""
         if context.closed or context.speaking or context.complete:
-            return False  # `_deliver` or `take` calls again
-        segment = context.next_segment(even_blank=self.rules.one_turn)
-        if segment is not None:
+            return False  # `_deliver`, or `take`, comes here again
+        if context.spoken is not None and context.spoken.owes and not self.rules.one_turn:
+            if context.spoken.pause_s and self._must_wait(context):
+                return False
+            if (due := context.settle()) is not None:
+                self._outbox.put(Output(context, due))
+            return True
+        phrase = context.next_phrase(even_blank=self.rules.one_turn)
+        if phrase is not None:
             if self._must_wait(context):
                 return False
-            self._open_turn(context, segment)
+            if phrase.blank and phrase.silent:
+                context.begin_silence()
+            else:
+                self._open_turn(context, phrase)
         elif not context.ended:
             return False
         else:
@@ -389,25 +383,25 @@ class Session:
         self._retry = loop.call_later(ahead_s, self._advance)
         return True
 
-    def _open_turn(self, context: Context, segment: WaitingSegment) -> None:
+    def _open_turn(self, context: Context, phrase: WaitingPhrase) -> None:
         loop = asyncio.get_running_loop()
 
         def sink(event: TurnEvent) -> None:
             self.server.mailbox.post(loop, self._deliver, context, event)
 
-        options = segment.options
+        options = phrase.options
         context.start_clock()
         try:
             if not context.num_turns:  # later turns of a context are always let in
                 self.server.admission.check_turn(self, self.server.decoder.capacity(self.owner))
             turn = self.server.decoder.open_turn(
-                segment.text,
+                phrase.text,
                 sink=sink,
-                ended=segment.flushed,
+                ended=phrase.flushed,
                 voice=options.voice,
                 language=options.language,
                 instruct=options.instruct,
-                params=options.params_of(context.num_turns),
+                params=context.params_of(phrase),
                 chunk_frames=options.chunk_frames,
                 streaming=options.streaming,
                 max_lead_s=self.rules.max_lead_s - context.lead_s(),
@@ -425,10 +419,7 @@ class Session:
         if isinstance(event, Started):
             context.mark_started()
         elif isinstance(event, Audio):
-            audio = context.add_audio(event)
-            if len(audio.samples) and not (context.closed or context.cancelled):
-                self._outbox.put(Output(context, audio))
-                self._hold(context)
+            self._put_audio(context, context.add_audio(event))
         else:
             context.finish_turn(event)
             if context.closed:
@@ -436,6 +427,11 @@ class Session:
             else:
                 self._finish_turn(context, event)
                 self._advance()
+
+    def _put_audio(self, context: Context, audio: Audio) -> None:
+        if len(audio.samples) and not (context.closed or context.cancelled):
+            self._outbox.put(Output(context, audio))
+            self._hold(context)
 
     def _finish_turn(self, context: Context, finished: Finished) -> None:
         if self.rules.one_turn:
@@ -448,7 +444,9 @@ class Session:
             self._stop(context, RequestError("internal", f"{context.name} failed: {why}"))
             return
         if not context.cancelled:
-            self._outbox.put(Output(context, context.end_segment(finished)))
+            self._put_audio(context, context.end_turn(finished))
+            if self.rules.one_turn and (due := context.settle()) is not None:
+                self._outbox.put(Output(context, due))
 
     def _hold(self, context: Context) -> None:
         """Let the engine wait while too much audio waits for the carrier."""

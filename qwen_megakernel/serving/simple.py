@@ -16,7 +16,8 @@ from qwen_megakernel.serving.events import (
     SessionFailed,
 )
 from qwen_megakernel.serving.options import SpeechOptions
-from qwen_megakernel.serving.session import Session, SessionRules
+from qwen_megakernel.serving.session import Session
+from qwen_megakernel.serving.session_rules import SessionRules
 from qwen_megakernel.serving.simple_messages import (
     Cancel,
     Speak,

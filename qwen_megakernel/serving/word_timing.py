@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+
+from qwen_megakernel.serving.spoken_text import Pause, Said, Span
 
 _KANA_HAN = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
 _UNSPACED = re.compile(_KANA_HAN)
@@ -25,6 +28,8 @@ _EXTRA_WEIGHT = (
 FIRST_GUESS = 14.0
 """Letters a second that are assumed before a voice's first segment."""
 _FORGET = 0.8
+_SHORTEST_S = 0.01
+"""Beside pauses, less than this is rounding."""
 LEAD_S = 0.1
 """The last word begins at least so many seconds before the end of a segment's audio. Transports finish
 some 40 ms before the end is heard, and clients move words that come later to the next reply."""
@@ -67,6 +72,16 @@ def weight(text: str) -> float:
     return len(text) + sum(extra * len(kind.findall(text)) for kind, extra in _EXTRA_WEIGHT)
 
 
+@dataclass(frozen=True, slots=True)
+class _More:
+    """What is said before a position of a segment's text and is not written there."""
+
+    position: int
+    units: float = 0.0
+    """Letters that a word takes beyond its own."""
+    pause_s: float = 0.0
+
+
 @dataclass(slots=True)
 class _Segment:
     text: str = ""
@@ -74,6 +89,12 @@ class _Segment:
     num_chars_given: int = 0
     """Characters up to the end of the last word that was given out."""
     units_given: float = 0.0
+    pause_given: float = 0.0
+    """Seconds of pauses before that end."""
+    more: deque[_More] = field(default_factory=deque)
+    """What the text after that end does not show."""
+    blank: bool = True
+    """Whether there is nothing to say as yet."""
 
     def next_word(self) -> re.Match[str] | None:
         for match in _WORD.finditer(self.text, self.num_chars_given):
@@ -82,12 +103,27 @@ class _Segment:
                 return match if self.complete or match.end() < len(self.text) else None
         return None
 
-    def units_before(self, match: re.Match[str]) -> float:
-        return self.units_given + weight(self.text[self.num_chars_given : match.start()])
+    def pass_on(self, end: int) -> None:
+        """Count what is before a character."""
+        self.units_given += weight(self.text[self.num_chars_given : end])
+        self.num_chars_given = end
+        while self.more and self.more[0].position <= end:
+            more = self.more.popleft()
+            self.units_given += more.units
+            self.pause_given += more.pause_s
 
-    def give(self, match: re.Match[str]) -> None:
-        self.units_given = self.units_before(match) + weight(match[0])
-        self.num_chars_given = match.end()
+    def time_s(self, units_per_s: float) -> float:
+        """When the text so far has been said, from the segment's beginning."""
+        return self.units_given / units_per_s + self.pause_given
+
+    @property
+    def totals(self) -> tuple[float, float]:
+        """Letters and seconds of pauses in the whole text."""
+        units = self.units_given + weight(self.text[self.num_chars_given :])
+        return (
+            units + sum(more.units for more in self.more),
+            self.pause_given + sum(more.pause_s for more in self.more),
+        )
 
 
 @dataclass(slots=True)
@@ -104,18 +140,30 @@ class WordClock:
     """Whether the audio of the open segment is complete and its text is not."""
 
     def append(self, text: str) -> None:
-        """Add text to the open segment, or begin a new one."""
-        if self._ended_early:
-            return  # this text is not spoken
-        if not self._segments or self._segments[-1].complete:
-            self._segments.append(_Segment())
-        self._segments[-1].text += text
+        """More text of the open segment, or of a new one."""
+        self.add([Said(text, text)])
+
+    def add(self, spans: Iterable[Span]) -> None:
+        """More of the open segment, or of a new one, as `TextReader` gives it."""
+        for span in spans:
+            if self._ended_early:
+                return  # it is not spoken
+            if not self._segments or self._segments[-1].complete:
+                self._segments.append(_Segment())
+            segment = self._segments[-1]
+            if isinstance(span, Pause):
+                segment.more.append(_More(len(segment.text), pause_s=span.seconds))
+            else:
+                segment.text += span.written
+                if (units := weight(span.spoken) - weight(span.written)) != 0:
+                    segment.more.append(_More(len(segment.text), units=units))
+            segment.blank = segment.blank and span.blank
 
     def complete_segment(self) -> None:
         """Mark the open segment's text as complete. A segment with nothing to say stays open."""
         if self._ended_early:
             self._ended_early = False
-        elif self._segments and self._segments[-1].text.strip():
+        elif self._segments and not self._segments[-1].blank:
             self._segments[-1].complete = True
 
     def advance(self, position_s: float) -> list[TimedWord]:
@@ -133,11 +181,13 @@ class WordClock:
         segment, duration_s = self._segments[0], max(0.0, end_s - self._start_s)
         self._ended_early = not segment.complete
         segment.complete = True
-        units = weight(segment.text)
-        words = (
-            self._take(units / duration_s, end_s, end_s - self.lead_s) if duration_s and units else []
-        )
-        self.pace.learn(units, duration_s)
+        units, pause_s = segment.totals
+        said_s = duration_s - pause_s
+        if said_s < _SHORTEST_S <= duration_s:  # nothing was said, or the pauses were cut off
+            said_s = duration_s
+        else:
+            self.pace.learn(units, said_s)
+        words = self._take(units / said_s, end_s, end_s - self.lead_s) if said_s and units > 0 else []
         self._segments.popleft()
         self._start_s = end_s
         return words
@@ -148,14 +198,16 @@ class WordClock:
             return words
         segment = self._segments[0]
         while (match := segment.next_word()) is not None:
-            time_s = min(latest_s, self._start_s + segment.units_before(match) / units_per_s)
+            segment.pass_on(match.start())
+            time_s = min(latest_s, self._start_s + segment.time_s(units_per_s))
             time_s = max(self._last_s, self._start_s, time_s)
             if time_s >= until_s:
                 break
             if words and words[-1].time_s < time_s < words[-1].end_s:
                 words[-1] = replace(words[-1], end_s=time_s)
-            end_s = time_s + weight(match[0]) / units_per_s
+            units = segment.units_given
+            segment.pass_on(match.end())
+            end_s = time_s + (segment.units_given - units) / units_per_s
             words.append(TimedWord(match[0], time_s, end_s, spaced=not _UNSPACED.match(match[0])))
-            segment.give(match)
             self._last_s = time_s
         return words

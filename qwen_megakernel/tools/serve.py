@@ -19,6 +19,7 @@ from qwen_megakernel.installation.build_environment import ARCH_VARIABLE, PREBUI
 from qwen_megakernel.installation.cuda_context import begin_context
 from qwen_megakernel.serving.access import is_loopback
 from qwen_megakernel.serving.app import Phase, ServerSettings
+from qwen_megakernel.serving.lexicon import read_lexicons
 from qwen_megakernel.serving.observe import configure_logging, log
 from qwen_megakernel.serving.openai_messages import VOICE_NAMES
 from qwen_megakernel.serving.process import Report, bind
@@ -115,6 +116,10 @@ def _tokens_file(text: str) -> dict[str, str]:
     if not tokens:
         raise ValueError(f"{text}: has no token")
     return tokens
+
+
+def _lexicons(text: str) -> dict[str | None, dict[str, str]]:
+    return read_lexicons(_file(text).read_bytes(), text)
 
 
 def _origin(text: str) -> str:
@@ -305,6 +310,10 @@ SERVER_OPTIONS = (
         "leave out silence before the first sound of a reply, up to 1 s, where a client does not say",
         "",
     ),
+    Option(
+        "--markup", False, _flag, "follow <spell> and <break> in texts, where a client does not say", ""
+    ),
+    Option("--lexicon", {}, _lexicons, "words and their respellings: see docs/agent.md", "PATH"),
     Option("--drain-s", 10.0, _seconds, "seconds that running turns get on SIGTERM", "SECONDS"),
     Option("--log-format", "text", _choice("text", "json"), "text or json", "NAME"),
 )
@@ -460,6 +469,8 @@ def server_settings(options: argparse.Namespace, port: int) -> ServerSettings:
         openai_voices=dict(options.openai_voice),
         voices_folder=options.voices,
         trim_leading_silence=options.trim_leading_silence,
+        markup=options.markup,
+        lexicons=options.lexicon,
     )
 
 

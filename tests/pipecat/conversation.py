@@ -29,8 +29,11 @@ LONG_SETTINGS = {"temperature": 10.0, "top_k": 0}
 
 
 def make_service(url: str, **options: Any) -> MegakernelTTSService:
-    """A service with these settings and arguments. It reconnects soon after a break."""
-    names = ("voice", "language", "temperature", "top_k", "seed", "chunk_frames")
+    """Settings and arguments alike; it comes back soon after a break."""
+    names = (
+        "voice", "language", "temperature", "top_k", "seed", "chunk_frames",
+        "markup", "lexicon", "speed",
+    )  # fmt: skip
     settings = {name: options.pop(name) for name in names if name in options}
     defaults = {
         "reconnect_backoff_min_wait": 0.1,
@@ -57,7 +60,7 @@ def until(condition: Callable[[], object], limit_s: float = 60.0) -> Iterator[Sl
 
 
 async def play(
-    service: MegakernelTTSService, script: Iterable[Frame], limit_s: float = 120.0
+    service: MegakernelTTSService, script: Iterable[Frame], *, limit_s: float = 120.0
 ) -> tuple[list[Frame], list[ErrorFrame]]:
     """Frames that came out downstream, and errors."""
     failures: list[Exception] = []

@@ -1,4 +1,4 @@
-"""A TCP proxy that behaves like a bad network: delay, jitter, stalls, and a connection that breaks."""
+"""A TCP proxy that behaves like a bad network: delay, jitter, loss, stalls, and a line that breaks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,27 @@ import random
 DELAY_S = 0.08
 JITTER_S = 0.04
 STALL_S = 1.0
+LOSS = 0.02
+RESEND_S = 0.24
+"""Until TCP has noticed that a packet was lost and sent it again; what follows waits for it."""
 
 
 class SlowLink:
     """`async with SlowLink(port) as link: connect(link.url)`. Bytes keep their order, as in TCP."""
 
-    def __init__(self, server_port: int, *, stall_every: int = 6, cut_after: int | None = None) -> None:
-        """The link stalls every `stall_every` packets of the server, and breaks once at `cut_after`."""
+    def __init__(
+        self,
+        server_port: int,
+        *,
+        stall_every: int = 6,
+        cut_after: int | None = None,
+        loss: float = LOSS,
+    ) -> None:
+        """The line stalls each `stall_every` packets of the server, and breaks once at `cut_after`."""
         self.server_port, self.stall_every, self.cut_after = server_port, stall_every, cut_after
+        self.loss = loss
         self.num_connections = 0
-        self.num_stalls = 0
+        self.num_stalls = self.num_lost = 0
         self._random = random.Random(0)
         self._server: asyncio.Server | None = None
 
@@ -60,6 +71,9 @@ class SlowLink:
                     self.cut_after = None
                     return
                 due = max(due, clock() + DELAY_S + self._random.uniform(0, JITTER_S))
+                if self._random.random() < self.loss:
+                    self.num_lost += 1
+                    due += RESEND_S
                 if stalls and number % self.stall_every == 0:
                     self.num_stalls += 1
                     due += STALL_S

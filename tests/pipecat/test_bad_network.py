@@ -1,4 +1,4 @@
-"""Delay, jitter and stalls on the way: no word is lost, and none is spoken twice."""
+"""Delay, jitter, loss and stalls on the way: no word is lost, and none is spoken twice."""
 
 import asyncio
 import json
@@ -8,14 +8,27 @@ import pytest
 
 pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client/requirements.txt")
 
-from conversation import TURN, make_service, only, pcm, play, spoken, turn
+from conversation import TURN, make_service, metrics, only, pcm, play, spoken, turn
 from live_server import ROOT
 from pipecat.frames.frames import TTSStartedFrame, TTSStoppedFrame
 from pipecat.services.tts_service import TextAggregationMode
 from slow_link import SlowLink
 
+from pipecat_client.playback import Gaps
+from pipecat_client.settings import ServerTTSMetricsData
+
 CLIENT = ROOT / "pipecat_client" / "test_client.py"
 EXACT = {"seed": 11, "chunk_frames": 1, "temperature": 2.0}
+
+
+def test_only_what_comes_too_late_is_a_gap():
+    gaps = Gaps()
+    for seconds, now in ((1.0, 10.0), (1.0, 10.1), (1.0, 12.5), (1.0, 12.6)):
+        gaps.receive(seconds, now)
+    assert (gaps.count, gaps.seconds) == (1, 0.5)
+    gaps.pause()
+    gaps.receive(1.0, 99.0)
+    assert (gaps.count, gaps.seconds) == (1, 0.5)
 
 
 def speak(url, mode, **options):
@@ -36,6 +49,10 @@ def test_reply_over_a_bad_network(live_server, mode, cut_after):
     assert link.num_stalls >= 1
     assert link.num_connections == len(errors) + 1 == (1 if cut_after is None else 2)
     assert pcm(down) == pcm(undisturbed) != b""
+    # The gaps are counted, and how long they were. After a break the last `done` tells all of them.
+    (figures,) = metrics(down, ServerTTSMetricsData)
+    assert figures.gaps >= 1
+    assert figures.gap_s >= 0.3
     assert spoken(down) == "".join(TURN)
     assert len(only(down, TTSStartedFrame)) == len(only(down, TTSStoppedFrame)) == 1
 

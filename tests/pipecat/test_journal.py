@@ -1,9 +1,11 @@
 """What the journal sends, and sends again, without sockets and without Pipecat."""
 
-from hypothesis import given
+import numpy as np
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipecat_client.journal import Journal
+from qwen_megakernel.serving.leading_silence import LeadingSilence
 from qwen_megakernel.serving.native_messages import Cancel, End, Flush, Limits, Speak
 
 LIMITS = Limits(max_text_chars=100, max_contexts=2, max_message_bytes=65_536)
@@ -83,6 +85,14 @@ def test_a_reply_that_goes_on_in_another_context_keeps_the_silence_between_its_s
         assert [speak.trim_leading_silence for speak in sent(journal)[::2]] == [chosen, chosen]
         journal.restart(LIMITS, trims=trims)  # nothing was spoken: it begins as before
         assert sent(journal)[0].trim_leading_silence is chosen
+        reply.end_segment(0)  # it was silence alone, all of which was left out
+        journal.restart(LIMITS, trims=trims)
+        assert sent(journal)[0].trim_leading_silence is chosen
+        reply.receive(bytes(2))
+        journal.restart(LIMITS, trims=trims)
+        assert sent(journal)[0].trim_leading_silence is chosen
+        journal.speak("a", "Three.", complete=True, trim_leading_silence=chosen)
+        sent(journal)
         reply.end_segment(0)
         journal.restart(LIMITS, trims=trims)
         assert sent(journal)[0].trim_leading_silence is told
@@ -177,6 +187,55 @@ def test_every_sample_once_wherever_the_line_breaks(lengths, cuts, chunk):
                 break
             reply.end_segment(index)
     assert heard == [(i, n) for i, length in enumerate(lengths) for n in range(length)]
+
+
+def trimmed(segments, journal, reply, budget):
+    """What a server that trims sends of these over one line of so many samples, chunk by chunk."""
+    speaks = [message for message in sent(journal) if isinstance(message, Speak)]
+    beginning = LeadingSilence() if speaks and speaks[0].trim_leading_silence else None
+    heard = []
+    for index, speak in enumerate(speaks):
+        samples = segments[int(speak.text)]
+        for start in range(0, len(samples), 1000):
+            piece = samples[start : start + 1000]
+            piece = piece if beginning is None else beginning.pass_on(piece)
+            piece, budget = piece[: max(budget, 0)], budget - len(piece)
+            new = reply.receive(piece.astype("<i2").tobytes())
+            heard.append(piece[len(piece) - len(new) // 2 :])
+            if budget < 0:
+                return heard
+        if beginning is not None:
+            beginning.end_segment()
+        reply.end_segment(index)
+    return heard
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(0, 30_000), st.integers(0, 3000)), min_size=1, max_size=4),
+    st.lists(st.integers(0, 9000), max_size=3),
+)
+@example([(2000, 0), (5000, 3000)], [1500])
+@example([(20_000, 0), (20_000, 0), (5000, 3000)], [13_000])
+def test_a_trimmed_reply_is_the_same_wherever_the_line_breaks(lengths, cuts):
+    numbers = iter(range(1, 1_000_000))
+    segments = [
+        np.array([0.0] * silence + [1.0 + next(numbers) % 30_000 for _ in range(sound)])
+        for silence, sound in lengths
+    ]
+
+    def whole(cuts):
+        journal = connected()
+        for index in range(len(segments)):
+            reply = journal.speak("a", f"{index}", complete=True, trim_leading_silence=True)
+        journal.end("a")
+        heard = []
+        for budget in [*cuts, 10_000_000]:
+            journal.restart(LIMITS)
+            heard += trimmed(segments, journal, reply, budget)
+        return np.concatenate([*heard, np.zeros(0)])
+
+    np.testing.assert_array_equal(whole(cuts), whole([]))
 
 
 def test_new_audio_forgives_refusals():
