@@ -9,13 +9,14 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
+from warm_process import WarmProcess
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -44,21 +45,33 @@ sys.exit(main(sys.argv[1:]))
 """The server without its limit on added voices per minute: some tests add more."""
 
 
+SERVER_PYTHON = os.environ.get("SERVER_PYTHON")
+"""The interpreter of servers, where it is not this one."""
+
+
+def _start(
+    arguments: Sequence[str], environ: dict[str, str], program: str | None
+) -> WarmProcess | subprocess.Popen[str]:
+    file = ROOT / "server.py"
+    if SERVER_PYTHON is None:
+        return WarmProcess(file, arguments, program=program, environ=environ, cwd=ROOT)
+    return subprocess.Popen(
+        [SERVER_PYTHON, *([str(file)] if program is None else ["-c", program]), *arguments],
+        cwd=ROOT,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 class LiveServer:
     """`python server.py`, or another program with its options, on a free port."""
 
     def __init__(
         self, *arguments: str, environ: dict[str, str] | None = None, program: str | None = None
     ) -> None:
-        start = [str(ROOT / "server.py")] if program is None else ["-c", program]
-        self.process = subprocess.Popen(
-            [os.environ.get("SERVER_PYTHON", sys.executable), *start, "--port", "0", *arguments],
-            cwd=ROOT,
-            env={**os.environ, **(environ or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.process = _start(("--port", "0", *arguments), {**os.environ, **(environ or {})}, program)
         self.out: list[str] = []
         self.err: list[str] = []
         self._readers = [

@@ -84,7 +84,7 @@ FIELDS = (
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), st.text(max_size=20) | st.binary(max_size=20)))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_fields_are_a_request_or_an_error_with_a_code(fields):
     try:
         new = parse_new_voice(fields)
@@ -135,7 +135,7 @@ CONTENT_TYPES = st.builds(
 
 @given(CONTENT_TYPES, BODIES)
 @example("multipart/form-data; boundary=b; charset=undefined", NAME_PART)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_form_has_fields_or_an_error_with_a_code(content_type, body):
     try:
         fields = read_form(content_type, body)

@@ -162,7 +162,7 @@ def test_a_server_under_load_on_a_cpu(tmp_path):
     out, picture = tmp_path / "load.json", tmp_path / "load.svg"
     done = subprocess.run(
         [sys.executable, "-m", "qwen_megakernel", "bench", "--parts", "load", "--device", "cpu",
-         "--model", str(ROOT / "demo_voice"), "--voices", "1,2", "--rates", "0.5", "--seconds", "3",
+         "--model", str(ROOT / "demo_voice"), "--voices", "1,2", "--rates", "0.5", "--seconds", "1",
          "--processes", "2", "--network", "10,5,1", "--jitter-buffer-ms", "200", "--json", str(out),
          "--plot", str(picture)],
         cwd=ROOT, capture_output=True, text=True, timeout=300,

@@ -152,7 +152,7 @@ MESSAGES = (
     st.binary(max_size=100)
     | st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=8).map(lambda f: json.dumps(f).encode())
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_body_is_a_request_or_an_error_with_a_code(body):
     try:
         asked = parse_bytes(body)

@@ -19,20 +19,14 @@ import numpy as np
 import pytest
 from live_server import LONG, ROOT, LiveServer
 from refusing_proxy import RefusingProxy
+from warm_process import run_warm
 from websockets.sync.server import serve
 
 CLIENT = ROOT / "pipecat_client" / "test_client.py"
 
 
 def run(*arguments, stdin="", environ=None):
-    return subprocess.run(
-        [sys.executable, str(CLIENT), *arguments],
-        input=stdin,
-        env={**os.environ, **(environ or {})},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run_warm(CLIENT, *arguments, text=stdin, environ=environ)
 
 
 def failure(*arguments, **options):
@@ -404,10 +398,12 @@ def test_figures_that_cannot_be_printed_are_an_error(live_server):
 
 def test_play_without_portaudio_names_portaudio(live_server, tmp_path):
     (tmp_path / "sounddevice.py").write_text('raise OSError("PortAudio library not found")')
-    environ = {"PYTHONPATH": str(tmp_path)}
-    line = failure("--url", live_server.url, "--text", "Hi.", "--play", environ=environ)
-    assert "apt install libportaudio2" in line
-    assert "pip install" not in line
+    command = [sys.executable, str(CLIENT), "--url", live_server.url, "--text", "Hi.", "--play"]
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "apt install libportaudio2" in result.stderr
+    assert "pip install" not in result.stderr
 
 
 @pytest.mark.parametrize(("later", "said"), [({"retry_after_s": 6.5}, "; try again in 6.5 s"), ({}, "")])

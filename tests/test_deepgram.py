@@ -117,7 +117,7 @@ FIELDS = st.dictionaries(
 
 
 @given(FIELDS, st.booleans())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_query_is_one_or_an_error_with_a_code(fields, socket):
     try:
         query = parse_query(fields, socket=socket)

@@ -90,16 +90,19 @@ def lines_like(server: LiveServer, pattern: str, after: int = 0) -> list[str]:
     ids=["nothing", "half a line", "second request", "headers", "body", "chunks"],
 )
 def test_a_request_that_is_not_completed_is_cut(edge_server, first, then):
+    """A byte now and then buys no time: 200 of them would take 50 s."""
     with connect(edge_server, first) as peer:
-        start = time.monotonic()
         peer.settimeout(TIMEOUT_S / 4)
-        with contextlib.suppress(OSError):
-            while time.monotonic() - start < 8 * TIMEOUT_S:  # a byte now and then buys no time
+        for _ in range(200):
+            try:
                 peer.sendall(then.encode())
-                with contextlib.suppress(TimeoutError):
-                    if not peer.recv(65_536):
-                        break
-        assert time.monotonic() - start < 3 * TIMEOUT_S
+                if not peer.recv(65_536):
+                    return
+            except TimeoutError:
+                pass
+            except OSError:
+                return
+    pytest.fail("the socket is still open")
 
 
 def test_a_peer_that_does_not_read_its_answer_is_cut(edge_server):
@@ -108,14 +111,14 @@ def test_a_peer_that_does_not_read_its_answer_is_cut(edge_server):
     with socket.socket() as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         peer.connect(("127.0.0.1", edge_server.port))
+        start = time.monotonic()
         peer.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
-        time.sleep(2 * TIMEOUT_S)
-        assert edge_server.num_fds() == fds + 1  # it has more time for this
-        deadline = time.monotonic() + 5 * TIMEOUT_S
+        edge_server.wait_for_line("it read nothing of an answer")
+        assert time.monotonic() - start > 2 * TIMEOUT_S  # it has more time for this
+        deadline = time.monotonic() + 30
         while edge_server.num_fds() > fds:
             assert time.monotonic() < deadline, "the socket is still open"
             time.sleep(0.1)
-    edge_server.wait_for_line("it read nothing of an answer")
 
 
 def test_a_client_that_uses_its_connection_again_is_served(edge_server):
@@ -147,10 +150,10 @@ def test_a_client_that_uses_its_connection_again_is_served(edge_server):
     ids=["headers", "path", "body", "version", "nowhere"],
 )  # fmt: skip
 def test_a_handshake_that_is_refused_is_answered_at_once(edge_server, request_text, status):
-    start = time.monotonic()
+    num_lines = len(edge_server.err)
     with connect(edge_server, request_text) as peer:
         assert f" {status} ".encode() in read_to_end(peer).partition(b"\r\n")[0]
-    assert time.monotonic() - start < TIMEOUT_S
+    assert not lines_like(edge_server, "socket cut", after=num_lines)
     assert not lines_like(edge_server, "ASGI callable|Traceback")
 
 
@@ -253,24 +256,46 @@ def test_a_message_that_is_not_completed_is_cut(edge_server, attacker, first, th
     attacker.socket.sendall(first)
     start = time.monotonic()
     attacker.socket.settimeout(TIMEOUT_S / 4)
-    while time.monotonic() - start < 8 * TIMEOUT_S:
+    for _ in range(120):  # at most 30 s
         try:
             attacker.socket.sendall(then)
             assert int.from_bytes(attacker.socket.recv(4096)[2:4], "big") == 1008
             break
         except TimeoutError:
             pass
-    assert TIMEOUT_S / 2 < time.monotonic() - start < 3 * TIMEOUT_S
+    else:
+        pytest.fail("the socket is still open")
+    assert time.monotonic() - start > TIMEOUT_S / 2
     edge_server.wait_for_line("socket cut: a message is not complete after 1 s")
 
 
-def test_whole_messages_have_no_deadline(attacker):
-    start, message = time.monotonic(), b"\x81\x81\0\0\0\0{"
-    attacker.socket.sendall(message[:-1])
-    while time.monotonic() - start < 3 * TIMEOUT_S:  # always in the middle of one
-        attacker.socket.sendall(message[-1:] + message[:-1])
-        assert b"bad_request" in attacker.socket.recv(4096)
+def is_always_in_a_message(client: RawClient) -> bool:
+    """Whole messages for three times as long as one may last; False where this machine stood still
+    for so long within one."""
+    message = b"\x81\x81\0\0\0\0{"
+    start = begun = time.monotonic()
+    client.socket.sendall(message[:-1])
+    while time.monotonic() - start < 3 * TIMEOUT_S:
+        next_begun, answer = time.monotonic(), b""
+        with contextlib.suppress(OSError):
+            client.socket.sendall(message[-1:] + message[:-1])
+            answer = client.socket.recv(4096)
+        if b"bad_request" not in answer:
+            assert time.monotonic() - begun >= TIMEOUT_S, "cut before its time"
+            return False
+        begun = next_begun
         time.sleep(TIMEOUT_S / 5)
+    return True
+
+
+def test_whole_messages_have_no_deadline(edge_server):
+    for _ in range(20):
+        client = RawClient(edge_server)
+        done = is_always_in_a_message(client)
+        client.hang_up()
+        if done:
+            return
+    pytest.fail("this machine stands still for a second again and again")
 
 
 def test_a_flood_of_pings_is_refused(edge_server, attacker):

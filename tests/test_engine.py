@@ -172,7 +172,7 @@ def test_cancel_stops_within_a_frame_and_nothing_is_heard_after(tts):
             listener.wait_for_audio()
             turn.cancel()
             cancelled_at = time.monotonic()
-            assert listener.wait(5).reason == "cancelled"
+            assert listener.wait().reason == "cancelled"
             finished_at = listener.times[-1]
             assert sum(t > cancelled_at for t in frames) <= 1
             time.sleep(0.1)
@@ -281,7 +281,7 @@ def test_live_text_that_never_comes_ends_as_an_error(tiny_base):
         for text in ("", "Hello there, how"):
             listener = Listener()
             tts.open_turn(text, sink=listener, params=PARAMS)
-            finished = listener.wait(10)
+            finished = listener.wait()
             assert (finished.reason, finished.error) == ("error", "no text for 0.3 s")
 
 
@@ -315,13 +315,13 @@ def test_a_turn_whose_prompt_is_being_made_is_waiting(tts, monkeypatch):
 
     def slow(*args, **options):
         began.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return make(*args, **options)
 
     monkeypatch.setattr(tts._engine._prompts, "open", slow)
     turn = tts.open_turn(sink=Listener())
     try:
-        assert began.wait(10)
+        assert began.wait(60)
         assert tts._engine.num_waiting == 1
     finally:
         go_on.set()
@@ -386,7 +386,7 @@ def test_a_small_model_computes_in_one_thread(tiny_base):
                 ended=True,
                 params=GenerationParams(max_frames=1),
             )
-            assert done.wait(10)
+            assert done.wait(60)
         assert set(seen) == {1}
         assert torch.get_num_threads() == 2
     finally:
@@ -421,11 +421,11 @@ def test_a_turn_that_fails_raises_from_the_stream(tiny_base):
 def test_close_lets_turns_end_and_then_cancels(tiny_base):
     tts = TTSDecoder.load(tiny_base, num_slots=2)
     short, endless = Listener(), Listener()
-    tts.open_turn(TEXT, sink=short, ended=True, params=GenerationParams(max_frames=8))
+    tts.open_turn(TEXT, sink=short, ended=True, params=GenerationParams(max_frames=2))
     tts.open_turn(TEXT, sink=endless, ended=True, params=LONG)
     tts.close(drain_s=2.0)
-    assert short.wait(1).reason == "length"
-    assert endless.wait(1).reason == "cancelled"
+    assert short.wait().reason == "length"
+    assert endless.wait().reason == "cancelled"
     with pytest.raises(RequestError, match="shutting down"):
         tts.open_turn(TEXT, sink=Listener(), ended=True)
 

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import pytest
-from live_server import LONG
+from live_server import LONG, SOON
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -125,13 +125,11 @@ class Stage:
         return reader, writer
 
 
-async def until(condition, limit_s=20.0):
-    """Seconds until a condition is true."""
-    start = time.monotonic()
+async def until(condition, limit_s=60.0):
+    deadline = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() - start < limit_s
+        assert time.monotonic() < deadline
         await asyncio.sleep(0.005)
-    return time.monotonic() - start
 
 
 def serve(tts, script, **settings):
@@ -179,7 +177,7 @@ def test_a_client_that_hangs_up_stops_its_turn_at_the_next_frame(tts, caplog):
     with caplog.at_level(logging.INFO, "qwen_megakernel"):
         serve(tts, script)
     frames = int(re.search(r"turn 1-1: cancelled, .* frames (\d+)", caplog.text)[1])
-    assert frames <= 4  # the one that was heard, and those of the time that the news took
+    assert frames < SOON  # those of the time that the news took
 
 
 def test_a_client_that_does_not_read_holds_the_engine(tts):
@@ -222,16 +220,19 @@ def test_clients_of_one_address_share_its_connections(tts, trusted):
             headers = {"X-Forwarded-For": address}
             return connect(f"ws://127.0.0.1:{stage.port}", additional_headers=headers)
 
-        with await asyncio.to_thread(join, "203.0.113.7"), await asyncio.to_thread(join, "203.0.113.8"):
-            if trusted:
-                with pytest.raises(InvalidStatus) as refused:
-                    await asyncio.to_thread(join, "203.0.113.7")
-                response = refused.value.response
-                assert (response.status_code, response.headers["Retry-After"]) == (429, "5")
-                assert json.loads(response.body)["error"] == "this address has 1 connections already"
-            else:  # a client may claim any address, and this machine does not count
-                with await asyncio.to_thread(join, "203.0.113.7"):
-                    pass
+        def share():
+            with join("203.0.113.7"), join("203.0.113.8"):
+                if trusted:
+                    with pytest.raises(InvalidStatus) as refused:
+                        join("203.0.113.7")
+                    response = refused.value.response
+                    assert (response.status_code, response.headers["Retry-After"]) == (429, "5")
+                    assert json.loads(response.body)["error"] == "this address has 1 connections already"
+                else:  # a client may claim what it likes, and this machine is not counted
+                    with join("203.0.113.7"):
+                        pass
+
+        await asyncio.to_thread(share)  # also the end of a connection waits for the server
 
     proxies = ("127.0.0.1",) if trusted else ()
     serve(tts, script, max_connections_per_address=1, trusted_proxies=proxies)

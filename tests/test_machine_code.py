@@ -33,13 +33,13 @@ from qwen_megakernel.tools.machine_code import (
     system_calls,
 )
 
-SMALL = {"read", "frame tiny"}
-"""Builds that every test run compiles. Each of the others takes up to a minute."""
+SMALL = {"frame sm_90a tiny", *(f"read sm_{arch}" for arch in KNOWN_ARCHES)}
+"""Compiled by every test run; the rest takes up to a minute each."""
 BUILDS = [
     pytest.param(
         one,
         id=str(one).replace(" ", "-"),
-        marks=[] if f"{one.library.name} {one.shape}".strip(" -") in SMALL else pytest.mark.slow,
+        marks=[] if str(one) in SMALL else pytest.mark.slow,
     )
     for one in table_builds()
     if one.arch in KNOWN_ARCHES
@@ -108,16 +108,21 @@ def test_the_machine_code_is_the_table_s(one: KernelBuild, shared_builds):
 # ---------------------------------------------------------------------------- what a digest depends on
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def compiled(tmp_path, monkeypatch) -> Callable[[str, str], Path]:
-    """Compiles each source in a folder of its own: `compiled(folder, source)`."""
+def compiled(folders, monkeypatch) -> Callable[[str, str], Path]:
+    """Compile a source in a folder, or find it there: `compiled(folder, source)`."""
 
     def make(folder: str, source: str) -> Path:
-        sources = tmp_path / folder / "csrc"
-        sources.mkdir(parents=True)
+        sources = folders / folder / "csrc"
+        sources.mkdir(parents=True, exist_ok=True)
         (sources / "scale.cu").write_text(source)
         monkeypatch.setattr(build_tts, "SOURCES", sources)
-        monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(tmp_path / folder / "cache"))
+        monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(folders / folder / "cache"))
         return build(Library("scale", "scale.cu", header=""), "90a")
 
     return make
@@ -142,7 +147,7 @@ def test_a_digest_follows_the_code_alone(compiled):
 
 @needs_compiler
 def test_a_function_that_is_not_inlined_counts(compiled):
-    (called,) = rows(compiled("called", SCALE % "2.f"), "-", "90a")
+    (called,) = rows(compiled("first", SCALE % "2.f"), "-", "90a")
     (longer,) = rows(compiled("longer", SCALE % "2.f + sqrtf(x) / n"), "-", "90a")
     assert longer.instructions > called.instructions
 
@@ -150,7 +155,7 @@ def test_a_function_that_is_not_inlined_counts(compiled):
 @needs_compiler
 def test_calls_into_the_driver_are_found(compiled):
     assert system_calls(compiled("aligned", ALIGNED)) == ["__cuda_syscall_aligned_malloc"]
-    assert system_calls(compiled("plain", SCALE % "2.f")) == []
+    assert system_calls(compiled("first", SCALE % "2.f")) == []
 
 
 def test_what_is_no_machine_code_is_refused(tmp_path):
@@ -209,7 +214,7 @@ def test_the_table_covers_all_or_nothing(capsys):
 
 @needs_compiler
 def test_the_command_writes_the_table(compiled, monkeypatch, tmp_path, capsys):
-    product = compiled("source", SCALE % "2.f")
+    product = compiled("first", SCALE % "2.f")
     library = Library("scale", "scale.cu", header="")
     table = tmp_path / "machine_code.md"
     table.write_text("<<<<<<< a table in the middle of a merge\n")

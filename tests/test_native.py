@@ -186,9 +186,11 @@ def test_a_queued_context_is_not_older_than_its_turn(live_server):
         client.speak("b", SENTENCES[0], seed=1)
         client.send(End("b"))
         client.wait_for(Started, "a")
-        time.sleep(2)
+        time.sleep(0.5)
+        cancelled_at = time.monotonic()
         client.send(Cancel("a"))
-        assert client.hear("b").done.ttfc_ms < 2000
+        ttfc_ms = client.hear("b").done.ttfc_ms
+        assert ttfc_ms <= 1000 * (time.monotonic() - cancelled_at)
 
 
 # --- silence ----------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def test_progress_is_told_once_a_second_and_late_text_goes_on(live_server):
         start = time.monotonic()
         client.speak("a", "Hello ", seed=2)
         client.speak("b", "Queued.")
-        told = [client.wait_for(Progress, each, 5) for each in ("a", "b", "a")]
+        told = [client.wait_for(Progress, each, 30) for each in ("a", "b", "a")]
         assert time.monotonic() - start > 1.8
         assert [(p.state, p.queued) for p in told] == [
             ("waiting_for_text", 0),
@@ -211,7 +213,7 @@ def test_progress_is_told_once_a_second_and_late_text_goes_on(live_server):
         client.speak("a", "there, I am still thinking.")
         client.send(End("a"))
         np.testing.assert_allclose(client.array(client.hear("a")), whole, atol=1e-4)
-        assert client.wait_for(Progress, "b", 5).state == "waiting_for_text"
+        assert client.wait_for(Progress, "b", 30).state == "waiting_for_text"
 
 
 # --- formats ----------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ values = st.one_of(
 names = sorted({name for kind in schema()["$defs"].values() for name in kind.get("properties", {})})
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(CLIENT), st.dictionaries(st.sampled_from([*names, "other"]), values, max_size=2))
 def test_schema_and_parser_agree(message, changes):
     text = json.dumps({**json.loads(encode(message)), **changes})
@@ -195,7 +195,7 @@ def test_schema_and_parser_agree(message, changes):
     assert accepted == validator("client").is_valid(json.loads(text)), text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.one_of(st.text(), st.binary(), st.recursive(st.none(), st.lists).map(json.dumps)))
 def test_any_garbage_is_refused_in_one_line(data):
     refusal(data)

@@ -123,7 +123,7 @@ BODIES = st.binary(max_size=200) | st.dictionaries(
 
 
 @given(BODIES)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_body_is_a_request_or_an_error_with_a_code(body):
     try:
         request = parse_speech(body)

@@ -24,7 +24,7 @@ from qwen_megakernel.model.sampling import (
 )
 
 CPU = torch.device("cpu")
-NUM_DRAWS = 100_000
+NUM_DRAWS = 30_000
 
 
 @pytest.mark.parametrize(

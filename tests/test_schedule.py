@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import pytest
 
 from qwen_megakernel.config import FRAME_S
+from qwen_megakernel.engine import active_turn
+from qwen_megakernel.engine import schedule as schedule_module
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
 from qwen_megakernel.engine.pace import Pace
 from qwen_megakernel.engine.schedule import HORIZON_S, PATIENCE_S, Schedule
 from qwen_megakernel.turn import Turn
 
 PROMPT = SimpleNamespace(next_text_row=lambda: "a row", ended=True, ready=True, num_text_tokens=9)
+
+
+class Clock:
+    """`time`, as the engine sees it: it stands still until a test moves it."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture(autouse=True)
+def _clock_of_the_engine(monkeypatch):
+    for module in (active_turn, schedule_module):
+        monkeypatch.setattr(module, "time", CLOCK)
 
 
 def make_turn(lead_s: float | None, max_lead_s: float | None = 10.0) -> ActiveTurn:
@@ -23,7 +42,7 @@ def make_turn(lead_s: float | None, max_lead_s: float | None = 10.0) -> ActiveTu
     active.slot, active.prefilled = 0, True
     if lead_s is not None:
         active.num_fed = active.num_frames = 100
-        active._first_audio_at = time.monotonic() + lead_s - 100 * FRAME_S
+        active._first_audio_at = CLOCK.now + lead_s - 100 * FRAME_S
     return active
 
 
@@ -50,7 +69,7 @@ def test_audio_that_nobody_plays_is_no_lead():
     turns[1].turn.skip(0.3)
     turns[1].turn.skip(0.3)
     assert order(turns, 1) == [1]
-    assert turns[1].lead_s(time.monotonic()) == pytest.approx(0.2, abs=0.05)
+    assert turns[1].lead_s(CLOCK.now) == pytest.approx(0.2)
 
 
 def test_a_turn_that_is_far_enough_ahead_waits_until_it_is_not():
@@ -58,7 +77,7 @@ def test_a_turn_that_is_far_enough_ahead_waits_until_it_is_not():
     schedule.note(*turns)
     assert schedule.choose(turns, 8) == turns[1:]
     assert turns[0].idle
-    time.sleep(0.06)
+    CLOCK.now += 0.06
     assert schedule.choose(turns, 8) == [turns[1], turns[0]]
     assert not turns[0].idle
 
@@ -89,7 +108,7 @@ def test_a_prompt_waits_while_somebody_would_run_dry():
     schedule, turns = Schedule(8), [make_turn(0.2), make_turn(5.0), make_turn(None)]
     schedule.note(*turns)
     schedule.choose(turns, 32)
-    now = time.monotonic()
+    now = CLOCK.now
     assert 0.1 < schedule.spare_s(turns, now) < 0.2
     for _ in range(200):
         schedule.pace.add_tick(0.004, 2, 0)
@@ -104,7 +123,7 @@ def test_a_prompt_waits_while_somebody_would_run_dry():
     assert not schedule.may_begin([short], turns, 400), "those of this tick count"
     assert schedule.may_begin([long], [turns[2]], 400), "nobody's playback runs"
     assert not schedule.may_begin([], turns, 0)
-    long.started_at -= PATIENCE_S
+    long.started_at -= PATIENCE_S + 0.01
     assert schedule.may_begin([long], turns, 0), "it has waited for long enough"
     assert not schedule.may_begin([long], turns, 1)
 
@@ -133,7 +152,7 @@ def test_one_more_voice_is_held_while_there_is_time_for_it():
     schedule = Schedule(8)
     voices = [make_turn(0.0) for _ in range(200)]
     for voice in voices:
-        voice.refresh(time.monotonic())
+        voice.refresh(CLOCK.now)
     assert schedule.holds_one_more(voices), "nothing is known yet"
     for _ in range(100):
         schedule.pace.add_tick(0.0064, 8, 0)  # 95 voices

@@ -300,7 +300,6 @@ def test_stalled_reader_is_cut_and_slows_nobody(live_server):
     stalled.wait_for_audio()
     for seed in range(3):
         assert speak_short(live_server, seed=seed)[1]["samples"] > 0
-    assert live_server.ready()["active"] == 1
     live_server.wait_for_line(r"cut: it (read nothing|answered no ping) for", after=num_lines)
     assert time.monotonic() - start > 9
     live_server.wait_until_idle()

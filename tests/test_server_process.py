@@ -2,26 +2,17 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
 from live_server import DEMO_TOKEN, LONG, ROOT, LiveServer, collect, first_chunk, send
+from warm_process import run_warm
 from websockets.exceptions import ConnectionClosed
 
 
 def start_failing(*arguments, **environ):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "server.py"), *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run_warm(ROOT / "server.py", *arguments, environ=environ)
 
 
 @pytest.mark.parametrize(

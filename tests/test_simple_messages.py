@@ -208,26 +208,26 @@ def check_result(data):
         )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(), max_size=60) | st.binary(max_size=60))
 def test_any_text_or_bytes(data):
     check_result(data)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(json_values)
 @example({"text": "\ud800"})
 def test_any_json(value):
     check_result(json.dumps(value))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.dictionaries(known_keys, json_values, max_size=4))
 def test_valid_messages_with_some_values_exchanged(changes):
     check_result(json.dumps({**FULL, **changes}))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_valid_messages_with_characters_changed(data):
     text = json.dumps(FULL)

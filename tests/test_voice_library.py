@@ -234,56 +234,30 @@ def test_one_of_many_that_take_a_name_gets_it(server):
 
 
 def test_cloning_stalls_nobodys_speech(server, report):
-    """Sound keeps coming while each of three recordings is encoded. If the machine is much faster than
-    real time, a listener with two seconds in hand hears no gap either."""
+    """Sound keeps coming while each of two recordings is encoded."""
     recording = file_of(buzz(29))
     headers = {"Authorization": f"Bearer {TOKEN}"}
     arrivals, clones = [], []
     with server.connect(additional_headers=headers) as client, ThreadPoolExecutor(1) as pool:
         send(client, **LONG, speaker_ref="rms")
-        arrivals.append((time.monotonic(), len(first_chunk(client)) / 4 / RATE))
+        first_chunk(client)
 
         def listen():
-            while not isinstance(message := client.recv(timeout=60), str):
-                arrivals.append((time.monotonic(), len(message) / 4 / RATE))
-            return json.loads(message)
+            while not isinstance(client.recv(timeout=60), str):
+                arrivals.append(time.monotonic())
 
         listening = pool.submit(listen)
-        time.sleep(1)
-        alone_s = sum(length for _, length in arrivals)
-        for _ in range(3):
+        for _ in range(2):
             begun = time.monotonic()
             assert add(server, recording, name="eve", transcript="A buzz.")[0] == 201
             clones.append((begun, time.monotonic()))
             assert ask(server, "DELETE", f"{VOICES}/eve")[0] == 200
         send(client, cancel=True)
         listening.result(60)
-    meanwhile = [sum(begun < at < end for at, _ in arrivals) for begun, end in clones]
-    gaps = count_underruns(arrivals, in_hand_s=2.0)
+    meanwhile = [sum(begun < at < end for at in arrivals) for begun, end in clones]
     times = ", ".join(f"{end - begun:.1f} s" for begun, end in clones)
-    report(f"cloned in {times}; {meanwhile} chunks meanwhile, {gaps} underruns")
+    report(f"cloned in {times}; {meanwhile} chunks meanwhile")
     assert min(meanwhile) >= 2
-    assert gaps == 0 or alone_s < 3
-
-
-def count_underruns(arrivals, in_hand_s):
-    """Gaps of a player that begins when it has `in_hand_s` of sound."""
-    received, empty_at, gaps = 0.0, None, 0
-    for at, length in arrivals:
-        if empty_at is not None and at > empty_at:
-            gaps, empty_at = gaps + 1, at
-        received += length
-        if empty_at is not None:
-            empty_at += length
-        elif received >= in_hand_s:
-            empty_at = at + received
-    return gaps
-
-
-def test_underruns_are_counted():
-    assert count_underruns([(0, 1.0), (0.5, 1.0), (1.5, 1.0)], 1.0) == 0
-    assert count_underruns([(0, 1.0), (2.0, 1.0), (2.5, 1.0), (9.0, 1.0)], 1.0) == 2
-    assert count_underruns([(0, 1.0), (8.0, 1.0), (9.0, 1.0)], 2.0) == 0
 
 
 def test_voices_survive_a_restart(server, brief_base, folder):
