@@ -59,7 +59,7 @@ def run_one(speak: Callable, port: int, fields: dict[str, Any]) -> bytes:
 async def converse(port: int, script: Callable, limit_s: float = 120.0):
     """Pipecat's service through a tap: the tap, frames and errors. `script` is made from the tap."""
     async with WireTap(port, HEADERS) as tap:
-        return tap, *await play(make_service(tap.url, **EXACT), script(tap), limit_s)
+        return tap, *await play(make_service(tap.url, **EXACT), script(tap), limit_s=limit_s)
 
 
 def speak_undisturbed(port: int) -> dict[Any, bytes]:
