@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from session_stage import FakeDecoder, Stage
 
@@ -244,6 +244,7 @@ def test_any_split_of_a_text_gives_the_same_turns_and_the_same_silence(bits, cut
 @given(
     speed=st.sampled_from([0.3, 0.5, 0.9, 1.5, 4.0]), cuts=st.lists(st.integers(1, 24_000), max_size=6)
 )
+@example(speed=4.0, cuts=[1])
 def test_however_audio_is_split_a_rate_gives_the_same_samples(speed, cuts):
     pytest.importorskip("av")
     samples = np.random.default_rng(1).uniform(-0.5, 0.5, 24_000).astype(np.float32)

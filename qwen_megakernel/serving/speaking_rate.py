@@ -14,7 +14,7 @@ from qwen_megakernel.config import SAMPLE_RATE
 _LEAST_SPEED = 0.5
 """Of one filter; two in a row do a quarter."""
 _STEP = SAMPLE_RATE // 100
-"""Samples that the filter is given at a time: it holds the last ones back."""
+"""Samples that the filter is given at a time: it holds the last ones back, and fails on a few alone."""
 
 
 def available() -> bool:
@@ -41,26 +41,31 @@ class SpeakingRate:
             before.link_to(after)
         self._graph.configure()
         self._sink = filters[-1]
-        self._num_taken = 0
+        self._held = np.zeros(0, np.float32)
+        self._num_given = 0
 
     def change(self, samples: np.ndarray) -> np.ndarray:
         """What is to be played now that a chunk has come, float32 [n]; a little is held back."""
-        from av import AudioFrame
-
-        pieces = []
-        for start in range(0, len(samples), _STEP):
-            piece = samples[None, start : start + _STEP].astype(np.float32)
-            frame = AudioFrame.from_ndarray(piece, format="flt", layout="mono")
-            frame.sample_rate, frame.pts = SAMPLE_RATE, self._num_taken
-            self._num_taken += piece.shape[1]
-            self._source.push(frame)
-            pieces.append(self._pull())
+        held = np.concatenate([self._held, samples], dtype=np.float32)
+        whole = len(held) - len(held) % _STEP
+        self._held = held[whole:]
+        pieces = [self._give(held[start : start + _STEP]) for start in range(0, whole, _STEP)]
         return np.concatenate([*pieces, np.zeros(0, np.float32)])
 
     def end(self) -> np.ndarray:
-        """What was held back."""
+        """What was held back, and silence up to a whole step."""
+        rest = self.change(np.zeros(-len(self._held) % _STEP, np.float32))
         self._source.push(None)
-        return self._pull() if self._num_taken else np.zeros(0, np.float32)
+        return np.concatenate([rest, self._pull()]) if self._num_given else rest
+
+    def _give(self, piece: np.ndarray) -> np.ndarray:
+        from av import AudioFrame
+
+        frame = AudioFrame.from_ndarray(piece[None], format="flt", layout="mono")
+        frame.sample_rate, frame.pts = SAMPLE_RATE, self._num_given
+        self._num_given += len(piece)
+        self._source.push(frame)
+        return self._pull()
 
     def _pull(self) -> np.ndarray:
         from av.error import BlockingIOError as NothingYet
