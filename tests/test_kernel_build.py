@@ -33,7 +33,9 @@ SMALL_BYTES = 99 * 1024
 """Shared memory that a CTA may have on an RTX 30, 40 or 50."""
 NARROW = "frame_kernel_narrow"
 """The frame kernel for up to eight streams."""
-MOST_WIDE_SPILLS = 1536
+MOST_NARROW_SPILLS = {"86": 16}
+"""Bytes of the kernel for up to eight streams: two registers, spilled once in a frame's pass."""
+MOST_WIDE_SPILLS = 2048
 """Bytes of the kernel for up to 32 streams; csrc/machine_code.md has those of each GPU."""
 SOURCE = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= %s; }\n'
 
@@ -65,7 +67,7 @@ def test_the_frame_kernel_fits_the_gpu(arch, shared_builds, report):
         f"{wide.spill_bytes} bytes of spills, {shared} bytes of shared memory, in {lasted:.0f} s"
     )
     assert shared <= (227 * 1024 if arch == "90a" else SMALL_BYTES)
-    assert narrow.spill_bytes == 0
+    assert narrow.spill_bytes <= MOST_NARROW_SPILLS.get(arch, 0)
     assert wide.spill_bytes <= MOST_WIDE_SPILLS
     assert system_calls(product) == []
     assert "Performance Loss" not in (product.parent / "kernel_tts.cu.log").read_text()
