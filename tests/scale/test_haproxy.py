@@ -33,7 +33,7 @@ ASKED = {
 SHORT = ASKED | {"text": "Good evening, this is the front desk."}
 EXACT = {"voice": "rms", "language": "en", "seed": 11, "chunk_frames": 1}
 NUM_KILLS = 10
-CLEAN_S = 1.0
+CLEAN_S = 10.0
 """In which a client notices that its replica is gone."""
 
 
