@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from live_server import DEMO_TOKEN, LiveServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -49,18 +50,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def _builds_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of builds of all processes of a parallel run. A build takes a lock there."""
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for all processes of a parallel run."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
-    folder.mkdir(exist_ok=True)
-    return folder
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture
-def shared_builds(_builds_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def shared_builds(_shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Build kernels in a cache of this test session, so that each is compiled once."""
-    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(_builds_folder))
+    folder = _shared_folder / "kernels"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setenv("QWEN_MEGAKERNEL_CACHE", str(folder))
 
 
 @pytest.fixture(scope="session")
@@ -96,9 +97,14 @@ def tiny_base_1_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base_0_6b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_0_6b(_shared_folder: Path) -> Path:
     """The true 0.6B Base shape (2.5 GB, tens of seconds to write): for tests marked `slow`."""
-    return _write(tmp_path_factory, "0.6b", "base")
+    folder = _shared_folder / "0_6b_base"
+    with FileLock(_shared_folder / "0_6b_base.lock"):
+        if not (folder / "written").exists():
+            write_checkpoint(folder / "checkpoint", shape="0.6b", mode="base")
+            (folder / "written").touch()
+    return folder / "checkpoint"
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,7 @@ def plant(tree, old, new):
 # ---------------------------------------------------------------------------- whole comparisons
 
 
+@pytest.mark.slow
 def test_a_tree_equals_itself(tmp_path, capsys):
     out = tmp_path / "found.json"
     limits = ("--max-ratio", "4", "--max-bound", "8")  # other work may take the cores at any time
@@ -82,6 +83,7 @@ def test_other_numerics_are_found_in_the_codes(copied_tree, capsys):
     assert "TTFC" not in told
 
 
+@pytest.mark.slow
 def test_a_slower_version_fails(copied_tree):
     plant(
         copied_tree,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,14 +103,37 @@ def test_the_bench_s_read_compiles_without_spills(arch, shared_builds):
 # ---------------------------------------------------------------------------- the cache
 
 
+LIBRARY = Library("twice", "twice.cu", header="")
+"""It compiles in a second or two."""
+
+
+def write_sources(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "twice.cu").write_text(SOURCE % "2.f")
+    return folder
+
+
 @pytest.fixture
 def library(tmp_path, monkeypatch) -> Library:
-    """A library that compiles in a second or two."""
-    sources = tmp_path / "csrc"
-    sources.mkdir()
-    (sources / "twice.cu").write_text(SOURCE % "2.f")
-    monkeypatch.setattr(build_tts, "SOURCES", sources)
-    return Library("twice", "twice.cu", header="")
+    """With sources that the test may change."""
+    monkeypatch.setattr(build_tts, "SOURCES", write_sources(tmp_path / "csrc"))
+    return LIBRARY
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A cache with a build of the library for sm_90a."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_tts, "SOURCES", write_sources(folder / "csrc"))
+        build(LIBRARY, "90a", out=folder / "cache")
+    return folder / "cache"
+
+
+@pytest.fixture
+def full_cache(built, cache) -> Path:
+    """With that build, which the test may damage."""
+    return shutil.copytree(built, cache)
 
 
 CHILD = """
@@ -188,16 +212,17 @@ def test_a_compiler_that_does_not_run_is_named(library, cache, monkeypatch, tmp_
         build(library, "90a")
 
 
-def test_what_was_built_needs_no_compiler(library, cache, monkeypatch):
+def test_what_was_built_needs_no_compiler(library, full_cache, monkeypatch):
     product = build(library, "90a")
+    assert product.is_relative_to(full_cache)
     monkeypatch.setattr(nvrtc, "find_compiler", lambda: None)
     assert build(library, "90a") == product
     with pytest.raises(BuildError, match="no CUDA compiler is found"):
         build(library, "120a")
 
 
-def test_prebuilt_kernels_need_no_compiler(library, cache, monkeypatch, tmp_path):
-    lines, out = [], tmp_path / "kernels"
+def test_prebuilt_kernels_need_no_compiler(library, built, cache, monkeypatch, tmp_path):
+    lines, out = [], shutil.copytree(built, tmp_path / "kernels")
     product = build(library, "90a", out=out)
     kept_builds.strip(product)
     assert sorted(path.name for path in product.parent.iterdir()) == [
@@ -264,7 +289,7 @@ DAMAGES = ("half of it", "empty", "a bit", "a folder", "no checksum", "another c
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_build_is_made_anew(library, cache, how):
+def test_a_damaged_build_is_made_anew(library, full_cache, how):
     product, lines = build(library, "90a"), []
     content = product.read_bytes()
     damage(product, how)
@@ -277,7 +302,7 @@ def test_a_damaged_build_is_made_anew(library, cache, how):
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_build_is_refused_where_there_is_no_compiler(library, cache, monkeypatch, how):
+def test_a_damaged_build_is_refused_where_there_is_no_compiler(library, full_cache, monkeypatch, how):
     product = build(library, "90a")
     damage(product, how)
     monkeypatch.setattr(nvrtc, "find_compiler", lambda: None)

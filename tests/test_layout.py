@@ -5,6 +5,7 @@ each rule can complain.
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -83,7 +84,13 @@ def python_files(root: Path, *folders: str) -> list[Path]:
 
 
 def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return _parsed(path.read_text(encoding="utf-8"), str(path))
+
+
+@functools.cache
+def _parsed(source: str, name: str) -> ast.Module:
+    """Many rules read the same files, and none changes a tree."""
+    return ast.parse(source, name)
 
 
 def imports_of(path: Path, root: Path) -> set[str]:

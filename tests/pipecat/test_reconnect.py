@@ -4,7 +4,6 @@ import asyncio
 import signal
 import socket
 import threading
-import time
 
 import pytest
 
@@ -327,12 +326,11 @@ def test_pipeline_can_be_cancelled_while_the_server_is_away():
             yield SleepFrame(sleep=0.3)
             yield CancelFrame()
 
+        # Its tries to reconnect would take 90 s.
         service = make_service(f"ws://127.0.0.1:{free_port()}")
-        begun = time.monotonic()
-        await play(service, script())
-        return time.monotonic() - begun
+        await asyncio.wait_for(play(service, script()), 30)
 
-    assert asyncio.run(scenario()) < 3
+    asyncio.run(scenario())
 
 
 def drop_lines(server, cut_when, num_cuts, **options):
