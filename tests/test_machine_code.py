@@ -74,9 +74,15 @@ def test_the_table_has_all_builds():
 
 
 WIDE = "frame_kernel_wide"
-"""A wide frame's kernel, which spills at most a few registers over its waits (docs/experiments.md)."""
-MAY_SPILL = {("frame", "1.7b", f"sm_{arch}") for arch in ARCHES}
-"""Of this shape, 32 registers of a thread hold the residual."""
+"""A wide frame's kernel, which spills registers over its waits (docs/experiments.md)."""
+MOST_SPILLS = {("frame", "1.7b"): 832, ("frame", "0.6b"): 16, ("codec", "-"): 64}
+"""Bytes of spills of a kernel that is not wide. At 1.7B, 32 registers of a thread hold the residual."""
+SPILLING = {
+    *(("frame", "1.7b", f"sm_{arch}") for arch in ARCHES),
+    *(("frame", "0.6b", f"sm_{arch}") for arch in ("86", "89")),
+    *(("codec", "-", f"sm_{arch}") for arch in ("80", "86", "89", "90a", "100a")),
+}
+"""Builds with a kernel that is not wide and spills."""
 
 
 def test_no_other_kernel_of_the_table_spills_or_takes_more_than_its_gpu_has():
@@ -85,9 +91,10 @@ def test_no_other_kernel_of_the_table_spills_or_takes_more_than_its_gpu_has():
         row = dict(zip(machine_code.COLUMNS, cells, strict=True))
         if row["spills"] != "0" and WIDE not in row["kernel"]:
             spilling.add((row["library"], row["shape"], row["arch"]))
+            assert int(row["spills"]) <= MOST_SPILLS[row["library"], row["shape"]], row
         if row["dynamic shared"] != "-":
             assert int(row["dynamic shared"]) <= shared_bytes(row["arch"].removeprefix("sm_")), row
-    assert spilling == MAY_SPILL
+    assert spilling == SPILLING
 
 
 @needs_compiler
