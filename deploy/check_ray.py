@@ -165,7 +165,7 @@ def check_load_step(door: RayDoor, undisturbed: Sound) -> str:
         wait_until(lambda: len(door.processes()) == 1, "the replica does not end")
         seen["ended"] = time.monotonic() - start
 
-    num_turns = speak_while(door, step, undisturbed, LIMIT_S)
+    num_turns = speak_while(door, step, undisturbed, LIMIT_S, all_replaced=False)
     return (
         f"1 -> 2 in {seen['up']:.0f} s, 2 -> 1 in {seen['down']:.0f} s, its process ended after "
         f"{seen['ended']:.0f} s; {num_turns + 2} turns, none failed"

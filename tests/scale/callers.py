@@ -190,11 +190,17 @@ def kill_in_mid_turn(door: Door, kill_pipecats: bool, undisturbed: dict[Any, byt
 
 
 def speak_while(
-    door: Door, change: Callable[[], None], undisturbed: dict[Any, bytes], limit_s: float = 110.0
+    door: Door,
+    change: Callable[[], None],
+    undisturbed: dict[Any, bytes],
+    limit_s: float = 110.0,
+    *,
+    all_replaced: bool = True,
 ) -> int:
     """Speak one turn after the other while `change` runs: with Pipecat, and three other clients.
 
-    Not a turn may fail. Gives the number of turns of the other three.
+    Not a turn may fail. Gives the number of turns of the other three. With `all_replaced` the change ends
+    every replica, so the client that stays connected must move.
     """
     over, outcomes, failures = threading.Event(), [], []
     regular = Regular(door.port)
@@ -235,5 +241,5 @@ def speak_while(
     outcomes += regular.outcomes
     failed = [outcome.error for outcome in outcomes if not outcome.complete]
     assert failed == [], failed
-    assert regular.num_moves > 0
+    assert regular.num_moves > 0 or not all_replaced
     return len(outcomes)
