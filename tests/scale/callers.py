@@ -199,8 +199,8 @@ def speak_while(
 ) -> int:
     """Speak one turn after the other while `change` runs: with Pipecat, and three other clients.
 
-    Not a turn may fail. Gives the number of turns of the other three. With `all_replaced` the change ends
-    every replica, so the client that stays connected must move.
+    Not a turn may fail. Gives the number of turns of the other three. With `all_replaced` the change
+    ends every replica, so the client that stays connected must move.
     """
     over, outcomes, failures = threading.Event(), [], []
     regular = Regular(door.port)
