@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_megakernel.config import SAMPLINGS
 from qwen_megakernel.installation.build_environment import ARCH_VARIABLE, PREBUILT_VARIABLE
-from qwen_megakernel.installation.cuda_context import begin_context
 from qwen_megakernel.serving.access import is_loopback
 from qwen_megakernel.serving.app import Phase, ServerSettings
 from qwen_megakernel.serving.lexicon import read_lexicons
@@ -404,7 +403,6 @@ def load_decoder(options: argparse.Namespace, report: Report) -> TTSDecoder:
     def progress(text: str) -> None:
         tell("loading", text)
 
-    begin_context(options.device)
     progress("importing torch")
     # These take seconds; the port answers meanwhile.
     from qwen_megakernel.engine.standby import StandbyPlan
