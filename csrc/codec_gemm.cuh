@@ -39,9 +39,10 @@ struct Tile {
   static_assert(kStages >= 2 && kSharedBytes <= kPipelineLimit, "two CTAs share an SM");
   // A thread finishes eight rows of every kColumnsAtOnce-th column.
   static constexpr int kParts = kM / 8, kColumnsAtOnce = kThreads / kParts;
-  // Whether the operands of the epilogue are fetched before the product. It helps tiles of few columns, whose time is
-  // all latency.
-  static constexpr bool kVectorsEarly = kN <= 32;
+  // When the operands of the epilogue are fetched: before the product, after it or after its sums have left the
+  // registers. Tiles of few columns gain by an early fetch, because their time is all latency. The largest tile has no
+  // registers for it.
+  static constexpr bool kVectorsEarly = kN <= 32, kVectorsLate = kN > 64;
   static constexpr int kAtOnce = kN == 64 ? 2 : 1;  // columns that a thread finishes together; registers limit it
   static_assert(kThreads % kParts == 0, "a thread keeps its rows");
   static_assert(kNi == 1 || kNi % 2 == 0, "columns are loaded 16 at a time, or 8");
@@ -285,16 +286,20 @@ __device__ __forceinline__ void gemm(const GemmLaunch& p) {
   float acc[T::kMi][T::kNi][4] = {};
   pipeline.run(p, loader, acc);
 
-  if (!T::kVectorsEarly && m0 + m < p.m) vectors.load(p, m0 + m);
+  if (!T::kVectorsEarly && !T::kVectorsLate && m0 + m < p.m) vectors.load(p, m0 + m);
   // Without clusters one CTA finishes the whole tile.
   const int step = (kHopper ? p.segments : 1) * T::kColumnsAtOnce;
   const int n = (kHopper ? rank : 0) * T::kColumnsAtOnce + threadIdx.x / T::kParts;
   const int end = m0 + m < p.m ? min(T::kN, p.columns - n0) : 0;
   Destination to[T::kAtOnce];
-  find_destinations<T>(p, vectors, to, n0, n, end, step);
+  if (!T::kVectorsLate) find_destinations<T>(p, vectors, to, n0, n, end, step);
   const bool alone = p.segments == 1;
   float* const tile = reinterpret_cast<float*>(shared);
   join_groups<T>(acc, tile);
+  if (T::kVectorsLate) {
+    if (m0 + m < p.m) vectors.load(p, m0 + m);
+    find_destinations<T>(p, vectors, to, n0, n, end, step);
+  }
   if constexpr (kHopper) {
     share_tile(alone);
   } else {

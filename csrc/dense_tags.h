@@ -59,7 +59,7 @@ struct DenseTags : FramePlace {
 };
 __device__ constexpr bool dense_tags_are_distinct() {
   DenseTags tags{};
-  walk_frame(tags, kMaxColumns, false);
+  walk_frame(tags, kMaxColumns, 0);
   return tags.distinct;
 }
 static_assert(dense_tags_are_distinct(), "a word's tag must differ from the one that it has");

@@ -28,7 +28,7 @@ struct ExchangeLister : FramePlace {
 
 __device__ constexpr ExchangeList list_exchanges(int streams) {
   ExchangeLister lister{};
-  walk_frame(lister, streams, false);
+  walk_frame(lister, streams, 0);
   return lister.list;
 }
 

@@ -76,9 +76,10 @@ __device__ __forceinline__ constexpr void walk_layer(Visitor& v) {
   v.advance(Step::kDown);
 }
 
-// Walks a frame of `streams` streams, or a prefill, which has only the talker's layers.
+// Walks a frame of `streams` streams, or a prefill (1, or 0 for a frame), which has only the talker's layers. Both are
+// references, so that they are read at their use: copies would take registers over all layers.
 template <class Visitor>
-__device__ __forceinline__ constexpr void walk_frame(Visitor& v, int streams, bool prefill) {
+__device__ __forceinline__ constexpr void walk_frame(Visitor& v, const int& streams, const int& prefill) {
 #pragma unroll 1
   for (; v.layer() < T::kLayers; v.next_layer()) walk_layer<T>(v);
   if (prefill) return;
@@ -151,12 +152,12 @@ struct ExchangeCounter : FramePlace {
 // How many exchanges of a frame come before the named one.
 __device__ constexpr int exchange_of(Step step, int pass, int layer, int streams) {
   ExchangeCounter counter{{}, step, pass, layer};
-  walk_frame(counter, streams, false);
+  walk_frame(counter, streams, 0);
   return counter.found;
 }
 __device__ constexpr int num_exchanges(int streams) {
   ExchangeCounter counter{};
-  walk_frame(counter, streams, false);
+  walk_frame(counter, streams, 0);
   return counter.total;
 }
 

@@ -81,7 +81,7 @@ __device__ __forceinline__ void compute_wide_frame(const FrameParams& p, WideFor
   WideCompute compute{{p, scratch, {ring}, Watchdog{p}, p.epoch, state}};
   store_noise(compute.c);  // of code 0, while the first weights are being fetched
   wide_step::feed_talker(compute.c);
-  walk_frame(compute, p.num_columns, false);
+  walk_frame(compute, p.num_columns, 0);
   sync_compute();
   for_own_streams<true>(p, [&](int stream) { sum_embeddings(p, stream); });
 }

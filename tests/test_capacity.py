@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 
@@ -9,7 +10,6 @@ import pytest
 from listener import LONG, TEXT, Listener, wait_idle
 
 from qwen_megakernel import TTSDecoder
-from qwen_megakernel.engine.active_turn import ActiveTurn
 from qwen_megakernel.engine.engine import Engine
 
 
@@ -85,30 +85,70 @@ def test_a_turn_waits_while_the_voices_that_speak_fill_all_frames(tts):
     wait_idle(tts)
 
 
+class Queue(list):
+    """Counts how often the engine's thread goes through it."""
+
+    def __init__(self, turns, thread):
+        super().__init__(turns)
+        self.thread, self.looks = thread, 0
+
+    def __iter__(self):
+        self.looks += threading.current_thread() is self.thread
+        return super().__iter__()
+
+
 def test_a_long_queue_costs_a_tick_nothing_while_no_slot_is_free(tts, monkeypatch):
     """Else an overload slows the ticks, which lengthens the queue."""
-    looks, ticks, ready, tick = [0], [0], ActiveTurn.ready.fget, Engine._tick
-
-    def looked(active):
-        looks[0] += threading.current_thread() is tts._engine.thread and active.slot is None
-        return ready(active)
+    engine, ticks, tick = tts._engine, [0], Engine._tick
 
     def ticked(engine):
         ticks[0] += 1
         return tick(engine)
 
-    speaking = [Listener() for _ in range(4)]
-    turns = [tts.open_turn(TEXT, sink=each, ended=True, params=LONG) for each in speaking]
-    for listener in speaking:
-        listener.wait_for_audio()
-    turns += [tts.open_turn(TEXT, sink=Listener(), ended=True, params=LONG) for _ in range(40)]
-    while tts.capacity().num_queued < 40 or tts._engine._opened:
-        time.sleep(0.01)
-    monkeypatch.setattr(ActiveTurn, "ready", property(looked))
+    turns = fill(tts, 40)
+    engine._waiting = queue = Queue(engine._waiting, engine.thread)
     monkeypatch.setattr(Engine, "_tick", ticked)
     while ticks[0] < 10:
         time.sleep(0.01)
-    assert not looks[0]
+    looks, queue.thread = queue.looks, None
     for turn in turns:
         turn.cancel()
     wait_idle(tts)
+    assert not looks
+    engine._waiting = list(queue)
+
+
+def test_a_place_in_a_long_queue_costs_few_calls(tts):
+    """A turn begins some sixty times a second, and the GPU waits while the engine looks for it."""
+    engine, turns, calls = tts._engine, fill(tts, 60), {}
+
+    def begin(waiting):
+        engine._schedule.may_begin(waiting, [], 0)
+        assert engine._slot_order.choose(waiting, 1) in waiting
+
+    for length in (20, 60):
+        counted = [0]
+
+        def count(frame, event, what, counted=counted):
+            counted[0] += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        begin(list(engine._waiting)[:length])
+        sys.setprofile(None)
+        calls[length] = counted[0]
+    for turn in turns:
+        turn.cancel()
+    wait_idle(tts)
+    assert calls[60] - calls[20] <= 8 * 40, calls
+
+
+def fill(tts, num_waiting):
+    """Turns that speak in all slots, and so many that wait."""
+    speaking = [Listener() for _ in range(tts.num_slots)]
+    turns = [tts.open_turn(TEXT, sink=each, ended=True, params=LONG) for each in speaking]
+    for listener in speaking:
+        listener.wait_for_audio()
+    turns += [tts.open_turn(TEXT, sink=Listener(), ended=True, params=LONG) for _ in range(num_waiting)]
+    while tts.capacity().num_queued < num_waiting or tts._engine._opened:
+        time.sleep(0.01)
+    return turns

@@ -99,7 +99,10 @@ class ActiveTurn:
 
     def __init__(self, turn: Turn, request: TurnRequest, prompt: Prompt, sink: Sink) -> None:
         self.turn, self.request, self._sink = turn, request, sink
+        self.owner = request.owner
+        """Whom the turn is for."""
         self.parts = PromptParts(prompt)
+        self._look_at_text()
         self.guard = RunawayGuard(request.params.guards)
         self.opened_at = time.monotonic()
         self.slot: int | None = None
@@ -141,20 +144,15 @@ class ActiveTurn:
         """The prompt of the part that is spoken."""
         return self.parts.current
 
-    @property
-    def owner(self) -> Owner:
-        """Whom the turn is for."""
-        return self.request.owner
-
-    @property
-    def ready(self) -> bool:
+    def _look_at_text(self) -> None:
+        """Note what the part's text allows. A long queue is read often, so it reads plain fields."""
+        prompt = self.prompt
+        self.ready = prompt.ready
         """Whether the part's prompt can be prefilled."""
-        return self.prompt.ready
-
-    @property
-    def scant(self) -> bool:
+        self.scant = not prompt.ended and prompt.num_text_tokens < ENOUGH_TOKENS
         """Whether the part would soon wait for text: it is incomplete and has few tokens so far."""
-        return not self.prompt.ended and self.prompt.num_text_tokens < ENOUGH_TOKENS
+        self.num_prompt_rows = prompt.num_rows - prompt.shared.count
+        """Rows of the part's prompt that it cannot share with another turn."""
 
     @property
     def params(self) -> GenerationParams:
@@ -175,6 +173,7 @@ class ActiveTurn:
         self.parts.extend(tokens)
         if complete:
             self.parts.end()
+        self._look_at_text()
 
     def begin_part(self, room: int, now: float) -> None:
         """Note that the slot holds the prompt and has `room` positions left.
@@ -191,6 +190,7 @@ class ActiveTurn:
         Later text becomes another part. So does a last word that may be incomplete.
         """
         self.parts.cut()
+        self._look_at_text()
         self.gives_back = True
 
     def end_part(self, reason: FinishReason) -> FinishReason | None:
@@ -206,6 +206,7 @@ class ActiveTurn:
         if at_callers_limit or not self.parts.has_next:
             return self.reason
         self.parts.advance()
+        self._look_at_text()
         self.part, self.prefilled = self.part + 1, False
         self.guard = RunawayGuard(self.request.params.guards)
         self.num_fed = self._part_start = self.num_frames
@@ -252,11 +253,6 @@ class ActiveTurn:
     def in_real_time(self) -> bool:
         """Whether somebody listens while the turn is made. Otherwise it runs as fast as possible."""
         return self.request.max_lead_s is not None
-
-    @property
-    def num_prompt_rows(self) -> int:
-        """Rows of the part's prompt that it cannot share with another turn."""
-        return self.prompt.num_rows - self.prompt.shared.count
 
     def lead_s(self, now: float) -> float:
         """Seconds of launched audio not yet played; minus infinity before the first frame."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol, TypeVar
 
@@ -42,14 +43,25 @@ class WaitingTurn(Protocol):
 AnyTurn = TypeVar("AnyTurn", bound=WaitingTurn)
 
 
+@dataclass(slots=True)
+class _Account:
+    """A token, an address or a connection that has a turn waiting."""
+
+    place: int
+    """Among the accounts beside it; the lowest is next."""
+    seen: int = 0
+    """The last round in which it had a turn waiting."""
+    children: dict[Hashable, _Account] = field(default_factory=dict)
+
+
 class SlotOrder:
     """The order of the turns that wait for the slots of one engine."""
 
     def __init__(self, num_slots: int) -> None:
         self._num_reserved = num_slots // 4
         """Slots that only turns with enough text get."""
-        self._places: dict[Owner, int] = {}
-        """The place of each account that has a turn waiting; the lowest is next."""
+        self._accounts: dict[Hashable, _Account] = {}
+        self._round = 0
         self._numbers = count()
 
     def choose(self, waiting: Sequence[AnyTurn], num_free: int) -> AnyTurn | None:
@@ -63,18 +75,32 @@ class SlotOrder:
             candidates = ready
         if not candidates:
             return None
-        chosen = min(candidates, key=lambda turn: [self._places[a] for a in _accounts(turn.owner)])
-        for account in _accounts(chosen.owner):
-            self._places[account] = next(self._numbers)
+        accounts, level = self._accounts, 0
+        while (chosen := next((t for t in candidates if len(t.owner) == level), None)) is None:
+            name = min({t.owner[level] for t in candidates}, key=lambda name: accounts[name].place)
+            candidates = [t for t in candidates if t.owner[level] == name]
+            accounts[name].place = next(self._numbers)
+            accounts, level = accounts[name].children, level + 1
         return chosen
 
     def _update(self, ready: Sequence[WaitingTurn]) -> None:
-        active = dict.fromkeys(account for turn in ready for account in _accounts(turn.owner))
-        for account in self._places.keys() - active.keys():
-            del self._places[account]
-        for account in active:
-            if account not in self._places:
-                self._places[account] = next(self._numbers)
+        """Add accounts that have a turn waiting now, and forget those that have none."""
+        self._round += 1
+        for turn in ready:
+            accounts = self._accounts
+            for name in turn.owner:
+                account = accounts.get(name)
+                if account is None:
+                    account = accounts[name] = _Account(next(self._numbers))
+                account.seen, accounts = self._round, account.children
+        self._forget(self._accounts)
+
+    def _forget(self, accounts: dict[Hashable, _Account]) -> None:
+        for name in [name for name, account in accounts.items() if account.seen < self._round]:
+            del accounts[name]
+        for account in accounts.values():
+            if account.children:
+                self._forget(account.children)
 
     def num_missing(self, waiting: Sequence[WaitingTurn], num_free: int) -> int:
         """The number of slots that must be given back for turns that wait.
@@ -109,7 +135,3 @@ def num_before(owner: Owner, queue: Iterable[Owner]) -> int:
     for counts in reversed(others):  # accounts of one level take turns
         before += sum(min(num, before + 1) for num in counts.values())
     return before
-
-
-def _accounts(owner: Owner) -> list[Owner]:
-    return [owner[:length] for length in range(1, len(owner) + 1)]

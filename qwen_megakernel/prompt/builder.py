@@ -63,6 +63,13 @@ class Prompt:
         self._text_rows = list(prefix.ref_text_rows)
         """The text rows made so far. The rows of a long text are made when they are needed."""
         self._num_ref_rows = len(self._text_rows)
+        # Kept as numbers, because the length of a tensor takes a microsecond and long queues ask for it.
+        self._num_codec_rows, num_shared = len(prefix.codec_rows), len(prefix.rows)
+        self._num_fixed_rows = num_shared + self._num_codec_rows
+        if streaming:  # the reference's text without its last row, which is decoded
+            num_shared += min(self._num_ref_rows, self._num_codec_rows - 1)
+        self.shared = SharedRows(prefix.key, num_shared)
+        """The first of `rows` that are the same for every text with this voice and language."""
         self._next = 0
         self._ended = False
 
@@ -111,13 +118,12 @@ class Prompt:
         """Whether there is enough text for `rows`."""
         if not self.streaming:
             return self._ended
-        return self._ended or self._num_text_rows >= len(self._prefix.codec_rows)
+        return self._ended or self._num_text_rows >= self._num_codec_rows
 
     @property
     def num_rows(self) -> int:
         """How many `rows` there are for the text so far."""
-        count = len(self._prefix.rows) + len(self._prefix.codec_rows)
-        return count if self.streaming else count + self._num_text_rows
+        return self._num_fixed_rows if self.streaming else self._num_fixed_rows + self._num_text_rows
 
     def rows(self) -> Tensor:
         """Prompt rows [p, hidden] to prefill. Call it once, when `ready`."""
@@ -130,14 +136,6 @@ class Prompt:
         self._next = len(text)
         text = text + [builder.pad_row] * (len(codec) - len(text))
         return torch.cat([prefix.rows, torch.stack(text) + codec])
-
-    @property
-    def shared(self) -> SharedRows:
-        """The first of `rows` that are the same for every text with this voice and language."""
-        count = len(self._prefix.rows)
-        if self.streaming:  # the reference's text without its last row, which is decoded
-            count += min(len(self._prefix.ref_text_rows), len(self._prefix.codec_rows) - 1)
-        return SharedRows(self._prefix.key, count)
 
     def next_text_row(self) -> Tensor | None:
         """The text row [hidden] of the next frame, or None if the text is late.
