@@ -21,7 +21,7 @@ _TOOL_S = 20.0
 
 
 class MpsError(RuntimeError):
-    """MPS does not run here; one line."""
+    """MPS does not run here. The message is one line."""
 
 
 @contextmanager
