@@ -32,7 +32,7 @@ from qwen_megakernel.bench.neighbour import KINDS
 
 ALONE = "nothing"
 BESIDE = (ALONE, *KINDS)
-"""What may run beside the voices."""
+"""Programs that may run beside the voices."""
 SHARING: Mapping[str, Callable[[], AbstractContextManager[Mapping[str, str]]]] = {
     "slicing": lambda: nullcontext(WITHOUT_MPS),
     "mps": running_mps,

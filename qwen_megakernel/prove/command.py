@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """What the arguments ask for; weights are downloaded if they are missing.
+    """Make the plan that the arguments ask for. Missing weights are downloaded.
 
     Raises:
         CheckpointError, ValueError: one line that says what is wrong.

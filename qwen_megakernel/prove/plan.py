@@ -1,4 +1,4 @@
-"""How much is measured, of what, and where."""
+"""The plan of a run: what is measured, how much of it, and on which device."""
 
 from __future__ import annotations
 

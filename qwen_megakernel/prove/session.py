@@ -49,10 +49,11 @@ class Session:
 
     @cached_property
     def voices(self) -> Mapping[str, Voice]:
-        """To speak with, by name.
+        """The voices to speak with, by name.
 
-        Those of a list or of a folder, else the checkpoint's presets or its own choice. A checkpoint
-        that clones and has no folder clones the demonstration voice.
+        With a list, they are clones of its recordings. Otherwise a CustomVoice checkpoint has its
+        presets, and a VoiceDesign checkpoint its own choice. A Base checkpoint has the voices of the
+        folder. Without a folder it clones recordings of the demonstration voice.
         """
         if self.plan.texts:
             cloner = self.cloner

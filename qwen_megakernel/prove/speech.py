@@ -89,7 +89,7 @@ def speak_officially(
     dtype: str,
     seed: int,
 ) -> list[Spoken]:
-    """The same by the official package, as one batch.
+    """Speak the utterances by the official package, as one batch.
 
     Args:
         official: has loaded the checkpoint in `dtype`.
@@ -134,7 +134,7 @@ class Judge:
         independent: IndependentEncoder | None = None,
         recordings: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Where one is None, its figures are left out.
+        """Keep the encoders and the recogniser. Figures of one that is None are left out.
 
         Args:
             recogniser: writes speech down.
@@ -312,8 +312,9 @@ SHOWN = (
     ("clipped", "clipped samples"), ("runaway", "did not end by EOS"), ("early_stop", "stopped early"),
 )  # fmt: skip
 ENOUGH_PAIRS = 500
-"""From so many on, the worse end of an interval is judged. Fewer pairs can show that something is wrong,
-and not that all is right: a difference is judged less `FEW_ERRORS` standard errors."""
+"""From this number of pairs on, the worse end of an interval is judged. Fewer pairs can show that
+something is wrong, but not that all is right. For them the difference minus `FEW_ERRORS` standard
+errors is judged."""
 FEW_ERRORS = 4
 FEW_DURATION = 0.25
 
