@@ -67,7 +67,7 @@ class Reply:
     is_open: bool = False
     end_sent: bool = False
     num_segments_spoken: int = 0
-    """In this context of the server."""
+    """Segments that were spoken in the present context of the server."""
 
     @property
     def goes_on(self) -> bool:

@@ -188,7 +188,7 @@ class JournalTTSService(WebsocketTTSService):
             await self._finish(context_id)
 
     def _retry_in(self, delay_s: float) -> None:
-        """Send refused text again. Of several refusals the latest time counts."""
+        """Send refused text again after `delay_s`. After several refusals the latest time counts."""
         delay_s = min(delay_s, MAX_RETRY_S)
         self._retry_at = max(self._retry_at, asyncio.get_running_loop().time() + delay_s)
         if self._retry_task is None or self._retry_task.done():

@@ -212,7 +212,7 @@ class MegakernelTTSService(TagWriters, JournalTTSService):
         return SentenceEnds(self.text_aggregation_language, markup=markup)
 
     def _keep_tags_whole(self) -> None:
-        """Where this service is told to follow tags, Pipecat ends no sentence within them."""
+        """If tags are followed, make Pipecat end no sentence within them."""
         if self._settings.markup is True:
             self._text_aggregator = new_aggregator(
                 self._text_aggregation_mode, self.text_aggregation_language, markup=True
@@ -227,7 +227,7 @@ class MegakernelTTSService(TagWriters, JournalTTSService):
             self.create_task(self._complete_sentence(context_id, playback), name="pause")
 
     async def _complete_sentence(self, context_id: str, playback: Playback) -> None:
-        """What the LLM has written is a sentence, although the next one has not begun."""
+        """Complete the sentence that the LLM has written, although the next one has not begun."""
         playback.end_sentence(self._new_sentence_ends())
         self._journal.complete(context_id)
         # Pipecat holds a sentence's words back until the next sentence begins.
@@ -264,7 +264,7 @@ class MegakernelTTSService(TagWriters, JournalTTSService):
         await super().on_audio_context_interrupted(context_id)
 
     async def on_audio_context_completed(self, context_id: str) -> None:
-        """Free what is left. The server still speaks only if Pipecat has given the context up."""
+        """Free the context. The server may still speak it, if Pipecat has given it up."""
         await self._forget(context_id)
         await super().on_audio_context_completed(context_id)
 

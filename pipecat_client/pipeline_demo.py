@@ -146,7 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_stt(options: argparse.Namespace) -> FrameProcessor:
-    """Whoever listens."""
+    """The speech recogniser."""
     if options.scripted and options.stt is None:
         return ScriptedSTT()
     name = options.stt or _default_stt(options)
@@ -261,7 +261,7 @@ async def run_local(options: argparse.Namespace) -> None:
 
 
 async def run_measure(options: argparse.Namespace) -> None:
-    """Ask, and print how long the answers took."""
+    """Ask the recorded question, and print how long the answers took."""
     question = (
         read_question(Path(options.measure))
         if options.measure

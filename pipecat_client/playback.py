@@ -18,11 +18,11 @@ class Gaps:
 
     count: int = 0
     seconds: float = 0.0
-    """All of them together."""
+    """Seconds of all gaps together."""
     _plays_until: float | None = None
 
     def receive(self, seconds: float, now: float) -> None:
-        """So much audio has come; `now` as `time.monotonic()` counts."""
+        """Note that `seconds` of audio have come at `now` (`time.monotonic()`)."""
         if self._plays_until is None:
             self._plays_until = now
         elif now > self._plays_until:
@@ -32,7 +32,7 @@ class Gaps:
         self._plays_until += seconds
 
     def pause(self) -> None:
-        """All text is spoken: that no audio comes is not the server's doing, nor the network's."""
+        """Note that all text is spoken. A later lack of audio is no gap."""
         self._plays_until = None
 
 
@@ -42,15 +42,15 @@ class Playback:
 
     clock: WordClock
     sentence_ends: SentenceEnds
-    """Of the text that the LLM streams."""
+    """Finds the ends of sentences in the text that the LLM streams."""
     reader: TextReader | None = None
-    """Of the segment that has begun."""
+    """Reads the text of the segment that has begun."""
     asked_at: float = field(default_factory=time.time)
     """When the reply was asked for, by the wall clock, as in all of Pipecat's metrics."""
     last_text_at: float = field(default_factory=time.monotonic)
     """When the LLM last wrote text."""
     first_audio_at: float | None = None
-    """Wall clock."""
+    """When the first audio came, by the wall clock."""
     gaps: Gaps = field(default_factory=Gaps)
     ttfb_reported: bool = False
     state: Literal["open", "spoken", "failed"] = "open"
@@ -62,20 +62,20 @@ class Playback:
         return cls(WordClock(pace), sentence_ends)
 
     def append(self, text: str, new_reader: Callable[[], TextReader]) -> None:
-        """The LLM has written more."""
+        """Note more text of the LLM."""
         if self.reader is None:
             self.reader = new_reader()
         self.clock.add(self.reader.append(text))
         self.last_text_at = time.monotonic()
 
     def receive(self, seconds: float) -> None:
-        """So much new audio has come."""
+        """Note that `seconds` of new audio have come."""
         if self.first_audio_at is None:
             self.first_audio_at = time.time()
         self.gaps.receive(seconds, time.monotonic())
 
     def complete_segment(self) -> None:
-        """The segment's text is whole."""
+        """Note that the segment's text is complete."""
         if self.reader is not None:
             self.clock.add(self.reader.end())
         self.reader = None
@@ -87,6 +87,6 @@ class Playback:
         return time.monotonic() - self.last_text_at
 
     def end_sentence(self, sentence_ends: SentenceEnds) -> None:
-        """The text so far is a whole sentence, although the next one has not begun."""
+        """Note that the text so far is a whole sentence, although the next one has not begun."""
         self.sentence_ends = sentence_ends
         self.complete_segment()

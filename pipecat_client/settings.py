@@ -40,7 +40,7 @@ class MegakernelTTSSettings(TTSSettings):
     lexicon: dict[str, str] | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
     """Words, and how they are spelt so that the model says them right."""
     speed: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    """0.25 to 4, at the same pitch; 2 takes half as long."""
+    """Rate of speech, 0.25 to 4, at the same pitch; 2 takes half as long."""
 
     @classmethod
     def defaults(cls) -> MegakernelTTSSettings:
@@ -73,7 +73,8 @@ class MegakernelTTSSettings(TTSSettings):
         return ready is not None and bool(ready.markup)
 
     def reader(self, ready: Ready | None) -> TextReader:
-        """What reads a sentence as the server does. It knows no lexicon of the server's own."""
+        """A reader of a sentence's text that works as the server's does, but without the server's own
+        lexicon."""
         words = self.lexicon if isinstance(self.lexicon, dict) else {}
         return TextReader(Lexicon(words) if words else None, markup=self.follows_tags(ready))
 
@@ -98,13 +99,13 @@ class ServerTTSMetricsData(MetricsData):
     gaps: int = 0
     """Times that audio came too late, as the service saw it, and playback stood still."""
     gap_s: float = 0.0
-    """All of them together."""
+    """Seconds of all gaps together."""
 
     @classmethod
     def of(
         cls, done: Done, processor: str, model: str | NotGiven | None, gaps: Gaps
     ) -> ServerTTSMetricsData:
-        """What a `done` says, and what was seen here."""
+        """The figures of a `done`, and the gaps that the service saw."""
         return cls(
             processor=processor,
             model=model if isinstance(model, str) else None,

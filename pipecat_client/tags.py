@@ -14,7 +14,7 @@ _WHOLE = (("<spell>", "</spell>"), ("<break", ">"))
 def new_aggregator(
     kind: TextType | TextAggregationMode, language: str, *, markup: bool
 ) -> SimpleTextAggregator:
-    """Pipecat's aggregator of text, which leaves tags whole where there is `markup`."""
+    """Pipecat's aggregator of text. With `markup` it keeps tags whole."""
     if markup:
         return SkipTagsAggregator(_WHOLE, aggregation_type=kind, language=language)
     return SimpleTextAggregator(aggregation_type=kind, language=language)
@@ -25,10 +25,10 @@ class TagWriters:
 
     @staticmethod
     def SPELL(text: str) -> str:
-        """A text to spell out, where tags are followed."""
+        """Marks a text to spell out. It needs `markup`."""
         return f"<spell>{text}</spell>"
 
     @staticmethod
     def PAUSE_TAG(seconds: float) -> str:
-        """A pause, where tags are followed."""
+        """Makes a pause. It needs `markup`."""
         return f'<break time="{seconds}s" />'

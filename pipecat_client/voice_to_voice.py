@@ -40,13 +40,13 @@ from pipecat.transports.base_transport import BaseTransport, TransportParams
 
 QUESTION = "What is the weather like in Berlin today?"
 RATE = 16_000
-"""Of what is heard."""
+"""Samples a second of the recorded question."""
 AUDIBLE = 10 ** (-46 / 20)
 """A sample beyond this is heard: -46 dBFS."""
 MAX_ANSWER_S = 90.0
 _STEP_S = 0.02
 _PAUSE_S = 1.5
-"""Of silence before each question."""
+"""Seconds of silence before each question."""
 
 PARTS: tuple[tuple[str, type[Frame]], ...] = (
     ("voice detector: the speech has ended", VADUserStoppedSpeakingFrame),
@@ -56,7 +56,7 @@ PARTS: tuple[tuple[str, type[Frame]], ...] = (
     ("LLM: first sentence", AggregatedTextFrame),
     ("TTS: first audio", TTSAudioRawFrame),
 )
-"""What ends a part, in order. In token mode there is no first sentence."""
+"""The parts of the wait, in order, by what ends them. In token mode there is no first sentence."""
 PLAYED, AUDIBLE_PLAYED, TOTAL = "output: begins to play", "leading silence", "voice to voice"
 
 
@@ -70,16 +70,16 @@ class Stopwatch(BaseObserver):
         self._answered = asyncio.Event()
 
     def reset(self) -> None:
-        """A question has ended: what came before was about a pause in it."""
+        """Begin to measure: the question has ended. Earlier marks belong to a pause in it."""
         self.times.clear()
         self._answered.clear()
 
     def mark(self, part: str, at: float | None = None) -> None:
-        """A part has ended; only its first end counts."""
+        """Note that a part has ended. Only its first end counts."""
         self.times.setdefault(part, time.monotonic() if at is None else at)
 
     async def on_push_frame(self, data: FramePushed) -> None:
-        """A frame goes from one processor to the next."""
+        """Look at a frame that goes from one processor to the next."""
         for part, kind in PARTS:
             if isinstance(data.frame, kind):
                 self.mark(part)
@@ -91,12 +91,12 @@ class Stopwatch(BaseObserver):
             self._answered.set()
 
     async def until_answered(self) -> None:
-        """Wait for the end of the answer; raises `TimeoutError`."""
+        """Wait for the end of the answer. Raises `TimeoutError` if there is none."""
         await asyncio.wait_for(self._answered.wait(), MAX_ANSWER_S)
 
 
 class _Ear(BaseInputTransport):
-    """Hears what is put in, else silence."""
+    """An input that plays questions to the pipeline, and silence between them."""
 
     def __init__(self, params: TransportParams, stopwatch: Stopwatch) -> None:
         super().__init__(params)
@@ -123,7 +123,7 @@ class _Ear(BaseInputTransport):
             self._hearing = None
 
     async def hear(self, samples: np.ndarray) -> float:
-        """Hear int16 [n] at 16 kHz; when its last audible sample was heard."""
+        """Play int16 [n] at 16 kHz to the pipeline. Returns when its last audible sample was heard."""
         step = round(_STEP_S * RATE)
         last = int(np.flatnonzero(np.abs(samples / 32_768) > AUDIBLE)[-1])
         ended: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -146,7 +146,7 @@ class _Ear(BaseInputTransport):
 
 
 class _Mouth(BaseOutputTransport):
-    """Plays in real time, to nobody."""
+    """An output that takes the time of playback, without a device."""
 
     def __init__(self, params: TransportParams, stopwatch: Stopwatch) -> None:
         super().__init__(params)
@@ -180,11 +180,11 @@ class RecordedCall(BaseTransport):
         self._ear, self._mouth = _Ear(params, self.stopwatch), _Mouth(params, self.stopwatch)
 
     def input(self) -> FrameProcessor:
-        """What hears the questions."""
+        """The input of the pipeline."""
         return self._ear
 
     def output(self) -> FrameProcessor:
-        """What plays the answers."""
+        """The output of the pipeline."""
         return self._mouth
 
     async def ask(self, question: np.ndarray) -> dict[str, float]:
@@ -205,7 +205,7 @@ class RecordedCall(BaseTransport):
 
 
 def read_question(path: Path) -> np.ndarray:
-    """A WAV file as int16 [n] at 16 kHz. Raises `ValueError`, one line."""
+    """Read a WAV file as int16 [n] at 16 kHz. Raises `ValueError` with one line."""
     try:
         with wave.open(str(path)) as file:
             rate, width, channels = file.getframerate(), file.getsampwidth(), file.getnchannels()
@@ -218,7 +218,8 @@ def read_question(path: Path) -> np.ndarray:
 
 
 def speak_question(url: str, token: str | None, voice: str | None) -> np.ndarray:
-    """The question as the server at a WebSocket's URL says it. Raises `ValueError`, one line."""
+    """Let the server at `url` speak the question: int16 [n] at 16 kHz. Raises `ValueError` with one
+    line."""
     address = url.replace("ws", "http", 1).split("?")[0].rstrip("/") + "/v1/audio/speech"
     fields = {"input": QUESTION, "response_format": "pcm", "seed": 1} | (
         {"voice": voice} if voice else {}

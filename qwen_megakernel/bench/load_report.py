@@ -24,7 +24,7 @@ def rows(load: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(load: dict[str, Any]) -> list[str]:
-    """What a reader must know beside the table."""
+    """Notes that a reader of the table needs."""
     said = [f"Each run takes {load['seconds']:g} s."]
     if load["largest"] is not None:
         said.append(f"The most voices without an underrun: {load['largest']}.")

@@ -21,7 +21,7 @@ _TOOL_S = 20.0
 
 
 class MpsError(RuntimeError):
-    """MPS does not run here; one line."""
+    """MPS does not run here. The message is one line."""
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def running_mps() -> Iterator[dict[str, str]]:
 
 
 def _start(environ: dict[str, str], said: Path) -> None:
-    """What it says goes to a file: the daemon would keep a pipe open."""
+    """Start the daemon. Its output goes to a file, because it would keep a pipe open."""
     with said.open("w") as file:
         try:
             status = subprocess.run(

@@ -30,7 +30,7 @@ class Work:
 
     rows: int
     matrices: int
-    """Square ones, of bf16."""
+    """Number of square bf16 matrices."""
 
 
 KINDS = {"decode": Work(rows=1, matrices=64), "prompt": Work(rows=8192, matrices=18)}
@@ -78,7 +78,7 @@ def _end_with_stdin() -> None:
 
 
 def main() -> None:
-    """Step until standard input ends."""
+    """Run steps until standard input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("device", type=torch.device)

@@ -32,7 +32,7 @@ from qwen_megakernel.bench.neighbour import KINDS
 
 ALONE = "nothing"
 BESIDE = (ALONE, *KINDS)
-"""What may run beside the voices."""
+"""Programs that may run beside the voices."""
 SHARING: Mapping[str, Callable[[], AbstractContextManager[Mapping[str, str]]]] = {
     "slicing": lambda: nullcontext(WITHOUT_MPS),
     "mps": running_mps,
@@ -41,10 +41,10 @@ SHARING: Mapping[str, Callable[[], AbstractContextManager[Mapping[str, str]]]] =
 NAMES = {"slicing": "time slicing", "mps": "MPS"}
 VOICES = 8
 ALONE_S = 3.0
-"""For which the other program is counted without voices."""
+"""Seconds for which the other program's steps are counted without voices."""
 _START_S = 180.0
 _TAIL_S = 2.0
-"""Between the end of the voices and the end of their run, at most."""
+"""The most seconds between the end of the voices and the end of their run."""
 HEADER = (
     "beside", "sharing", "turns", "TTFB p50 / p95 / p99 / max, ms", "TTFA p50 / p95 / p99 / max, ms",
     "underruns (s)", "the other, steps a second: alone", "beside", "its loss",
@@ -58,7 +58,7 @@ class SharedPlan:
     """What is measured."""
 
     load: LoadPlan
-    """Of each row; `voices` None is `VOICES`."""
+    """The load of each row. If its `voices` is None, `VOICES` apply."""
     beside: tuple[str, ...] = BESIDE
     sharing: tuple[str, ...] = tuple(SHARING)
     neighbour_environ: Mapping[str, str] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Neighbour:
             self._ticks.append((tick["at"], tick["steps"]))
 
     def wait_until_running(self, limit_s: float = _START_S) -> None:
-        """Until it has told twice how far it is; raises `RuntimeError`."""
+        """Wait until it has printed its number of steps twice. Raises `RuntimeError` if it does not."""
         deadline = time.monotonic() + limit_s
         while len(self._ticks) < 2:
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -90,7 +90,8 @@ class Neighbour:
             time.sleep(0.05)
 
     def steps_per_s(self, start: float, end: float) -> float:
-        """Between two times of `time.monotonic`. Raises `RuntimeError` where it told nothing then."""
+        """Its steps a second between two times of `time.monotonic()`. Raises `RuntimeError` if it
+        printed nothing then."""
         return step_rate(list(self._ticks), start, end)
 
 
@@ -112,7 +113,7 @@ def step_rate(ticks: Sequence[tuple[float, int]], start: float, end: float) -> f
 def running_neighbour(
     kind: str, device: str, environ: Mapping[str, str], *arguments: str
 ) -> Iterator[Neighbour]:
-    """The other program, running. Raises `RuntimeError`."""
+    """Run the other program. Raises `RuntimeError` if it does not start."""
     process = subprocess.Popen(
         [sys.executable, "-m", "qwen_megakernel.bench.neighbour", kind, device, *arguments],
         env={**os.environ, **environ},
@@ -172,7 +173,7 @@ def run(
 def _rows_beside(
     kind: str, url: str, load: LoadPlan, device: str, environ: Mapping[str, str], report: Report
 ) -> Iterator[dict[str, Any]]:
-    """A row for each number of voices."""
+    """Yield a row for each number of voices."""
     if kind == ALONE:
         yield from ({"run": run} for run, _ in _runs(url, load, report))
         return
@@ -198,7 +199,7 @@ def rows(shared: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(shared: dict[str, Any]) -> list[str]:
-    """What must be known beside the table."""
+    """Notes that a reader of the table needs."""
     said = [f"Each row takes {shared['seconds']:g} s after a ramp."]
     if shared["neighbour_environ"]:
         said.append(f"The other program had {shared['neighbour_environ']}.")
@@ -234,7 +235,7 @@ def _variables(text: str) -> dict[str, str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that only `--parts shared` reads."""
+    """Add the arguments that only `--parts shared` reads."""
     shared = parser.add_argument_group(
         "shared", f"For --parts shared, with --voices (default: {VOICES}), --seconds, --processes and "
         "--server-options of load.",

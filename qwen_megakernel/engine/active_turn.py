@@ -51,10 +51,11 @@ class TurnRequest:
     max_lead_s: float | None = None
     """Seconds by which the generated audio may be ahead of its playback; None is no limit."""
     owner: Owner = ()
-    """Whom the turn is for: owners take turns where slots are short."""
+    """Whom the turn is for. If slots are scarce, they go round among the owners."""
 
     def check(self, text: str, end: bool) -> None:
-        """Raise `RequestError` for what no model can speak; `end` says that the text is complete."""
+        """Raise `RequestError` for a request that no model can speak. `end`: whether the text is
+        complete."""
         if end and not text.strip():
             raise RequestError("bad_request", "the text is empty")
         if self.chunk_frames is not None and self.chunk_frames < 1:
@@ -62,7 +63,7 @@ class TurnRequest:
 
 
 def open_feed(prompts: PromptBuilder, request: TurnRequest, max_positions: int) -> PartFeed:
-    """What turns the text of a turn into tokens, on its caller's thread."""
+    """Make the feed that turns a turn's text into tokens. The turn calls it on its caller's thread."""
     streaming = prompts.streams(request.streaming)
     num_fixed = prompts.count_fixed_rows(
         request.voice, request.language, instruct=request.instruct, streaming=streaming
@@ -152,7 +153,7 @@ class ActiveTurn:
         self.scant = not prompt.ended and prompt.num_text_tokens < ENOUGH_TOKENS
         """Whether the part would soon wait for text: it is incomplete and has few tokens so far."""
         self.num_prompt_rows = prompt.num_rows - prompt.shared.count
-        """Rows of the part's prompt that it cannot share with another turn."""
+        """Number of rows of the part's prompt that no other turn shares."""
 
     @property
     def params(self) -> GenerationParams:
@@ -162,7 +163,7 @@ class ActiveTurn:
 
     @property
     def started_at(self) -> float:
-        """When the turn's clocks began: its first text."""
+        """When the turn's clocks began: at its first text (`time.monotonic()`)."""
         return self.turn.first_text_at or self.opened_at
 
     def take_text(self) -> None:
@@ -219,7 +220,7 @@ class ActiveTurn:
         return f"the speech was cut off{where}: {frames} frames are the most for {tokens} text tokens"
 
     def wait_again(self) -> None:
-        """The slot is given back: the next part waits for another."""
+        """Note that the slot was given back. The next part waits for another slot."""
         self.hand_out()
         self.slot, self.gives_back, self._num_chunks = None, False, 0
         self._late_since, self._late_s = None, 0.0
@@ -237,7 +238,8 @@ class ActiveTurn:
         self.ready_at = now + wait_s if self.prefilled else math.inf
 
     def deadline(self, now: float, first_frame_s: float) -> float:
-        """When the next frame is needed: the end of playback, or `first_frame_s` from now."""
+        """When the next frame is needed: at the end of playback. A part's first frame is needed
+        `first_frame_s` seconds from now."""
         if self.num_fed <= self._part_start:
             return now + first_frame_s
         if self._first_audio_at is None:
@@ -251,7 +253,8 @@ class ActiveTurn:
 
     @property
     def in_real_time(self) -> bool:
-        """Whether somebody listens while the turn is made. Otherwise it runs as fast as possible."""
+        """Whether somebody listens while the turn is generated. Otherwise it runs as fast as
+        possible."""
         return self.request.max_lead_s is not None
 
     def lead_s(self, now: float) -> float:

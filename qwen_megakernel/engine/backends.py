@@ -214,9 +214,8 @@ class Backends:
 
     @property
     def description(self) -> dict[str, str]:
-        """What runs: `backend`, `codec`; `tuning` where the frame kernel has one; `sms` where they were
-        chosen; `expect`, how long a frame takes, where the GPU is known; `note` where not the fastest
-        that was asked for."""
+        """What runs: `backend` and `codec`. Where they apply, also `tuning` (of the frame kernel), `sms`
+        (if chosen), `expect` (a frame's time, on a known GPU) and `note` (why a slower one runs)."""
         return self._runs | ({"note": "; ".join(self._notes)} if self._notes else {})
 
     def _expected_frames(self) -> str | None:

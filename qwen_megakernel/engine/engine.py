@@ -49,9 +49,9 @@ from qwen_megakernel.turn import FinishReason, RequestError, Sink, Started, Turn
 log = logging.getLogger(__name__)
 
 LATE_TEXT_S = 0.5
-"""An utterance may hold a slot without text for so long in all, divided by the turns that wait."""
+"""Seconds in all that an utterance may hold a slot without text, divided by the turns that wait."""
 _SWEEP_S = 1.0
-"""Seconds between two looks at turns that cannot run. One that has waited too long for text ends."""
+"""Seconds between checks of turns that cannot run. One that has waited too long for text ends."""
 _DECODER_FAILED = "the decoder has failed; the process must be restarted"
 
 
@@ -257,8 +257,8 @@ class Engine:
             self._news.append(turn)
 
     def _take_news(self) -> bool:
-        """Take the input of turns that have some, and end those that have waited too long. Returns
-        whether more input is left."""
+        """Take the new input of turns, and end turns that have waited too long for text. Returns whether
+        more input is left."""
         now = time.monotonic()
         turns = dict.fromkeys(self._news.popleft() for _ in range(len(self._news)))
         if self._cancel_all:
@@ -384,7 +384,7 @@ class Engine:
         return InFlightFrame(parts, frame, audio)
 
     def _read_codes(self, launched: InFlightFrame) -> None:
-        """Wait for a frame's codes. End turns that gave EOS, and mark those that end after its audio."""
+        """Wait for a frame's codes. End turns that drew EOS; mark turns that end with this audio."""
         for part, code0 in zip(launched.slots, launched.frame.codes()[:, 0].tolist(), strict=True):
             active = part.turn
             if part.over:
@@ -409,7 +409,7 @@ class Engine:
         return True
 
     def _deliver_audio(self, part: FrameSlot, samples: np.ndarray) -> None:
-        """Give a turn a frame's audio, float32 [1920], and end the turn if it ends here."""
+        """Give a turn a frame's audio, float32 [1920], and end its part if this frame is the last."""
         active = part.turn
         if active.turn.cancelled:
             self._finish(active, "cancelled")
@@ -458,7 +458,7 @@ class Engine:
         self._slot_clock.add(time.monotonic() - active.slot_since)
 
     def _idle_timeout(self) -> float | None:
-        """Seconds until a turn may run without a call from outside; without turns, see `_pass_time`."""
+        """Seconds until a turn may run without a call from outside. Without turns, see `_pass_time`."""
         if not self._speaking and not self.num_waiting:
             return self._pass_time()
         now = time.monotonic()
@@ -466,7 +466,7 @@ class Engine:
         return min([*waits, self._late_limit_s(), self._max_text_wait_s, 1.0])
 
     def _pass_time(self) -> float | None:
-        """Do what is due while no turn is open; seconds until more is."""
+        """Do the standby work that is due. Returns the seconds until more is due, or None."""
         due = self.standby.due(time.monotonic())
         if due == "warm":
             self.standby.warm(self._backend, self._codec)
@@ -478,7 +478,7 @@ class Engine:
         return self.standby.wait_s(time.monotonic())
 
     def _load_again(self) -> None:
-        """Load the model for the turns that were opened; where that fails, so do they."""
+        """Load the model for the turns that were opened. If this fails, fail these turns."""
         try:
             self._use(*self.standby.load())
         except CheckpointError as error:
@@ -491,7 +491,7 @@ class Engine:
         self._opened.clear()
 
     def _fail_all(self) -> None:
-        """Tell every turn that the device is lost."""
+        """End every turn with an error: the device is lost."""
         self._pending_audio = None
         self._fail_opened(_DECODER_FAILED)
         for active in [*self._waiting, *self._speaking]:

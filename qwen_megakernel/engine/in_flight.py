@@ -18,7 +18,7 @@ class FrameSlot:
     part: int
     """The number of the part of the turn's text."""
     text_exhausted: bool
-    """Whether all of its text, EOS included, was fed by this frame."""
+    """Whether all text of the part, EOS included, was fed up to this frame."""
     ending: FinishReason | None
     """Why the part ends after this frame, if it does."""
 

@@ -33,7 +33,7 @@ class CacheSizes:
 
     @property
     def num_bytes(self) -> int:
-        """The sum in bytes."""
+        """Bytes of all caches together."""
         return self.num_pages * self.page_bytes + self.num_slots * self.slot_bytes
 
     def __str__(self) -> str:

@@ -35,16 +35,16 @@ class ModelLoader:
         max_positions: int,
         progress: Progress,
     ) -> None:
-        """Nothing is loaded yet; see `load`."""
+        """Keep the arguments. `load` loads the model."""
         self._checkpoint, self._backends = checkpoint, backends
         self._device, self._dtype = device, dtype
         self._sizes, self._max_positions = sizes, max_positions
         self._progress = progress
         self._froze = False
         self.also_free: Callable[[], object] = lambda: None
-        """Lets go of what else is on the device."""
+        """Called by `free`: drops other models that are on the device."""
         self.num_weights = 0
-        """Of the model that was loaded."""
+        """Number of weights of the loaded model."""
 
     def load(self, take_talker: Callable[[Talker], object]) -> tuple[DecoderBackend, FrameCodec]:
         """Decoder and codec on the device.
@@ -84,7 +84,7 @@ class ModelLoader:
         return decoder, self._backends.make_codec(codec, slots, decoder.max_batch)
 
     def free(self) -> None:
-        """Give back the memory of what nobody holds any more."""
+        """Give the device's memory back, after the caller has dropped decoder and codec."""
         self.also_free()
         self._froze = self._froze or gc.get_freeze_count() > 0
         gc.unfreeze()  # what was loaded has cycles, and the collector leaves frozen objects alone

@@ -10,7 +10,8 @@ from qwen_megakernel.config import FRAME_S
 _WEIGHT = 0.1
 """Weight of the newest measurement in a mean."""
 _MOST = 4.0
-"""A tick counts as at most so many times the mean: a pause of the machine says nothing about speed."""
+"""A tick counts as at most this many times the mean, because a pause of the machine says nothing about
+speed."""
 _FIRST_TICK_S = 0.002
 _FIRST_ROW_S = 0.0001
 _SHARE = 0.95

@@ -16,7 +16,8 @@ class Reservations:
         self._backend = backend
 
     def use(self, backend: DecoderBackend | None) -> None:
-        """Reserve in this backend's cache; None: there is none, and no turn has a slot."""
+        """Reserve in this backend's cache from now on. With None there is no cache, and no turn has a
+        slot."""
         self._backend = backend
 
     def fit(self, waiting: Iterable[ActiveTurn]) -> bool:

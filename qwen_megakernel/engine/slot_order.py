@@ -18,10 +18,10 @@ from itertools import count
 from typing import Protocol, TypeVar
 
 ENOUGH_TOKENS = 8
-"""About two seconds of speech."""
+"""Tokens with which a turn has enough text: about two seconds of speech."""
 
 Owner = tuple[Hashable, ...]
-"""Whom a turn is for; () is nobody in particular."""
+"""Whom a turn is for, from the widest account to the narrowest; () is nobody in particular."""
 
 
 class WaitingTurn(Protocol):
@@ -29,7 +29,7 @@ class WaitingTurn(Protocol):
 
     @property
     def owner(self) -> Owner:
-        """Whom it is for."""
+        """Whom the turn is for."""
 
     @property
     def ready(self) -> bool:
@@ -117,7 +117,7 @@ class SlotOrder:
 
 
 def num_before(owner: Owner, queue: Iterable[Owner]) -> int:
-    """How many of the turns that wait get a slot before a new turn of `owner`.
+    """The number of waiting turns that get a slot before a new turn of `owner`.
 
     Args:
         owner: the owner of the new turn.

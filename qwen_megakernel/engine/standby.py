@@ -31,19 +31,20 @@ Due = Literal["warm", "unload"]
 
 @dataclass(frozen=True, slots=True)
 class StandbyPlan:
-    """What is wanted."""
+    """What the engine shall do while no turn is open."""
 
     keep_warm: bool = False
-    """A frame every `WARM_EVERY_S`, as long as the model is loaded."""
+    """Whether to decode a frame every `WARM_EVERY_S` seconds, as long as the model is loaded."""
     unload_after_s: float | None = None
     """Seconds without a turn after which the model leaves the device; None is never."""
 
 
 class Standby:
-    """What is due when, and whether the model is on the device."""
+    """Decides what is due while no turn is open, and knows whether the model is on the device."""
 
     def __init__(self, plan: StandbyPlan, loader: ModelLoader | None, prompts: PromptBuilder) -> None:
-        """`loader`: loads again what the plan unloads. Raises `ValueError` where it is missing."""
+        """`loader` loads the model again after the plan has unloaded it. Raises `ValueError` if it is
+        None and the plan unloads."""
         if plan.unload_after_s is not None and loader is None:
             raise ValueError("a model that is unloaded needs a loader")
         self._plan, self._loader, self._prompts = plan, loader, prompts
@@ -51,21 +52,21 @@ class Standby:
         """When the last turn ended; None while turns are open."""
         self._warm_at = 0.0
         self.memory: Memory = "loaded"
-        """From any thread."""
+        """State of the model. Any thread may read it."""
         self.num_warm_frames = 0
-        """That nobody heard; from any thread."""
+        """Number of frames that kept the GPU warm. Any thread may read it."""
 
     @property
     def loaded(self) -> bool:
-        """Whether the model is on the device; from any thread."""
+        """Whether the model is on the device. Any thread may ask."""
         return self.memory == "loaded"
 
     def end(self) -> None:
-        """A turn is open."""
+        """Note that a turn is open."""
         self._since = None
 
     def due(self, now: float) -> Due | None:
-        """What to do at this time of `time.monotonic`, while no turn is open."""
+        """What to do at `now` (`time.monotonic()`), while no turn is open; None if nothing is due."""
         if self._since is None:
             self._since, self._warm_at = now, now + WARM_EVERY_S
         if not self.loaded:
@@ -75,7 +76,7 @@ class Standby:
         return "warm" if self._plan.keep_warm and now >= self._warm_at else None
 
     def wait_s(self, now: float) -> float | None:
-        """Seconds until something is due; None where nothing will be."""
+        """Seconds until something is due; None if nothing will be."""
         if self._since is None or not self.loaded:
             return None
         times = [self._warm_at] if self._plan.keep_warm else []
@@ -84,7 +85,7 @@ class Standby:
         return max(0.0, min(times) - now) if times else None
 
     def warm(self, backend: DecoderBackend, codec: FrameCodec) -> None:
-        """One frame of a stream that nobody hears, in slot 0, which is free as all slots are."""
+        """Decode one frame of a stream that nobody hears, in slot 0: all slots are free."""
         row = self._prompts.pad_row
         with torch.inference_mode():
             codec.reset(0)
@@ -98,7 +99,7 @@ class Standby:
         self._warm_at = time.monotonic() + WARM_EVERY_S
 
     def unload(self) -> None:
-        """Give the device's memory back. The caller has let go of decoder and codec before."""
+        """Give the device's memory back. The caller must have dropped decoder and codec."""
         assert self._loader is not None
         start, self.memory = time.monotonic(), "unloaded"
         self._prompts.unload()
@@ -106,7 +107,8 @@ class Standby:
         log.info("nobody speaks: the model was unloaded in %.1f s", time.monotonic() - start)
 
     def load(self) -> tuple[DecoderBackend, FrameCodec]:
-        """Decoder and codec again. Raises `CheckpointError`: then the model stays unloaded."""
+        """Load decoder and codec again. Raises `CheckpointError` if that fails; the model then stays
+        unloaded."""
         assert self._loader is not None
         start, self.memory = time.monotonic(), "loading"
         try:

@@ -1,4 +1,4 @@
-"""What can be measured of speech without understanding it."""
+"""Figures of speech that need no recogniser."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Sound:
     leading_silence_s: float
     trailing_silence_s: float
     loudness_dbfs: float
-    """Root mean square of the audible windows; of silence it is -120."""
+    """Root mean square of the audible windows; -120 for silence."""
     clipped: float
-    """Part of the samples at full scale."""
+    """Share of the samples at full scale."""
 
 
 def window_levels(samples: np.ndarray) -> np.ndarray:
-    """Level of each 10 ms of float32 samples [n] at 24 kHz, dBFS, not below -120."""
+    """Level of each 10 ms of float32 samples [n] at 24 kHz, in dBFS, at least -120."""
     count = len(samples) // _WINDOW
     power = np.square(samples[: count * _WINDOW].astype(np.float64)).reshape(count, _WINDOW).mean(1)
     return 10 * np.log10(np.maximum(power, 1e-12))
@@ -54,7 +54,7 @@ def measure(samples: np.ndarray) -> Sound:
 
 
 def as_mp3(samples: np.ndarray) -> bytes:
-    """Float32 samples [n] at 24 kHz, compressed so that a report can carry many."""
+    """Compress float32 samples [n] at 24 kHz to MP3, so that a report can hold many clips."""
     buffer = io.BytesIO()
     soundfile.write(
         buffer, samples, SAMPLE_RATE, format="MP3", subtype="MPEG_LAYER_III",

@@ -36,7 +36,7 @@ GOLDEN_TEXTS = 4
 
 
 def tell(line: str) -> None:
-    """Progress, on standard error."""
+    """Print progress to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """What the arguments ask for; weights are downloaded if they are missing.
+    """Make the plan that the arguments ask for. Missing weights are downloaded.
 
     Raises:
         CheckpointError, ValueError: one line that says what is wrong.
@@ -108,7 +108,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, judge, report; 1 if a gate failed or something could not run."""
+    """Measure, judge and report. Returns 1 if a gate failed or something could not run."""
     try:
         plan = make_plan(args)
         plan.out.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _prove(session: Session, parts: Sequence[str]) -> int:
 
 
 def _section(session: Session, name: str) -> Found:
-    """The part's section; of one that could not run, a section that says so."""
+    """A part's section. If the part could not run, the section says so."""
     try:
         return running.section(session, name)
     except (OfficialError, DemoError, RuntimeError, OSError, ValueError) as error:
@@ -177,7 +177,7 @@ def _passed(sections: Sequence[Found]) -> bool:
 
 
 def _doctor(checks: Sequence[Check]) -> Found:
-    """The doctor's findings as a section without gates: what fails here shows in the other parts."""
+    """The doctor's findings as a section without gates: failures show in the other parts."""
     section = Section("doctor")
     rows = [[check.name, check.status, check.detail] for check in checks]
     section.table("This machine", ["check", "", "finding"], rows)

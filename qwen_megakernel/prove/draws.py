@@ -35,9 +35,9 @@ WIDE = GenerationParams(
 WIDE_FRAMES = 24
 MAX_FRAMES = 320
 BF16_SWAPS = 0.25
-"""Part of the draws of the last candidate that rounding may give to its neighbours."""
+"""Share of the draws of the last candidate that rounding may give to its neighbours."""
 EFFECT = 0.01
-"""Nats that the mean log-probability may be off: what rounding to bf16 does, at most."""
+"""The most nats by which rounding to bf16 changes the mean log-probability."""
 
 Judged = Mapping[str, np.ndarray]
 
@@ -50,7 +50,8 @@ def natural(
 
 
 def sampling_differences(ours: GenerationParams, theirs: Mapping[str, Any]) -> list[str]:
-    """Parameters that the official package reads otherwise from the checkpoint: `name: ours, theirs`."""
+    """Parameters that the official package reads differently from the checkpoint, as `name: ours,
+    theirs`."""
     found = []
     for prefix, part in (("", ours.talker), ("subtalker_", ours.predictor)):
         switch = "subtalker_dosample" if prefix else "do_sample"
@@ -66,7 +67,7 @@ def sampling_differences(ours: GenerationParams, theirs: Mapping[str, Any]) -> l
 
 
 def as_params(values: Mapping[str, Any]) -> GenerationParams:
-    """The official package's sampling as ours."""
+    """The official package's sampling in this project's form."""
     parts = []
     for prefix, switch in (("", "do_sample"), ("subtalker_", "subtalker_dosample")):
         temperature = values[f"{prefix}temperature"] if values[switch] else 0.0
@@ -95,7 +96,8 @@ def judge(
 
 
 def _mean_surprise(judged: Judged, part: str) -> tuple[float, str]:
-    """Of the drawn codes' log-probability; a difference below `EFFECT` is none."""
+    """The surprise of the drawn codes' mean log-probability, and details. Differences below `EFFECT` do
+    not count."""
     count = len(judged[f"{part}.log_p"])
     off = float(np.mean(judged[f"{part}.log_p"] - judged[f"{part}.mean_log_p"]))
     variance = float(judged[f"{part}.var_log_p"].sum()) + (EFFECT * count) ** 2
@@ -104,7 +106,7 @@ def _mean_surprise(judged: Judged, part: str) -> tuple[float, str]:
 
 
 def of_natural(section: Section, judged: Judged) -> None:
-    """Temperature and EOS."""
+    """Judge temperature and EOS."""
     for part in ("talker", "predictor"):
         value, detail = _mean_surprise(judged, part)
         section.judge(f"{part} temperature", value, detail=detail)
@@ -117,7 +119,7 @@ def of_natural(section: Section, judged: Judged) -> None:
 def of_hot(
     section: Section, judged: Judged, tolerances: tuple[float, float], swaps: float = 0.0
 ) -> None:
-    """Truncation."""
+    """Judge the truncation to top-k."""
     beyond, details = 0, []
     for part, tolerance in zip(("talker", "predictor"), tolerances, strict=True):
         allowed = judged[f"{part}.allowed"] > 0
@@ -136,7 +138,7 @@ def of_hot(
 
 
 def of_penalised(section: Section, judged: Judged) -> None:
-    """Repetition penalty."""
+    """Judge the repetition penalty."""
     p, seen = judged["talker.p_seen"], int(judged["talker.is_seen"].sum())
     variance = float((p * (1 - p)).sum()) + (EFFECT * len(p)) ** 2
     section.judge(
@@ -146,19 +148,19 @@ def of_penalised(section: Section, judged: Judged) -> None:
 
 
 def of_wide(section: Section, judged: Judged) -> None:
-    """Suppression."""
+    """Judge the suppression of control codes."""
     forbidden = [int((judged[f"{part}.allowed"] == 0).sum()) for part in ("talker", "predictor")]
     count = len(judged["talker.allowed"])
     section.judge("suppressed codes", sum(forbidden), detail=f"{count} draws of code 0, of all codes")
 
 
 def _nearest(observed: int, expected: float, slack: float) -> float:
-    """What is closest to the observed count, of all that the expected one allows."""
+    """The count nearest to the observed one that the expected count, give or take `slack`, allows."""
     return float(np.clip(observed, expected * (1 - slack), expected * (1 + slack)))
 
 
 def used_slot(section: Section, subject: Subject, said: Sequence[Utterance], frames: int) -> None:
-    """The same utterance first, and after others in its slot: codes and samples."""
+    """Judge whether an utterance has the same codes and samples after others have used its slot."""
     params = replace(HOT, seed=1)
     runs = []
     for utterance in (said[0], said[-1], said[0]):

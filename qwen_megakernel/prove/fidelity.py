@@ -19,13 +19,13 @@ GREEDY = GenerationParams(
     guards=Guards(repeat_frames=0, silence_s=0, frames_per_token=0),
 )
 FP32_ERROR = 1e-3
-"""Of a logit: two orders of the same fp32 sums differ by less."""
+"""Error allowed for a logit. Two orders of the same fp32 sums differ by less."""
 FP32_KL = 1e-6
-"""Nats. Wrong arithmetic is above 1e-3."""
+"""KL divergence allowed in fp32, in nats. Wrong arithmetic gives more than 1e-3."""
 BF16_EXCESS = 1.5
-"""KL that is allowed in bf16, over that of the official package in bf16."""
+"""KL divergence allowed in bf16, as a multiple of that of the official package in bf16."""
 SIGMAS = 6.0
-"""Of the rounding error: a tie lies within."""
+"""Standard deviations of the rounding error. A smaller margin counts as a tie."""
 BF16_ROWS = 0.02
 EOS_FP32 = 1e-3
 KL_FLOOR = 1e-5
@@ -34,7 +34,7 @@ KL_FLOOR = 1e-5
 def rows(
     section: Section, subject: Subject, official: OfficialProcess, said: Sequence[Utterance]
 ) -> None:
-    """Prompt rows and the text rows of the frames after, in both layouts."""
+    """Compare prompt rows, and the text rows of the frames after the prompt, in both layouts."""
     both = [
         Utterance(u.text, u.voice, u.seed, u.language, streaming)
         for u in said
@@ -63,7 +63,8 @@ def rows(
 def rounding_errors(
     official: OfficialProcess, dtype: str, items: Sequence[Mapping], codes: Sequence[Sequence]
 ) -> tuple[float, float]:
-    """Error of a logit that rounding explains, of talker and predictor: `SIGMAS` of official bf16's."""
+    """The error of a logit that rounding explains, for talker and predictor: `SIGMAS` times the official
+    package's in bf16."""
     if dtype == "fp32":
         return FP32_ERROR, FP32_ERROR
     both = [
@@ -80,7 +81,8 @@ def rounding_errors(
 def greedy(
     section: Section, subject: Subject, official: OfficialProcess, said: Sequence[Utterance], frames: int
 ) -> None:
-    """Greedy codes, and at each first difference how near the two codes were."""
+    """Compare greedy codes. At each first difference, judge how near the logits of the two codes
+    were."""
     items = [item(u, subject.voices) for u in said]
     reply = official.ask("greedy", items=items, dtype="fp32", frames=frames, repetition_penalty=PENALTY)
     theirs = reply["codes"]
@@ -109,7 +111,7 @@ def greedy(
 
 
 def _first_difference(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> tuple[int, int] | None:
-    """Frame and codebook; a missing frame differs in its code 0."""
+    """Frame and codebook of the first difference. A missing frame differs in its code 0."""
     for frame, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return frame, next(i for i in range(NUM_CODEBOOKS) if x[i] != y[i])
@@ -236,7 +238,7 @@ def _eos(
     *,
     exact: bool,
 ) -> None:
-    """The probability of EOS along each utterance."""
+    """Compare the probability of EOS along each utterance."""
 
     def probability(found: Sequence[Logits]) -> list[np.ndarray]:
         return [np.exp(_log_softmax(talker))[:, eos] for talker, _ in found]
@@ -261,7 +263,8 @@ def measure(
     codes: Sequence[list[list[int]]],
     frames: int,
 ) -> Found:
-    """The whole part; arguments are those of `logits`, and the greedy frames of each utterance."""
+    """Run the whole part. The arguments are those of `logits`, and the greedy frames of each
+    utterance."""
     section, subject = Section("fidelity"), next(iter(subjects.values()))
     rows(section, subject, official, said)
     greedy(section, subject, official, said, frames)

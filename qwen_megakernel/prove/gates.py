@@ -1,4 +1,4 @@
-"""What must hold: every gate, its limit, what it means, and what is usually wrong when it fails."""
+"""Every gate: its limit, its meaning, and the usual cause of a failure."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Gate:
     limit: float
     meaning: str
     suspects: str
-    """What to look at first."""
+    """Where to look first after a failure."""
     at_least: bool = False
-    """Whether the value must reach the limit, instead of staying below it."""
+    """Whether the value must be at least the limit. Otherwise it must be at most the limit."""
 
 
 GATES: Mapping[str, Gate] = {
@@ -160,7 +160,7 @@ GATES: Mapping[str, Gate] = {
 
 @dataclass(slots=True)
 class Section:
-    """What a part found; `asdict` is its JSON."""
+    """The findings of a part. `asdict` gives its JSON."""
 
     part: str
     gates: list[Found] = field(default_factory=list)
@@ -171,7 +171,7 @@ class Section:
     figures: Found = field(default_factory=dict)
 
     def judge(self, name: str, value: float, *, limit: float | None = None, detail: str = "") -> None:
-        """Hold a value against its gate; `limit` replaces the gate's own."""
+        """Compare a value with the limit of its gate. `limit` replaces the gate's own."""
         gate = GATES[name]
         held = gate.limit if limit is None else limit
         value = float(value)
@@ -181,17 +181,17 @@ class Section:
         )
 
     def skip(self, name: str, why: str) -> None:
-        """A gate that does not apply here."""
+        """Note a gate that does not apply here."""
         self.gates.append(
             {"name": name, "value": None, "limit": GATES[name].limit, "passed": None, "detail": why}
         )
 
     def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table of the report; cells are text or numbers."""
+        """Add a table to the report. Cells are text or numbers."""
         self.tables.append({"title": title, "head": list(head), "rows": [list(row) for row in rows]})
 
     def plot(self, title: str, x: str, y: str, series: Mapping[str, Sequence[float]]) -> None:
-        """Lines over 0, 1, 2 ..., one for each name."""
+        """Add a plot to the report: a line over 0, 1, 2 ... for each name."""
         self.plots.append(
             {
                 "title": title,
@@ -202,12 +202,12 @@ class Section:
         )
 
     def found(self) -> Found:
-        """As JSON values."""
+        """The findings as JSON values."""
         return asdict(self)
 
 
 def verdict_line(section: Mapping[str, Any]) -> str:
-    """One line for a part: how many gates passed, and which failed with what they point to."""
+    """One line for a part: how many gates passed, which failed, and where to look."""
     failed = [gate for gate in section["gates"] if gate["passed"] is False]
     passed = sum(gate["passed"] is True for gate in section["gates"])
     skipped = sum(gate["passed"] is None for gate in section["gates"])
@@ -219,7 +219,7 @@ def verdict_line(section: Mapping[str, Any]) -> str:
 
 
 def shown(gate: Mapping[str, Any]) -> str:
-    """`0.031, allowed: at most 0.02`."""
+    """A gate's value and limit, such as `0.031, allowed: at most 0.02`."""
     if gate["value"] is None:
         return f"not measured: {gate['detail']}"
     word = "at least" if GATES[gate["name"]].at_least else "at most"
@@ -230,7 +230,7 @@ def shown(gate: Mapping[str, Any]) -> str:
 
 
 def normal_surprise(total: float, expected: float, variance: float) -> float:
-    """-log10 of the two-sided probability of a sum this far from what is expected."""
+    """-log10 of the two-sided probability of a sum this far from the expected one."""
     if variance <= 0:
         return 0.0 if abs(total - expected) < 1e-6 * max(1.0, abs(expected)) else math.inf
     z = abs(total - expected) / math.sqrt(variance)
@@ -240,7 +240,7 @@ def normal_surprise(total: float, expected: float, variance: float) -> float:
 
 
 def count_surprise(observed: int, expected: float) -> float:
-    """The same of a count of rare events, by Poisson's distribution."""
+    """The same for a count of rare events, by Poisson's distribution."""
     if expected <= 0:
         return math.inf if observed else 0.0
 

@@ -1,4 +1,4 @@
-"""Golden records: what a checkpoint says here, to be held against another machine or version."""
+"""Golden records: the figures of a checkpoint here, to compare with another machine or version."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ BF16_ROWS = 0.02
 EMBEDDING, BF16_EMBEDDING = 1e-4, 0.02
 QUIET_DB = -60.0
 TIES = 1
-"""Utterances whose draws may differ: fp32 sums of other orders decide a tie otherwise."""
+"""Utterances whose draws may differ: another order of fp32 sums may decide a tie differently."""
 
 
 def record(subject: Subject, cloner: VoiceCloner | None, said: Sequence[Utterance]) -> Found:
-    """Figures of a few utterances; JSON values."""
+    """Measure a few utterances. Returns JSON values."""
     found = []
     for utterance in said:
         codes = subject.draw([utterance], [GREEDY], FRAMES)[0].codes
@@ -57,7 +57,7 @@ def record(subject: Subject, cloner: VoiceCloner | None, said: Sequence[Utteranc
 
 
 def _of_codes(subject: Subject, utterance: Utterance, codes: list[list[int]]) -> Found:
-    """What follows from given codes: their log-probabilities, their sound."""
+    """The log-probabilities and the sound of given codes."""
     rows, _ = subject.rows(utterance, 1)
     talker, predictor = subject.forced(utterance, codes)
     drawn = np.array(codes)
@@ -75,7 +75,7 @@ def _of_codes(subject: Subject, utterance: Utterance, codes: list[list[int]]) ->
 
 
 def _log_p(logits: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Of codes [frames, c] under logits [frames, c, vocabulary]."""
+    """Log-probabilities of codes [frames, c] under logits [frames, c, vocabulary]."""
     wide = logits.astype(np.float64)
     top = wide.max(-1)
     sums = top + np.log(np.exp(wide - top[..., None]).sum(-1))
@@ -125,7 +125,8 @@ def compare(kept: Mapping[str, Any], subject: Subject, cloner: VoiceCloner | Non
 def _differences(
     kept: Mapping[str, Any], now: Found, subject: Subject, said: Sequence[Utterance], rows_error: float
 ) -> dict[str, float]:
-    """How far this is from the record, by figure; log-probabilities and levels are of recorded codes."""
+    """Differences to the record, by figure. Log-probabilities and levels are those of the recorded
+    codes."""
     counts = dict.fromkeys(("rows", "greedy", "drawn", "bits"), 0)
     log_p = level = 0.0
     for utterance, old, new in zip(said, kept["utterances"], now["utterances"], strict=True):

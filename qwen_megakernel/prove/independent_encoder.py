@@ -39,7 +39,7 @@ class IndependentEncoder:
             raise ValueError(f"{path.name} takes {taken.shape}, allowed: [1, n] or [1, frames, 80]")
 
     def embed(self, samples: np.ndarray) -> np.ndarray:
-        """The embedding [size] of float32 samples [n] at 24 kHz, of length one."""
+        """The embedding [size], of length one, of float32 samples [n] at 24 kHz."""
         samples = soxr.resample(samples, SAMPLE_RATE, _RATE).astype(np.float32)
         taken = samples[None] if self._rank == 2 else features(samples)[None]
         made = self._session.run(None, {self._input: taken})[0].reshape(-1)
@@ -64,7 +64,7 @@ def features(samples: np.ndarray) -> np.ndarray:
 
 
 def _filters() -> np.ndarray:
-    """Triangles [80, 257], even on the mel scale from 20 Hz to 8 kHz."""
+    """Triangular filters [80, 257], evenly spaced on the mel scale from 20 Hz to 8 kHz."""
 
     def mel(hz: np.ndarray) -> np.ndarray:
         scaled: np.ndarray = 1127.0 * np.log(1 + hz / 700)

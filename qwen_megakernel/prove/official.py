@@ -1,4 +1,4 @@
-"""The official package in its own process and, where it must be made, in its own environment."""
+"""The official package in a process of its own, in an environment that is made for it if needed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ NEEDS = (
     "transformers==5.17.0", "accelerate>=1.12", "einops>=0.8", "librosa>=0.11", "onnxruntime>=1.22",
     "scipy>=1.13", "sox>=1.5", "soundfile>=0.13",
 )  # fmt: skip
-"""What it imports. From transformers 5.18 on Mimi's tensors have other names, and it no longer loads."""
+"""Packages that it imports. From transformers 5.18 on Mimi's tensors have other names, and it no longer
+loads."""
 SCRIPT = Path(__file__).with_name("official_worker.py")
 REQUEST_TIMEOUT_S = 900.0
 CLOSE_TIMEOUT_S = 10.0
@@ -36,7 +37,7 @@ Item = Mapping[str, Any]
 
 
 class OfficialError(RuntimeError):
-    """The official package cannot be had, or its process failed; one line."""
+    """The official package cannot be installed, or its process failed. The message is one line."""
 
 
 def official_python(report: Report) -> Path:
@@ -118,7 +119,7 @@ class OfficialProcess:
         return found
 
     def ask_arrays(self, do: str, **arguments: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """`ask` a method that writes arrays; its reply and the arrays by name."""
+        """`ask` a method that writes arrays. Returns its reply, and the arrays by name."""
         path = Path(self._arrays.name) / "arrays.npz"
         reply = self.ask(do, out=str(path), **arguments)
         with np.load(path) as file:
@@ -146,5 +147,5 @@ class OfficialProcess:
 
 
 def by_item(arrays: Mapping[str, np.ndarray], name: str, count: int) -> Sequence[np.ndarray]:
-    """`NAME.0`, `NAME.1` ... of what `ask_arrays` gave."""
+    """The arrays `NAME.0`, `NAME.1` ... of a result of `ask_arrays`."""
     return [arrays[f"{name}.{index}"] for index in range(count)]

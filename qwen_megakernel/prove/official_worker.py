@@ -136,7 +136,7 @@ class Worker:
         )
 
     def _inputs(self, dtype: str, item: dict[str, Any]) -> dict[str, Any]:
-        """What the official `generate` hands to its talker."""
+        """The arguments that the official `generate` passes to its talker."""
         model, captured = self._models[dtype], {}
         talker = model.model.talker
 
@@ -256,7 +256,7 @@ class Worker:
     # -- sound -------------------------------------------------------------------------------
 
     def decode(self, codes: list[list[list[int]]], dtype: str, out: str) -> dict[str, Any]:
-        """Samples `I` float32 [n] of each list of frames."""
+        """Decode each list of frames to samples `I`, float32 [n]."""
         tokenizer, arrays = self._models[dtype].model.speech_tokenizer, {}
         for index, frames in enumerate(codes):
             (samples,), rate = tokenizer.decode([{"audio_codes": torch.tensor(frames)}])

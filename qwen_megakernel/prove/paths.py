@@ -1,4 +1,4 @@
-"""The same utterance by every way there is: alone and in a batch, streamed and whole, on every wire."""
+"""The same utterance over every route: alone and in a batch, streamed and whole, over every protocol."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from qwen_megakernel.turn import Audio, Finished, TurnEvent
 
 TIMEOUT_S = 120.0
 BATCH_ROUNDING = 1e-5
-"""PyTorch's codec sums in another order in a batch; the kernels do not."""
+"""Difference allowed in a batch, where PyTorch's codec sums in another order. The kernels do not."""
 FLAC_STEP = 1.0
-"""FFmpeg rounds to 16 bits in its own way."""
+"""Steps of 16 bits by which FLAC may differ: FFmpeg rounds in its own way."""
 HEADER_BYTES = 8
-"""Of a binary message of the native protocol: stream and sequence."""
+"""Bytes of the header of a binary message of the native protocol: stream and sequence."""
 
 Report = Callable[[str], None]
 Way = Callable[[], np.ndarray]
 
 
 class Ways:
-    """Ways through the engine of this process."""
+    """Routes through the engine of this process."""
 
     def __init__(self, tts: TTSDecoder, utterance: Utterance, voice: Voice) -> None:
         self._tts, self._said, self._voice = tts, utterance, voice
 
     def turn(self, pieces: Sequence[str], *, seed: int | None = None, **options: Any) -> Way:
-        """Open a turn, give it the text in pieces; the returned function waits for its samples."""
+        """Open a turn and give it the text in pieces. The returned function waits for its samples."""
         events: queue.SimpleQueue[TurnEvent] = queue.SimpleQueue()
         params = GenerationParams(seed=self._said.seed if seed is None else seed)
         turn = self._tts.open_turn(
@@ -54,13 +54,13 @@ class Ways:
         return lambda: _collect(events)
 
     def in_company(self) -> np.ndarray:
-        """The third of eight turns that speak together."""
+        """Samples of the third of eight turns that speak together."""
         text = [self._said.text]
         turns = [self.turn(text, seed=None if i == 2 else 100 + i) for i in range(8)]
         return [samples() for samples in turns][2]
 
     def all(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and samples."""
+        """Yield the name and the samples of each route."""
         whole = [self._said.text]
         yield "alone, again", self.turn(whole)()
         yield "among eight", self.in_company()
@@ -84,13 +84,13 @@ def _collect(events: queue.SimpleQueue[TurnEvent]) -> np.ndarray:
 
 
 class Wires:
-    """Ways through a server."""
+    """Routes through a server."""
 
     def __init__(self, port: int, utterance: Utterance, voice: str | None) -> None:
         self._port, self._said, self._voice = port, utterance, voice
 
     def all(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Name and samples: float32, or int16 where the wire has 16 bits."""
+        """Yield the name and the samples of each route: float32, or int16 if the format has 16 bits."""
         text = self._said.text
         yield "simple, float32", self._simple([{"text": text}])
         live = [{"text": word, "more": True} for word in words(text)]
@@ -167,7 +167,7 @@ def _pcm_of_wav(data: bytes) -> np.ndarray:
 
 
 def _pcm_of_flac(data: bytes) -> np.ndarray:
-    """The same of a FLAC file."""
+    """The samples of a FLAC file."""
     import av
 
     with av.open(io.BytesIO(data), "r") as file:

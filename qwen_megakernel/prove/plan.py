@@ -1,4 +1,4 @@
-"""How much is measured, of what, and where."""
+"""The plan of a run: what is measured, how much of it, and on which device."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from qwen_megakernel.prove.utterances import ListedText
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much of everything."""
+    """How much a run measures."""
 
     texts: int
     """Utterances of the fidelity part."""
     frames: int
-    """Greedy frames of each."""
+    """Greedy frames of each utterance."""
     draws: int
-    """Codes of the predictor that are drawn and ranked, at least; the talker draws a fifteenth."""
+    """The least number of predictor codes that are drawn and ranked. The talker draws a fifteenth of
+    it."""
     natural: int
     """Utterances drawn with the checkpoint's own sampling, until EOS."""
     pairs: int
     """Utterances that both sides speak."""
     turns: int
-    """Of each measurement of speed."""
+    """Turns of each measurement of speed."""
     voices_at_once: tuple[int, ...]
     """Numbers of clients that speak together."""
 
@@ -43,9 +44,9 @@ class Plan:
     """One run."""
 
     folder: Path
-    """Of the checkpoint."""
+    """Folder of the checkpoint."""
     model: str
-    """What to call it: no path."""
+    """Name of the checkpoint for the report, without a path."""
     out: Path
     size: Size
     backend: str
@@ -56,17 +57,17 @@ class Plan:
     voices: Path | None = None
     """A folder of voices; None is the checkpoint's own `voices/`, if it has one."""
     texts: tuple[ListedText, ...] = ()
-    """Of a list in Seed-TTS-eval's format; empty is the sixty sentences."""
+    """Texts of a list in Seed-TTS-eval's format. If there are none, the sixty sentences are spoken."""
     language: str = "english"
 
     @property
     def dtype(self) -> str:
-        """Of our side: what the server would run."""
+        """Precision of our side: the one in which the server would run."""
         return "fp32" if self.device.type == "cpu" else "bf16"
 
     @property
     def base(self) -> Found:
-        """What every part of the run depends on."""
+        """The values on which every part of the run depends."""
         return {
             "sources": sources_digest(),
             "checkpoint": checkpoint_digest(self.folder),
@@ -77,5 +78,5 @@ class Plan:
 
 
 def device_name(device: torch.device) -> str:
-    """For the report: the GPU's name, or `cpu`."""
+    """The device's name for the report: the GPU's name, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

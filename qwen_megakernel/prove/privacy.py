@@ -1,4 +1,4 @@
-"""What a report must not tell: where files lie, what the machine is called, who may log in."""
+"""Keeps paths, host names, user names and secrets out of a report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "QWEN_MEGAKERNEL_TOKEN")
 _MIN_LENGTH = 4
-"""Shorter names would be found in ordinary words."""
+"""The fewest characters of a name that is replaced. Shorter names occur in ordinary words."""
 _SOUND = "mp3"
-"""Of a clip: data, not text."""
+"""Key of a clip's sound, which is data and not text."""
 
 
 def secrets(*folders: Path) -> dict[str, str]:
-    """What is replaced, by what; the longest first."""
+    """Texts to hide and their replacements, the longest first."""
     found = {str(folder.resolve()): folder.name for folder in folders}
     found |= {str(folder): folder.name for folder in folders if folder.is_absolute()}
     found |= {str(Path.cwd()): ".", str(Path.home()): "~"}

@@ -1,4 +1,4 @@
-"""Voices for a checkpoint that has none of its own: cloned from what the demonstration voice says."""
+"""Voices for a checkpoint without voices: clones of recordings that the demonstration voice makes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qwen_megakernel.tools.demo import CHECKPOINT
 from qwen_megakernel.tts_model import TTSDecoder
 
 NAMES = ("rms", "slt")
-"""Of the demonstration voice: those that are understood best."""
+"""Speakers of the demonstration voice that a recogniser understands best."""
 SPOKEN = 2
 """Sentences of a recording: about five seconds."""
 
 
 def recordings() -> dict[str, tuple[np.ndarray, str]]:
-    """By name: float32 samples [n] at 24 kHz, and what is said in them."""
+    """Recordings by name: float32 samples [n] at 24 kHz, and the words in them."""
     text = sentences()[-SPOKEN:]
     with TTSDecoder.load(CHECKPOINT, device="cpu", num_slots=2) as tts:
         tts.load_voices(CHECKPOINT / "voices")
@@ -34,7 +34,7 @@ def recordings() -> dict[str, tuple[np.ndarray, str]]:
 
 
 def cloned(cloner: VoiceCloner, report: Callable[[str], None]) -> dict[str, Voice]:
-    """Each recording by its speaker embedding, and in context where the checkpoint can."""
+    """Clone each recording by its speaker embedding, and also in context if the checkpoint can."""
     report("cloning voices from the demonstration voice")
     found = {}
     for name, (samples, text) in recordings().items():

@@ -29,7 +29,7 @@ _WORDS = {True: ("good", "passed"), False: ("bad", "FAILED"), None: ("aside", "n
 
 
 def html(found: Found) -> str:
-    """The file's text; `found` is what report.json holds, with the clips' sound."""
+    """The file's text. `found` has the content of report.json and the sound of the clips."""
     return "".join(_page(found))
 
 

@@ -1,4 +1,4 @@
-"""What a run has found so far, in the folder of its report, so that it can be taken up again."""
+"""Keeps the findings of a run in the folder of its report, so that a later run can continue it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Found = dict[str, Any]
 
 
 def sources_digest() -> str:
-    """Of what is proved: the package's Python files but for these, and the kernels' sources."""
+    """A digest of the code under test: the package's Python files without `prove`, and the kernels'
+    sources."""
     package = Path(qwen_megakernel.__file__).parent
     files = [
         *(path for path in package.rglob("*.py") if path.parent != Path(__file__).parent),
@@ -29,7 +30,7 @@ def sources_digest() -> str:
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """Of a checkpoint: its small files, and the beginning and the size of its weights."""
+    """A digest of a checkpoint: its small files, and the beginning and the size of its weights."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -42,12 +43,12 @@ class Findings:
     """JSON files of a folder, each with the key of what it depends on."""
 
     def __init__(self, folder: Path, base: Mapping[str, Any]) -> None:
-        """`base`: what every part depends on."""
+        """`base` has the values on which every part depends."""
         self._folder, self._base = folder, dict(base)
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str, depends: Mapping[str, Any], make: Callable[[], Found]) -> Found:
-        """What `make` returned for the same dependencies, now or in an earlier run."""
+        """The result of `make` for these dependencies, from now or from an earlier run."""
         stated = json.dumps([self._base, dict(depends)], sort_keys=True, default=str)
         key = hashlib.sha256(stated.encode()).hexdigest()
         path = self._folder / f"{name}.json"

@@ -14,7 +14,7 @@ from qwen_megakernel.prove.session import Session
 from qwen_megakernel.prove.transcripts import Recogniser, RecogniserMissing
 
 REVISION = 1
-"""Of what the parts measure."""
+"""Revision of the measurements. A change makes earlier findings invalid."""
 
 
 def run_fidelity(session: Session) -> Found:
@@ -92,7 +92,7 @@ PARTS: Mapping[str, Callable[[Session], Found]] = {
     "paths": run_paths,
     "speed": run_speed,
 }
-"""In the order in which they run."""
+"""The parts, in the order in which they run."""
 
 
 def section(session: Session, name: str) -> Found:

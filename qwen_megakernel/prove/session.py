@@ -1,4 +1,4 @@
-"""What the parts of a run share, each made when it is first needed: processes, models, voices."""
+"""Processes, models and voices that the parts of a run share. Each is made at its first use."""
 
 from __future__ import annotations
 
@@ -44,15 +44,16 @@ class Session:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """Opened."""
+        """The opened checkpoint."""
         return Checkpoint(self.plan.folder)
 
     @cached_property
     def voices(self) -> Mapping[str, Voice]:
-        """To speak with, by name.
+        """The voices to speak with, by name.
 
-        Those of a list or of a folder, else the checkpoint's presets or its own choice. A checkpoint
-        that clones and has no folder clones the demonstration voice.
+        With a list, they are clones of its recordings. Otherwise a CustomVoice checkpoint has its
+        presets, and a VoiceDesign checkpoint its own choice. A Base checkpoint has the voices of the
+        folder. Without a folder it clones recordings of the demonstration voice.
         """
         if self.plan.texts:
             cloner = self.cloner
@@ -76,7 +77,7 @@ class Session:
 
     @cached_property
     def cloner(self) -> VoiceCloner | None:
-        """The encoders; None where the checkpoint cannot clone."""
+        """The encoders for cloning; None if the checkpoint cannot clone."""
         if self.checkpoint.config.speaker_encoder is None:
             return None
         return load_cloner(self.checkpoint, self.plan.device)
@@ -103,7 +104,7 @@ class Session:
 
     @cached_property
     def subjects(self) -> Mapping[str, Subject]:
-        """This implementation: as it would serve first, then PyTorch in other precisions."""
+        """This implementation: first as a server would run it, then PyTorch in other precisions."""
         wanted = [(self.plan.backend, self.plan.dtype), ("torch", "bf16")]
         if self.plan.dtype != "fp32":
             wanted.append(("torch", "fp32"))
@@ -119,7 +120,7 @@ class Session:
 
     @property
     def subject(self) -> Subject:
-        """What is judged."""
+        """The subject that is judged."""
         return next(iter(self.subjects.values()))
 
     @cached_property
@@ -138,7 +139,7 @@ class Session:
         return read_generation_config(self.plan.folder)
 
     def count_tokens(self, text: str) -> int:
-        """Of a text."""
+        """The number of tokens of a text."""
         return len(self._tokenizer.encode(text))
 
     @cached_property
@@ -148,7 +149,7 @@ class Session:
 
     @cached_property
     def server_options(self) -> list[str | Path]:
-        """Of a server on the checkpoint, with the voices that can be saved as files."""
+        """Options for a server on the checkpoint, with the voices that can be saved as files."""
         plan = self.plan
         options: list[str | Path] = ["--model", plan.folder, "--backend", plan.backend]
         options += ["--device", str(plan.device), "--offline", "--log-format", "json"]
@@ -161,7 +162,7 @@ class Session:
     # -- utterances --------------------------------------------------------------------------
 
     def utterances(self, count: int) -> list[Utterance]:
-        """The first of those that both sides speak."""
+        """The first `count` utterances of those that both sides speak."""
         plan = self.plan
         if plan.texts:
             return [
@@ -171,7 +172,7 @@ class Session:
         return paired(sentences(), sorted(self.voices), count, plan.language)
 
     def item(self, utterance: Utterance) -> dict[str, Any]:
-        """As the official process takes it."""
+        """An utterance in the form that the official process takes."""
         return item(utterance, self.voices)
 
     def varied(self, count: int) -> list[Utterance]:

@@ -23,7 +23,7 @@ from qwen_megakernel.prove.utterances import Utterance, item
 
 RATES = (16_000, 24_000, 44_100)
 BF16_SAMPLES = 2.0
-"""Largest difference allowed in bf16, over that of the official decoder in bf16."""
+"""Largest difference allowed in bf16, as a multiple of that of the official decoder in bf16."""
 CLONE_FRAMES = 24
 MIN_RECORDING_S = 1.5
 OFFICIAL_CHUNK = 300
@@ -156,7 +156,7 @@ def measure(
     said: Sequence[Utterance],
     codes: Sequence[list[list[int]]],
 ) -> Found:
-    """The whole part; `codes` are those of the utterances, without EOS."""
+    """Run the whole part. `codes` are those of the utterances, without EOS."""
     section = Section("sound")
     made = samples(section, subject, official, [codes[0], _joined(codes, subject)])
     speakers(section, cloner, official, long_recording(made))

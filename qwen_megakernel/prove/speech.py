@@ -32,13 +32,13 @@ from qwen_megakernel.tts_model import TTSDecoder
 from qwen_megakernel.turn import Audio, Finished, TurnEvent
 
 BLOCK = 20
-"""Utterances that are spoken together and kept together."""
+"""Number of utterances that are spoken together and whose results are kept together."""
 SIDES = ("ours", "official")
 EARLY = 0.5
 """An utterance stopped early if it takes less than this part of the median time for a character."""
 RESAMPLES = 4000
 REVISION = 1
-"""Of what is kept of a pair."""
+"""Revision of the kept results. A change makes earlier ones invalid."""
 MIN_SIMILARITY_S = 0.5
 
 Report = Callable[[str], None]
@@ -51,7 +51,7 @@ class Spoken:
     samples: np.ndarray
     """float32 [n] at 24 kHz."""
     reason: str
-    """How it ended: `FinishReason`."""
+    """Its `FinishReason`."""
 
     @property
     def stopped(self) -> bool:
@@ -89,7 +89,7 @@ def speak_officially(
     dtype: str,
     seed: int,
 ) -> list[Spoken]:
-    """The same by the official package, as one batch.
+    """Speak the utterances by the official package, as one batch.
 
     Args:
         official: has loaded the checkpoint in `dtype`.
@@ -134,7 +134,7 @@ class Judge:
         independent: IndependentEncoder | None = None,
         recordings: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        """Where one is None, its figures are left out.
+        """Keep the encoders and the recogniser. Figures of one that is None are left out.
 
         Args:
             recogniser: writes speech down.
@@ -151,7 +151,7 @@ class Judge:
         self.name = recogniser.name if recogniser is not None else None
 
     def figures(self, utterance: Utterance, voice: Voice, spoken: Spoken) -> dict[str, Any]:
-        """A row of the report: JSON values."""
+        """A row of the report, as JSON values."""
         sound = acoustics.measure(spoken.samples)
         row: dict[str, Any] = asdict(sound) | {
             "stopped": spoken.stopped,
@@ -174,7 +174,8 @@ class Judge:
         return row
 
     def _similarity(self, embedding: torch.Tensor, samples: np.ndarray) -> float | None:
-        """Cosine of the voice's embedding to that of what it said; None of too little sound."""
+        """Cosine between the voice's embedding and that of its speech; None if there is too little
+        sound."""
         encoder = self._encoder
         if encoder is None or len(samples) < MIN_SIMILARITY_S * SAMPLE_RATE:
             return None
@@ -190,15 +191,15 @@ class Speakers:
     official: OfficialProcess
     voices: Mapping[str, Voice]
     dtype: str
-    """Of the official side."""
+    """Precision of the official side."""
     count_tokens: Callable[[str], int]
-    """Of a text; it limits an utterance."""
+    """Counts the tokens of a text, which limit an utterance."""
 
 
 def pairs(
     findings: Findings, speakers: Speakers, judge: Judge, utterances: Sequence[Utterance], report: Report
 ) -> list[dict[str, Any]]:
-    """Every pair's row; blocks that an earlier run has spoken are read."""
+    """The row of each pair. Blocks that an earlier run has spoken are read from its findings."""
     rows: list[dict[str, Any]] = []
     for number, begin in enumerate(range(0, len(utterances), BLOCK)):
         part = utterances[begin : begin + BLOCK]
@@ -217,7 +218,7 @@ def pairs(
 def block(
     speakers: Speakers, judge: Judge, utterances: Sequence[Utterance], seed: int
 ) -> dict[str, Any]:
-    """Speak and judge a block of pairs; `rows`, a JSON value."""
+    """Speak and judge a block of pairs. Returns `rows` as JSON values."""
     tts, voices = speakers.tts, speakers.voices
     guards = tts.default_params.guards
     budgets = [guards.budget(speakers.count_tokens(u.text)) or MAX_FRAMES for u in utterances]
@@ -311,14 +312,15 @@ SHOWN = (
     ("clipped", "clipped samples"), ("runaway", "did not end by EOS"), ("early_stop", "stopped early"),
 )  # fmt: skip
 ENOUGH_PAIRS = 500
-"""From so many on, the worse end of an interval is judged. Fewer pairs can show that something is wrong,
-and not that all is right: a difference is judged less `FEW_ERRORS` standard errors."""
+"""From this number of pairs on, the worse end of an interval is judged. Fewer pairs can show that
+something is wrong, but not that all is right. For them the difference minus `FEW_ERRORS` standard
+errors is judged."""
 FEW_ERRORS = 4
 FEW_DURATION = 0.25
 
 
 def measure(rows: Sequence[Mapping[str, Any]], missing: str) -> Found:
-    """The whole part; `missing` says why there is no recogniser, if there is none."""
+    """Run the whole part. If there is no recogniser, `missing` says why."""
     section, found = Section("speech"), summary(rows)
     figures, enough = found["figures"], len(rows) >= ENOUGH_PAIRS
     section.figures = found

@@ -45,7 +45,7 @@ class GpuMeter:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Keep the highest of each."""
+        """Keep the highest value of each while the `with` block runs."""
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
         try:
@@ -70,7 +70,7 @@ class GpuMeter:
 
 
 def resident_megabytes(port: int) -> float | None:
-    """Of the server's process, by its metrics; None where they do not tell."""
+    """Resident memory of the server's process in MB, from its metrics; None if they do not have it."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with suppress(OSError), opener.open(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         found = re.search(r"^process_resident_memory_bytes (\S+)", answer.read().decode(), re.MULTILINE)
@@ -118,7 +118,7 @@ def of_server(
 
 
 def of_parts(section: Section, session: Session, report: Report) -> dict[str, Any]:
-    """A frame's decode and its codec, each alone."""
+    """Measure a frame's decode and its codec, each alone."""
     plan = session.plan
     found = parts.run(
         session.checkpoint, plan.backend, plan.device, streams=(1,), frames=PART_FRAMES, report=report
@@ -131,7 +131,7 @@ def of_parts(section: Section, session: Session, report: Report) -> dict[str, An
 
 
 def of_official(section: Section, session: Session, count: int) -> dict[str, Any]:
-    """The official package speaks the same sentence; it gives no sound before the end."""
+    """Measure the official package with the same sentence. It gives no sound before the end."""
     plan, seconds, audio = session.plan, [], []
     voice = sorted(session.voices)[0]
     for seed in range(count):
@@ -151,7 +151,7 @@ def of_official(section: Section, session: Session, count: int) -> dict[str, Any
 
 
 def of_peer(section: Section, session: Session, count: int) -> dict[str, Any] | None:
-    """faster-qwen3-tts, if it is in the official environment and the checkpoint clones."""
+    """Measure faster-qwen3-tts, if it is in the official environment and the checkpoint clones."""
     plan, cloner = session.plan, session.cloner
     if cloner is None or cloner.codec_encoder is None or plan.device.type != "cuda":
         return None
@@ -177,7 +177,7 @@ def of_peer(section: Section, session: Session, count: int) -> dict[str, Any] | 
 
 
 def measure(session: Session, report: Report) -> Found:
-    """The whole part."""
+    """Run the whole part."""
     section, size = Section("speed"), session.plan.size
     section.figures["parts"] = of_parts(section, session, report)
     section.figures["official"] = of_official(section, session, min(3, size.turns))

@@ -1,4 +1,4 @@
-"""What is proved: this implementation's parts, without the engine that usually drives them.
+"""The subject of `prove`: this implementation's parts, without the engine that usually drives them.
 
 A subject answers the same questions as `official_worker`: prompt rows, greedy codes, teacher-forced
 logits, drawn codes, samples, speaker embeddings.
@@ -35,7 +35,7 @@ MAX_POSITIONS = 2048
 
 Report = Callable[[str], None]
 Logits = tuple[np.ndarray, np.ndarray]
-"""Of the talker [frames, vocabulary] and of the predictor [frames, 15, vocabulary], fp32."""
+"""Logits of the talker [frames, vocabulary] and of the predictor [frames, 15, vocabulary], fp32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""Speech written down by a recogniser, and how far that is from what was to be said.
+"""Transcripts of speech by a recogniser, and their distance from the spoken text.
 
-The recogniser is faster-whisper, which is installed beside this package where speech is to be judged.
+The recogniser is faster-whisper. To judge speech, install it beside this package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import soxr
 from qwen_megakernel.config import SAMPLE_RATE
 
 DEFAULT_MODEL = "small"
-"""Of faster-whisper, where no model is named and none is installed as a package."""
+"""Model of faster-whisper, if none is named and none is installed as a package."""
 _RATE = 16_000
 _WITHOUT_SPACES = {"chinese", "japanese"}
 _CODES = {
@@ -27,7 +27,7 @@ _CODES = {
 
 
 class RecogniserMissing(RuntimeError):
-    """No recogniser, or not the model that was named; one line."""
+    """There is no recogniser, or no model of that name. The message is one line."""
 
 
 class Recogniser:
@@ -79,19 +79,19 @@ def words(text: str, language: str = "english") -> list[str]:
 
 
 def word_errors(said: str, heard: str, language: str = "english") -> tuple[int, int]:
-    """Words put in, left out or changed, and words said."""
+    """The number of words that were put in, left out or changed, and the number of words said."""
     true = words(said, language)
     return edits(true, words(heard, language)), len(true)
 
 
 def character_errors(said: str, heard: str) -> tuple[int, int]:
-    """The same of characters, without signs and spaces."""
+    """The same for characters, without signs and spaces."""
     true = "".join(words(said))
     return edits(true, "".join(words(heard))), len(true)
 
 
 def edits(a: Sequence[str], b: Sequence[str]) -> int:
-    """Levenshtein's distance."""
+    """The Levenshtein distance of two sequences."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i

@@ -1,4 +1,5 @@
-"""What is spoken to prove it: texts, voices, seeds, as the official process takes them too."""
+"""The utterances of `prove`: texts, voices and seeds, also in the form that the official process
+takes."""
 
 from __future__ import annotations
 

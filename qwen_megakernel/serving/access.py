@@ -27,7 +27,7 @@ _QUERY_NAMES = ("token", "api_key", "access_token")
 
 @dataclass(frozen=True, slots=True)
 class AccessRules:
-    """What the command line allows."""
+    """The access that the command line allows."""
 
     host: str
     """The address on which the server listens."""

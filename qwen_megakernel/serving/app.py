@@ -106,10 +106,10 @@ class ServerSettings:
     voices_folder: Path | None = None
     """The folder for voices that clients add. Without it they cannot add any."""
     trim_leading_silence: bool = False
-    """Where a client does not say; likewise the next."""
+    """The choice for clients that make none; likewise the next field."""
     markup: bool = False
     lexicons: Mapping[str | None, Mapping[str, str]] = field(default_factory=dict)
-    """Word to respelling by voice; those of None are for all."""
+    """Words and respellings by voice. Those under the key None are for all voices."""
 
     @property
     def admission(self) -> AdmissionLimits:

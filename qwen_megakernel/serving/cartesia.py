@@ -135,13 +135,13 @@ class _Context:
         """For each flush, the number of segments that must be done before its answer, and its id."""
 
     def append(self, text: str, spans: list[Span]) -> None:
-        """The session has taken text, and reads it as `spans`."""
+        """Note text that the session has taken and reads as `spans`."""
         self.add(spans)
         if text.strip() and len(self._flush_ids) == self._num_closed:
             self._flush_ids.append(self._num_flushes + 1)
 
     def add(self, spans: list[Span]) -> None:
-        """The session reads text that it took before as more than it said then."""
+        """Note further spans of text that the session took before."""
         if self._clock is not None:
             self._clock.add(spans)
 
@@ -195,7 +195,7 @@ class _Context:
 
 
 class CartesiaDialect:
-    """One client's contexts. The session knows them by numbers, so that a client may use an id again."""
+    """One client's contexts. The session gets numbers as ids, so that a client may use an id again."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -275,7 +275,7 @@ class CartesiaDialect:
             self._session.cancel(name)
 
     def _forget(self, name: str) -> str:
-        """Drop a context. Returns the client's id of it."""
+        """Drop a context. Returns the client's id for it."""
         context_id = self._contexts.pop(name).context_id
         if self._names.get(context_id) == name:
             del self._names[context_id]

@@ -43,7 +43,7 @@ class Dialect(Protocol):
 
 
 class Transport(Protocol):
-    """What is asked of a socket; an `asyncio.Transport` has it."""
+    """The methods of a socket that a connection uses. An `asyncio.Transport` has them."""
 
     def get_write_buffer_size(self) -> int:
         """Bytes that the kernel has not taken."""

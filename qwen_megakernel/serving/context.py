@@ -1,6 +1,6 @@
 """Contexts: a reply as a row of segments, whose phrases become turns of the engine.
 
-`session.py` decides the order of contexts and waits for clients. Nothing here does.
+`session.py` decides the order of contexts and waits for clients. This module does neither.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qwen_megakernel.serving.spoken_text import Pause, Span, TextReader
 from qwen_megakernel.turn import Audio, Finished, FinishReason, RequestError, Turn
 
 _PAUSE_PIECE = SAMPLE_RATE // 5
-"""Samples of a pause that are given at a time."""
+"""The most samples of a pause that `settle` returns at a time."""
 
 
 class WaitingPhrase:
@@ -31,13 +31,13 @@ class WaitingPhrase:
         """`number` counts the phrases of a segment."""
         self.options, self.number = options, number
         self.flushed = False
-        """No more text will come."""
+        """Whether the text is complete."""
         self.pause_s: float | None = None
-        """Of the pause that follows; None where the segment ends."""
+        """Seconds of the pause after the phrase; None if the segment ends with the phrase."""
         self.blank = True
-        """Whether there is nothing to say as yet."""
+        """Whether the text so far has nothing to say."""
         self.silent = number > 0
-        """Whether it counts even so: a pause or a tag is all there is."""
+        """Whether the phrase takes its place even if it is blank, because of a pause or a tag."""
         self._pieces: list[str] = []
 
     @property
@@ -52,13 +52,13 @@ class WaitingPhrase:
             self.blank = self.blank and not text.strip()
 
     def flush(self, pause_s: float | None = None) -> None:
-        """Say that the text is complete, and what follows."""
+        """Mark the text as complete. A pause of `pause_s` follows; with None the segment ends."""
         self.flushed, self.pause_s = True, pause_s
         self.silent = self.silent or pause_s is not None
 
 
 class SpokenPhrase:
-    """A phrase whose turn was opened, or one that is silent."""
+    """A phrase whose turn was opened, or a silent phrase, which has no turn."""
 
     def __init__(self, phrase: WaitingPhrase, turn: Turn | None) -> None:
         self.turn, self.number = turn, phrase.number
@@ -69,14 +69,14 @@ class SpokenPhrase:
         self.flushed = phrase.flushed
         """Whether the text is complete."""
         self.pause_s = phrase.pause_s
-        """As before."""
+        """Seconds of the pause after the phrase; None if the segment ends with the phrase."""
         self.num_paused = 0
-        """Samples of the pause that were given."""
+        """Samples of the pause that `Context.settle` has returned."""
         self.settled = False
-        """Whether the pause and the segment's end were given."""
+        """Whether `Context.settle` has returned all of the pause, or the segment's end."""
         self.rate = SpeakingRate(phrase.options.speed) if turn and phrase.options.speed != 1 else None
         self.waits_for_flush = phrase.options.markup
-        """Whether text that is still to come may hold a pause, though the model has ended."""
+        """Whether later text may hold a pause, which counts even if the model has ended the phrase."""
 
     blank = False
     silent = True
@@ -87,12 +87,12 @@ class SpokenPhrase:
         return self.finished and not self.settled and (self.flushed or not self.waits_for_flush)
 
     def append(self, text: str) -> None:
-        """Add text. What comes after the model has ended the phrase is not spoken."""
+        """Add text. Text that comes after the model has ended the phrase is not spoken."""
         if self.turn is not None and not self.finished:
             self.turn.append(text)
 
     def flush(self, pause_s: float | None = None) -> None:
-        """Say that the text is complete, and what follows."""
+        """Mark the text as complete. A pause of `pause_s` follows; with None the segment ends."""
         self.flushed, self.pause_s = True, pause_s
         if self.turn is not None:
             self.turn.end()
@@ -102,32 +102,39 @@ class Context:
     """One reply: its text, its turns, what was generated and what was sent."""
 
     def __init__(self, context_id: str, name: str, options: TurnOptions) -> None:
-        """`name` is for the log. The id is the client's, `options` are the server's defaults."""
+        """Begin a context without text.
+
+        Args:
+            context_id: the client's id.
+            name: for the log.
+            options: the server's defaults.
+        """
         self.context_id, self.name = context_id, name
         self.options = options
         """The options of the last segment."""
         self.account = Account()
         self.waiting: deque[WaitingPhrase] = deque()
         self.spoken: SpokenPhrase | None = None
-        """The phrase whose turn runs; or one that the model has ended, until it is flushed."""
+        """The phrase whose turn runs. A phrase that the model has ended stays here until its text is
+        complete."""
         self.num_turns = 0
         self.num_segments = 0
-        """Begun to be spoken."""
+        """Segments that have begun to be spoken."""
         self.ended = False
-        """No more text will come."""
+        """Whether the text is complete."""
         self.complete = False
-        """All audio was generated. The end of the context waits behind it."""
+        """Whether all audio was generated. The end of the context then waits behind it in the outbox."""
         self.cancelled = False
-        """Audio that is still generated is dropped."""
+        """Whether audio that is still generated is dropped."""
         self.closed = False
-        """The session has forgotten the context. Its end was told, or is the next event."""
+        """Whether the session has forgotten the context. Its end was told, or is the next event."""
         self.announced = False
-        """The client has got `ContextStarted`."""
+        """Whether the client has got `ContextStarted`."""
         self.reason: FinishReason = "stop"
         self.failure: RequestError | None = None
         self.quiet_since = time.monotonic()
         self._reader = TextReader()
-        """Of the last segment."""
+        """The reader of the last segment."""
         self._num_spoken_chars = 0
         self._segment_start = 0
         self._segment_reason: FinishReason = "stop"
@@ -138,7 +145,7 @@ class Context:
 
     @property
     def tail(self) -> WaitingPhrase | SpokenPhrase | None:
-        """The phrase that takes text."""
+        """The phrase that takes text; None if new text begins a segment."""
         phrase = self.waiting[-1] if self.waiting else self.spoken
         return None if phrase is None or phrase.flushed else phrase
 
@@ -150,10 +157,10 @@ class Context:
         return not (self.ended or self.cancelled or model_ended)
 
     def append(self, text: str, max_spoken_chars: int) -> list[Span]:
-        """Add text to the segment that takes it; what can be told of it now.
+        """Add text to the segment that takes it. Returns the spans of it that are certain now.
 
         Raises:
-            RequestError: the context's text is longer than that, with all respellings in it.
+            RequestError: with all respellings, the context's text has more than `max_spoken_chars`.
         """
         spans = self._take(self._reader.append(text))
         if self._num_spoken_chars > max_spoken_chars:
@@ -164,19 +171,19 @@ class Context:
         return spans
 
     def add_segment(self, options: TurnOptions, reader: TextReader) -> None:
-        """Begin a segment."""
+        """Begin a segment, whose text `reader` reads."""
         self.options, self._reader = options, reader
         self.waiting.append(WaitingPhrase(options))
 
     def flush(self) -> list[Span]:
-        """Say that the segment's text is complete, if there is something to say; what is left of it."""
+        """Mark the segment's text as complete, if it has something to say. Returns its last spans."""
         spans = self._take(self._reader.end())
         if self.tail is not None and (self.tail.silent or not self.tail.blank):
             self.tail.flush()
         return spans
 
     def end(self) -> list[Span]:
-        """Say that the text is complete; what is left of it."""
+        """Mark the context's text as complete. Returns its last spans."""
         self.ended = True
         spans = self._take(self._reader.end()) if self.tail is not None else []
         if self.tail is not None:
@@ -206,7 +213,7 @@ class Context:
 
     @property
     def state(self) -> ContextState:
-        """Of a context that is the first in its session."""
+        """The state of a context that waits for no other context of its session."""
         if self.spoken is not None and self.spoken.owes:
             return "speaking"
         if self.spoken is None or self.spoken.finished or not self.spoken.flushed:
@@ -214,7 +221,7 @@ class Context:
         return "speaking" if self.spoken.started else "queued"
 
     def next_phrase(self, *, even_blank: bool) -> WaitingPhrase | None:
-        """The phrase to speak, if there is one with something to say, or that is silent.
+        """The next phrase to speak: one with something to say, or a silent one. None if there is none.
 
         With `even_blank` a segment without text counts too: its turn waits for its first text.
         """
@@ -231,12 +238,12 @@ class Context:
         return self.waiting[0] if self.waiting else None
 
     def params_of(self, phrase: WaitingPhrase) -> GenerationParams:
-        """For the turn of the next phrase."""
+        """The parameters of a phrase's turn. The phrase is the next one."""
         segment = self.num_segments - 1 if phrase.number else self.num_segments
         return phrase.options.params_of(segment, phrase.number)
 
     def begin_turn(self, turn: Turn) -> None:
-        """The turn of `next_phrase` was opened."""
+        """Make the next phrase the spoken one. `turn` was opened for it."""
         options = self.waiting[0].options
         first = not (self.num_turns or self.account.num_samples)
         if first and options.trim_leading_silence:
@@ -245,7 +252,7 @@ class Context:
         self._begin_phrase(turn)
 
     def begin_silence(self) -> None:
-        """`next_phrase` needs no turn."""
+        """Make the next phrase, which needs no turn, the spoken one."""
         self._begin_phrase(None)
 
     def _begin_phrase(self, turn: Turn | None) -> None:
@@ -271,19 +278,20 @@ class Context:
             turn.hold(on)
 
     def stop_turn(self) -> None:
-        """Cancel the turn that runs, if one does; its `Finished` still comes."""
+        """Cancel the turn that runs, if there is one. Its `Finished` still comes."""
         if self.spoken is not None and self.spoken.turn is not None and not self.spoken.finished:
             self.spoken.turn.cancel()
 
     def start_clock(self) -> None:
-        """Start the clock of the first audio if there is text. A turn is open or about to be."""
+        """Start the clock of the first audio, if there is text. Call it when a turn is open, or is about
+        to be opened."""
         if self.account.num_chars:
             self.account.start_clock()
 
     # -- audio ------------------------------------------------------------------------------
 
     def add_audio(self, audio: Audio) -> Audio:
-        """Take a generated chunk. Returns the audio that is now for the client."""
+        """Take a generated chunk. Returns the audio for the client: trimmed, and at the chosen rate."""
         samples = audio.samples
         if self._leading is not None:
             samples = self._leading.pass_on(samples)
@@ -297,7 +305,7 @@ class Context:
         return Audio(samples, audio.generation_s)
 
     def end_turn(self, finished: Finished) -> Audio:
-        """The turn has finished in good order; the rest of its audio."""
+        """End a turn that has finished without error. Returns the rest of its audio."""
         samples = np.zeros(0, np.float32)
         if self._leading is not None:
             self._leading.end_segment()
@@ -312,7 +320,7 @@ class Context:
         return Audio(samples)
 
     def _count_played(self, num_samples: int) -> None:
-        """There are so many samples more."""
+        """Note that so many more samples go to the client, and whether its playback ran dry before."""
         now = time.monotonic()
         if not self.account.num_samples:
             self._first_audio_at = now
@@ -337,7 +345,7 @@ class Context:
         return max(0.0, self.account.num_samples / SAMPLE_RATE - played_s)
 
     def settle(self) -> Audio | SegmentDone | None:
-        """What is due next after the phrase: a piece of its pause, the segment's end, or nothing."""
+        """What is due next after the phrase: a piece of its pause, the segment's end, or None."""
         phrase = self.spoken
         assert phrase is not None, "nothing is due"
         if phrase.pause_s is None or not phrase.flushed:

@@ -1,7 +1,8 @@
 """Leave out the silence before the first sound of a reply, so that the caller does not wait for it.
 
 Only the beginning is cut; all later samples are sent unchanged. All samples before the cut are quieter
-than `THRESHOLD`, so it makes no click. `MARGIN_S` before the sound is kept, for soft first consonants.
+than `THRESHOLD`, so the cut makes no click. The last `MARGIN_S` seconds before the sound are kept, for
+soft first consonants.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class LeadingSilence:
         self.num_cut = 0
         """Samples that were left out, at 24 kHz."""
         self._segment_start = 0
-        """How many were left out before this segment."""
+        """Samples that were left out before this segment."""
         self._held = _NOTHING
         """The margin: silence that is sent if sound follows."""
         self._over = False
@@ -47,6 +48,7 @@ class LeadingSilence:
         return sent
 
     def end_segment(self) -> None:
-        """No sound follows the margin that is held: it is left out too. The limit is a segment's."""
+        """End a segment that had no more sound. The held margin is left out, and the limit starts
+        anew."""
         self.num_cut += len(self._held)
         self._held, self._segment_start = _NOTHING, self.num_cut

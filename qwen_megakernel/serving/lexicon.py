@@ -1,7 +1,7 @@
 """A lexicon: words, and how to write them so that the model says them right. Standard library only.
 
-A word counts as whole words only. One in lower case stands for itself in any case; one with a capital
-letter for just that spelling. The longest word that fits goes first.
+Only whole words are replaced. A word in lower case stands for any case, and a word with a capital
+letter for exactly that spelling. If several words fit, the longest is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ _UNSPACED = (
 
 
 def check_lexicon(entries: Mapping[str, str]) -> None:
-    """Raise `ValueError`, one line, for words or respellings that no lexicon takes."""
+    """Check words and respellings.
+
+    Raises:
+        ValueError: there are too many words, a word or respelling has a wrong length, a word has white
+            space around it, or a respelling is blank.
+    """
     if len(entries) > MAX_WORDS:
         raise ValueError(f"{len(entries)} words, expected at most {MAX_WORDS}")
     for word, respelling in entries.items():
@@ -38,12 +43,13 @@ def check_lexicon(entries: Mapping[str, str]) -> None:
 
 
 def read_lexicons(data: bytes, name: str) -> dict[str | None, dict[str, str]]:
-    """A file's words and respellings by voice; None is all voices.
+    """Read a lexicon file. Returns words and respellings by voice; the key None is for all voices.
 
-    A line is `WORD = RESPELLING`, a comment after `#`, or `[VOICE]`, which those below it are for.
+    A line is `WORD = RESPELLING`, a comment after `#`, or `[VOICE]`. Words below `[VOICE]` are for that
+    voice alone.
 
     Raises:
-        ValueError: one line that names the file and the line.
+        ValueError: the file is malformed. The message names the file and the line.
     """
     lexicons: dict[str | None, dict[str, str]] = {}
     voice: str | None = None
@@ -74,16 +80,18 @@ class Lexicon:
     """Finds its words in a text."""
 
     def __init__(self, entries: Mapping[str, str]) -> None:
-        """Word to respelling, as `check_lexicon` allows them."""
+        """`entries` has a respelling for each word, as `check_lexicon` allows them."""
         self._words: dict[str, list[tuple[str, str]]] = {}
-        """By the first character in lower case: words and respellings, longest first."""
+        """Words and respellings, longest first, by the word's first character in lower case."""
         for word in sorted(entries, key=len, reverse=True):
             self._words.setdefault(_folded(word[0]), []).append((word, entries[word]))
 
     def find(self, text: str, start: int, *, ended: bool) -> tuple[int, str] | None:
-        """The length of the word that starts here, and its respelling; a length of 0 for none.
+        """Look for a word of the lexicon that starts at `start`.
 
-        None where text that may follow decides, which it does not if the text has `ended`.
+        Returns:
+            The word's length and respelling; a length of 0 if no word starts there; None if later text
+            decides. With `ended` no text follows, and the result is never None.
         """
         for word, respelling in self._words.get(_folded(text[start]), ()):
             found = text[start : start + len(word)]
@@ -108,16 +116,17 @@ class LexiconReader:
     def __init__(self, lexicon: Lexicon) -> None:
         self._lexicon = lexicon
         self._held = ""
-        """May be the beginning of a word."""
+        """Text that may be the beginning of a word."""
         self._last = " "
-        """The character before that."""
+        """The character before the held text."""
 
     def append(self, text: str) -> list[tuple[str, str]]:
-        """More text; pieces that are decided, each as it was written and as it is spoken."""
+        """Add text. Returns the pieces that no later text can change, each as it was written and as it
+        is spoken."""
         return self._read(self._held + text, ended=False)
 
     def end(self) -> list[tuple[str, str]]:
-        """The pieces of what was held back. A word ends here."""
+        """End the word. Returns the pieces of the text that was held back."""
         pieces = self._read(self._held, ended=True)
         self._last = " "
         return pieces
@@ -146,12 +155,12 @@ def _unchanged(text: str) -> list[tuple[str, str]]:
 
 
 def _folded(text: str) -> str:
-    """In lower case, as long as before."""
+    """The text in lower case. Characters whose lower case is longer stay, so the length is the same."""
     return "".join([char.lower() if len(char.lower()) == 1 else char for char in text])
 
 
 def joined(before: str, after: str) -> bool:
-    """Whether no word ends between two characters."""
+    """Whether two neighbouring characters belong to one word."""
     if not (_in_word(before) and _in_word(after)):
         return False
     return not (_is_unspaced(before) or _is_unspaced(after)) or unicodedata.category(after)[0] == "M"

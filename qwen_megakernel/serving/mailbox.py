@@ -1,4 +1,4 @@
-"""Carries calls from the engine's thread to the event loop: one wake-up for all that come together."""
+"""Carries calls from the engine's thread to the event loop. Calls that come together wake it once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from qwen_megakernel.serving.observe import log
 
 
 class Mailbox:
-    """Calls for an event loop, in order. A frame of many turns wakes the loop once."""
+    """Calls for an event loop, in order."""
 
     def __init__(self) -> None:
         self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._woken = False
 
     def post(self, loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
-        """Let the loop call a function. The engine's thread calls this. A closed loop calls nothing."""
+        """Let the loop call a function, from the engine's thread. A closed loop calls nothing."""
         self._calls.append((function, args))
         if self._woken:
             return  # the loop is awake and will take this call too

@@ -1,6 +1,6 @@
 """Tags in a text: `<spell>ABC 123</spell>` and `<break time="500ms"/>`. Standard library only.
 
-Tags are told from text as it comes. The result is the same however the text is split.
+Tags are found while the text arrives. The result is the same however the text is split.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Literal
 
 MAX_BREAK_S = 10.0
 DEFAULT_BREAK_S = 0.5
-"""Of a break whose tag does not say."""
+"""Seconds of a break whose tag names no time."""
 MAX_TAG_CHARS = 200
 """A longer `<...>` is text."""
 SPELT_SIGNS = frozenset("%‰&@§+#*=")
-"""Signs that are spelt, beside letters, numbers and currency signs. Others part groups."""
+"""Signs that are spelt, as letters, numbers and currency signs are. Other signs separate groups."""
 
 _ATTRIBUTE = r"""\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*')"""
 _OURS = r"</?(?:spell|break)(?:[\s/][^<>]*)?"
@@ -31,11 +31,11 @@ _TIME = re.compile(r"""\stime\s*=\s*["']?\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s)\b""",
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """What a tag means; one that nobody here knows is left out."""
+    """The meaning of a tag. An unknown tag is left out of the speech."""
 
     kind: Literal["spell", "end of spell", "break", "unknown"]
     seconds: float = 0.0
-    """Of a break."""
+    """Length of a break."""
 
 
 class TagSplitter:
@@ -43,10 +43,10 @@ class TagSplitter:
 
     def __init__(self) -> None:
         self._held = ""
-        """May be the beginning of a tag."""
+        """Text that may be the beginning of a tag."""
 
     def append(self, text: str) -> list[str | Tag]:
-        """More text; what is decided."""
+        """Add text. Returns the tags and texts that no later text can change."""
         text = self._held + text
         found: list[str | Tag] = []
         start = position = 0
@@ -70,13 +70,13 @@ class TagSplitter:
         return bool(self._held)
 
     def end(self) -> str:
-        """The text ends. What was held back is text, or nothing where a tag has begun."""
+        """End the text. Returns the rest of it. A tag that has only begun is left out."""
         held, self._held = self._held, ""
         return held if held in ("<", "</") else ""
 
 
 def _end_of_tag(text: str, start: int) -> int | None:
-    """Where the tag that starts here ends; 0 for no tag, None if more text decides."""
+    """Where the tag that starts at `start` ends; 0 if it is no tag, None if later text decides."""
     head = text[start : start + MAX_TAG_CHARS]
     stop = re.search(r"[<>]", head[1:])
     if stop is not None:
@@ -110,10 +110,10 @@ class Speller:
 
     def __init__(self) -> None:
         self._between = ""
-        """What parts the next character from the last."""
+        """Goes between the last character and the next one."""
 
     def spell(self, text: str) -> str:
-        """The spoken form of more text."""
+        """The spoken form of the next piece of text."""
         return "".join([self._spell_one(char) for char in text])
 
     def _spell_one(self, char: str) -> str:

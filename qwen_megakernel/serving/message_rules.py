@@ -21,7 +21,7 @@ from qwen_megakernel.serving.lexicon import (
 from qwen_megakernel.serving.wire import ProtocolError, get_flag, get_number, get_string, kind
 
 MIN_SPEED, MAX_SPEED = 0.25, 4.0
-"""Of speech, beside the model's own."""
+"""Slowest and fastest rate of speech, as multiples of the model's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,7 @@
-"""The native protocol on the wire: messages become contexts, and events messages (docs/PROTOCOL.md)."""
+"""The native protocol: turns messages into calls of a session, and events into messages.
+
+docs/PROTOCOL.md describes the messages.
+"""
 
 from __future__ import annotations
 
@@ -109,14 +112,14 @@ class _Stream:
 
 
 class NativeDialect:
-    """One client's dialogue."""
+    """One client's connection: whether it has said hello, and the streams of its contexts."""
 
     def __init__(self, session: Session) -> None:
         session.rules = RULES
         self._session = session
         self._greeted = False
         self._refused = False
-        """Whether the client speaks another version. The connection is about to close then."""
+        """Whether the client's version or format was refused. The connection is then about to close."""
         self._audio = AudioFormat()
         self._streams: dict[str, _Stream] = {}
         """Streams of contexts that have started and whose end was not sent."""

@@ -1,9 +1,10 @@
 """The native protocol, version 1: every message of both sides, to and from the wire.
 
-Sans-IO and standard library only, so that server, clients and fuzzers share one definition.
-docs/PROTOCOL.md says what the messages mean. A message is a frozen dataclass. The declaration of a
-field says what it may hold. The parsers and docs/protocol.schema.json follow from the declarations.
-`encode` is the inverse of the two `parse_...` functions.
+This module does no input or output and needs only the standard library, so that server, clients and
+fuzzers share one definition. docs/PROTOCOL.md says what the messages mean. A message is a frozen
+dataclass. The declaration of a field says which values it may have. The parsers and
+docs/protocol.schema.json follow from the declarations. `encode` is the inverse of the two `parse_...`
+functions.
 
     socket.send(encode(Speak("reply-1", "Hello there.")))
     match parse_server_message(socket.recv()):
@@ -47,7 +48,7 @@ from qwen_megakernel.serving.wire import ErrorCode, ProtocolError, get_string, p
 PROTOCOL = 1
 SAMPLE_BYTES = {"pcm_s16le": 2, "pcm_f32le": 4, "pcm_mulaw": 1, "pcm_alaw": 1}
 OPUS = "opus"
-"""Opus in Ogg, at 24 kHz. The audio messages of a context together are one file."""
+"""Opus in Ogg, at 24 kHz. All audio messages of a context together are one file."""
 ENCODINGS = (*SAMPLE_BYTES, OPUS)
 SAMPLE_RATES = (8_000, 16_000, 24_000, 48_000)
 MAX_CHUNK_FRAMES = 8
@@ -138,7 +139,7 @@ class Speak:
     lexicon: Annotated[dict[str, str] | None, or_none(LEXICON)] = None
     """Words, and how they are spelt for the model."""
     speed: Annotated[float | None, or_none(SPEED)] = None
-    """At the same pitch; 2 takes half as long."""
+    """Rate at the same pitch; 2 takes half as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """The sampling parameters for a client that chooses none; of the talker, if not named otherwise."""
+    """The sampling parameters for a client that chooses none. Those without `predictor` in their name
+    are the talker's."""
 
     temperature: Annotated[float, number((int, float), 0, 10)]
     top_k: Annotated[int, integer(0, 1 << 16)]
@@ -208,9 +210,9 @@ class Ready:
     sampling: Annotated[Sampling | None, or_none(object_of(Sampling))] = None
     """Earlier servers leave this field out."""
     trim_leading_silence: Annotated[bool | None, or_none(FLAG)] = None
-    """Of a context that does not say; None is no."""
+    """Whether the server does this for a context that does not choose; None is no."""
     markup: Annotated[bool | None, or_none(FLAG)] = None
-    """Of a segment that does not say; None is no."""
+    """Whether the server does this for a segment that does not choose; None is no."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class SpeechOptions:
     markup: bool | None = None
     """Whether tags in the text are followed."""
     lexicon: Mapping[str, str] | None = None
-    """Word to respelling, as `check_lexicon` allows them; beside the server's, and before them."""
+    """Words and respellings, as `check_lexicon` allows them. They come before the server's own."""
     speed: float | None = None
     """0.25 to 4, at the same pitch; 2 takes half as long."""
 
@@ -70,7 +70,7 @@ class TurnOptions:
     trim_leading_silence: bool = False
     markup: bool = False
     lexicon: Mapping[str, str] = field(default_factory=dict)
-    """The client's own."""
+    """The client's own words and respellings."""
     speed: float = 1.0
 
     def updated(self, choices: SpeechOptions) -> TurnOptions:
@@ -89,7 +89,8 @@ class TurnOptions:
         )
 
     def params_of(self, segment: int, phrase: int = 0) -> GenerationParams:
-        """The parameters of a phrase of a context's segment: seeds count on with the segments."""
+        """The parameters of a phrase of a segment. Its seed is the context's seed plus the segment's
+        number, and a large step for each earlier phrase of the segment."""
         seed = self.params.seed + segment + phrase * _PHRASE_STEP
         return replace(self.params, seed=seed % 2**64)
 

@@ -11,7 +11,7 @@ from qwen_megakernel.serving.events import SegmentDone, SessionEvent
 from qwen_megakernel.turn import Audio
 
 MAX_MESSAGES = 64
-"""If more entries without audio wait in the queue, `until_short` waits."""
+"""`until_short` waits while more entries than this, without those of audio, are in the queue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Outbox:
         return entry
 
     def drop(self, context: Context) -> None:
-        """Remove the audio and the segments of a context. Its end keeps its place."""
+        """Remove the audio and the segment ends of a context. The context's own end keeps its place."""
         entries, self._entries = self._entries, deque()
         for entry in entries:
             match entry:

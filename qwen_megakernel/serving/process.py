@@ -37,11 +37,13 @@ Report = Callable[[Phase, str], None]
 T = TypeVar("T")
 
 SEND_BUFFER_BYTES = 65_536
-"""Of each socket. With the kernel's default, a client that stops reading is noticed 80 s late."""
+"""Send buffer of each socket. With the kernel's default, a client that stops reading is noticed 80 s
+late."""
 BACKLOG = 64
 """Connections that the kernel holds before the server accepts them. asyncio accepts as many at once."""
 FAILURE_POLL_S = 0.1
-"""How often the engine is asked whether it lives: its thread knows no event loop to tell."""
+"""Seconds between two checks whether the engine lives. Its thread knows no event loop, so it cannot
+tell."""
 MOST_FOLLOWING = 512
 """Sockets for connections if their number follows from the slots, which are not known yet."""
 OTHER_FILES = 64

@@ -34,19 +34,19 @@ class ServerState:
     max_message_bytes: int = 65_536
     admission: Admission = field(default_factory=Admission)
     max_messages_per_s: float = 500.0
-    """Messages of a session in a second; twice as many may come at once."""
+    """A session's messages a second; twice as many may come at once."""
     idle_s: float = 600.0
     """A session that is silent for so many seconds is over; 0 is no limit."""
     voice_aliases: Mapping[str, str] = field(default_factory=dict)
-    """This server's voices, by names that clients of other services send."""
+    """Names of this server's voices, by the names that clients of other services send."""
     voices_folder: Path | None = None
     """The folder for voices that clients add. Without it they cannot add any."""
     trim_leading_silence: bool = False
-    """Where a client does not say: whether the silence before a context's first sound is left out."""
+    """Whether the silence before a context's first sound is left out, unless the client chooses."""
     markup: bool = False
-    """Where a client does not say: whether tags in a text are followed."""
+    """Whether tags in a text are followed, unless the client chooses."""
     lexicons: Mapping[str | None, Mapping[str, str]] = field(default_factory=dict)
-    """Word to respelling for each voice that has its own; those of None are for all voices."""
+    """Words and respellings by voice. Those under the key None are for all voices."""
     draining: bool = False
     """Whether the server shuts down: running turns go on, and no turn may begin."""
     mailbox: Mailbox = field(default_factory=Mailbox)
@@ -78,7 +78,7 @@ class ServerState:
         return chosen
 
     def reader(self, options: TurnOptions) -> TextReader:
-        """What reads a segment's text."""
+        """A reader for the text of a segment with these options."""
         voice = options.voice or self.decoder.default_voice
         words = {**self.lexicons.get(None, {}), **self.lexicons.get(voice, {}), **options.lexicon}
         return TextReader(Lexicon(words) if words else None, markup=options.markup)

@@ -1,4 +1,4 @@
-"""A session: the contexts of one client, whatever carries it.
+"""A session: the contexts of one client, over WebSocket or HTTP.
 
     client -> carrier -> dialect --- append, flush, end, cancel --> Session --> turns of the engine
     client <- carrier <- dialect <-- events of `take` ------------- Session <-- their events
@@ -7,9 +7,9 @@ The dialect's rules decide whether contexts are spoken side by side, or in the o
 were opened. A context's segments become turns, one after the other. The next turn is opened when the
 one before has finished. Generation runs ahead of playback, so the seam is not heard.
 
-Nothing here knows the wire. A carrier takes events when its client has room for them. The engine waits
-while too much audio is not taken. Everything runs on the event loop, so nothing needs a lock: the
-engine's thread hands its events over.
+A session knows no message format. The carrier, a WebSocket or an HTTP answer, takes events when its
+client has room for them. If too much audio waits for the carrier, the engine waits. All code here runs
+on the event loop and needs no lock: a mailbox brings the events of the engine's thread.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from qwen_megakernel.turn import Audio, Finished, RequestError, Started, TurnEve
 MAX_UNSENT_BYTES = 65_536
 """Bytes of audio that may wait for the carrier before the engine waits. It goes on at half of this."""
 MAX_GROWTH = 4
-"""Characters that are spoken for each that a client may write."""
+"""With respellings a context's text may have this many times `max_text_chars` characters."""
 QUIET_S = 1.0
-"""A context that gives no event for so many seconds is reported as quiet."""
+"""A context without an event for so many seconds is reported as quiet."""
 _REMEMBERED_IDS = 1000
 _NO_CHOICES = SpeechOptions()
 
 
 class Session:
-    """The contexts of one client. Methods that follow the client raise `RequestError`."""
+    """The contexts of one client. Methods for the client's messages raise `RequestError`."""
 
     def __init__(
         self,
@@ -63,16 +63,16 @@ class Session:
         address: str | None = None,
         token: str | None = None,
     ) -> None:
-        """`name` is for the log. Clients of one `address` or one `token` share its limits; None has no
-        limits."""
+        """`name` is for the log. `rules` are the dialect's, None if the first message decides on it.
+        Clients of one `address` or `token` share its limits; None has no limits."""
         self.server, self.name, self.address, self.token = server, name, address, token
         self.rules = rules or SessionRules()
-        """If the first message decides on the dialect, that sets the rules before it opens a context."""
+        """A dialect that the first message has chosen sets its rules before it opens a context."""
         self.bytes_in_carrier: Callable[[], int] = lambda: 0
-        """Gives the bytes that the carrier itself holds for the client. The carrier sets it."""
+        """Returns how many bytes the carrier itself holds for the client. The carrier sets it."""
         self._outbox = Outbox()
         self._contexts: dict[str, Context] = {}
-        """The open contexts, in order. The client does not know of their end yet."""
+        """The open contexts, in order. A context is open until the carrier takes its end."""
         self._used_ids: deque[str] = deque(maxlen=_REMEMBERED_IDS)
         self._numbers = count(1)
         self._retry: asyncio.TimerHandle | None = None
@@ -95,17 +95,18 @@ class Session:
 
     @property
     def owner(self) -> tuple[str | None, ...]:
-        """The owner of its turns in the engine: the token, the address if it is counted, the session."""
+        """The owner of the session's turns in the engine: its token, its address if that is counted,
+        and its name."""
         return (self.token, self.name) if self.address is None else (self.token, self.address, self.name)
 
     @property
     def num_turns(self) -> int:
-        """The number of turns that wait or speak, without cancelled ones."""
+        """The number of the session's turns that wait or speak, without cancelled ones."""
         return sum(c.speaking and not c.cancelled for c in self._contexts.values())
 
     @property
     def unsent_bytes(self) -> int:
-        """Bytes held for the client."""
+        """Bytes that the session and the carrier hold for the client."""
         return self._outbox.unsent_bytes + self.bytes_in_carrier()
 
     # -- what the client says ---------------------------------------------------------------
@@ -117,7 +118,8 @@ class Session:
             raise RequestError("overloaded", self.rules.when_full)
 
     def is_open(self, context_id: str) -> bool:
-        """Whether a context is open: it has no end yet, not even one that the carrier has to take."""
+        """Whether a context is open. It no longer is once its end has happened at once (a cancel or a
+        failure), or the carrier has taken its end."""
         return context_id in self._contexts
 
     def takes_text(self, context_id: str) -> bool:
@@ -128,7 +130,7 @@ class Session:
     def append(
         self, context_id: str, text: str, choices: SpeechOptions = _NO_CHOICES, *, ended: bool = False
     ) -> list[Span]:
-        """Append text to a context, opening it if it is new; what it is read as, so far.
+        """Append text to a context. A new id opens a context.
 
         Args:
             context_id: a new context needs an id that was not used before.
@@ -136,9 +138,12 @@ class Session:
             choices: used if the text begins a segment.
             ended: whether the context's text is complete.
 
+        Returns:
+            The spans of the text, written and spoken, that no later text can change.
+
         Raises:
             RequestError: the text is refused, and nothing has changed. Choices that cannot be served
-                raise nothing: they fail the context.
+                do not raise: the context fails, and its end is an event.
         """
         context = self._contexts.get(context_id)
         if context is None:
@@ -172,20 +177,20 @@ class Session:
         return spans
 
     def flush(self, context_id: str) -> list[Span]:
-        """Complete the segment, and tell what is left of its text; nothing happens where there is
-        nothing to say."""
+        """Complete the segment, unless it has nothing to say. Returns the last spans of its text. Raises
+        `RequestError` if the context is not open or has ended, as `end` does."""
         spans = self._find_growing(context_id).flush()
         self._advance()
         return spans
 
     def end(self, context_id: str) -> list[Span]:
-        """Complete the context, and tell what is left of its text."""
+        """Complete the context. Returns the last spans of its text."""
         spans = self._find_growing(context_id).end()
         self._advance()
         return spans
 
     def cancel(self, context_id: str | None = None) -> None:
-        """Stop a context, or all contexts if `context_id` is None."""
+        """Stop a context, or all if `context_id` is None. Raises `RequestError` if it is not open."""
         for context in list(self._contexts.values()) if context_id is None else [self._find(context_id)]:
             if self.rules.one_turn and context.num_turns:
                 context.cancel()
@@ -211,7 +216,7 @@ class Session:
         self.finish("server_failed")
 
     def finish(self, reason: SessionEnd) -> None:
-        """Let the carrier close, once it has taken all that waits."""
+        """Let the carrier close, after it has taken all events that wait."""
         self._outbox.put(SessionOver(reason))
 
     def close(self) -> None:
@@ -229,8 +234,8 @@ class Session:
         self._outbox.put(Reply(message))
 
     async def take(self) -> list[SessionEvent]:
-        """Wait for the next events, which go out together. The session counts them as sent: a message
-        that the client sends meanwhile cannot take them back."""
+        """Wait for the next events. The carrier sends them together. The session counts them as sent, so
+        a later message of the client cannot stop them."""
         while True:
             events = self._resolve(await self._outbox.get())
             if events:
@@ -369,7 +374,7 @@ class Session:
         return next((c for c in contexts if self.rules.one_turn or not c.complete), None)
 
     def _must_wait(self, context: Context) -> bool:
-        """Whether the client must catch up before another turn is opened."""
+        """Whether the client must catch up before another turn. `_advance` runs again when it has."""
         if self._outbox.unsent_bytes >= MAX_UNSENT_BYTES:
             return True  # `_release` calls again
         ahead_s = context.lead_s() - self.rules.max_lead_s

@@ -12,7 +12,7 @@ class SessionRules:
     max_contexts: int = 8
     """Open at a time."""
     when_full: str = "8 contexts are open on this connection"
-    """Told to a client that opens one more."""
+    """The error message for a client that opens one more."""
     max_lead_s: float = 10.0
     """Seconds of audio that a context may be ahead of its playback."""
     side_by_side: bool = False

@@ -1,4 +1,4 @@
-"""Speak faster or slower at the same pitch: FFmpeg's `atempo`, through PyAV, on audio as it comes."""
+"""Speaks faster or slower at the same pitch: FFmpeg's `atempo`, through PyAV, on one chunk at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from qwen_megakernel.config import SAMPLE_RATE
 
 _LEAST_SPEED = 0.5
-"""Of one filter; two in a row do a quarter."""
+"""The lowest speed of one filter. Two in a row reach a quarter."""
 _STEP = SAMPLE_RATE // 100
-"""Samples that the filter is given at a time: it holds the last ones back, and fails on a few alone."""
+"""Samples that the filter gets at a time: it holds the last ones back, and fails on a few alone."""
 
 
 def available() -> bool:
@@ -23,10 +23,10 @@ def available() -> bool:
 
 
 class SpeakingRate:
-    """One turn's audio. How it is split into chunks changes no sample."""
+    """Changes the rate of one turn's audio. The result does not depend on how chunks split it."""
 
     def __init__(self, speed: float) -> None:
-        """`speed` from 0.25 to 4; 2 takes half as long. Needs PyAV."""
+        """`speed` is 0.25 to 4; 2 takes half as long. Raises `ImportError` without PyAV."""
         from av.filter import Graph  # here, because it takes a while and few need it
 
         self._graph = Graph()
@@ -45,7 +45,8 @@ class SpeakingRate:
         self._num_given = 0
 
     def change(self, samples: np.ndarray) -> np.ndarray:
-        """What is to be played now that a chunk has come, float32 [n]; a little is held back."""
+        """Add a chunk, float32 [n] at 24 kHz. Returns the samples to play now, float32 [m], without the
+        last few, which are held back."""
         held = np.concatenate([self._held, samples], dtype=np.float32)
         whole = len(held) - len(held) % _STEP
         self._held = held[whole:]
@@ -53,7 +54,8 @@ class SpeakingRate:
         return np.concatenate([*pieces, np.zeros(0, np.float32)])
 
     def end(self) -> np.ndarray:
-        """What was held back, and silence up to a whole step."""
+        """End the turn. Returns the samples that were held back, float32 [n], with silence up to a whole
+        step of 10 ms."""
         rest = self.change(np.zeros(-len(self._held) % _STEP, np.float32))
         self._source.push(None)
         return np.concatenate([rest, self._pull()]) if self._num_given else rest

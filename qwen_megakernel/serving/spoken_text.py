@@ -1,7 +1,9 @@
-"""From what a client writes to what is spoken: a lexicon's respellings, spelt codes, pauses.
+"""Turns the text that a client writes into the text that the model gets: respellings, spelt codes,
+pauses.
 
-What a client sees of its words again, in their times, is what it wrote, without tags. Both forms are
-the same however the text is split. Without a lexicon and without markup, text is left as it is.
+Word times name words as the client wrote them, without tags. So each piece of text has two forms,
+written and spoken. Both are the same however the text is split. Without a lexicon and without markup
+they are equal.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ class Said:
     """A piece of text."""
 
     written: str
-    """By the client, without tags."""
+    """As the client wrote it, without tags."""
     spoken: str
+    """As the model gets it."""
 
     @property
     def blank(self) -> bool:
-        """Whether it is white space alone. A tag that is left out is something, if nothing to say."""
+        """Whether it is white space alone. A tag that is left out is empty, but not blank."""
         return self.written.isspace()
 
 
@@ -37,32 +40,33 @@ class Pause:
 
 Span = Said | Pause
 _NOTHING = Said("", "")
-"""For a tag that is left out."""
+"""Stands for a tag that is left out."""
 
 
 class TextReader:
     """Reads one segment's text as it comes."""
 
     def __init__(self, lexicon: Lexicon | None = None, *, markup: bool = False) -> None:
-        """None is no lexicon; `markup` has tags read."""
+        """Read without a lexicon if it is None, and follow tags if `markup` is true."""
         self._words = None if lexicon is None else LexiconReader(lexicon)
         self._tags = TagSplitter() if markup else None
         self._surrogates = SurrogateJoiner()
         self._speller: Speller | None = None
-        """Within `<spell>`."""
+        """Spells the text within `<spell>`; None elsewhere."""
         self._last = " "
         """The last written character."""
         self._parted_by: str | None = None
-        """After a tag: what is spoken between two words that the tag alone parts."""
+        """After a tag, the text that is spoken between two words which only the tag separates; it is
+        empty after a pause. None elsewhere."""
 
     def append(self, text: str) -> list[Span]:
-        """More text; the spans that are decided."""
+        """Add text. Returns the spans that no later text can change."""
         if self._words is None and self._tags is None:
             return [Said(text, text)] if text else []
         return self._read(self._surrogates.join(text))
 
     def end(self) -> list[Span]:
-        """The spans of what was held back: the text ends."""
+        """End the text. Returns the spans of the text that was held back."""
         spans = self._read(half) if (half := self._surrogates.end()) else []
         if self._tags is not None and self._tags.holds:
             spans += self._say(self._tags.end()) or [_NOTHING]
