@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Test files that `make test` runs side by side; 0 runs them one after another.
-JOBS ?= 2
+# Test files that run side by side, one more than a small machine has cores: tests wait for servers and
+# clients. 0 runs them one after another.
+JOBS ?= 3
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -24,10 +25,12 @@ EARS := $(VENV)/$(subst ==,-,$(firstword $(EAR))).installed
 
 # Several processes of several spinning threads crawl where cores are few.
 export OMP_NUM_THREADS ?= 1
+# Each test starts processes, and without compiled files each of them would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-floor test-clients test-gpu kernels-all lint format doctor clean
+.PHONY: help install demo test test-quick test-slow test-floor test-clients test-gpu kernels-all lint format doctor clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -37,11 +40,14 @@ install: $(RUN)  ## Make .venv with everything the server needs
 demo: $(RUN)  ## Speak through a real server with the tiny voice in demo_voice: build/demo.wav
 	$(PY) -m qwen_megakernel demo $(ARGS)
 
-test: $(TEST) $(PARITY) $(EARS) lint  ## Check style and types, and run the tests (ARGS="-k name" chooses)
+test: $(TEST) $(PARITY) $(EARS)  ## Check style and types, and run the tests (ARGS="-k name" chooses)
+	@$(MAKE) --no-print-directory --jobs=2 lint test-quick
+
+test-quick: $(TEST) $(PARITY) $(EARS)
 	$(PY) -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(TEST) $(PARITY) $(EARS)  ## The true 0.6B shape, and the long runs of cancels and random clients
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest -m slow -n $(JOBS) --dist loadfile $(ARGS)
 
 test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported
 	test -d $(FLOOR) || $(PYTHON) -m venv $(FLOOR)
