@@ -314,13 +314,18 @@ def test_audio_is_kept_where_the_disk_turns_out_to_be_full(live_server, tmp_path
     assert num_samples(kept) > 0
 
 
+def hear_sigint():
+    """Where the tests run in a shell's background, their processes would ignore the signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("disturb", [LiveServer.kill, None], ids=["server-killed", "client-stopped"])
 def test_audio_that_came_is_kept_when_speech_breaks_off(brief_base, recording, tmp_path, disturb):
     server = LiveServer("--model", str(brief_base), "--speaker-ref", str(recording)).wait_until_ready()
     out = tmp_path / "x.wav"
     options = ["--temperature", "10", "--top-k", "0", "--seed", "0", "--out", str(out)]
     command = [sys.executable, str(CLIENT), "--url", server.url, "--text", LONG["text"], *options]
-    client = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    client = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=hear_sigint)
     try:
         deadline = time.monotonic() + 20
         while not server.ready()["active"] and time.monotonic() < deadline:

@@ -19,9 +19,11 @@ sys.exit(server.main())
 """
 """A program's first lines: on Linux, an event loop behaves like that of Windows."""
 IN_A_SESSION = """
-import sys, server
+import signal, sys, server
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.exit(server.main())
 """
+"""The tests themselves may run under nohup, whose child ignores SIGHUP."""
 UNDER_NOHUP = """
 import signal, sys, server
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
