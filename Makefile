@@ -9,7 +9,8 @@ JOBS ?= 3
 VENV := .venv
 PY := $(VENV)/bin/python
 # In CI nobody watches the progress, and the log is read.
-PIP := $(PY) -m pip $(if $(CI),--quiet) --disable-pip-version-check --no-input
+PIP_OPTIONS := $(if $(CI),--quiet) --disable-pip-version-check --no-input
+PIP := $(PY) -m pip $(PIP_OPTIONS)
 REFERENCE := qwen-tts-hf==0.1.1.post1
 # Named after what they stand for, so that only other requirements lead to another installation.
 SUM = $(shell cat $(1) | cksum | cut -d' ' -f1)
@@ -47,17 +48,17 @@ test-quick: $(TEST) $(PARITY) $(EARS)
 	$(PY) -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(TEST) $(PARITY) $(EARS)  ## The true 0.6B shape, and the long runs of cancels and random clients
-	$(PY) -m pytest -m slow -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported
 	test -d $(FLOOR) || $(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m pip --disable-pip-version-check --no-input install \
+	$(FLOOR)/bin/python -m pip $(PIP_OPTIONS) install \
 	  $(addprefix -r ,$(TEST_FILES)) pipecat-ai==1.13.0
-	$(FLOOR)/bin/python -m pytest tests/pipecat $(ARGS)
+	$(FLOOR)/bin/python -m pytest tests/pipecat -n $(JOBS) --dist loadfile $(ARGS)
 
 test-clients: $(RUN)  ## SDKs and plugins of other services, unmodified, in an environment of their own
 	test -d $(CLIENTS) || $(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --no-input install \
+	$(CLIENTS)/bin/python -m pip $(PIP_OPTIONS) install \
 	  -r tests/clients/requirements.txt
 	PYTHONPATH=tests SERVER_PYTHON=$(CURDIR)/$(PY) $(CLIENTS)/bin/python -m pytest \
 	  --confcutdir tests/clients tests/clients $(ARGS)
