@@ -157,6 +157,7 @@ def test_lost_packets_stall_the_line():
 # ---------------------------------------------------------------------------- the whole
 
 
+@pytest.mark.slow
 def test_a_server_under_load_on_a_cpu(tmp_path):
     """Both loops over a bad network, with the demonstration voice and two client processes."""
     out, picture = tmp_path / "load.json", tmp_path / "load.svg"
