@@ -2,13 +2,15 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Test files that `make test` runs side by side; 0 runs them one after another.
-JOBS ?= 2
+# Test files that run side by side, one more than a small machine has cores: tests wait for servers and
+# clients. 0 runs them one after another.
+JOBS ?= 3
 
 VENV := .venv
 PY := $(VENV)/bin/python
 # In CI nobody watches the progress, and the log is read.
-PIP := $(PY) -m pip $(if $(CI),--quiet) --disable-pip-version-check --no-input
+PIP_OPTIONS := $(if $(CI),--quiet) --disable-pip-version-check --no-input
+PIP := $(PY) -m pip $(PIP_OPTIONS)
 REFERENCE := qwen-tts-hf==0.1.1.post1
 # Named after what they stand for, so that only other requirements lead to another installation.
 SUM = $(shell cat $(1) | cksum | cut -d' ' -f1)
@@ -24,10 +26,12 @@ EARS := $(VENV)/$(subst ==,-,$(firstword $(EAR))).installed
 
 # Several processes of several spinning threads crawl where cores are few.
 export OMP_NUM_THREADS ?= 1
+# Each test starts processes, and without compiled files each of them would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-floor test-clients test-gpu kernels-all lint format doctor clean
+.PHONY: help install demo test test-quick test-slow test-floor test-clients test-gpu kernels-all lint format doctor clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -37,21 +41,24 @@ install: $(RUN)  ## Make .venv with everything the server needs
 demo: $(RUN)  ## Speak through a real server with the tiny voice in demo_voice: build/demo.wav
 	$(PY) -m qwen_megakernel demo $(ARGS)
 
-test: $(TEST) $(PARITY) $(EARS) lint  ## Check style and types, and run the tests (ARGS="-k name" chooses)
+test: $(TEST) $(PARITY) $(EARS)  ## Check style and types, and run the tests (ARGS="-k name" chooses)
+	@$(MAKE) --no-print-directory --jobs=2 lint test-quick
+
+test-quick: $(TEST) $(PARITY) $(EARS)
 	$(PY) -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(TEST) $(PARITY) $(EARS)  ## The true 0.6B shape, and the long runs of cancels and random clients
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported
 	test -d $(FLOOR) || $(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m pip --disable-pip-version-check --no-input install \
+	$(FLOOR)/bin/python -m pip $(PIP_OPTIONS) install \
 	  $(addprefix -r ,$(TEST_FILES)) pipecat-ai==1.13.0
-	$(FLOOR)/bin/python -m pytest tests/pipecat $(ARGS)
+	$(FLOOR)/bin/python -m pytest tests/pipecat -n $(JOBS) --dist loadfile $(ARGS)
 
 test-clients: $(RUN)  ## SDKs and plugins of other services, unmodified, in an environment of their own
 	test -d $(CLIENTS) || $(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip --disable-pip-version-check --no-input install \
+	$(CLIENTS)/bin/python -m pip $(PIP_OPTIONS) install \
 	  -r tests/clients/requirements.txt
 	PYTHONPATH=tests SERVER_PYTHON=$(CURDIR)/$(PY) $(CLIENTS)/bin/python -m pytest \
 	  --confcutdir tests/clients tests/clients $(ARGS)

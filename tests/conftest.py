@@ -41,8 +41,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["FRAME_KERNEL_FORM"] = config.getoption("--form")
 
 
+LONGEST = ("test_soak.py", "test_machine_code.py", "test_tune.py")
+"""Files whose slow tests take minutes. Several files at a time are done sooner if these begin first."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests on a machine without a GPU."""
+    """Put the longest files first. Skip GPU tests on a machine without a GPU."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

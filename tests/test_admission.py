@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from session_stage import Stage
+from session_stage import Stage, run_at_once
 
 from qwen_megakernel.engine.capacity import Capacity, SlotClock
 from qwen_megakernel.serving.access import client_address
@@ -193,7 +193,7 @@ def test_a_full_server_refuses_a_context_and_says_when_to_come_back():
         assert len(stage.turns) == 1
         assert stage.refused == ["turn"]
 
-    asyncio.run(play())
+    run_at_once(play())
 
 
 def test_a_context_that_was_let_in_is_spoken_to_its_end():
@@ -209,7 +209,7 @@ def test_a_context_that_was_let_in_is_spoken_to_its_end():
         assert [turn.text for turn in stage.turns] == ["One.", "Two."]
         assert SegmentDone in await stage.kinds()
 
-    asyncio.run(play())
+    run_at_once(play())
 
 
 # --- connections and addresses ----------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_a_cancelled_turn_does_not_count():
         stage.session.cancel("a")
         assert stage.session.num_turns == 0  # although the engine has not answered
 
-    asyncio.run(play())
+    run_at_once(play())
 
 
 @pytest.mark.parametrize(("silent_s", "gives_way"), [(1e6, True), (1.0, False)])
@@ -292,7 +292,7 @@ def test_a_silent_connection_gives_way_where_all_are_taken(silent_s, gives_way):
         assert not sessions._sessions
         assert not admission._clients
 
-    asyncio.run(play())
+    run_at_once(play())
 
 
 def test_a_refused_connection_leaves_no_timer_behind():
@@ -304,7 +304,7 @@ def test_a_refused_connection_leaves_no_timer_behind():
         timers = asyncio.get_running_loop()._scheduled[before:]
         assert all(timer.cancelled() for timer in timers)
 
-    asyncio.run(play())
+    run_at_once(play())
 
 
 @pytest.mark.parametrize(

@@ -129,10 +129,11 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
+@pytest.mark.slow
 def test_everything_on_a_cpu(tiny_base, tmp_path):
     out = tmp_path / "bench.json"
     done = bench(

@@ -6,7 +6,6 @@ import logging
 import os
 import pwd
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 from live_server import ROOT
 from stand_in_compiler import put_compiler, run_instead
+from warm_process import WarmProcess
 
 from qwen_megakernel import build_tts
 from qwen_megakernel.build_tts import BuildError, Library, build
@@ -204,19 +204,21 @@ def test_without_a_home_a_tilde_is_refused_in_one_line(homeless):
 )
 def test_commands_work_without_a_home(arguments, said, tmp_path):
     program = (
-        "import pwd, sys, test_build_environment as test; pwd.getpwuid = test.no_account; "
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; "
+        "import pwd, test_build_environment as test; pwd.getpwuid = test.no_account; "
         "from qwen_megakernel.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     put_compiler(tmp_path)  # does not run; else a machine that has one compiles
     environ = {
         "PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "TMPDIR": str(tmp_path),
-        "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    output = done.stdout + done.stderr
+    process = WarmProcess(ROOT, arguments, program=program, environ=environ, cwd=tmp_path)
+    try:
+        process.wait(120)
+    finally:
+        process.kill()
+    output = process.stdout.read() + process.stderr.read()
     assert "Traceback" not in output
     assert said.format(folder=tmp_path / f"qwen_megakernel-{os.getuid()}") in output
     assert "no home folder" in output

@@ -13,7 +13,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import DEMO_TOKEN, LONG, SOON
-from session_stage import Stage
+from session_stage import Stage, run_at_once
 from websockets.exceptions import InvalidStatus
 
 from qwen_megakernel.serving.cartesia import RULES, CartesiaDialect
@@ -215,7 +215,7 @@ def test_flushes_are_answered_behind_their_audio():
         ]  # fmt: skip
         assert [turn.text for turn in talk.stage.turns] == ["One.", "Two.", "Three."]
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_a_flush_after_an_early_end_is_answered_at_once():
@@ -232,7 +232,7 @@ def test_a_flush_after_an_early_end_is_answered_at_once():
         assert kinds(await talk.heard()) == [("done", "a")]
         assert talk.stage.turns[1].text == "Four."
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_without_buffering_a_sentence_is_complete():
@@ -246,7 +246,7 @@ def test_without_buffering_a_sentence_is_complete():
         talk.say("c")
         assert talk.stage.turns[2].ended
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_a_cancel_is_answered_at_once_and_its_id_may_be_used_again():
@@ -265,7 +265,7 @@ def test_a_cancel_is_answered_at_once_and_its_id_may_be_used_again():
         lines = await talk.heard()
         assert [line["type"] for line in lines] == ["done", "chunk", "done"]
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_a_context_keeps_its_voice():
@@ -281,7 +281,7 @@ def test_a_context_keeps_its_voice():
         assert [turn.options["params"].seed for turn in talk.stage.turns] == [7, 8]
         assert kinds(await talk.heard())[-1] == ("done", "a")
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_words_have_times_as_their_audio_comes():
@@ -304,7 +304,7 @@ def test_words_have_times_as_their_audio_comes():
         assert all(0 <= start < end for start, end in zip(starts, ends, strict=True))
         assert starts[-1] < 1.0
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_a_context_that_cannot_be_spoken_is_over(fields, code, done):
         talk.stage.turns[-1].finish()
         assert kinds(await talk.heard()) == [("done", "a")]
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_a_context_that_is_open_outlives_a_refused_message():
@@ -343,7 +343,7 @@ def test_a_context_that_is_open_outlives_a_refused_message():
         talk.say(text=" Ho.")
         assert talk.stage.turns[0].text == "Hi. Ho."
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 @given(st.lists(MESSAGES, max_size=6))
@@ -363,7 +363,7 @@ def test_any_messages_get_answers_with_codes(messages):
                 assert line["type"] != "error" or (line["error_code"] and line["message"])
         talk.stage.session.close()
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 # --- a real server ----------------------------------------------------------------------------------

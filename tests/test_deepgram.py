@@ -11,7 +11,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import DEMO_TOKEN, LONG, SOON
-from session_stage import Stage
+from session_stage import Stage, run_at_once
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from qwen_megakernel.serving.deepgram import RULES, DeepgramDialect
@@ -187,7 +187,7 @@ def test_a_flush_is_answered_behind_its_audio():
         talk.say(then="Flush")
         assert await talk.heard() == ["Flushed"]
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_after_a_clear_nothing_of_before_is_heard():
@@ -209,7 +209,7 @@ def test_after_a_clear_nothing_of_before_is_heard():
         assert talk.stage.turns[1].text == "Again."
         assert await talk.heard() == [3840, "Flushed"]
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_a_close_waits_for_what_there_is_to_say():
@@ -224,7 +224,7 @@ def test_a_close_waits_for_what_there_is_to_say():
         talk.say(then="Close")
         assert await talk.heard() == ["Metadata", "closed"]
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_a_long_conversation_without_a_flush_goes_on():
@@ -239,7 +239,7 @@ def test_a_long_conversation_without_a_flush_goes_on():
         talk.stage.turns[1].finish()
         assert await talk.heard() == [3840, "Flushed"]
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_what_fails_is_told_and_flushed():
@@ -258,7 +258,7 @@ def test_what_fails_is_told_and_flushed():
         talk.stage.turns[0].finish("error", "it broke")
         assert await talk.heard() == ["Error", "Flushed"]
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 @given(st.lists(MESSAGES, max_size=10))
@@ -277,7 +277,7 @@ def test_any_messages_get_answers_with_codes(messages):
                 assert line["type"] in ("Metadata", "Flushed", "Cleared") or line["code"]
         talk.stage.session.close()
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 # --- a real server ----------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_kernels_take_its_dimensions():
     assert CodecPlan(CodecDecoder(config.codec), 1, 1).ops
 
 
-@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("streaming", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_is_understood_and_ends(tts, listener, streaming):
     errors = words = 0
     for seed, text in enumerate(heldout()[-24::4]):

@@ -13,6 +13,7 @@ import pytest
 import stand_in_compiler
 from live_server import ROOT
 from stand_in_compiler import put_compiler, run_instead
+from warm_process import COMMAND, run_warm
 
 from qwen_megakernel.__main__ import main
 from qwen_megakernel.installation import nvrtc
@@ -426,9 +427,14 @@ def run(*arguments, **environ):
     )
 
 
+def run_with_torch(*arguments):
+    """The same in a process that has imported PyTorch already."""
+    return run_warm(ROOT, "doctor", *arguments, program=COMMAND)
+
+
 def test_whole_command(tools, tiny_base):
     tools("unused", "")
-    healthy = run("--json", "--model", str(tiny_base))
+    healthy = run_with_torch("--json", "--model", str(tiny_base))
     found = json.loads(healthy.stdout)
     assert healthy.stderr == ""
     by_name = {check["name"]: check for check in found["checks"]}
@@ -442,7 +448,7 @@ def test_whole_command(tools, tiny_base):
     assert by_name["model"]["status"] == "warn"
 
     tools("nvidia-smi", "echo 'no devices were found' >&2; exit 6")
-    sick = run("--model", "no-such-folder")
+    sick = run_with_torch("--model", "no-such-folder")
     assert sick.returncode == 1
     assert "FAIL    driver      nvidia-smi: no devices were found" in sick.stdout
     assert "FAIL    model       no-such-folder" in sick.stdout

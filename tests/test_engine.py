@@ -24,6 +24,12 @@ def tts(tiny_base):
         yield loaded
 
 
+@pytest.fixture(scope="module")
+def spoken(tts):
+    """A turn by itself, of 30 frames."""
+    return speak(tts)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request):
     """A test that fails in the middle must not make later tests fail."""
@@ -35,8 +41,8 @@ def nothing_left_behind(request):
         wait_idle(tts)
 
 
-def test_events_come_in_order_and_add_up(tts):
-    listener = speak(tts)
+def test_events_come_in_order_and_add_up(spoken):
+    listener = spoken
     assert isinstance(listener.events[0], Started)
     finished = listener.events[-1]
     assert [isinstance(e, Audio) for e in listener.events[1:-1]] == [True] * (len(listener.events) - 2)
@@ -50,23 +56,23 @@ def test_events_come_in_order_and_add_up(tts):
     assert listener.samples.std() > 1e-3, "silence would make every comparison below true"
 
 
-def test_chunks_begin_small(tts):
-    sizes = [len(e.samples) // HOP for e in speak(tts).events if isinstance(e, Audio)]
+def test_chunks_begin_small(tts, spoken):
+    sizes = [len(e.samples) // HOP for e in spoken.events if isinstance(e, Audio)]
     assert tuple(sizes[: len(CHUNK_RAMP)]) == CHUNK_RAMP
     assert sum(sizes) == 30
     fixed = [len(e.samples) // HOP for e in speak(tts, chunk_frames=7).events if isinstance(e, Audio)]
     assert fixed == [7, 7, 7, 7, 2]
 
 
-def test_same_seed_same_sound_and_another_seed_another(tts):
-    first = speak(tts).samples
+def test_same_seed_same_sound_and_another_seed_another(tts, spoken):
+    first = spoken.samples
     assert np.array_equal(speak(tts).samples, first)
     other = speak(tts, params=GenerationParams(seed=12, max_frames=30)).samples
     assert not np.array_equal(other, first)
 
 
-def test_sound_does_not_depend_on_chunks_or_company(tts):
-    alone = speak(tts).samples
+def test_sound_does_not_depend_on_chunks_or_company(tts, spoken):
+    alone = spoken.samples
     listeners = [Listener() for _ in range(6)]  # more than slots
     for i, listener in enumerate(listeners):
         params = GenerationParams(seed=11 if i in (0, 5) else i, max_frames=30)
@@ -85,10 +91,10 @@ def test_stream_joined_is_synthesize(tts):
 
 
 @pytest.mark.parametrize("pieces", [list(TEXT), TEXT.split(" ")], ids=["characters", "words"])
-def test_live_text_speaks_as_the_whole_text(tts, pieces):
+def test_live_text_speaks_as_the_whole_text(tts, spoken, pieces):
     if len(pieces) < 20:
         pieces = [piece + " " for piece in pieces]
-    whole, listener = speak(tts).samples, Listener()
+    whole, listener = spoken.samples, Listener()
     turn = tts.open_turn(sink=listener, params=PARAMS)
     for piece in pieces:
         turn.append(piece)
@@ -98,8 +104,8 @@ def test_live_text_speaks_as_the_whole_text(tts, pieces):
     np.testing.assert_allclose(listener.samples, whole, atol=1e-5)
 
 
-def test_late_text_stalls_its_turn_and_nothing_else(tts):
-    whole, late = speak(tts).samples, Listener()
+def test_late_text_stalls_its_turn_and_nothing_else(tts, spoken):
+    whole, late = spoken.samples, Listener()
     turn = tts.open_turn(TEXT[:30], sink=late, params=PARAMS)
     late.wait_for_audio()
     while not tts._engine._speaking[0].text_late:  # a slow machine may be still for a while before
@@ -258,8 +264,8 @@ def test_a_lead_is_kept(tts):
     assert len(listener.samples) / 24_000 <= elapsed + 0.4 + 0.08 * max(CHUNK_RAMP)
 
 
-def test_a_turn_on_hold_waits_and_then_is_the_same(tts):
-    whole = speak(tts).samples
+def test_a_turn_on_hold_waits_and_then_is_the_same(tts, spoken):
+    whole = spoken.samples
     listener = Listener()
     turn = tts.open_turn(TEXT, sink=listener, ended=True, params=PARAMS)
     listener.wait_for_audio()

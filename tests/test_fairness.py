@@ -78,7 +78,7 @@ NUM_READY = 48
 """Writers whose text is complete, three for each slot. They show how fast the machine is."""
 PIECES = ("One two ", "three.")
 PAUSE_S = 0.3
-PATIENCE = 1.5
+PATIENCE = 3.0
 """A wait may be so many times the time of the audio in the queue."""
 
 

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from live_server import ROOT
+from warm_process import WarmProcess
 
 from qwen_megakernel import build_tts
 from qwen_megakernel.build_tts import (
@@ -190,9 +193,10 @@ def test_a_build_that_was_killed_is_made_anew(library, cache):
 
 
 def test_two_that_build_at_a_time_compile_once(library, cache):
-    children = [start_build() for _ in range(3)]
-    outputs = [child.communicate(timeout=120)[0].splitlines() for child in children]
-    assert all(child.returncode == 0 for child in children)
+    start = partial(WarmProcess, program=CHILD, environ=os.environ, cwd=ROOT)
+    children = [start(ROOT, [str(build_tts.SOURCES)]) for _ in range(3)]
+    assert [child.wait(120) for child in children] == [0] * 3
+    outputs = [child.stdout.read().splitlines() for child in children]
     assert len({lines[-1] for lines in outputs}) == 1
     assert sum(line.startswith("compiling") for lines in outputs for line in lines) == 1
     assert [path.name for path in cache.iterdir() if path.name.startswith("building-")] == []

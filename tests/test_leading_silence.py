@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from session_stage import Stage
+from session_stage import Stage, run_at_once
 
 from qwen_megakernel.serving.events import ContextAudio, ContextDone, SegmentDone
 from qwen_megakernel.serving.leading_silence import LIMIT_S, MARGIN_S, THRESHOLD, LeadingSilence
@@ -111,7 +111,7 @@ def two_segments(**options):
         await speak(client.stage.turns[1], utterance(6_000, 24_000))
         return client, heard + await client.hear()
 
-    return asyncio.run(script())
+    return run_at_once(script())
 
 
 def of(kind, messages):
@@ -173,7 +173,7 @@ def test_a_context_of_silence_alone_ends_as_any_other():
         await speak(stage.turns[0], utterance(9_600, 0))
         return stage, await stage.events()
 
-    stage, events = asyncio.run(script())
+    stage, events = run_at_once(script())
     assert not [event for event in events if isinstance(event, ContextAudio)]
     (segment,) = (event for event in events if isinstance(event, SegmentDone))
     (done,) = (event for event in events if isinstance(event, ContextDone))
@@ -190,7 +190,7 @@ def test_no_more_than_the_limit_is_left_out():
         await speak(stage.turns[0], utterance(60_000, 24_000))
         return await stage.events()
 
-    events = asyncio.run(script())
+    events = run_at_once(script())
     sent = np.concatenate([event.samples for event in events if isinstance(event, ContextAudio)])
     np.testing.assert_array_equal(sent, utterance(60_000, 24_000)[LIMIT - MARGIN :])
 

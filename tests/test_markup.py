@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from session_stage import FakeDecoder, Stage
+from session_stage import FakeDecoder, Stage, run_at_once
 
 from qwen_megakernel.serving.events import ContextAudio, ContextDone, ContextFailed, SegmentDone
 from qwen_megakernel.serving.native import NativeDialect
@@ -91,7 +91,7 @@ def run(text, choices=TAGS, **limits):
         stage.session.append("c", text, choices, ended=True)
         return stage, await speak_all(stage)
 
-    return asyncio.run(go())
+    return run_at_once(go())
 
 
 def test_a_break_is_silence_of_exactly_that_length_within_one_segment():
@@ -156,7 +156,7 @@ def test_seeds_count_with_the_segments_whatever_pauses_they_have():
         stage.session.end("c")
         return stage, await speak_all(stage)
 
-    stage, events = asyncio.run(go())
+    stage, events = run_at_once(go())
     seeds = {turn.text: turn.options["params"].seed for turn in stage.turns}
     assert (seeds["A"], seeds["C"], seeds["D"]) == (7, 8, 9)
     assert seeds["B"] not in (7, 8, 9)
@@ -174,7 +174,7 @@ def test_a_pause_comes_after_words_that_the_model_left_early():
         stage.session.end("c")
         return stage, before, await speak_all(stage)
 
-    stage, before, after = asyncio.run(go())
+    stage, before, after = run_at_once(go())
     assert segments_of(before) == []
     assert spoken(stage) == ["One two", "Four"]
     assert sound_of(before + after) == [(1.0, 1920), (0.0, 2400), (1.0, 1920)]
@@ -189,7 +189,7 @@ def test_a_cancel_ends_a_pause():
         stage.session.cancel("c")
         return first, await stage.events()
 
-    first, rest = asyncio.run(go())
+    first, rest = run_at_once(go())
     assert sum(len(event.samples) for event in first if isinstance(event, ContextAudio)) < 24_000
     assert sound_of(rest) == []
     assert isinstance(rest[-1], ContextDone)
@@ -204,7 +204,7 @@ def test_a_long_pause_waits_for_the_client_as_speech_does():
         (context,) = stage.session._contexts.values()
         return unsent, context.state
 
-    unsent, state = asyncio.run(go())
+    unsent, state = run_at_once(go())
     assert unsent < 100_000
     assert state == "speaking"
 
@@ -234,7 +234,7 @@ def test_any_split_of_a_text_gives_the_same_turns_and_the_same_silence(bits, cut
         told = [(turn.text, turn.options["params"].seed) for turn in stage.turns]
         return told, sound_of(events), segments_of(events)
 
-    assert asyncio.run(go([text[a:b] for a, b in pairwise(edges)])) == asyncio.run(go([text]))
+    assert run_at_once(go([text[a:b] for a, b in pairwise(edges)])) == run_at_once(go([text]))
 
 
 # -- the rate -------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def test_a_faster_turn_is_sent_shorter_and_needs_its_frames_earlier():
         stage.session.append("c", text, SpeechOptions(markup=True, speed=2.0), ended=True)
         return stage, await speak_all(stage, 48_000)
 
-    stage, events = asyncio.run(go())
+    stage, events = run_at_once(go())
     num_samples = sum(len(event.samples) for event in events if isinstance(event, ContextAudio))
     assert num_samples == pytest.approx(24_000 + 2400, abs=1500)
     assert stage.turns[0].skipped_s == pytest.approx(1.0, abs=0.1)
@@ -311,7 +311,7 @@ def test_words_are_told_as_they_were_written_and_a_pause_delays_those_after_it()
         speak = Speak("c", text, markup=True, lexicon={"Qwen": "kwenn"})
         return stage, await converse(stage, speak, End("c"))
 
-    stage, messages = asyncio.run(go())
+    stage, messages = run_at_once(go())
     assert spoken(stage) == ["Ask kwenn: A B.", "Then go."]
     ((words,),) = [[segment.estimated_words] for segment in of(Segment, messages)]
     assert [word.text for word in words] == ["Ask", "Qwen:", "AB.", "Then", "go."]
@@ -341,7 +341,7 @@ def test_a_wrong_field_is_refused_in_one_line(fields):
         dialect.receive(f'{{"type":"speak","context_id":"c","text":"Hi",{fields}}}')
         return [parse_server_message(event.message) for event in await stage.events()]
 
-    assert [error.code for error in of(Error, asyncio.run(go()))] == ["bad_request"]
+    assert [error.code for error in of(Error, run_at_once(go()))] == ["bad_request"]
     with pytest.raises(SpeechError, match=fields[1:5]):
         parse_speech(f'{{"input":"Hi",{fields}}}'.encode())
 
@@ -352,7 +352,7 @@ def test_a_client_is_told_that_the_server_follows_tags_unasked():
         async def go(markup=markup):
             return await converse(Stage(markup=markup))
 
-        assert [ready.markup for ready in of(Ready, asyncio.run(go()))] == [told]
+        assert [ready.markup for ready in of(Ready, run_at_once(go()))] == [told]
 
 
 def test_openais_route_takes_the_same_choices():

@@ -219,17 +219,22 @@ def test_progress_is_told_once_a_second_and_late_text_goes_on(live_server):
 # --- formats ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def whole(live_server):
+    """The two segments of the next test at 24 kHz, each from a context of its own."""
+    texts = enumerate(SENTENCES[1:])
+    return [take(live_server, text, seed=11 + i, temperature=0.9) for i, text in texts]
+
+
 @pytest.mark.parametrize("rate", SAMPLE_RATES)
 @pytest.mark.parametrize("encoding", ["pcm_s16le", "pcm_f32le"])
-def test_formats_are_the_resampled_whole(live_server, encoding, rate):
+def test_formats_are_the_resampled_whole(live_server, whole, encoding, rate):
     """Each sample is that of the resampled whole segment: no click between messages, and no drift."""
-    texts = SENTENCES[1:]
-    whole = [take(live_server, text, seed=11 + i, temperature=0.9) for i, text in enumerate(texts)]
     expected = np.concatenate([soxr.resample(one, 24_000, rate, quality="HQ") for one in whole])
     with NativeClient(live_server, encoding, rate) as client:
-        client.speak("a", texts[0], seed=11, temperature=0.9)
+        client.speak("a", SENTENCES[1], seed=11, temperature=0.9)
         client.send(Flush("a"))
-        client.speak("a", texts[1])
+        client.speak("a", SENTENCES[2])
         client.send(End("a"))
         heard = client.hear("a")
     samples = client.array(heard)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from native_client import LONG_TEXT, SENTENCES, WILD, DirectSocket, NativeClient, assert_healthy, take
-from session_stage import Stage
+from session_stage import Stage, run_at_once
 
 from qwen_megakernel.config import HOP
 from qwen_megakernel.serving.connection import Connection
@@ -132,7 +132,7 @@ def test_a_cancel_between_two_messages_leaves_the_counts_true():
         await running
         return socket.heard
 
-    _, *before, done = asyncio.run(talk())
+    _, *before, done = run_at_once(talk())
     # Events that were taken go out. Events that waited do not.
     assert [type(message) for message in before] == [Started, AudioChunk]
     assert (done.finish_reason, done.samples) == ("cancelled", 1920)
@@ -157,7 +157,7 @@ def test_a_cancel_behind_the_next_contexts_audio_leaves_the_counts_true():
         events += await stage.events()
         return [parse_server_message(data) for event in events for data in dialect.translate(event)]
 
-    *_, done = asyncio.run(talk())
+    *_, done = run_at_once(talk())
     assert (done.context_id, done.finish_reason, done.samples) == ("a", "cancelled", 1920)
 
 

@@ -72,6 +72,7 @@ def test_stalled_reader_is_paused_then_cut_and_slows_nobody(live_server, native,
             after.append(len(take(live_server, SENTENCES[0], seed=len(after))))
         held = max(held, figure(live_server, "unsent_bytes"))
         kernel = max(kernel, unsent_in_kernel(live_server))
+        time.sleep(0.05)
     elapsed_s = time.monotonic() - start
     report(f"stalled reader: {held:.0f} bytes held, {kernel} in the kernel, cut after {elapsed_s:.1f} s")
     assert after == before[: len(after)] != []  # a slow machine has no time for more
@@ -110,6 +111,7 @@ def test_lost_client_frees_its_slot(live_server, leave):
     deadline = time.monotonic() + 30
     while not live_server.ready()["active"]:
         assert time.monotonic() < deadline
+        time.sleep(0.02)
     leave(client)
     assert live_server.frames_of_cancelled_turn(num_lines) < SOON
     live_server.wait_until_idle()

@@ -30,6 +30,7 @@ from qwen_megakernel.prove.official import OfficialProcess
 from qwen_megakernel.prove.subject import Drawn, Subject, load_cloner
 from qwen_megakernel.prove.utterances import Utterance
 
+pytestmark = pytest.mark.slow  # the official package's process takes its time
 CHECKPOINT = ROOT / "demo_voice"
 CPU = torch.device("cpu")
 SAID = [
@@ -269,7 +270,6 @@ def test_missing_suppression(bench):
     assert wide(bench, bench.subject()) == set()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("talker_excess", [1, -1])
 def test_one_candidate_too_many_or_too_few(bench, monkeypatch, talker_excess):
     """One fault in the talker, the opposite one in the predictor."""
@@ -392,7 +392,6 @@ def test_speech_of_another_rate_and_another_voice():
 # ---------------------------------------------------------------------------- cloning
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_clones_in_context(tiny_base, tmp_path):
     """Random weights with a codec encoder: rows, codes of a recording and the clone's sound."""
     if find_spec("qwen_tts") is None:

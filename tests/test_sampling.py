@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,12 @@ def test_philox_gives_the_published_vectors(counter, key, expected):
 def noise_for(seed: int, frames: torch.Tensor, vocab_size: int, codebook: int = 0) -> torch.Tensor:
     seeds = torch.tensor([split_seed(seed)]).expand(len(frames), 2)
     return gumbel_noise(seeds, frames, torch.tensor([codebook]), vocab_size)[:, 0]
+
+
+@functools.cache
+def many_draws() -> torch.Tensor:
+    """The noise of `NUM_DRAWS` frames. A smaller vocabulary has its first columns."""
+    return noise_for(1234, torch.arange(NUM_DRAWS), 200)
 
 
 def test_noise_is_gumbel_and_a_function_of_its_counters_alone():
@@ -121,7 +129,7 @@ def test_draws_follow_hugging_face_s_distribution(case):
     logits, params, seen = CASES[case]
     probabilities = hf_scores(logits, params, seen).double().softmax(-1)
     scores = our_scores(logits, params, seen).expand(NUM_DRAWS, -1)
-    noise = noise_for(1234, torch.arange(NUM_DRAWS), len(logits))
+    noise = many_draws()[:, : len(logits)]
     drawn = draw(scores, torch.full((NUM_DRAWS, 1), params.temperature), noise)
     counts = torch.bincount(drawn, minlength=len(logits)).double()
     assert counts[probabilities == 0].sum() == 0, "a code outside the truncated set was drawn"
@@ -139,7 +147,7 @@ def test_draws_follow_hugging_face_s_distribution(case):
 def test_chi_square_notices_a_wrong_temperature():
     logits = lively_logits(50, 3)
     scores = our_scores(logits, SamplingParams(1.05, 0, 1.0), []).expand(NUM_DRAWS, -1)
-    drawn = draw(scores, torch.ones(NUM_DRAWS, 1), noise_for(1, torch.arange(NUM_DRAWS), 50))
+    drawn = draw(scores, torch.ones(NUM_DRAWS, 1), many_draws()[:, :50])
     expected = logits.double().softmax(-1) * NUM_DRAWS
     keep = expected >= 5
     counts = torch.bincount(drawn, minlength=50).double()[keep]

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from session_stage import SEGMENT_S, InstantDecoder, Stage
+from session_stage import SEGMENT_S, InstantDecoder, Stage, run_at_once
 
 from qwen_megakernel.serving.events import ContextAudio, ContextDone, ContextQuiet
 from qwen_megakernel.serving.session_rules import SessionRules
@@ -30,7 +30,7 @@ def test_a_context_that_was_left_open_holds_up_no_other():
         assert ids(await stage.events(), ContextDone) == ["left"]
         assert not stage.session.busy
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_no_context_is_reported_as_queued():
@@ -44,7 +44,7 @@ def test_no_context_is_reported_as_queued():
             ("a", "waiting_for_text"), ("b", "waiting_for_text"),
         }  # fmt: skip
 
-    asyncio.run(script())
+    run_at_once(script())
 
 
 def test_each_context_waits_for_its_own_playback():
@@ -64,4 +64,4 @@ def test_each_context_waits_for_its_own_playback():
         assert max(started[:4]) < 0.2 < 2 * SEGMENT_S - 1.0 + 0.05
         assert min(started[4:]) > 2 * SEGMENT_S - 1.0 - 0.05
 
-    asyncio.run(script())
+    run_at_once(script())

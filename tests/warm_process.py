@@ -28,6 +28,11 @@ LARGE = [
     "websockets",
 ]
 """Packages that are imported before the fork."""
+COMMAND = """
+import runpy
+runpy.run_module("qwen_megakernel", run_name="__main__", alter_sys=True)
+"""
+"""The program `python -m qwen_megakernel`."""
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(LARGE)
 
@@ -91,10 +96,14 @@ def run_warm(
     text: str = "",
     environ: Mapping[str, str] | None = None,
     limit_s: float = 60.0,
+    program: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run` of `python FILE ARGUMENTS` with captured output, which has up to 64 KiB."""
+    """As `subprocess.run` of `python FILE ARGUMENTS` with captured output, which has up to 64 KiB.
+
+    `program` as for `WarmProcess`.
+    """
     environ = {**os.environ, **(environ or {})}
-    process = WarmProcess(file, arguments, program=None, environ=environ, cwd=Path.cwd(), text=text)
+    process = WarmProcess(file, arguments, program=program, environ=environ, cwd=Path.cwd(), text=text)
     try:
         code = process.wait(limit_s)
     finally:

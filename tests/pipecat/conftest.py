@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from live_server import LiveServer
+
+
+@pytest.fixture(scope="session")
+def undisturbed(live_server: LiveServer) -> dict[Any, bytes]:
+    """The correct audio of `TURN`, by mode."""
+    from conversation import EXACT, TURN, make_service, pcm, play, turn
+    from pipecat.services.tts_service import TextAggregationMode
+
+    async def speak(mode: TextAggregationMode) -> bytes:
+        service = make_service(live_server.url, text_aggregation_mode=mode, **EXACT)
+        down, errors = await play(service, turn(*TURN))
+        assert errors == []
+        assert pcm(down) != b""
+        return pcm(down)
+
+    return {mode: asyncio.run(speak(mode)) for mode in TextAggregationMode}
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from pipecat.tests.utils import SleepFrame, run_test
 from pipecat_client.megakernel_tts import MegakernelTTSService
 
 TURN = ("One is the first. ", "Two comes after it. ", "Three is the last of them.")
+EXACT = {"seed": 11, "chunk_frames": 1, "temperature": 2.0}
+"""Options for speech that is the same each time, in messages of one frame."""
 ENDLESS = "The quick brown fox jumps over the lazy dog, and then it does so once again." * 2
 LONG_SETTINGS = {"temperature": 10.0, "top_k": 0}
 """With these the tiny checkpoint speaks for minutes."""

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client/requirements.txt")
 
-from conversation import TURN, make_service, metrics, only, pcm, play, spoken, turn
+from conversation import EXACT, TURN, make_service, metrics, only, pcm, play, spoken, turn
 from live_server import ROOT
 from pipecat.frames.frames import TTSStartedFrame, TTSStoppedFrame
 from pipecat.services.tts_service import TextAggregationMode
@@ -18,7 +18,6 @@ from pipecat_client.playback import Gaps
 from pipecat_client.settings import ServerTTSMetricsData
 
 CLIENT = ROOT / "pipecat_client" / "test_client.py"
-EXACT = {"seed": 11, "chunk_frames": 1, "temperature": 2.0}
 
 
 def test_only_what_comes_too_late_is_a_gap():
@@ -31,24 +30,19 @@ def test_only_what_comes_too_late_is_a_gap():
     assert (gaps.count, gaps.seconds) == (1, 0.5)
 
 
-def speak(url, mode, **options):
-    return play(make_service(url, text_aggregation_mode=mode, **EXACT, **options), turn(*TURN))
-
-
 @pytest.mark.parametrize("mode", list(TextAggregationMode))
 @pytest.mark.parametrize("cut_after", [None, 8], ids=["whole", "cut"])
-def test_reply_over_a_bad_network(live_server, mode, cut_after):
+def test_reply_over_a_bad_network(live_server, undisturbed, mode, cut_after):
     async def scenario():
-        undisturbed, _ = await speak(live_server.url, mode)
         async with SlowLink(live_server.port, cut_after=cut_after) as link:
             # Pipecat waits for audio longer than a stall, but not longer than a break and reconnect.
-            down, errors = await speak(link.url, mode, stop_frame_timeout_s=3.0)
-        return undisturbed, down, errors, link
+            options = {"text_aggregation_mode": mode, "stop_frame_timeout_s": 3.0}
+            return link, *await play(make_service(link.url, **EXACT, **options), turn(*TURN))
 
-    undisturbed, down, errors, link = asyncio.run(scenario())
+    link, down, errors = asyncio.run(scenario())
     assert link.num_stalls >= 1
     assert link.num_connections == len(errors) + 1 == (1 if cut_after is None else 2)
-    assert pcm(down) == pcm(undisturbed) != b""
+    assert pcm(down) == undisturbed[mode]
     # The gaps are counted, and how long they were. After a break the last `done` tells all of them.
     (figures,) = metrics(down, ServerTTSMetricsData)
     assert figures.gaps >= 1

@@ -96,6 +96,7 @@ def test_greeting_and_answer(demo_port):
     assert any(message["type"] == "metrics" for message in messages)
 
 
+@pytest.mark.slow
 def test_greeting_is_understood(listener):
     checkpoint = ROOT / "demo_voice"
     server = LiveServer("--model", str(checkpoint), "--voices", str(checkpoint / "voices"))

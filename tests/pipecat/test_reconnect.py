@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client/requirements.txt")
 
-from conversation import TURN, make_service, only, pcm, play, spoken, turn, until
+from conversation import EXACT, TURN, make_service, only, pcm, play, spoken, turn, until
 from live_server import LONG, LiveServer, RawClient
 from pipecat.frames.frames import (
     CancelFrame,
@@ -29,8 +29,6 @@ from wire_tap import WireTap, num_chunks, num_segments
 from qwen_megakernel.serving.native_messages import AudioChunk, Done, Error, Progress, Segment, Started
 
 SENTENCE, TOKEN = TextAggregationMode.SENTENCE, TextAggregationMode.TOKEN
-EXACT = {"seed": 11, "chunk_frames": 1, "temperature": 2.0}
-"""Options for speech that is the same each time, in messages of one frame."""
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +48,6 @@ def start(arguments):
     yield make
     for server in servers:
         server.kill()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(live_server):
-    """The correct audio of `TURN`, by mode."""
-
-    async def scenario(mode):
-        service = make_service(live_server.url, text_aggregation_mode=mode, **EXACT)
-        down, errors = await play(service, turn(*TURN))
-        assert errors == []
-        return pcm(down)
-
-    return {mode: asyncio.run(scenario(mode)) for mode in TextAggregationMode}
 
 
 def check_whole(down, audio):
