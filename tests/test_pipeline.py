@@ -202,7 +202,7 @@ def test_a_cancel_in_flight_is_heard_by_nobody_and_its_slot_is_clean(late, seria
         time.sleep(delay_s)
         launched = len(backend.batches)
         turn.cancel()
-        assert listener.wait(5).reason == "cancelled"
+        assert listener.wait().reason == "cancelled"
         assert len(backend.batches) - launched <= 1
         assert_same(speak(late), expected)
         assert isinstance(listener.events[-1], Finished), "something was heard after the cancel"
@@ -229,4 +229,4 @@ def test_close_while_a_frame_is_in_flight(tiny_base):
     tts.open_turn(TEXT, sink=listener, ended=True, params=LONG)
     listener.wait_for_audio()
     tts.close()
-    assert listener.wait(1).reason == "cancelled"
+    assert listener.wait().reason == "cancelled"
