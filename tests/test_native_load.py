@@ -44,7 +44,7 @@ def unsent_in_kernel(server):
     return max(int(row[4].split(":")[0], 16) for row in mine)
 
 
-def still_figure(server, name, limit_s=60):
+def still_figure(server, name, limit_s=240):
     """A figure, once it has not grown for a second. A ping may add to it."""
     deadline, held = time.monotonic() + limit_s, -1000.0
     while (grown := figure(server, name)) - held > 100:
