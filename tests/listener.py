@@ -33,11 +33,11 @@ class Listener:
         if isinstance(event, Finished):
             self._done.set()
 
-    def wait(self, limit_s: float = 60.0) -> Finished:
+    def wait(self, limit_s: float = 240.0) -> Finished:
         assert self._done.wait(limit_s), "the turn did not finish"
         return self.events[-1]
 
-    def wait_for_audio(self, limit_s: float = 30.0) -> None:
+    def wait_for_audio(self, limit_s: float = 120.0) -> None:
         deadline = time.monotonic() + limit_s
         while not any(isinstance(e, Audio) for e in self.events):
             assert time.monotonic() < deadline, "no audio came"

@@ -87,7 +87,7 @@ class LiveServer:
         for line in stream:
             lines.append(line)
 
-    def wait_for_line(self, pattern: str, limit_s: float = 30.0, after: int = 0) -> re.Match:
+    def wait_for_line(self, pattern: str, limit_s: float = 120.0, after: int = 0) -> re.Match:
         """Wait for the first match in a line of stderr after the first `after` lines."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
@@ -100,7 +100,7 @@ class LiveServer:
         raise AssertionError(f"no line like {pattern!r} in:\n{''.join(self.err)}")
 
     def wait_until_ready(self) -> LiveServer:
-        self.wait_for_line(r"INFO\s+ready|\"message\": \"ready", 120)
+        self.wait_for_line(r"INFO\s+ready|\"message\": \"ready", 300)
         return self
 
     @property
@@ -125,7 +125,7 @@ class LiveServer:
         for name, value in headers.items():
             request.add_header(name.replace("_", "-"), value)
         try:
-            with urllib.request.urlopen(request, timeout=10) as response:
+            with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -137,7 +137,7 @@ class LiveServer:
         """The frames of a cancelled turn, from the log after the first `after` lines."""
         return int(self.wait_for_line(r"turn \S+: cancelled, .*frames (\d+)", after=after)[1])
 
-    def wait_until_idle(self, limit_s: float = 30.0, token: str = "") -> None:
+    def wait_until_idle(self, limit_s: float = 120.0, token: str = "") -> None:
         """Wait until no turn holds a slot or waits for one."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
@@ -150,12 +150,12 @@ class LiveServer:
     def num_fds(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
-    def stop(self, number: int = signal.SIGTERM, limit_s: float = 20.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, limit_s: float = 50.0) -> int:
         """Send a signal. Returns the exit code."""
         self.process.send_signal(number)
         return self.wait(limit_s)
 
-    def wait(self, limit_s: float = 20.0) -> int:
+    def wait(self, limit_s: float = 50.0) -> int:
         code = self.process.wait(limit_s)
         for reader in self._readers:
             reader.join(5)
@@ -167,7 +167,7 @@ class LiveServer:
             self.wait()
 
 
-def collect(client: ClientConnection, limit_s: float = 60.0) -> tuple[list[bytes], dict]:
+def collect(client: ClientConnection, limit_s: float = 240.0) -> tuple[list[bytes], dict]:
     """A turn's chunks and its last message."""
     chunks = []
     while True:
@@ -177,7 +177,7 @@ def collect(client: ClientConnection, limit_s: float = 60.0) -> tuple[list[bytes
         chunks.append(message)
 
 
-def first_chunk(client: ClientConnection, limit_s: float = 60.0) -> bytes:
+def first_chunk(client: ClientConnection, limit_s: float = 240.0) -> bytes:
     message = client.recv(timeout=limit_s)
     assert isinstance(message, bytes), message
     return message
@@ -199,7 +199,7 @@ class RawClient:
     ) -> None:
         """`headers`: additional headers of the handshake."""
         self.socket = socket.socket()
-        self.socket.settimeout(10)
+        self.socket.settimeout(60)
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.connect(("127.0.0.1", server.port))

@@ -155,7 +155,7 @@ class NativeClient:
     def speak(self, context_id: str, text: str, **options) -> None:
         self.send(Speak(context_id, text, **options))
 
-    def receive(self, limit_s: float = 60.0) -> ServerMessage:
+    def receive(self, limit_s: float = 240.0) -> ServerMessage:
         """The next message, checked and kept."""
         data = self.socket.recv(timeout=limit_s)
         if isinstance(data, str) and self._checked:
@@ -164,7 +164,7 @@ class NativeClient:
         self._keep(message)
         return message
 
-    def wait_for(self, cls: type, context_id: str, limit_s: float = 60.0) -> ServerMessage:
+    def wait_for(self, cls: type, context_id: str, limit_s: float = 240.0) -> ServerMessage:
         """The next message of a kind for a context."""
         deadline = time.monotonic() + limit_s
         while True:
@@ -172,7 +172,7 @@ class NativeClient:
             if isinstance(message, cls) and self.context_of(message) == context_id:
                 return message
 
-    def hear(self, context_id: str, limit_s: float = 60.0) -> Heard:
+    def hear(self, context_id: str, limit_s: float = 240.0) -> Heard:
         """Receive until a context's `done`."""
         deadline = time.monotonic() + limit_s
         while self.heard.get(context_id) is None or self.heard[context_id].done is None:
@@ -247,7 +247,7 @@ def figure(server, name):
     return next(float(line.split()[1]) for line in lines if line.startswith(f"qwen_megakernel_{name} "))
 
 
-def wait_for_figure(server, name, condition, limit_s=10):
+def wait_for_figure(server, name, condition, limit_s=60):
     deadline = time.monotonic() + limit_s
     while not condition(figure(server, name)):
         assert time.monotonic() < deadline

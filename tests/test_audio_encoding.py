@@ -98,4 +98,4 @@ def test_without_pyav_the_plain_formats_are_left(monkeypatch):
 
 def test_pyav_is_not_loaded_before_it_is_needed():
     code = "import sys, qwen_megakernel.serving.app; sys.exit('av' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0

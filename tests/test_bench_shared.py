@@ -38,7 +38,7 @@ def test_the_other_program_steps_until_it_is_ended(kind):
         process = other._process
         assert process.poll() is None
         process.stdin.close()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_another_program_that_fails_is_named():

@@ -193,7 +193,7 @@ def test_what_is_cut_short_leaves_what_it_has_and_no_server(tiny_base, tmp_path)
         if "ready after" in line:
             break
     process.terminate()
-    tables, _ = process.communicate(timeout=60)
+    tables, _ = process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM
     found = json.loads(out.read_text())
     assert len(found["parts"]) == 1

@@ -45,12 +45,12 @@ def test_a_turn_that_is_cancelled_at_once_costs_no_prompt(tts, monkeypatch):
     def counted(*args, **options):
         opened.append(args)
         began.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return make(*args, **options)
 
     monkeypatch.setattr(tts._engine._prompts, "open", counted)
     first, listeners = tts.open_turn(sink=Listener()), [Listener() for _ in range(50)]
-    assert began.wait(10)
+    assert began.wait(60)
     for listener in listeners:
         tts.open_turn("Hello.", sink=listener, ended=True).cancel()
     go_on.set()

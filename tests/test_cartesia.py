@@ -383,7 +383,7 @@ def hear(client, *context_ids):
     """Messages until all of these contexts are done."""
     lines, left = [], set(context_ids)
     while left:
-        lines.append(json.loads(client.recv(timeout=60)))
+        lines.append(json.loads(client.recv(timeout=240)))
         if lines[-1]["done"]:
             left.discard(lines[-1]["context_id"])
     return lines
@@ -399,7 +399,7 @@ def pcm(lines, context_id):
 
 def ask(server, method, path, body=None, **headers):
     """Status, headers and body."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=240)
     try:
         body = body if body is None else json.dumps(body)
         connection.request(method, path, body, {"X-API-Key": DEMO_TOKEN} | headers)
@@ -451,7 +451,7 @@ def test_several_contexts_speak_at_a_time(client):
 def test_a_cancel_stops_the_turn_and_nothing_stale_follows(demo_server, client):
     after = len(demo_server.err)
     speak(client, "long", LONG["text"])
-    assert json.loads(client.recv(timeout=60))["type"] == "chunk"
+    assert json.loads(client.recv(timeout=240))["type"] == "chunk"
     client.send('{"context_id": "long", "cancel": true}')
     hear(client, "long")
     speak(client, "next")

@@ -377,7 +377,7 @@ def test_text_that_is_not_utf_8_is_refused_by_name(how, locale, tmp_path):
         input=text,
         capture_output=True,
         env={**os.environ, "LC_ALL": locale},
-        timeout=60,
+        timeout=240,
     )
     assert result.returncode == 1
     assert result.stderr.startswith(b"error: the text must be UTF-8")
@@ -398,7 +398,7 @@ def test_reader_that_has_left_is_no_error(live_server, form):
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, str(CLIENT), "--url", live_server.url, "--text", "Hi.", *form]
-    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=240)
     os.close(writer)
     assert (result.returncode, result.stderr) == (0, b"")
 
@@ -406,7 +406,7 @@ def test_reader_that_has_left_is_no_error(live_server, form):
 def test_figures_that_cannot_be_printed_are_an_error(live_server):
     with open("/dev/full", "w") as full:
         command = [sys.executable, str(CLIENT), "--url", live_server.url, "--text", "Hi."]
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=240)
     assert result.returncode == 1
     assert result.stderr == b"error: cannot print the figures: No space left on device\n"
 
@@ -415,7 +415,7 @@ def test_play_without_portaudio_names_portaudio(live_server, tmp_path):
     (tmp_path / "sounddevice.py").write_text('raise OSError("PortAudio library not found")')
     command = [sys.executable, str(CLIENT), "--url", live_server.url, "--text", "Hi.", "--play"]
     environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
     assert result.returncode == 1
     assert "apt install libportaudio2" in result.stderr
     assert "pip install" not in result.stderr

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 def library(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
     command = [GCC, "-shared", "-fPIC", "-Wall", "-Werror", f"-I{COMPILER.headers}", SOURCE, "-o", path]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=240)
     return path
 
 

@@ -295,7 +295,7 @@ def hear(client, last="Flushed"):
     """The audio, and the other messages up to the last."""
     audio, lines = b"", []
     while not lines or lines[-1]["type"] != last:
-        message = client.recv(timeout=60)
+        message = client.recv(timeout=240)
         if isinstance(message, bytes):
             audio += message
         else:
@@ -305,7 +305,7 @@ def hear(client, last="Flushed"):
 
 def post(server, query, text="Good morning.", token=DEMO_TOKEN):
     """Status, headers and body."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=240)
     try:
         headers = {"Authorization": f"Token {token}", "Content-Type": "application/json"}
         connection.request("POST", f"{PATH}?{query}", json.dumps({"text": text}), headers)
@@ -378,8 +378,8 @@ def test_a_clear_stops_the_turn_and_nothing_stale_follows(demo_server, speech):
         after = len(demo_server.err)
         send(client, "Speak", text=LONG["text"])
         send(client, "Flush")
-        assert isinstance(client.recv(timeout=60), str)
-        assert isinstance(client.recv(timeout=60), bytes)
+        assert isinstance(client.recv(timeout=240), str)
+        assert isinstance(client.recv(timeout=240), bytes)
         send(client, "Clear")
         hear(client, "Cleared")
         send(client, "Speak", text="Good morning.")

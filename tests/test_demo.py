@@ -81,6 +81,6 @@ def test_sigterm_takes_the_server_along(tmp_path):
         if "loading:" in line:
             break
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (128 + signal.SIGTERM, "")
     assert server_is_gone(seen + out)

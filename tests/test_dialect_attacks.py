@@ -116,7 +116,7 @@ def codes_of(lines):
 def codes_until_audio(client, dialect):
     """The codes of the errors that came before audio."""
     lines = []
-    while not dialect.is_audio(message := client.recv(timeout=60)):
+    while not dialect.is_audio(message := client.recv(timeout=240)):
         lines.append(json.loads(message))
     return codes_of(lines)
 
@@ -141,7 +141,7 @@ def test_a_text_of_single_characters_is_as_long_as_any_other(server, client, dia
     say(client, [dialect.cancel(), *dialect.say(TEXT, name="b")])
     lines = []
     while not lines or not dialect.stopped(lines[-1]):
-        message = client.recv(timeout=60)
+        message = client.recv(timeout=240)
         if not (deepgram and is_binary(message)):  # Deepgram's full texts are spoken meanwhile
             lines.append(json.loads(message))
     if deepgram:
@@ -164,7 +164,7 @@ def test_texts_that_are_cancelled_at_once_leave_no_turns(server, client, dialect
         say(client, [*dialect.say(TEXT, name=name), dialect.cancel(name)])
     num_stopped = 0
     while num_stopped < 100:
-        message = client.recv(timeout=60)
+        message = client.recv(timeout=240)
         num_stopped += not is_binary(message) and bool(dialect.stopped(json.loads(message)))
     server.wait_until_idle()
     turns = [re.search(r"turn \S+: (\w+), .*frames (\d+)", line) for line in server.err[after:]]
@@ -231,7 +231,7 @@ REQUESTS = {
 
 
 def post(server, path, body):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=240)
     try:
         connection.request("POST", path, body)
         response = connection.getresponse()

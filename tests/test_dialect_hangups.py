@@ -45,11 +45,11 @@ class Socket:
         for fields in self.say:
             client.send(json.dumps(fields))
         if hear:
-            while not self.is_audio(client.recv(timeout=60)):
+            while not self.is_audio(client.recv(timeout=240)):
                 pass
         if how == "cancel":
             client.send(json.dumps(self.cancel))
-            while not self.is_end(client.recv(timeout=60)):
+            while not self.is_end(client.recv(timeout=240)):
                 pass
         if how == "reset":
             reset(client.socket)
@@ -63,7 +63,7 @@ class Request:
         self.path, self.body = path, json.dumps(body)
 
     def __call__(self, port, how, hear):
-        client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=240)
         client.request("POST", self.path, self.body)
         if hear:
             response = client.getresponse()

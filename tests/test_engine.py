@@ -321,13 +321,13 @@ def test_a_turn_whose_prompt_is_being_made_is_waiting(tts, monkeypatch):
 
     def slow(*args, **options):
         began.set()
-        assert go_on.wait(60)
+        assert go_on.wait(240)
         return make(*args, **options)
 
     monkeypatch.setattr(tts._engine._prompts, "open", slow)
     turn = tts.open_turn(sink=Listener())
     try:
-        assert began.wait(60)
+        assert began.wait(240)
         assert tts._engine.num_waiting == 1
     finally:
         go_on.set()
@@ -392,7 +392,7 @@ def test_a_small_model_computes_in_one_thread(tiny_base):
                 ended=True,
                 params=GenerationParams(max_frames=1),
             )
-            assert done.wait(60)
+            assert done.wait(240)
         assert set(seen) == {1}
         assert torch.get_num_threads() == 2
     finally:

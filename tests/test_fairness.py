@@ -55,7 +55,7 @@ def test_a_flood_of_cancelled_turns_gets_nobody_refused(live_server):
         assert not [error for heard in client.heard.values() for error in heard.of(Error)]
     stop.set()
     flood.reset()
-    live_server.wait_until_idle(10)
+    live_server.wait_until_idle()
 
 
 def test_silent_turns_do_not_keep_the_slots(live_server):
@@ -70,7 +70,7 @@ def test_silent_turns_do_not_keep_the_slots(live_server):
             assert client.hear("b", 30).done.finish_reason == "stop"
         for client in silent:
             client.send(Cancel("a"))
-    live_server.wait_until_idle(10)
+    live_server.wait_until_idle()
 
 
 NUM_WRITERS = 200

@@ -173,10 +173,10 @@ def speak_together(
     def hold_the_engine(event) -> None:
         if isinstance(event, Finished):  # on the engine's thread, so nothing begins in between
             ready.set()
-            go.wait(30)
+            go.wait(60)
 
     tts.open_turn("Hi.", sink=hold_the_engine, ended=True, params=GenerationParams(max_frames=1))
-    assert ready.wait(60)
+    assert ready.wait(240)
     begin()
     listeners = [Listener() for _ in range(num_streams)]
     for seed, listener in enumerate(listeners):

@@ -96,7 +96,7 @@ class Stage:
 
     def request(self, method, path, body=None):
         """Status, headers and body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=240)
         with contextlib.closing(connection):
             connection.request(method, path, body)
             response = connection.getresponse()

@@ -44,7 +44,7 @@ def unsent_in_kernel(server):
     return max(int(row[4].split(":")[0], 16) for row in mine)
 
 
-def still_figure(server, name, limit_s=60):
+def still_figure(server, name, limit_s=240):
     """A figure, once it has not grown for a second. A ping may add to it."""
     deadline, held = time.monotonic() + limit_s, -1000.0
     while (grown := figure(server, name)) - held > 100:
@@ -67,7 +67,7 @@ def test_stalled_reader_is_paused_then_cut_and_slows_nobody(live_server, native,
     held, kernel, after = 0, 0, []
     # On a slow machine its buffers fill slowly, and the server gives up waiting for a pong first.
     while not any(re.search(CUT, line) for line in live_server.err[num_lines:]):
-        assert time.monotonic() - start < 60
+        assert time.monotonic() - start < 240
         if len(after) < len(before):
             after.append(len(take(live_server, SENTENCES[0], seed=len(after))))
         held = max(held, figure(live_server, "unsent_bytes"))

@@ -271,7 +271,7 @@ def test_names_for_openais_voices_are_checked(tiny_base, recording, capsys):
         *("--model", str(tiny_base), "--speaker-ref", str(recording), "--openai-voice", "nova=anna")
     )
     try:
-        assert server.wait(60) == 1
+        assert server.wait(240) == 1
         server.wait_for_line(
             "cannot load: .*--openai-voice nova=anna: the voice is unknown; known: default"
         )
@@ -281,7 +281,7 @@ def test_names_for_openais_voices_are_checked(tiny_base, recording, capsys):
 
 def ask(server, method, path, body=None, **headers):
     """Status, headers and body."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=240)
     try:
         connection.request(method, path, body, {"Authorization": f"Bearer {TOKEN}"} | headers)
         response = connection.getresponse()
@@ -369,7 +369,7 @@ class Listening:
     """A client that has asked for speech. It hangs up at the end of the block."""
 
     def __init__(self, server, address, *, hears=True, **fields):
-        self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=240)
         headers = {"Authorization": f"Bearer {TOKEN}", "X-Forwarded-For": address}
         body = json.dumps({"input": TEXT, "response_format": "pcm", "seed": 0} | fields)
         self.connection.request("POST", SPEECH, body, headers)

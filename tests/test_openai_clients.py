@@ -28,7 +28,7 @@ BEARER = {"Authorization": f"Bearer {DEMO_TOKEN}", "Content-Type": "application/
 
 def ask(server, method, path, fields=None, headers=BEARER):
     """Status, headers and body."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=240)
     try:
         connection.request(method, path, None if fields is None else json.dumps(fields), headers)
         response = connection.getresponse()
@@ -122,6 +122,6 @@ def test_wyoming_openai_speaks(demo_server):
 def test_curl_speaks(demo_server, path, header, body, magic):
     command = ["curl", "--silent", "--fail", f"http://127.0.0.1:{demo_server.port}{path}"]
     options = ["-H", f"{header} {DEMO_TOKEN}", "-d", json.dumps(body)]
-    data = subprocess.run([*command, *options], capture_output=True, check=True, timeout=60).stdout
+    data = subprocess.run([*command, *options], capture_output=True, check=True, timeout=240).stdout
     assert data.startswith(magic)
     assert len(data) > 1000

@@ -48,7 +48,7 @@ def compiled_facts(folder: Path, header: str, includes: str, wanted: dict[str, s
     source.write_text("\n".join([includes, '#include "facts.cuh"', *lines]))
     options = ["--gpu-architecture=sm_80", "-std=c++17", f"-I{folder}", f"-I{SOURCES}"]
     process = nvrtc.start(nvrtc.find_compiler(), source, product, options, log)
-    assert process.wait(60) == 0, log.read_text()
+    assert process.wait(240) == 0, log.read_text()
     return read_cubin(product).facts
 
 

@@ -184,8 +184,11 @@ def test_live_text_waits_and_goes_on_the_same(late, serial):
     whole, listener = speak(serial), Listener()
     turn = late.open_turn(TEXT[:30], sink=listener, params=PARAMS)
     listener.wait_for_audio()
+    (active,), deadline = late._engine._speaking, time.monotonic() + 240
+    while not active.text_late or active.in_flight:
+        assert time.monotonic() < deadline, "sound was left in flight"
+        time.sleep(0.01)
     assert listener.wait_until_still() < len(whole.samples)
-    assert all(not active.in_flight for active in late._engine._speaking), "sound was left in flight"
     turn.append(TEXT[30:])
     turn.end()
     listener.wait()
@@ -202,7 +205,7 @@ def test_a_cancel_in_flight_is_heard_by_nobody_and_its_slot_is_clean(late, seria
         time.sleep(delay_s)
         launched = len(backend.batches)
         turn.cancel()
-        assert listener.wait(5).reason == "cancelled"
+        assert listener.wait().reason == "cancelled"
         assert len(backend.batches) - launched <= 1
         assert_same(speak(late), expected)
         assert isinstance(listener.events[-1], Finished), "something was heard after the cancel"
@@ -229,4 +232,4 @@ def test_close_while_a_frame_is_in_flight(tiny_base):
     tts.open_turn(TEXT, sink=listener, ended=True, params=LONG)
     listener.wait_for_audio()
     tts.close()
-    assert listener.wait(1).reason == "cancelled"
+    assert listener.wait().reason == "cancelled"

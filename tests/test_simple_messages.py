@@ -180,7 +180,7 @@ def test_errors_are_one_short_line():
 
 def test_importing_the_server_imports_no_torch():
     code = "import sys, server; assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True, timeout=240)
 
 
 json_values = st.recursive(

@@ -192,7 +192,7 @@ def test_the_command_line_client_ends_well(live_server, tmp_path):
     client = ROOT / "pipecat_client" / "test_client.py"
     command = [sys.executable, client, "--url", live_server.url, "--text", "…", "--out", out]
     for options in ([], ["--json"]):
-        result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60)
+        result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
         assert (result.returncode, result.stderr) == (0, "")
         assert out.is_file()
     figures = json.loads(result.stdout)

@@ -107,14 +107,14 @@ def test_the_engine_never_waits_for_a_text_that_is_tokenised(stage):
 
     def slow(text):
         began.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return [1]
 
     stage.feed.append = slow
     caller = threading.Thread(target=stage.turn.append, args=("a long text",))
     caller.start()
     try:
-        assert began.wait(10)
+        assert began.wait(60)
         assert stage.turn.take_text() == ([], False)
         stage.turn.cancel()
         assert stage.turn.cancelled

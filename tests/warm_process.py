@@ -95,7 +95,7 @@ def run_warm(
     *arguments: str,
     text: str = "",
     environ: Mapping[str, str] | None = None,
-    limit_s: float = 60.0,
+    limit_s: float = 240.0,
     program: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run` of `python FILE ARGUMENTS` with captured output, which has up to 64 KiB.

@@ -52,7 +52,7 @@ def turn(*texts: str) -> list[Frame]:
     return [LLMFullResponseStartFrame(), *map(LLMTextFrame, texts), LLMFullResponseEndFrame()]
 
 
-def until(condition: Callable[[], object], limit_s: float = 60.0) -> Iterator[SleepFrame]:
+def until(condition: Callable[[], object], limit_s: float = 240.0) -> Iterator[SleepFrame]:
     """Wait for a condition between the frames of a script."""
     for _ in range(round(limit_s / 0.01)):
         if condition():
@@ -62,7 +62,7 @@ def until(condition: Callable[[], object], limit_s: float = 60.0) -> Iterator[Sl
 
 
 async def play(
-    service: MegakernelTTSService, script: Iterable[Frame], *, limit_s: float = 120.0
+    service: MegakernelTTSService, script: Iterable[Frame], *, limit_s: float = 480.0
 ) -> tuple[list[Frame], list[ErrorFrame]]:
     """Frames that came out downstream, and errors."""
     failures: list[Exception] = []
@@ -79,7 +79,7 @@ async def play(
         run_test(
             service,
             frames_to_send=guarded(),
-            start_timeout=15.0,
+            start_timeout=60.0,
             pipeline_params=PipelineParams(enable_metrics=True, enable_usage_metrics=True),
         ),
         limit_s,

@@ -67,7 +67,7 @@ class RtviClient:
             json.dumps({"transport": "websocket"}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)
 
     async def say(self, kind: str, **data: Any) -> None:
@@ -86,7 +86,7 @@ class RtviClient:
             await self._socket.send(frame.SerializeToString())
             await asyncio.sleep(0.02)
 
-    async def wait(self, condition: Callable[[], object], limit_s: float = 30.0) -> None:
+    async def wait(self, condition: Callable[[], object], limit_s: float = 120.0) -> None:
         async with asyncio.timeout(limit_s):
             while not condition():
                 self._changed.clear()
