@@ -85,7 +85,7 @@ class Stopwatch(BaseObserver):
                 self.mark(part)
         if isinstance(data.frame, TranscriptionFrame):
             self.transcript = data.frame.text.strip()
-        # The output passes it on behind the last sample. That the bot "stopped" may be a gap.
+        # The output passes this frame on after the last sample. The end of speech may be a gap.
         played_out = isinstance(data.frame, TTSStoppedFrame) and isinstance(data.source, _Mouth)
         if played_out and PLAYED in self.times:
             self._answered.set()
