@@ -166,6 +166,7 @@ def test_everything_on_a_cpu(tiny_base, tmp_path):
     assert server["dialects"].keys() == set(TALKERS)
     assert all(times["count"] == 1 and times["p50"] > 0 for times in server["dialects"].values())
     assert "| torch, Cartesia | 1 |" in done.stdout
+    assert {"ElevenLabs", "vLLM-Omni"} < set(TALKERS)
     assert len(SENTENCE) / 15 - 0.1 < server["sentence"]["audio_s"] < 2 * len(SENTENCE) / 15
     assert done.stdout.rstrip("\n") == bench_tts.tables(found)
     assert found["command"].startswith("python -m qwen_megakernel bench --device cpu --model ")

@@ -34,6 +34,7 @@ def is_binary(message):
     return isinstance(message, bytes)
 
 
+CLOSE = {"close_context": True}
 DIALECTS = {
     "native": Dialect(
         "/",
@@ -70,8 +71,25 @@ DIALECTS = {
         lambda line: line["type"] == "Cleared",
         is_binary,
     ),
+    "ElevenLabs": Dialect(
+        "/v1/text-to-speech/default/multi-stream-input?output_format=pcm_24000",
+        lambda text, more, name: [
+            {"context_id": name, "text": text},
+            # It is closed twice: the first close lets it speak what was flushed.
+            *([] if more else [{"context_id": name, "flush": True}, {"context_id": name, **CLOSE}]),
+        ],
+        {"context_id": "a", **CLOSE},
+        lambda line: line.get("isFinal"),
+        lambda message: bool(json.loads(message).get("audio")),
+    ),
 }
-PATHS = sorted({dialect.path for dialect in DIALECTS.values()})
+PATHS = sorted(
+    {
+        "/v1/audio/speech/stream",
+        "/v1/text-to-speech/default/stream-input",
+        *(dialect.path for dialect in DIALECTS.values()),
+    }
+)
 
 
 @pytest.fixture(params=DIALECTS)
@@ -109,8 +127,9 @@ def say(client, messages):
 
 def codes_of(lines):
     """The codes of the errors among these messages."""
-    codes = [line.get("code") or line.get("error_code") for line in lines]
-    return [code.lower() for code in codes if code]
+    codes = [line.get("code") or line.get("error_code") for line in lines if "isFinal" not in line]
+    numbered = [line["error"] for line in lines if isinstance(line.get("code"), int)]  # ElevenLabs
+    return numbered or [code.lower() for code in codes if code]
 
 
 def codes_until_audio(client, dialect):
@@ -227,6 +246,11 @@ REQUESTS = {
     "/v1/audio/speech": ("input", lambda answer: answer["error"]["code"]),
     "/tts/bytes": ("transcript", lambda answer: answer["error_code"]),
     "/v1/speak": ("text", lambda answer: answer["err_code"].lower()),
+    "/v1/text-to-speech/default": ("text", lambda answer: answer["detail"]["status"]),
+    "/v1/text-to-speech/default/stream/with-timestamps": (
+        "text",
+        lambda answer: answer["detail"]["status"],
+    ),
 }
 
 

@@ -34,9 +34,12 @@ def reset(sock):
 
 
 class Socket:
-    """A WebSocket dialect: its messages for text and cancel, and the form of a message with audio."""
+    """A WebSocket dialect: its messages for text and cancel, and the form of a message with audio.
 
-    def __init__(self, path, say, cancel, is_audio, is_end):
+    A dialect without a cancel hangs up instead.
+    """
+
+    def __init__(self, path, say, cancel, is_audio, is_end=None):
         self.path, self.say, self.cancel = path, say, cancel
         self.is_audio, self.is_end = is_audio, is_end
 
@@ -47,7 +50,7 @@ class Socket:
         if hear:
             while not self.is_audio(client.recv(timeout=240)):
                 pass
-        if how == "cancel":
+        if how == "cancel" and self.cancel is not None:
             client.send(json.dumps(self.cancel))
             while not self.is_end(client.recv(timeout=240)):
                 pass
@@ -80,6 +83,10 @@ def is_binary(message):
 
 def has_type(*types):
     return lambda message: isinstance(message, str) and json.loads(message).get("type") in types
+
+
+def has_audio(message):
+    return bool(json.loads(message)["audio"])
 
 
 DIALECTS = {
@@ -125,12 +132,44 @@ DIALECTS = {
         is_binary,
         has_type("Cleared"),
     ),
+    "ElevenLabs": Socket(
+        "/v1/text-to-speech/default/stream-input?output_format=pcm_24000",
+        [{"text": " "}, {"text": TEXT}, {"text": ""}],
+        None,
+        has_audio,
+    ),
+    "ElevenLabs, contexts, mp3": Socket(
+        "/v1/text-to-speech/default/multi-stream-input",
+        [
+            {"context_id": "a", "text": TEXT, "flush": True},
+            {"context_id": "a", "close_context": True},
+            {"context_id": "b", "text": TEXT},
+            {"context_id": "b", "close_context": True},
+        ],
+        {"context_id": "a", "close_context": True},
+        has_audio,
+        lambda message: json.loads(message)["isFinal"] and json.loads(message)["contextId"] == "a",
+    ),
+    "vLLM-Omni": Socket(
+        "/v1/audio/speech/stream",
+        [
+            {"type": "session.config", "response_format": "mp3"},
+            {"type": "input.text", "text": TEXT},
+            {"type": "input.done"},
+        ],
+        None,
+        is_binary,
+    ),
     "OpenAI, mp3": Request("/v1/audio/speech", {"input": TEXT}),
     "OpenAI, events": Request(
         "/v1/audio/speech", {"input": TEXT, "response_format": "pcm", "stream_format": "sse"}
     ),
     "Cartesia, file": Request("/tts/bytes", {"transcript": TEXT}),
     "Deepgram, file": Request("/v1/speak?encoding=opus", {"text": TEXT}),
+    "ElevenLabs, file": Request("/v1/text-to-speech/default", {"text": TEXT}),
+    "ElevenLabs, times": Request(
+        "/v1/text-to-speech/default/stream/with-timestamps?output_format=pcm_24000", {"text": TEXT}
+    ),
 }
 
 

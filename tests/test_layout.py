@@ -28,9 +28,10 @@ ORDER = (
 """Packages and top modules. Each imports only what stands before it, and its own package."""
 SERVING_MAY_IMPORT = {"__init__", "config", "surrogates", "turn"}
 SANS_IO = (
-    "access", "wire", "cartesia_messages", "deepgram_messages", "message_rules", "native_messages",
+    "access", "wire", "cartesia_messages", "deepgram_messages", "elevenlabs_messages", "message_rules",
+    "native_messages",
     "openai_messages", "simple_messages", "voice_messages", "word_timing",
-    "spoken_text", "lexicon", "markup",
+    "spoken_text", "lexicon", "markup", "vllm_omni_messages",
 )  # fmt: skip
 """Modules of `serving` that import only the standard library and each other, so that clients can use
 them."""

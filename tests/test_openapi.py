@@ -74,6 +74,6 @@ def test_a_server_serves_both(live_server):
     assert status == 200
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)  # nothing from other hosts
     assert "<script" not in page
-    for path in ("/v1/audio/speech", "/tts/bytes", "/v1/speak", "/voices/{voice}"):
+    for path in ("/v1/audio/speech", "/tts/bytes", "/v1/speak", "/voices/{voice}", "/v2/voices"):
         assert f"POST {path}" in page or f"GET {path}" in page
     assert '"openapi":"3.1.0"' in live_server.get("/openapi.json")[1]

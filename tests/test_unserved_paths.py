@@ -11,9 +11,11 @@ from websockets.exceptions import InvalidStatus
 from pipecat_client.handshake import ServerError, open_connection
 
 ADVICE = (
-    "this path is not served; a WebSocket connects to /, /tts/websocket, /v1/speak, and HTTP has "
-    "/health, /ready, /metrics, /v1/audio/speech, /v1/audio/voices, /v1/models, /v1/audio/models, "
-    "/tts/bytes, /voices, /openapi.json, /docs"
+    "this path is not served; a WebSocket connects to /, /tts/websocket, /v1/speak, "
+    "/v1/text-to-speech/{voice}/stream-input, /v1/text-to-speech/{voice}/multi-stream-input, "
+    "/v1/audio/speech/stream, and HTTP has /health, /ready, /metrics, /v1/audio/speech, "
+    "/v1/audio/voices, /v1/models, /v1/audio/models, /tts/bytes, /voices, /v1/voices, /v2/voices, "
+    "/openapi.json, /docs"
 )
 
 

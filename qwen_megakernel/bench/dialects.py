@@ -142,6 +142,54 @@ class DeepgramTalker(_Socket):
         return seconds
 
 
+class ElevenLabsTalker(_Socket):
+    """ElevenLabs' WebSocket with contexts."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port, "/v1/text-to-speech/default/multi-stream-input?output_format=pcm_24000")
+
+    def hear(self, text: str) -> float:
+        """See `Talker`."""
+        start = time.perf_counter()
+        self.say(context_id="turn", text=text, flush=True)
+        self._until("audio")
+        seconds = time.perf_counter() - start
+        for _ in range(2):  # the first close lets it speak what was flushed
+            self.say(context_id="turn", close_context=True)
+        self._until("isFinal")
+        return seconds
+
+    def _until(self, what: str) -> None:
+        while not (fields := json.loads(self.receive())).get(what):
+            if "error" in fields:
+                raise RuntimeError(f"the server refused a turn: {fields['message']}")
+
+
+class VllmOmniTalker:
+    """vLLM-Omni's WebSocket. It has no cancel, so each turn has a connection, which is open before."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    def hear(self, text: str) -> float:
+        """See `Talker`."""
+        socket = _Socket(self._port, "/v1/audio/speech/stream")
+        try:
+            socket.say(type="session.config", response_format="pcm", stream_audio=True)
+            start = time.perf_counter()
+            socket.say(type="input.text", text=text)
+            socket.say(type="input.done")
+            while not isinstance(message := socket.receive(), bytes):
+                if json.loads(message)["type"] == "error":
+                    raise RuntimeError(f"the server refused a turn: {message}")
+            return time.perf_counter() - start
+        finally:
+            socket.close()
+
+    def close(self) -> None:
+        """Do nothing: no connection is open."""
+
+
 class OpenAITalker:
     """OpenAI's speech API. The time includes a new connection, which a client needs after it has hung
     up."""
@@ -174,6 +222,8 @@ TALKERS: dict[str, Callable[[int], Talker]] = {
     "OpenAI, wav": lambda port: OpenAITalker(port, "wav"),
     "Cartesia": CartesiaTalker,
     "Deepgram": DeepgramTalker,
+    "ElevenLabs": ElevenLabsTalker,
+    "vLLM-Omni": VllmOmniTalker,
 }
 
 

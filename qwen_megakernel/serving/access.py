@@ -21,8 +21,12 @@ _SCHEMES = (b"bearer", b"token")
 _TOKEN_MARKS = {b"authorization": b" ", b"sec-websocket-protocol": b","}
 """Headers that hold a scheme and a token, and the separator between the two. A page cannot set the
 headers of a WebSocket, so it sends the token as a protocol."""
+_KEY_HEADERS = (b"x-api-key", b"xi-api-key")
+"""Headers that hold the token alone. The second is ElevenLabs'."""
 _QUERY_NAMES = ("token", "api_key", "access_token")
 """Fields of a query that may hold the token. The last two are Cartesia's."""
+_QUERY_MARK = "authorization"
+"""A field of a query that holds what the header of this name would: ElevenLabs'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +103,9 @@ def find_token(rules: AccessRules, headers: Headers, query: bytes) -> str | None
     """The name of the account whose token the request carries; None without a valid token."""
     fields = parse_qs(query.decode("latin-1"))
     offered = [value.encode() for name in _QUERY_NAMES for value in fields.get(name, [])]
+    headers = [*headers, *((_QUERY_MARK.encode(), v.encode()) for v in fields.get(_QUERY_MARK, []))]
     for name, value in headers:
-        if name == b"x-api-key":
+        if name in _KEY_HEADERS:
             offered.append(value)
         elif (mark := _TOKEN_MARKS.get(name)) is not None:
             scheme, _, credentials = value.partition(mark)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.applications import Starlette
@@ -30,9 +30,13 @@ from qwen_megakernel.serving import (
     deepgram,
     deepgram_messages,
     docs_page,
+    elevenlabs,
+    elevenlabs_messages,
     openai_messages,
     openai_speech,
     switch,
+    vllm_omni,
+    vllm_omni_messages,
     voice_library,
     web_page,
 )
@@ -58,18 +62,24 @@ DIALECTS: tuple[DialectRoutes, ...] = (
     openai_speech.routes,
     cartesia.routes,
     deepgram.routes,
+    elevenlabs.routes,
+    vllm_omni.routes,
     voice_library.routes,
 )
 ErrorBody = Callable[[int, str, str | None], Any]
 ERROR_BODIES: Mapping[str, ErrorBody] = {
     **dict.fromkeys(openai_messages.PATHS, openai_messages.error_body),
     **dict.fromkeys(cartesia_messages.PATHS, cartesia_messages.error_body),
+    **dict.fromkeys(elevenlabs_messages.PATHS, elevenlabs_messages.error_body),
     deepgram_messages.PATH: deepgram_messages.error_body,
 }
-"""Makers of error bodies, by the path of an HTTP request. Other paths answer {"error": "..."}."""
+"""Makers of error bodies, by the path of an HTTP request or one above it. Other paths answer
+{"error": "..."}."""
 SOCKET_ERROR_BODIES: Mapping[str, ErrorBody] = {
     cartesia_messages.SOCKET_PATH: cartesia_messages.error_body,
     deepgram_messages.PATH: deepgram_messages.error_body,
+    elevenlabs_messages.SPEECH_PATH: elevenlabs_messages.error_body,
+    vllm_omni_messages.PATH: openai_messages.error_body,
 }
 """The same for refused handshakes."""
 
@@ -323,13 +333,10 @@ def _refusal(
     """An error answer. A refused handshake also goes to the log."""
     if scope["type"] == "websocket":
         edge_log.info(f"handshake refused with {status}: {message}")
-    path: str = scope["path"]
-    if scope["type"] == "websocket":
-        error_body = SOCKET_ERROR_BODIES.get(path)
-    else:  # paths below, such as /voices/NAME/preview, have the same error body
-        above = path.rpartition("/")[0]
-        found = (ERROR_BODIES.get(p) for p in (path, above, above.rpartition("/")[0]))
-        error_body = next((body for body in found if body is not None), None)
+    bodies = SOCKET_ERROR_BODIES if scope["type"] == "websocket" else ERROR_BODIES
+    path = PurePosixPath(scope["path"])
+    found = (bodies.get(str(each)) for each in (path, *path.parents))
+    error_body = next((body for body in found if body is not None), None)
     body = {"error": message} if error_body is None else error_body(status, message, code)
     return JSONResponse(body, status, headers)
 

@@ -23,12 +23,13 @@ CLOSE_CODES = {
     "going_away": 1001,
     "idle": 1001,
     "protocol_error": 1002,
+    "refused": 1008,
     "server_failed": 1011,
 }
 """WebSocket close codes, by the reason why a session is over."""
 
 
-Work = Callable[[], list[bytes]]
+Work = Callable[[], Sequence[str | bytes]]
 """Makes messages by compression, which takes too long for the event loop's thread."""
 
 

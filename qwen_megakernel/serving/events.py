@@ -15,8 +15,8 @@ import numpy as np
 from qwen_megakernel.turn import ErrorCode, FinishReason
 
 ContextState = Literal["queued", "waiting_for_text", "speaking"]
-SessionEnd = Literal["closed", "going_away", "idle", "protocol_error", "server_failed"]
-"""`closed` means that the client has asked for the end."""
+SessionEnd = Literal["closed", "going_away", "idle", "protocol_error", "refused", "server_failed"]
+"""`closed` means that the client has asked for the end, `refused` that its text cannot be spoken."""
 
 
 @dataclass(frozen=True, slots=True)

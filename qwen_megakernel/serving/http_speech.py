@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.access import client_address
 from qwen_megakernel.serving.audio_encoding import AudioEncoder, FileFormat, open_encoder
 from qwen_megakernel.serving.events import (
@@ -32,6 +33,7 @@ from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.session import Session
 from qwen_megakernel.serving.session_rules import SessionRules
+from qwen_megakernel.serving.spoken_text import Span
 from qwen_megakernel.serving.wire import SpeechError, error_line
 from qwen_megakernel.turn import ErrorCode, RequestError
 
@@ -43,17 +45,22 @@ _STATUS: dict[ErrorCode, int] = {"overloaded": 503, "internal": 500}
 _RETRY_S = 5
 
 
-class EventFraming(Protocol):
-    """Server-Sent Events that carry a file."""
+class Framing(Protocol):
+    """Pieces of text that carry a file, such as Server-Sent Events. Positions are seconds of audio."""
 
-    def delta(self, audio: bytes) -> bytes:
-        """An event with bytes of the file."""
+    media_type: str
 
-    def done(self) -> bytes:
-        """The last event."""
+    def begin(self, spans: Sequence[Span]) -> None:
+        """The text, as it is read."""
 
-    def error(self, failure: RequestError) -> bytes:
-        """The last event of speech that breaks off."""
+    def delta(self, audio: bytes, position_s: float) -> bytes:
+        """A piece with bytes of the file, up to a position."""
+
+    def done(self, position_s: float) -> bytes:
+        """The last piece, for the end of the audio."""
+
+    def error(self, failure: RequestError) -> bytes | None:
+        """The last piece of speech that breaks off; None sends none, and the answer has no end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ class SpokenFile:
     audio: FileFormat
     headers: Mapping[str, str] = field(default_factory=dict)
     """Additional headers of the answer."""
-    framing: EventFraming | None = None
+    framing: Framing | None = None
     """None sends the file itself."""
 
 
@@ -102,7 +109,9 @@ class FileAnswer(Response):
                     return
                 file = self._dialect.read(Request(scope), body, session.server)
                 _check_encodable(file.audio)
-                session.append(_CONTEXT, file.text, file.choices, ended=True)
+                spans = session.append(_CONTEXT, file.text, file.choices, ended=True)
+                if file.framing is not None:
+                    file.framing.begin(spans)
             except (SpeechError, RequestError) as error:
                 await refusal_of(self._dialect, error)(scope, receive, send)
                 return
@@ -129,20 +138,22 @@ class FileAnswer(Response):
             await refusal_of(self._dialect, events)(scope, receive, send)
             return
         framing = file.framing
-        media_type = file.audio.media_type if framing is None else "text/event-stream"
+        media_type = file.audio.media_type if framing is None else framing.media_type
         headers = {"Cache-Control": "no-cache", **file.headers}
         raw_headers = _without_length(Response(None, 200, headers, media_type).raw_headers)
         await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
+        position_s = 0.0
         try:
-            async for data in _encoded(session, events, encoder):
-                message = data if framing is None else framing.delta(data)
+            async for data, position_s in _encoded(session, events, encoder):
+                message = data if framing is None else framing.delta(data, position_s)
                 await send({"type": "http.response.body", "body": message, "more_body": True})
         except RequestError as failure:
-            if framing is None:
+            end = None if framing is None else framing.error(failure)
+            if end is None:
                 return
-            last = framing.error(failure)
+            last = end
         else:
-            last = b"" if framing is None else framing.done()
+            last = b"" if framing is None else framing.done(position_s)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
@@ -206,18 +217,22 @@ async def _first_events(session: Session) -> list[SessionEvent] | RequestError:
 
 async def _encoded(
     session: Session, events: Sequence[SessionEvent], encoder: AudioEncoder
-) -> AsyncIterator[bytes]:
-    """The bytes of the audio file. Raises `RequestError` if the speech breaks off."""
+) -> AsyncIterator[tuple[bytes, float]]:
+    """The bytes of the audio file, and the seconds of audio up to their end. Raises `RequestError` if
+    the speech breaks off."""
+    num_samples = 0
     while True:
         for event in events:
             failure = _failure_of(event)
             if failure is not None:
                 raise failure
-            if isinstance(event, ContextAudio) and (data := await _encode(encoder, event.samples)):
-                yield data
-            if isinstance(event, ContextDone):
-                if data := await _encode(encoder, None):
-                    yield data
+            samples = event.samples if isinstance(event, ContextAudio) else None
+            if samples is None and not isinstance(event, ContextDone):
+                continue
+            num_samples += 0 if samples is None else len(samples)
+            if data := await _encode(encoder, samples):
+                yield data, num_samples / SAMPLE_RATE
+            if samples is None:
                 return
         events = await session.take()
 

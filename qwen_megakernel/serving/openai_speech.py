@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -28,6 +29,7 @@ from qwen_megakernel.serving.openai_messages import (
 )
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.server_state import ServerState
+from qwen_megakernel.serving.spoken_text import Span
 from qwen_megakernel.serving.voice_messages import voice_entry
 from qwen_megakernel.serving.wire import error_line
 from qwen_megakernel.turn import ErrorCode, RequestError
@@ -105,10 +107,15 @@ class _OpenAI(OpenAIErrors):
 
 
 class _Events:
-    def delta(self, audio: bytes) -> bytes:
+    media_type = "text/event-stream"
+
+    def begin(self, spans: Sequence[Span]) -> None:
+        pass
+
+    def delta(self, audio: bytes, position_s: float) -> bytes:
         return delta_event(audio)
 
-    def done(self) -> bytes:
+    def done(self, position_s: float) -> bytes:
         return done_event()
 
     def error(self, failure: RequestError) -> bytes:

@@ -16,6 +16,7 @@ from qwen_megakernel import __version__
 from qwen_megakernel.serving import (
     cartesia_messages,
     deepgram_messages,
+    elevenlabs_messages,
     openai_messages,
     voice_messages,
 )
@@ -27,7 +28,10 @@ _SCHEMES = {
     "bearer": {
         "type": "http",
         "scheme": "bearer",
-        "description": "X-API-Key: TOKEN, Authorization: Token TOKEN and ?token=TOKEN do the same.",
+        "description": (
+            "X-API-Key: TOKEN, xi-api-key: TOKEN, Authorization: Token TOKEN and ?token=TOKEN "
+            "do the same."
+        ),
     }
 }
 _STATUSES = {
@@ -83,6 +87,7 @@ def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
     openai_error = _object({"error": _object({"message": _STRING, "type": _STRING})})
     cartesia_error = _object({"title": _STRING, "message": _STRING, "error_code": _STRING})
     deepgram_error = _object({"err_code": _STRING, "err_msg": _STRING})
+    elevenlabs_error = _object({"detail": _object({"status": _STRING, "message": _STRING})})
     speech = _object(_openai_fields(facts), required=["input"])
     bytes_request = _object(_cartesia_fields(facts), required=["transcript"])
     text = _object({"text": _text(facts)}, required=["text"])
@@ -90,6 +95,13 @@ def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
     voice_path = [_parameter("voice", "path", {"type": "string", "minLength": 1})]
     name_path = [_parameter("name", "path", {"type": "string", "minLength": 1})]
     one_voice = openai_messages.VOICES_PATH + "/{name}"
+    spoken = elevenlabs_messages.SPEECH_PATH + "/{voice}"
+    named = _object({"voice_id": _STRING, "name": _STRING})
+    elevenlabs_speech = _operation(
+        "ElevenLabs: speak a text", None, _SPEAKING, elevenlabs_error,
+        body=_object(_elevenlabs_fields(facts), required=["text"]),
+        parameters=[*voice_path, *_elevenlabs_query()],
+    )  # fmt: skip
     health = _operation("Whether the process can work", _STATE, ("500", "503"))
     new_voice = _operation(
         "Add a voice", voice, ("403", "409", "507", *_SPEAKING), openai_error,
@@ -142,6 +154,21 @@ def _operations(facts: ServerFacts) -> dict[tuple[str, str], Schema]:
         (deepgram_messages.PATH, "POST"): _operation(
             "Deepgram: speak a text", None, _SPEAKING, deepgram_error, body=text,
             parameters=_deepgram_query(),
+        ),
+        (spoken, "POST"): elevenlabs_speech,
+        (spoken + "/stream", "POST"): elevenlabs_speech,
+        (spoken + "/stream/with-timestamps", "POST"): elevenlabs_speech
+        | {"summary": "ElevenLabs: speak a text, as lines of JSON with the times of its characters"},
+        (elevenlabs_messages.VOICES_PATH, "GET"): _operation(
+            "ElevenLabs: voices", _object({"voices": _array(named)}), _WHILE_READY, elevenlabs_error
+        ),
+        (elevenlabs_messages.VOICES_PATH + "/{voice}", "GET"): _operation(
+            "ElevenLabs: a voice", named, ("404", *_WHILE_READY), elevenlabs_error, parameters=voice_path
+        ),
+        (elevenlabs_messages.VOICE_PAGES_PATH, "GET"): _operation(
+            "ElevenLabs: voices, in pages",
+            _object({"voices": _array(named), "has_more": {"type": "boolean"}}),
+            ("400", *_WHILE_READY), elevenlabs_error, parameters=_elevenlabs_page(),
         ),
         ("/", "GET"): page,
         ("/page/{name}", "GET"): page_file,
@@ -286,6 +313,35 @@ def _deepgram_query() -> list[Schema]:
         "seed": {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
     }
     return [_parameter(name, "query", schema) for name, schema in fields.items()]
+
+
+def _elevenlabs_fields(facts: ServerFacts) -> dict[str, Schema]:
+    settings = {
+        "type": ["object", "null"],
+        "properties": {"speed": or_none(SPEED).schema},
+    }
+    return {
+        "text": _text(facts),
+        "model_id": _MAYBE_STRING,
+        "language_code": _MAYBE_STRING,
+        "voice_settings": settings,
+        "seed": _SEED,
+    }
+
+
+def _elevenlabs_query() -> list[Schema]:
+    formats = list(elevenlabs_messages.OUTPUT_FORMATS)
+    fields: dict[str, Schema] = {
+        "output_format": {"enum": formats, "default": elevenlabs_messages.DEFAULT_FORMAT},
+        "enable_ssml_parsing": {"type": "boolean"},
+    }
+    return [_parameter(name, "query", schema) for name, schema in fields.items()]
+
+
+def _elevenlabs_page() -> list[Schema]:
+    size = {"type": "integer", "minimum": 1, "maximum": elevenlabs_messages.MAX_PAGE}
+    strings = [_parameter(name, "query", _STRING) for name in ("next_page_token", "search")]
+    return [_parameter("page_size", "query", size), *strings]
 
 
 def _parameter(name: str, where: str, schema: Schema) -> Schema:

@@ -468,13 +468,14 @@ class Session:
     # -- silence ----------------------------------------------------------------------------
 
     def _check_idle(self) -> None:
-        if not self.server.idle_s:
+        limits = [limit_s for limit_s in (self.server.idle_s, self.rules.idle_s) if limit_s]
+        if not limits:
             return
-        left_s = self._active_at + self.server.idle_s - time.monotonic()
+        left_s = self._active_at + min(limits) - time.monotonic()
         if left_s > 0:
             self._idle = asyncio.get_running_loop().call_later(left_s, self._check_idle)
             return
-        edge_log.info("connection %s: idle for %g s, closed", self.name, self.server.idle_s)
+        edge_log.info("connection %s: idle for %g s, closed", self.name, min(limits))
         self.finish("idle")
 
     def _watch(self) -> None:

@@ -26,6 +26,9 @@ class SessionRules:
     Otherwise a context is a row of turns that lasts until `end`. The next context is opened when all
     audio of this one was generated. A cancel or a failure ends it at once, and what waits for the
     carrier is dropped."""
+    idle_s: float | None = None
+    """Seconds of silence after which the client wants the session to be over; the server's own limit may
+    be shorter."""
     own_ids: bool = False
     """Context ids are the dialect's, and name contexts in the log. Otherwise they are a client's
     text, and the log has numbers."""
