@@ -138,12 +138,18 @@ class _Segment:
             if match.end() == len(self.text) and not self.complete:
                 return
             if any(char.isalnum() for char in match[0]):
-                gap = self.text[max(0, self._num_chars - 1) : match.start()]
+                shown = self._shows_pause(match.start())
                 self._pass_on(match.start())
                 begin, pause_s, self._pause_s = self._units, self._pause_s, 0.0
                 self._pass_on(match.end())
-                shown = bool(_PAUSE_SIGN.search(gap))
                 self.words.append(_Word(match[0], begin, self._units, shown, pause_s))
+
+    def _shows_pause(self, begin: int) -> bool:
+        """Whether there is a sign of a pause between the last of `words` and a character."""
+        since = self._num_chars
+        while since and not self.text[since - 1].isalnum():
+            since -= 1
+        return bool(_PAUSE_SIGN.search(self.text, since, begin))
 
     def _pass_on(self, end: int) -> None:
         """Count what is before a character."""
