@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 from loguru import logger
 from pipecat.frames.frames import (
-    AggregatedTextProgressFrame,
     EndFrame,
     ErrorFrame,
     Frame,
@@ -41,11 +40,12 @@ from pipecat.utils.errors import ErrorCategory
 from pipecat.utils.tracing.service_decorators import traced_tts
 
 from pipecat_client.journal import Reply
-from pipecat_client.journal_service import RETRY_S, JournalTTSService
+from pipecat_client.journal_service import RETRY_S
 from pipecat_client.playback import Gaps, Playback
 from pipecat_client.sentence_ends import SentenceEnds
 from pipecat_client.settings import MegakernelTTSSettings, ServerTTSMetricsData
 from pipecat_client.tags import TagWriters, new_aggregator
+from pipecat_client.word_service import WordTTSService
 from qwen_megakernel.serving.native_messages import (
     AudioChunk,
     Done,
@@ -57,7 +57,7 @@ from qwen_megakernel.serving.native_messages import (
     parse_server_message,
 )
 from qwen_megakernel.serving.wire import LANGUAGE_CODES, ProtocolError
-from qwen_megakernel.serving.word_timing import Pace, TimedWord
+from qwen_megakernel.serving.word_timing import Pace
 from qwen_megakernel.surrogates import SurrogateJoiner, repair
 
 MAX_REFUSALS = 30
@@ -72,7 +72,7 @@ _ENDED_BY_DONE = ("unknown_voice", "unknown_language", "unsupported", "internal"
 """Errors after which the server itself ends the context."""
 
 
-class MegakernelTTSService(TagWriters, JournalTTSService):
+class MegakernelTTSService(TagWriters, WordTTSService):
     """Qwen3-TTS from this project's server, over one WebSocket.
 
     If metrics are enabled, the server's own figures of each turn come as `ServerTTSMetricsData`.
@@ -128,11 +128,10 @@ class MegakernelTTSService(TagWriters, JournalTTSService):
             pause_frame_processing=False,
             sample_rate=sample_rate,
             settings=store,
+            times_words=word_timestamps == "estimated",
             **kwargs,
         )
-        self._times_words = word_timestamps == "estimated"
         self._keep_tags_whole()
-        self._playbacks: dict[str, Playback] = {}
         self._paces: defaultdict[str | NotGiven | None, Pace] = defaultdict(Pace)
         self._surrogates = SurrogateJoiner()
         """Joins surrogates in the text that the LLM streams."""
@@ -177,7 +176,8 @@ class MegakernelTTSService(TagWriters, JournalTTSService):
             return
         playback = self._playbacks.get(context_id)
         if playback is None:
-            playback = Playback.begin(self._paces[self._settings.voice], self._new_sentence_ends())
+            pace = self._paces[self._settings.voice]
+            playback = Playback.begin(pace, self.sample_rate, self._new_sentence_ends())
             self._playbacks[context_id] = playback
         if playback.state == "failed":
             yield None
@@ -234,13 +234,6 @@ class MegakernelTTSService(TagWriters, JournalTTSService):
         frames = await self._aggregated_frame_sequencer.finalize(context_id)
         await self._push_sequencer_frames(frames, context_id)
         await self._send_due()
-
-    async def _push_sequencer_frames(self, frames: list[Frame], context_id: str | None) -> None:
-        # Words that Pipecat has held back come before the queued ones.
-        if context_id and context_id == self._audio_context_manager.playing_context_id:
-            await self._push_word_frames(frames)
-        else:
-            await super()._push_sequencer_frames(frames, context_id)
 
     async def flush_audio(self, context_id: str | None = None) -> None:
         """Complete the turn's text."""
@@ -366,12 +359,11 @@ class MegakernelTTSService(TagWriters, JournalTTSService):
         self._quick_failure_tracker.reset()
         playback = self._playbacks.get(reply.context_id)
         if playback is not None:
-            playback.receive(len(samples) / 2 / self.sample_rate)
+            playback.receive(samples)
         frame = TTSAudioRawFrame(samples, self.sample_rate, 1, context_id=reply.context_id)
         await self.append_to_audio_context(reply.context_id, frame)
         if playback is not None:
-            words = playback.clock.advance(reply.num_samples / self.sample_rate)
-            await self._add_words(reply.context_id, words)
+            await self._tell_words(reply.context_id)
 
     async def _on_progress(self, progress: Progress) -> None:
         """Keep the context alive, even while its text is late."""
@@ -395,8 +387,7 @@ class MegakernelTTSService(TagWriters, JournalTTSService):
         if playback is not None:
             if not reply.segments:
                 playback.gaps.pause()
-            words = playback.clock.end_segment(reply.num_samples / self.sample_rate)
-            await self._add_words(reply.context_id, words)
+            await self._add_words(reply.context_id, playback.end_segment())
 
     async def _on_done(self, done: Done) -> None:
         reply = self._journal.find(done.context_id)
@@ -442,15 +433,6 @@ class MegakernelTTSService(TagWriters, JournalTTSService):
 
     # --- handing on
 
-    async def _add_words(self, context_id: str, words: list[TimedWord]) -> None:
-        if self._times_words:
-            for word in words:
-                await self.add_word_timestamps(
-                    [(word.text, word.time_s)],
-                    context_id,
-                    includes_inter_frame_spaces=not word.spaced,
-                )
-
     async def _finish(self, context_id: str) -> None:
         if context_id in self._playbacks:
             self._playbacks[context_id].state = "spoken"
@@ -459,23 +441,11 @@ class MegakernelTTSService(TagWriters, JournalTTSService):
     async def _fail(self, context_id: str) -> None:
         if context_id in self._playbacks:
             self._playbacks[context_id].state = "failed"
+            # What has come of it is played.
+            await self._add_words(context_id, self._playbacks[context_id].clock.advance())
         # While the LLM writes, Pipecat would reopen a closed context for each sentence.
         if context_id != self._turn_context_id:
             await self._close(context_id)
-
-    async def _apply_force_complete(self, context_id: str) -> None:
-        """Keep the rest of the text in the conversation only if it was heard."""
-        playback = self._playbacks.get(context_id)
-        if playback is not None and playback.state == "spoken":
-            await super()._apply_force_complete(context_id)
-            return
-        sequencer = self._aggregated_frame_sequencer
-        if self._times_words:
-            # Words that were heard may still wait for the end of their sentence.
-            await self._push_word_frames(await sequencer.finalize(context_id))
-        frames = sequencer.force_complete(context_id, self._word_timestamp_tracker.last_pts)
-        unheard = (TTSTextFrame, AggregatedTextProgressFrame)
-        await self._push_word_frames([each for each in frames if not isinstance(each, unheard)])
 
     async def append_to_audio_context(self, context_id: str | None, frame: Any) -> None:
         """Queue a frame of a context. Text that was never asked for stays out of the conversation."""

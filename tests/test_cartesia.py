@@ -28,6 +28,7 @@ from qwen_megakernel.serving.cartesia_messages import (
 )
 from qwen_megakernel.serving.events import Reply
 from qwen_megakernel.serving.wire import ProtocolError, SpeechError
+from qwen_megakernel.serving.word_timing import Pace
 
 SOCKET = "/tts/websocket"
 OUTPUT = {"container": "raw", "encoding": "pcm_s16le", "sample_rate": 24_000}
@@ -174,7 +175,7 @@ class Talk:
 
     def __init__(self, **limits):
         self.stage = Stage(RULES, max_messages_per_s=500.0, **limits)
-        self.dialect = CartesiaDialect(self.stage.session)
+        self.dialect = CartesiaDialect(self.stage.session, lambda voice: Pace())
 
     def say(self, context_id="a", text="", **fields):
         more = {"continue": fields.pop("more", False)}
@@ -290,7 +291,7 @@ def test_words_have_times_as_their_audio_comes():
         talk.say(text="Hello there, my friend. ", more=True, add_timestamps=True, flush=True)
         turn = talk.stage.turns[0]
         for _ in range(10):
-            turn.speak(2400)
+            turn.speak(2400, level=0.5)
         turn.finish()
         await asyncio.sleep(0)
         lines = await talk.heard()

@@ -15,6 +15,7 @@ from test_elevenlabs_messages import MESSAGES
 from qwen_megakernel.serving.elevenlabs_messages import OUTPUT_FORMATS, Query
 from qwen_megakernel.serving.elevenlabs_sockets import RULES, MultiDialect, StreamDialect
 from qwen_megakernel.serving.events import Reply, SessionOver
+from qwen_megakernel.serving.word_timing import Pace
 
 RAW = Query(OUTPUT_FORMATS["pcm_24000"])
 
@@ -24,7 +25,7 @@ class Talk:
 
     def __init__(self, kind=MultiDialect, query=RAW, **limits):
         self.stage = Stage(RULES, max_messages_per_s=500.0, **limits)
-        self.dialect = kind(self.stage.session, "anna", query)
+        self.dialect = kind(self.stage.session, query, "anna", Pace())
         self.over = None
         """Why the session is over."""
 

@@ -1,4 +1,4 @@
-"""A disk without room: kernels, tunings, logs. One line says so, and nothing half-written is left."""
+"""A disk without room, and a reader that leaves. One line says so at most, and nothing half-written is left."""
 
 from __future__ import annotations
 
@@ -144,3 +144,15 @@ def wait_until_ready(server: LiveServer, limit_s: float = 120) -> None:
         except OSError:
             time.sleep(0.1)
     raise AssertionError("the server is not ready")
+
+
+def test_a_reader_of_the_output_that_leaves_is_no_error():
+    """As `protocol-schema | head -1` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "qwen_megakernel", "protocol-schema"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -44,6 +44,7 @@ from qwen_megakernel.serving.events import (
     SessionFailed,
 )
 from qwen_megakernel.serving.http_speech import FileAnswer, SpokenFile
+from qwen_megakernel.serving.loudness import LevelMeter
 from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.pcm import PcmEncoder
@@ -52,7 +53,7 @@ from qwen_megakernel.serving.session import Session
 from qwen_megakernel.serving.session_rules import SessionRules
 from qwen_megakernel.serving.spoken_text import Span
 from qwen_megakernel.serving.wire import ProtocolError, SpeechError
-from qwen_megakernel.serving.word_timing import Pace, WordClock
+from qwen_megakernel.serving.word_timing import Pace, PaceOf, WordClock, voice_paces
 from qwen_megakernel.turn import ErrorCode, RequestError
 
 RULES = SessionRules(
@@ -68,9 +69,11 @@ _SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]»]*\s*$")
 def routes(sessions: OpenSessions) -> list[BaseRoute]:
     """The routes of the WebSocket, of audio files, and of the voices."""
 
+    pace_of = voice_paces()
+
     async def speak(websocket: WebSocket) -> None:
         with sessions.admit(client_address(websocket.client), RULES) as session:
-            await Connection(websocket, session, CartesiaDialect(session)).run()
+            await Connection(websocket, session, CartesiaDialect(session, pace_of)).run()
 
     async def speak_file(request: Request) -> Response:
         return FileAnswer(sessions, _Bytes())
@@ -121,6 +124,7 @@ class _Context:
         """The client's id of the context."""
         self._pcm = PcmEncoder(first.output.encoding, first.output.sample_rate)
         self._clock = WordClock(pace) if first.timestamps else None
+        self._meter = LevelMeter(SAMPLE_RATE)
         self._num_samples = 0
         """Samples that the session has given, at 24 kHz."""
         self._sent_at = time.monotonic()
@@ -162,13 +166,15 @@ class _Context:
         self._num_samples += len(event.samples)
         messages = self._chunk(self._pcm.encode(event.samples))
         if self._clock is not None:
-            words = self._clock.advance(self._num_samples / SAMPLE_RATE)
+            self._clock.hear(self._meter.add(event.samples))
+            words = self._clock.advance()
             messages += [encode_words(self.context_id, words, self._flush_id)] if words else []
         return messages
 
     def end_segment(self) -> list[str]:
         """The messages for the rest of a segment."""
         messages = self._chunk(self._pcm.flush())
+        self._meter.end_segment()
         if self._clock is not None:
             words = self._clock.end_segment(self._num_samples / SAMPLE_RATE)
             messages += [encode_words(self.context_id, words, self._flush_id)] if words else []
@@ -197,14 +203,15 @@ class _Context:
 class CartesiaDialect:
     """One client's contexts. The session gets numbers as ids, so that a client may use an id again."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, pace_of: PaceOf) -> None:
+        """`pace_of`: a voice's pace by its name, learned from all clients."""
         self._session = session
         self._numbers = count(1)
         self._names: dict[str, str] = {}
         """The session's ids of open contexts, by the client's ids."""
         self._contexts: dict[str, _Context] = {}
         """Contexts by the session's ids, until their end is sent."""
-        self._pace = Pace()
+        self._pace_of = pace_of
 
     def receive(self, data: str | bytes) -> None:
         """Act on one message of the client. A refused one gets an error answer and changes nothing."""
@@ -245,7 +252,7 @@ class CartesiaDialect:
         if name is None:
             name = str(next(self._numbers))
             self._names[context_id] = name
-            self._contexts[name] = _Context(message, context_id, self._pace)
+            self._contexts[name] = _Context(message, context_id, self._pace_of(message.voice))
             try:
                 spans = self._session.append(name, message.text, _choices(message))
             except RequestError:

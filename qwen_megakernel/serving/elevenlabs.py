@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
+from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.access import client_address
 from qwen_megakernel.serving.connection import Connection
 from qwen_megakernel.serving.elevenlabs_messages import (
@@ -33,12 +35,13 @@ from qwen_megakernel.serving.elevenlabs_sockets import (
     file_format,
 )
 from qwen_megakernel.serving.http_speech import FileAnswer, SpokenFile
+from qwen_megakernel.serving.loudness import LevelMeter
 from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.spoken_text import Span
 from qwen_megakernel.serving.wire import SpeechError
-from qwen_megakernel.serving.word_timing import Pace, TimedWord, WordClock
+from qwen_megakernel.serving.word_timing import Pace, PaceOf, TimedWord, WordClock, voice_paces
 from qwen_megakernel.turn import ErrorCode, RequestError
 
 _VOICE_PATH = SPEECH_PATH + "/{voice}"
@@ -47,17 +50,19 @@ _VOICE_PATH = SPEECH_PATH + "/{voice}"
 def routes(sessions: OpenSessions) -> list[BaseRoute]:
     """The routes of the WebSockets, of audio files, and of the voices."""
 
+    pace_of = voice_paces()
+
     async def stream(websocket: WebSocket) -> None:
-        await _serve(sessions, websocket, StreamDialect)
+        await _serve(sessions, websocket, StreamDialect, pace_of)
 
     async def multi_stream(websocket: WebSocket) -> None:
-        await _serve(sessions, websocket, MultiDialect)
+        await _serve(sessions, websocket, MultiDialect, pace_of)
 
     async def speak_file(request: Request) -> Response:
-        return FileAnswer(sessions, _Files())
+        return FileAnswer(sessions, _Files(pace_of))
 
     async def speak_lines(request: Request) -> Response:
-        return FileAnswer(sessions, _Files(with_times=True))
+        return FileAnswer(sessions, _Files(pace_of, with_times=True))
 
     async def list_voices(request: Request) -> Response:
         voices = sorted(sessions.get_ready().decoder.voices)
@@ -89,13 +94,16 @@ def routes(sessions: OpenSessions) -> list[BaseRoute]:
 
 
 async def _serve(
-    sessions: OpenSessions, websocket: WebSocket, dialect: type[StreamDialect] | type[MultiDialect]
+    sessions: OpenSessions,
+    websocket: WebSocket,
+    dialect: type[StreamDialect] | type[MultiDialect],
+    pace_of: PaceOf,
 ) -> None:
     query = parse_query(dict(websocket.query_params))
     rules = replace(RULES, idle_s=query.inactivity_s)
     with sessions.admit(client_address(websocket.client), rules) as session:
         voice = _check(websocket.path_params["voice"], query, session.server)
-        await Connection(websocket, session, dialect(session, voice, query)).run()
+        await Connection(websocket, session, dialect(session, query, voice, pace_of(voice))).run()
 
 
 def _check(given: str, query: Query, server: ServerState) -> str | None:
@@ -119,8 +127,8 @@ def _name(given: str, server: ServerState) -> str | None:
 class _Files:
     """The requests for a file. With times, the answer is lines of JSON."""
 
-    def __init__(self, *, with_times: bool = False) -> None:
-        self._with_times = with_times
+    def __init__(self, pace_of: PaceOf, *, with_times: bool = False) -> None:
+        self._pace_of, self._with_times = pace_of, with_times
 
     def read(self, request: Request, body: bytes, server: ServerState) -> SpokenFile:
         query = parse_query(dict(request.query_params))
@@ -132,7 +140,7 @@ class _Files:
             markup=query.markup,
             speed=asked.speed,
         )
-        framing = _Lines() if self._with_times else None
+        framing = _Lines(self._pace_of(choices.voice)) if self._with_times else None
         return SpokenFile(asked.text, choices, file_format(query.output), framing=framing)
 
     def error_body(self, status: int, message: str, code: str | None, param: str | None) -> Any:
@@ -147,19 +155,24 @@ class _Lines:
 
     media_type = "application/json"
 
-    def __init__(self) -> None:
-        self._clock = WordClock(Pace())
+    def __init__(self, pace: Pace) -> None:
+        self._clock, self._meter = WordClock(pace), LevelMeter(SAMPLE_RATE)
         self._alignment = Alignment()
+        self._num_samples = 0
 
     def begin(self, spans: Sequence[Span]) -> None:
         self._clock.add(spans)
         self._clock.complete_segment()
 
-    def delta(self, audio: bytes, position_s: float) -> bytes:
-        return self._line(audio, self._clock.advance(position_s))
+    def hear(self, samples: np.ndarray) -> None:
+        self._num_samples += len(samples)
+        self._clock.hear(self._meter.add(samples))
 
-    def done(self, position_s: float) -> bytes:
-        words = self._clock.end_segment(position_s)
+    def delta(self, audio: bytes) -> bytes:
+        return self._line(audio, self._clock.advance())
+
+    def done(self) -> bytes:
+        words = self._clock.end_segment(self._num_samples / SAMPLE_RATE)
         return self._line(b"", words, ends=True) if words else b""
 
     def error(self, failure: RequestError) -> bytes | None:

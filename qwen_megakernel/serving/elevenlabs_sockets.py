@@ -31,6 +31,7 @@ from qwen_megakernel.serving.events import (
     SegmentDone,
     SessionFailed,
 )
+from qwen_megakernel.serving.loudness import LevelMeter
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.pcm import PcmEncoder
 from qwen_megakernel.serving.session import Session
@@ -63,7 +64,7 @@ class _Speech:
         """They name the context in a message."""
         self.flushed = True
         """Whether the client has flushed all its text."""
-        self._clock = WordClock(pace)
+        self._clock, self._meter = WordClock(pace), LevelMeter(SAMPLE_RATE)
         self._alignment = Alignment()
         self._file = file_format(output)
         self._pcm = (
@@ -84,13 +85,15 @@ class _Speech:
     def audio(self, samples: np.ndarray) -> list[str | bytes | Work]:
         """The messages for a chunk, with the characters of words that have begun in it."""
         self._num_samples += len(samples)
-        words = self._clock.advance(self._num_samples / SAMPLE_RATE)
+        self._clock.hear(self._meter.add(samples))
+        words = self._clock.advance()
         if self._pcm is None:
             return [self._compress(samples, words)]
         return [*self._pack(self._pcm.encode(samples), words)]
 
     def end_segment(self) -> list[str | bytes | Work]:
         """The messages for the rest of a segment. A compressed file has its rest at its end."""
+        self._meter.end_segment()
         words = self._clock.end_segment(self._num_samples / SAMPLE_RATE)
         return [*self._pack(b"" if self._pcm is None else self._pcm.flush(), words, ends=True)]
 
@@ -125,12 +128,12 @@ class _Dialect(ABC):
     multi: bool
     """Whether the socket has several contexts."""
 
-    def __init__(self, session: Session, voice: str | None, query: Query) -> None:
-        self._session, self._voice, self._query = session, voice, query
+    def __init__(self, session: Session, query: Query, voice: str | None, pace: Pace) -> None:
+        """`pace`: the voice's, learned from all clients."""
+        self._session, self._query, self._voice, self._pace = session, query, voice, pace
         self._numbers = count(1)
         self._speech: dict[str, _Speech] = {}
         """Contexts by the session's ids, until their end is sent."""
-        self._pace = Pace()
 
     def receive(self, data: str | bytes) -> None:
         """Act on one message of the client. A refused one gets an error answer and changes nothing."""
@@ -222,8 +225,8 @@ class StreamDialect(_Dialect):
 
     multi = False
 
-    def __init__(self, session: Session, voice: str | None, query: Query) -> None:
-        super().__init__(session, voice, query)
+    def __init__(self, session: Session, query: Query, voice: str | None, pace: Pace) -> None:
+        super().__init__(session, query, voice, pace)
         self._name: str | None = None
         self._ended = False
 
@@ -250,8 +253,8 @@ class MultiDialect(_Dialect):
 
     multi = True
 
-    def __init__(self, session: Session, voice: str | None, query: Query) -> None:
-        super().__init__(session, voice, query)
+    def __init__(self, session: Session, query: Query, voice: str | None, pace: Pace) -> None:
+        super().__init__(session, query, voice, pace)
         self._open_names: dict[str | None, str] = {}
         """The session's ids of contexts that take text, by the client's ids."""
         self._closing_names: dict[str | None, str] = {}

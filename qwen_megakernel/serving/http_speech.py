@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +17,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.access import client_address
 from qwen_megakernel.serving.audio_encoding import AudioEncoder, FileFormat, open_encoder
 from qwen_megakernel.serving.events import (
@@ -46,17 +45,20 @@ _RETRY_S = 5
 
 
 class Framing(Protocol):
-    """Pieces of text that carry a file, such as Server-Sent Events. Positions are seconds of audio."""
+    """Pieces of text that carry a file, such as Server-Sent Events."""
 
     media_type: str
 
     def begin(self, spans: Sequence[Span]) -> None:
         """The text, as it is read."""
 
-    def delta(self, audio: bytes, position_s: float) -> bytes:
-        """A piece with bytes of the file, up to a position."""
+    def hear(self, samples: np.ndarray) -> None:
+        """A chunk of the audio that the next bytes come from, float32 [n] at 24 kHz."""
 
-    def done(self, position_s: float) -> bytes:
+    def delta(self, audio: bytes) -> bytes:
+        """A piece with bytes of the file."""
+
+    def done(self) -> bytes:
         """The last piece, for the end of the audio."""
 
     def error(self, failure: RequestError) -> bytes | None:
@@ -142,10 +144,10 @@ class FileAnswer(Response):
         headers = {"Cache-Control": "no-cache", **file.headers}
         raw_headers = _without_length(Response(None, 200, headers, media_type).raw_headers)
         await send({"type": "http.response.start", "status": 200, "headers": raw_headers})
-        position_s = 0.0
+        hear = _ignore if framing is None else framing.hear
         try:
-            async for data, position_s in _encoded(session, events, encoder):
-                message = data if framing is None else framing.delta(data, position_s)
+            async for data in _encoded(session, events, encoder, hear):
+                message = data if framing is None else framing.delta(data)
                 await send({"type": "http.response.body", "body": message, "more_body": True})
         except RequestError as failure:
             end = None if framing is None else framing.error(failure)
@@ -153,7 +155,7 @@ class FileAnswer(Response):
                 return
             last = end
         else:
-            last = b"" if framing is None else framing.done(position_s)
+            last = b"" if framing is None else framing.done()
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
@@ -216,11 +218,13 @@ async def _first_events(session: Session) -> list[SessionEvent] | RequestError:
 
 
 async def _encoded(
-    session: Session, events: Sequence[SessionEvent], encoder: AudioEncoder
-) -> AsyncIterator[tuple[bytes, float]]:
-    """The bytes of the audio file, and the seconds of audio up to their end. Raises `RequestError` if
-    the speech breaks off."""
-    num_samples = 0
+    session: Session,
+    events: Sequence[SessionEvent],
+    encoder: AudioEncoder,
+    hear: Callable[[np.ndarray], None],
+) -> AsyncIterator[bytes]:
+    """The bytes of the audio file. `hear` gets each chunk before its bytes are given. Raises
+    `RequestError` if the speech breaks off."""
     while True:
         for event in events:
             failure = _failure_of(event)
@@ -229,12 +233,17 @@ async def _encoded(
             samples = event.samples if isinstance(event, ContextAudio) else None
             if samples is None and not isinstance(event, ContextDone):
                 continue
-            num_samples += 0 if samples is None else len(samples)
+            if samples is not None:
+                hear(samples)
             if data := await _encode(encoder, samples):
-                yield data, num_samples / SAMPLE_RATE
+                yield data
             if samples is None:
                 return
         events = await session.take()
+
+
+def _ignore(samples: np.ndarray) -> None:
+    pass
 
 
 async def _encode(encoder: AudioEncoder, samples: np.ndarray | None) -> bytes:

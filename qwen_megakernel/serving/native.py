@@ -10,6 +10,7 @@ from itertools import count
 import numpy as np
 
 from qwen_megakernel import __version__
+from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.audio_encoding import AudioEncoder, FileFormat, open_encoder
 from qwen_megakernel.serving.connection import Work
 from qwen_megakernel.serving.events import (
@@ -23,6 +24,7 @@ from qwen_megakernel.serving.events import (
     SegmentDone,
     SessionFailed,
 )
+from qwen_megakernel.serving.loudness import LevelMeter
 from qwen_megakernel.serving.native_messages import (
     ENCODINGS,
     OPUS,
@@ -72,6 +74,7 @@ class _Stream:
         self.num_samples = 0
         """Samples that were sent, at the client's rate."""
         self._sequence = count()
+        self.meter = LevelMeter(SAMPLE_RATE)
         self._is_opus = audio.encoding == OPUS
         if not self._is_opus:
             self._sample_bytes = audio.sample_bytes
@@ -152,10 +155,13 @@ class NativeDialect:
                 stream = self._streams[context_id] = _Stream(next(self._numbers), self._audio)
                 return [encode(Started(context_id, stream.number))]
             case ContextAudio(context_id, samples):
-                return [*self._streams[context_id].audio(samples)]
+                stream = self._streams[context_id]
+                self._clocks[context_id].hear(stream.meter.add(samples))
+                return [*stream.audio(samples)]
             case SegmentDone(context_id):
-                audio = self._streams[context_id].end_segment()
-                return [*audio, encode(self._segment(event))]
+                stream = self._streams[context_id]
+                stream.meter.end_segment()
+                return [*stream.end_segment(), encode(self._segment(event))]
             case ContextQuiet(context_id, state, num_before):
                 return [encode(Progress(context_id, state, num_before))]
             case ContextDone(context_id, reason, figures):

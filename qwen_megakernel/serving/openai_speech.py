@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -112,10 +113,13 @@ class _Events:
     def begin(self, spans: Sequence[Span]) -> None:
         pass
 
-    def delta(self, audio: bytes, position_s: float) -> bytes:
+    def hear(self, samples: np.ndarray) -> None:
+        pass
+
+    def delta(self, audio: bytes) -> bytes:
         return delta_event(audio)
 
-    def done(self, position_s: float) -> bytes:
+    def done(self) -> bytes:
         return done_event()
 
     def error(self, failure: RequestError) -> bytes:
