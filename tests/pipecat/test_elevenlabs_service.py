@@ -7,10 +7,17 @@ import pytest
 
 pytest.importorskip("pipecat.services.elevenlabs.tts", reason="needs pipecat-ai")
 
-from conversation import TURN, names, only, pcm, play, spoken, turn
+from conversation import ENDLESS, TURN, names, only, pcm, play, spoken, turn, until
 from foreign_service import check_rate, speak_interrupt_speak
-from live_server import DEMO_TOKEN
-from pipecat.frames.frames import TTSAudioRawFrame, TTSSpeakFrame, TTSTextFrame
+from live_server import DEMO_TOKEN, SOON
+from pipecat.frames.frames import (
+    InterruptionFrame,
+    LLMFullResponseStartFrame,
+    LLMTextFrame,
+    TTSAudioRawFrame,
+    TTSSpeakFrame,
+    TTSTextFrame,
+)
 from pipecat.services.elevenlabs.tts import ElevenLabsHttpTTSService, ElevenLabsTTSService
 
 
@@ -26,6 +33,24 @@ def make_service(server, **options):
 def test_it_speaks_is_interrupted_and_speaks_again(demo_server):
     rest = speak_interrupt_speak(demo_server, lambda: make_service(demo_server))
     assert spoken(rest).split() == "".join(TURN).split()
+
+
+def test_an_interruption_stops_a_reply_whose_text_still_comes(demo_server):
+    after = len(demo_server.err)
+
+    def is_active():
+        return demo_server.ready(DEMO_TOKEN)["active"]
+
+    def script():
+        yield LLMFullResponseStartFrame()
+        yield LLMTextFrame(f"{ENDLESS} And more ")
+        yield from until(is_active)
+        yield InterruptionFrame()
+        yield from until(lambda: not is_active())
+
+    _, errors = asyncio.run(play(make_service(demo_server), script()))
+    assert errors == []
+    assert demo_server.frames_of_cancelled_turn(after) < SOON
 
 
 def test_words_come_between_the_audio_they_are_heard_in(demo_server):
