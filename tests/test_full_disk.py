@@ -1,4 +1,4 @@
-"""A disk without room, and a reader that leaves: at most one line says so, and nothing half-written stays."""
+"""A disk without room, and a reader that leaves: one line at most, and nothing half-written stays."""
 
 from __future__ import annotations
 
