@@ -87,6 +87,7 @@ def test_sentence_is_spoken_to_its_end_without_the_next(live_server):
     assert pcm(down) == tap.line.pcm() != b""
 
 
+@pytest.mark.slow
 def test_each_sentence_is_a_segment_with_or_without_pauses(live_server):
     """The same seed gives the same speech, however the LLM writes."""
     first, second = "One is the first. ", "Two comes after it. "
