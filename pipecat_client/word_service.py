@@ -42,6 +42,8 @@ class WordTTSService(JournalTTSService):
     async def _add_words(self, context_id: str, words: list[TimedWord]) -> None:
         if self._times_words:
             for word in words:
+                if context_id not in self._playbacks:
+                    return  # the reply was interrupted at the last word
                 await self.add_word_timestamps(
                     [(word.text, word.time_s)],
                     context_id,

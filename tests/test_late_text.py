@@ -16,6 +16,7 @@ from qwen_megakernel.engine.reservations import Reservations
 from qwen_megakernel.engine.schedule import Schedule
 from qwen_megakernel.engine.slot_order import SlotOrder
 from qwen_megakernel.prompt.builder import Prompt
+from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.turn import Audio, Started, Turn
 
 PARAMS = GenerationParams(seed=1, min_frames=8)
@@ -224,7 +225,15 @@ def test_a_turn_whose_text_is_there_and_not_taken_is_not_late(has_text):
 
 def test_words_that_drip_do_not_keep_a_slot():
     """Single words that come in time must not keep the slot for an hour together."""
-    prompt = SimpleNamespace(row=None, next_text_row=lambda: prompt.row)
+    prompt = SimpleNamespace(
+        row=None,
+        next_text_row=lambda: prompt.row,
+        ready=True,
+        ended=False,
+        num_text_tokens=1,
+        num_rows=9,
+        shared=SharedRows(0, 0),
+    )
     active = ActiveTurn(Turn(lambda: None, None), TurnRequest(voice=None), prompt, lambda event: None)
     active.slot, active.prefilled, active.num_fed, active.num_frames = 0, True, 1, 1
     for second in range(10):

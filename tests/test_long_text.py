@@ -28,6 +28,7 @@ from qwen_megakernel.prompt.parts import (
     PromptParts,
     max_part_tokens,
 )
+from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.prompt.text_feed import TextFeed, TextTokenizer
 from qwen_megakernel.prompt.tokenizer import load_tokenizer
 from qwen_megakernel.serving.native_messages import End
@@ -45,6 +46,8 @@ GREEDY = SamplingParams(0.0, 0, 1.0, 1.0)
 
 class FakePrompt:
     """A prompt that keeps its tokens."""
+
+    ready, num_rows, shared = True, 0, SharedRows(0, 0)
 
     def __init__(self, made: list[FakePrompt]) -> None:
         self.made, self.token_ids, self.ended = made, [], False

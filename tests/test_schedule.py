@@ -12,9 +12,17 @@ from qwen_megakernel.engine import schedule as schedule_module
 from qwen_megakernel.engine.active_turn import ActiveTurn, TurnRequest
 from qwen_megakernel.engine.pace import Pace
 from qwen_megakernel.engine.schedule import HORIZON_S, PATIENCE_S, Schedule
+from qwen_megakernel.prompt.shared_rows import SharedRows
 from qwen_megakernel.turn import Turn
 
-PROMPT = SimpleNamespace(next_text_row=lambda: "a row", ended=True, ready=True, num_text_tokens=9)
+PROMPT = SimpleNamespace(
+    next_text_row=lambda: "a row",
+    ended=True,
+    ready=True,
+    num_text_tokens=9,
+    num_rows=9,
+    shared=SharedRows(0, 0),
+)
 
 
 class Clock:

@@ -123,3 +123,19 @@ def test_words_are_told_though_no_more_audio_comes():
     told_at_once, words = asyncio.run(scenario())
     assert told_at_once == ["aaaa"]
     assert words == ["aaaa", "bbbb", "cccc", "dddd"]
+
+
+def test_no_word_is_told_of_a_reply_that_was_interrupted_at_the_word_before():
+    class Interrupted(Told):
+        async def add_word_timestamps(self, word_times, *args, **kwargs):
+            await super().add_word_timestamps(word_times)
+            self._playbacks.clear()
+
+    async def scenario():
+        service = Interrupted()
+        service._playbacks["c"] = playback = reply("aaaa bbbb cccc dddd", Pace(20.0))
+        playback.receive(sound(0.9))
+        await service._add_words("c", playback.end_segment())
+        return service.words
+
+    assert asyncio.run(scenario()) == ["aaaa"]
