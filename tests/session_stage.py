@@ -1,6 +1,7 @@
 """A session on a decoder whose turns a test controls."""
 
 import asyncio
+import json
 import time
 from collections.abc import Coroutine
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 
 from qwen_megakernel.config import GenerationParams, SamplingParams
 from qwen_megakernel.engine.capacity import Capacity
+from qwen_megakernel.serving.events import Reply, SessionOver
 from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.session import Session
 from qwen_megakernel.turn import Audio, Finished, RequestError, Started, Turn
@@ -155,3 +157,27 @@ def run_at_once(main: Coroutine[Any, Any, T]) -> T:
     with asyncio.Runner(loop_factory=_JumpingLoop) as runner, pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", runner.get_loop().time)
         return runner.run(main)
+
+
+class StagedTalk:
+    """A dialect on a stage, and the messages that it has sent."""
+
+    over: str | None = None
+    """Why the session is over."""
+
+    def __init__(self, stage: Stage, dialect: Any) -> None:
+        self.stage, self.dialect = stage, dialect
+
+    async def heard(self) -> list[Any]:
+        """Messages, after the work that makes them. Audio is its bytes."""
+        found: list[Any] = []
+        while events := await self.stage.events():
+            for event in events:
+                if isinstance(event, SessionOver):
+                    self.over = event.reason
+                    continue
+                said = [event.message] if isinstance(event, Reply) else self.dialect.translate(event)
+                for message in said:
+                    made = message() if callable(message) else [message]
+                    found += [one if isinstance(one, bytes) else json.loads(one) for one in made]
+        return found

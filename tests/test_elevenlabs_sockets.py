@@ -9,42 +9,25 @@ import av
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from session_stage import Stage
+from session_stage import Stage, StagedTalk
 from test_elevenlabs_messages import MESSAGES
 
 from qwen_megakernel.serving.elevenlabs_messages import OUTPUT_FORMATS, Query
 from qwen_megakernel.serving.elevenlabs_sockets import RULES, MultiDialect, StreamDialect
-from qwen_megakernel.serving.events import Reply, SessionOver
+from qwen_megakernel.serving.events import Reply
 from qwen_megakernel.serving.word_timing import Pace
 
 RAW = Query(OUTPUT_FORMATS["pcm_24000"])
 
 
-class Talk:
-    """A dialect on a fake session, and the messages that it has sent."""
-
+class Talk(StagedTalk):
     def __init__(self, kind=MultiDialect, query=RAW, **limits):
-        self.stage = Stage(RULES, max_messages_per_s=500.0, **limits)
-        self.dialect = kind(self.stage.session, query, "anna", Pace())
-        self.over = None
-        """Why the session is over."""
+        stage = Stage(RULES, max_messages_per_s=500.0, **limits)
+        super().__init__(stage, kind(stage.session, query, "anna", Pace()))
 
     def say(self, text=None, context_id="a", **fields):
         words = {} if text is None else {"text": text}
         self.dialect.receive(json.dumps({"context_id": context_id} | words | fields))
-
-    async def heard(self):
-        """Messages, after the work that makes them."""
-        lines = []
-        while events := await self.stage.events():
-            for event in events:
-                if isinstance(event, SessionOver):
-                    self.over = event.reason
-                    continue
-                said = [event.message] if isinstance(event, Reply) else self.dialect.translate(event)
-                for message in said:
-                    lines += map(json.loads, message() if callable(message) else [message])
-        return lines
 
 
 def kinds(lines):

@@ -30,7 +30,7 @@ SERVING_MAY_IMPORT = {"__init__", "config", "surrogates", "turn"}
 SANS_IO = (
     "access", "wire", "cartesia_messages", "deepgram_messages", "elevenlabs_messages", "message_rules",
     "native_messages", "openai_messages", "simple_messages", "voice_messages", "vllm_omni_messages",
-    "word_timing", "sound_map", "spoken_text", "lexicon", "markup",
+    "word_timing", "sound_map", "text_ends", "spoken_text", "lexicon", "markup",
 )  # fmt: skip
 """Modules of `serving` that import only the standard library and each other, so that clients can use
 them."""

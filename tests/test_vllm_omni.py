@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import DEMO_TOKEN, LONG, SOON
-from session_stage import Stage
+from session_stage import Stage, StagedTalk
 from websockets.exceptions import ConnectionClosed
 
-from qwen_megakernel.serving.events import Reply, SessionOver
+from qwen_megakernel.serving.events import Reply
 from qwen_megakernel.serving.vllm_omni import RULES, VllmOmniDialect
 from qwen_megakernel.serving.vllm_omni_messages import PATH, Close, Config, Done, Text, parse_message
 from qwen_megakernel.serving.wire import ProtocolError
@@ -62,14 +62,10 @@ def test_what_cannot_be_done_is_refused_by_name(message_type, fields, code, says
 # --- the dialect on a session -----------------------------------------------------------------------
 
 
-class Talk:
-    """The dialect on a fake session, and the messages that it has sent."""
-
+class Talk(StagedTalk):
     def __init__(self, config=CONFIG, **limits):
-        self.stage = Stage(RULES, max_messages_per_s=500.0, **limits)
-        self.dialect = VllmOmniDialect(self.stage.session)
-        self.over = None
-        """Why the session is over."""
+        stage = Stage(RULES, max_messages_per_s=500.0, **limits)
+        super().__init__(stage, VllmOmniDialect(stage.session))
         if config is not None:
             self.dialect.receive(json.dumps(config))
 
@@ -81,20 +77,6 @@ class Talk:
 
     def send(self, message_type, **fields):
         self.dialect.receive(json.dumps({"type": message_type, **fields}))
-
-    async def heard(self):
-        """Messages, after the work that makes them. Audio is its bytes."""
-        lines = []
-        while events := await self.stage.events():
-            for event in events:
-                if isinstance(event, SessionOver):
-                    self.over = event.reason
-                    continue
-                said = [event.message] if isinstance(event, Reply) else self.dialect.translate(event)
-                for message in said:
-                    made = message() if callable(message) else [message]
-                    lines += [m if isinstance(m, bytes) else json.loads(m) for m in made]
-        return lines
 
     def speak(self, num_samples=1920):
         """Speak all turns. Later ones are opened meanwhile."""

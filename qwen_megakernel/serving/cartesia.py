@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import deque
 from dataclasses import replace
@@ -14,7 +13,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.access import client_address
 from qwen_megakernel.serving.audio_encoding import FileFormat
 from qwen_megakernel.serving.cartesia_messages import (
@@ -43,8 +41,8 @@ from qwen_megakernel.serving.events import (
     SegmentDone,
     SessionFailed,
 )
+from qwen_megakernel.serving.heard_words import HeardWords
 from qwen_megakernel.serving.http_speech import FileAnswer, SpokenFile
-from qwen_megakernel.serving.loudness import LevelMeter
 from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.pcm import PcmEncoder
@@ -52,8 +50,9 @@ from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.session import Session
 from qwen_megakernel.serving.session_rules import SessionRules
 from qwen_megakernel.serving.spoken_text import Span
+from qwen_megakernel.serving.text_ends import SENTENCE_END
 from qwen_megakernel.serving.wire import ProtocolError, SpeechError
-from qwen_megakernel.serving.word_timing import Pace, PaceOf, WordClock, voice_paces
+from qwen_megakernel.serving.word_timing import Pace, PaceOf, TimedWord, voice_paces
 from qwen_megakernel.turn import ErrorCode, RequestError
 
 RULES = SessionRules(
@@ -63,7 +62,6 @@ RULES = SessionRules(
     own_ids=True,
     side_by_side=True,
 )
-_SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]»]*\s*$")
 
 
 def routes(sessions: OpenSessions) -> list[BaseRoute]:
@@ -123,10 +121,7 @@ class _Context:
         self.context_id = context_id
         """The client's id of the context."""
         self._pcm = PcmEncoder(first.output.encoding, first.output.sample_rate)
-        self._clock = WordClock(pace) if first.timestamps else None
-        self._meter = LevelMeter(SAMPLE_RATE)
-        self._num_samples = 0
-        """Samples that the session has given, at 24 kHz."""
+        self._words = HeardWords(pace) if first.timestamps else None
         self._sent_at = time.monotonic()
         self._num_flushes = 0
         self._num_closed = 0
@@ -146,13 +141,13 @@ class _Context:
 
     def add(self, spans: list[Span]) -> None:
         """Note further spans of text that the session took before."""
-        if self._clock is not None:
-            self._clock.add(spans)
+        if self._words is not None:
+            self._words.add(spans)
 
     def close_segment(self) -> None:
         """Note that the session has completed the segment, if there was something to say."""
-        if self._clock is not None:
-            self._clock.complete_segment()
+        if self._words is not None:
+            self._words.complete_segment()
         self._num_closed = len(self._flush_ids)
 
     def flush(self) -> list[str]:
@@ -163,27 +158,26 @@ class _Context:
 
     def audio(self, event: ContextAudio) -> list[str]:
         """The messages for a chunk and for the words that have begun in it."""
-        self._num_samples += len(event.samples)
         messages = self._chunk(self._pcm.encode(event.samples))
-        if self._clock is not None:
-            self._clock.hear(self._meter.add(event.samples))
-            words = self._clock.advance()
-            messages += [encode_words(self.context_id, words, self._flush_id)] if words else []
+        if self._words is not None:
+            self._words.hear(event.samples)
+            messages += self._times(self._words.begun())
         return messages
 
     def end_segment(self) -> list[str]:
         """The messages for the rest of a segment."""
         messages = self._chunk(self._pcm.flush())
-        self._meter.end_segment()
-        if self._clock is not None:
-            words = self._clock.end_segment(self._num_samples / SAMPLE_RATE)
-            messages += [encode_words(self.context_id, words, self._flush_id)] if words else []
+        if self._words is not None:
+            messages += self._times(self._words.end_segment())
         self._num_done += 1
         return messages + self._finished_flushes()
 
     @property
     def _flush_id(self) -> int:
         return self._flush_ids[self._num_done]
+
+    def _times(self, words: list[TimedWord]) -> list[str]:
+        return [encode_words(self.context_id, words, self._flush_id)] if words else []
 
     def _chunk(self, audio: bytes) -> list[str]:
         if not audio:
@@ -268,7 +262,7 @@ class CartesiaDialect:
         if not message.more:
             context.add(self._session.end(name))
             context.close_segment()
-        elif message.flush or (message.unbuffered and _SENTENCE_END.search(message.text)):
+        elif message.flush or (message.unbuffered and SENTENCE_END.search(message.text)):
             context.add(self._session.flush(name))
             context.close_segment()
         if message.flush:

@@ -12,7 +12,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.access import client_address
 from qwen_megakernel.serving.connection import Connection
 from qwen_megakernel.serving.elevenlabs_messages import (
@@ -34,14 +33,14 @@ from qwen_megakernel.serving.elevenlabs_sockets import (
     StreamDialect,
     file_format,
 )
+from qwen_megakernel.serving.heard_words import HeardWords
 from qwen_megakernel.serving.http_speech import FileAnswer, SpokenFile
-from qwen_megakernel.serving.loudness import LevelMeter
 from qwen_megakernel.serving.open_sessions import OpenSessions
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.server_state import ServerState
 from qwen_megakernel.serving.spoken_text import Span
 from qwen_megakernel.serving.wire import SpeechError
-from qwen_megakernel.serving.word_timing import Pace, PaceOf, TimedWord, WordClock, voice_paces
+from qwen_megakernel.serving.word_timing import Pace, PaceOf, TimedWord, voice_paces
 from qwen_megakernel.turn import ErrorCode, RequestError
 
 _VOICE_PATH = SPEECH_PATH + "/{voice}"
@@ -156,23 +155,20 @@ class _Lines:
     media_type = "application/json"
 
     def __init__(self, pace: Pace) -> None:
-        self._clock, self._meter = WordClock(pace), LevelMeter(SAMPLE_RATE)
-        self._alignment = Alignment()
-        self._num_samples = 0
+        self._words, self._alignment = HeardWords(pace), Alignment()
 
     def begin(self, spans: Sequence[Span]) -> None:
-        self._clock.add(spans)
-        self._clock.complete_segment()
+        self._words.add(spans)
+        self._words.complete_segment()
 
     def hear(self, samples: np.ndarray) -> None:
-        self._num_samples += len(samples)
-        self._clock.hear(self._meter.add(samples))
+        self._words.hear(samples)
 
     def delta(self, audio: bytes) -> bytes:
-        return self._line(audio, self._clock.advance())
+        return self._line(audio, self._words.begun())
 
     def done(self) -> bytes:
-        words = self._clock.end_segment(self._num_samples / SAMPLE_RATE)
+        words = self._words.end_segment()
         return self._line(b"", words, ends=True) if words else b""
 
     def error(self, failure: RequestError) -> bytes | None:

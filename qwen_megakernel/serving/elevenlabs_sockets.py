@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import count
 
 import numpy as np
 
-from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.audio_encoding import AudioEncoder, FileFormat, open_encoder
 from qwen_megakernel.serving.connection import Work
 from qwen_megakernel.serving.elevenlabs_messages import (
@@ -31,14 +29,15 @@ from qwen_megakernel.serving.events import (
     SegmentDone,
     SessionFailed,
 )
-from qwen_megakernel.serving.loudness import LevelMeter
+from qwen_megakernel.serving.heard_words import HeardWords
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.pcm import PcmEncoder
 from qwen_megakernel.serving.session import Session
 from qwen_megakernel.serving.session_rules import SessionRules
 from qwen_megakernel.serving.spoken_text import Span
+from qwen_megakernel.serving.text_ends import SENTENCE_END
 from qwen_megakernel.serving.wire import ProtocolError
-from qwen_megakernel.serving.word_timing import Pace, TimedWord, WordClock
+from qwen_megakernel.serving.word_timing import Pace, TimedWord
 from qwen_megakernel.turn import RequestError
 
 RULES = SessionRules(
@@ -48,7 +47,6 @@ RULES = SessionRules(
     own_ids=True,
     side_by_side=True,
 )
-_SENTENCE_END = re.compile(r"[.!?…。！？][\"'”’)\]»]*\s*$")
 
 
 def file_format(output: Output) -> FileFormat:
@@ -64,43 +62,42 @@ class _Speech:
         """They name the context in a message."""
         self.flushed = True
         """Whether the client has flushed all its text."""
-        self._clock, self._meter = WordClock(pace), LevelMeter(SAMPLE_RATE)
+        self._words = HeardWords(pace)
         self._alignment = Alignment()
         self._file = file_format(output)
         self._pcm = (
             PcmEncoder(output.encoding, output.sample_rate) if output.container == "raw" else None
         )
         self._compressor: AudioEncoder | None = None
-        self._num_samples = 0
-        """Samples that the session has given, at 24 kHz."""
+        """Opened by the first work, which may still wait when the context ends."""
+        self._has_audio = False
 
     def add(self, spans: list[Span]) -> None:
         """The session has taken text, and reads it as `spans`."""
-        self._clock.add(spans)
+        self._words.add(spans)
 
     def close_segment(self) -> None:
         """The session has completed the segment."""
-        self._clock.complete_segment()
+        self._words.complete_segment()
 
     def audio(self, samples: np.ndarray) -> list[str | bytes | Work]:
         """The messages for a chunk, with the characters of words that have begun in it."""
-        self._num_samples += len(samples)
-        self._clock.hear(self._meter.add(samples))
-        words = self._clock.advance()
+        self._has_audio = True
+        self._words.hear(samples)
+        words = self._words.begun()
         if self._pcm is None:
             return [self._compress(samples, words)]
         return [*self._pack(self._pcm.encode(samples), words)]
 
     def end_segment(self) -> list[str | bytes | Work]:
         """The messages for the rest of a segment. A compressed file has its rest at its end."""
-        self._meter.end_segment()
-        words = self._clock.end_segment(self._num_samples / SAMPLE_RATE)
+        words = self._words.end_segment()
         return [*self._pack(b"" if self._pcm is None else self._pcm.flush(), words, ends=True)]
 
     def end(self) -> list[str | bytes | Work]:
         """The last messages of a context that was spoken to its end."""
         rest: list[str | bytes | Work] = []
-        if self._pcm is None and self._num_samples:
+        if self._pcm is None and self._has_audio:
             rest.append(self._compress(None, []))
         return [*rest, encode_final(self.fields)]
 
@@ -209,7 +206,7 @@ class _Dialect(ABC):
         speech.flushed = message.flush or (speech.flushed and not text.strip())
         if not self._session.is_open(name):
             return  # it has failed, and its end is on its way
-        if message.flush or (self._query.auto_mode and _SENTENCE_END.search(text)):
+        if message.flush or (self._query.auto_mode and SENTENCE_END.search(text)):
             speech.add(self._session.flush(name))
             speech.close_segment()
 

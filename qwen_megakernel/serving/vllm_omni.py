@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Sequence
 
@@ -27,6 +26,7 @@ from qwen_megakernel.serving.openai_speech import FORMATS
 from qwen_megakernel.serving.options import SpeechOptions
 from qwen_megakernel.serving.session import Session
 from qwen_megakernel.serving.session_rules import SessionRules
+from qwen_megakernel.serving.text_ends import CLAUSE_END, SENTENCE_END
 from qwen_megakernel.serving.vllm_omni_messages import (
     PATH,
     Close,
@@ -45,10 +45,7 @@ from qwen_megakernel.serving.wire import ProtocolError
 from qwen_megakernel.turn import RequestError
 
 RULES = SessionRules(max_contexts=8, when_full="8 utterances are waiting", max_lead_s=10.0, own_ids=True)
-_ENDS = {
-    "sentence": re.compile(r"[.!?…。！？][\"'”’)\]»]*\s*$"),
-    "clause": re.compile(r"[.!?…。！？,;:，、；：][\"'”’)\]»]*\s*$"),
-}
+_ENDS = {"sentence": SENTENCE_END, "clause": CLAUSE_END}
 
 
 def routes(sessions: OpenSessions) -> list[BaseRoute]:
