@@ -169,6 +169,7 @@ class Turn:
     def skip(self, seconds: float) -> None:
         """Note that so many more seconds of audio are not played, so the next frames are due earlier."""
         self.skipped_s += seconds
+        self._wake()
 
     @property
     def held(self) -> bool:

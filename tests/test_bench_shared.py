@@ -30,10 +30,11 @@ def test_a_rate_is_that_of_the_steps_told_in_the_time():
         step_rate(ticks, 2.2, 2.7)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["decode", "prompt"])
-def test_the_other_program_steps_until_it_is_ended(kind):
+def test_the_other_program_steps_until_it_is_ended(kind, device):
     start = time.monotonic()
-    with running_neighbour(kind, "cpu", {"OMP_NUM_THREADS": "1"}, *SMALL) as other:
+    with running_neighbour(kind, device, {"OMP_NUM_THREADS": "1"}, *SMALL) as other:
         assert other.steps_per_s(start, time.monotonic()) > 0
         process = other._process
         assert process.poll() is None

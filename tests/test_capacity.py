@@ -66,7 +66,7 @@ def test_a_turn_waits_while_the_voices_that_speak_fill_all_frames(tts):
     turn = tts.open_turn(TEXT, sink=first, ended=True, params=LONG, max_lead_s=10.0)
     first.wait_for_audio()
     turn.hold(True)
-    pace._full_s = 60.0  # a hundredth of a voice
+    pace._full_s, pace._num_full = 60.0, 1000  # a hundredth of a voice
     while tts._engine._speaking[0].ready_at < time.monotonic():  # who is held needs no frame
         time.sleep(0.001)
     assert tts.capacity().num_free == 3
@@ -81,7 +81,7 @@ def test_a_turn_waits_while_the_voices_that_speak_fill_all_frames(tts):
     turn.cancel()
     second.wait_for_audio()
     waiting.cancel()
-    pace._full_s = None
+    pace._full_s, pace._num_full = None, 0
     wait_idle(tts)
 
 
@@ -123,7 +123,7 @@ def test_a_place_in_a_long_queue_costs_few_calls(tts):
     engine, turns, calls = tts._engine, fill(tts, 60), {}
 
     def begin(waiting):
-        engine._schedule.may_begin(waiting, [], 0)
+        engine._schedule.may_begin(waiting, 0)
         assert engine._slot_order.choose(waiting, 1) in waiting
 
     for length in (20, 60):

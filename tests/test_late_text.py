@@ -200,7 +200,7 @@ def test_the_more_turns_wait_the_sooner_a_slot_is_given_back(free, queued, limit
     idle = object.__new__(engine.Engine)  # no thread
     idle._free_slots, idle._waiting = [0] * free, [READY] * queued
     idle._slot_order = SlotOrder(2)
-    idle._reservations, idle._schedule, idle._speaking = Reservations(BACKEND), Schedule(8), []
+    idle._reservations, idle._schedule, idle._speaking = Reservations(BACKEND), Schedule(2, 8), []
     assert idle._late_limit_s() == limit_s * engine.LATE_TEXT_S
 
 
@@ -208,7 +208,6 @@ def test_the_more_turns_wait_the_sooner_a_slot_is_given_back(free, queued, limit
 def test_a_turn_whose_text_is_there_and_not_taken_is_not_late(has_text):
     cuts = []
     late = Hashable(
-        text_late=True,
         turn=SimpleNamespace(has_text=has_text),
         late_for_s=lambda now: 60.0,
         prefilled=True,
@@ -218,7 +217,8 @@ def test_a_turn_whose_text_is_there_and_not_taken_is_not_late(has_text):
     busy = object.__new__(engine.Engine)  # no thread
     busy._free_slots, busy._speaking = [], [late]
     busy._waiting, busy._slot_order = [READY], SlotOrder(1)
-    busy._reservations, busy._schedule = Reservations(BACKEND), Schedule(8)
+    busy._reservations, busy._schedule = Reservations(BACKEND), Schedule(1, 8)
+    busy._schedule._late[late] = None
     busy._end_late_utterances()
     assert cuts == ([] if has_text else ["cut"])
 
@@ -226,8 +226,6 @@ def test_a_turn_whose_text_is_there_and_not_taken_is_not_late(has_text):
 def test_words_that_drip_do_not_keep_a_slot():
     """Single words that come in time must not keep the slot for an hour together."""
     prompt = SimpleNamespace(
-        row=None,
-        next_text_row=lambda: prompt.row,
         ready=True,
         ended=False,
         num_text_tokens=1,
@@ -237,11 +235,9 @@ def test_words_that_drip_do_not_keep_a_slot():
     active = ActiveTurn(Turn(lambda: None, None), TurnRequest(voice=None), prompt, lambda event: None)
     active.slot, active.prefilled, active.num_fed, active.num_frames = 0, True, 1, 1
     for second in range(10):
-        prompt.row = None
-        active.mark_late(second + 0.1)
-        prompt.row = "a word"
-        active.mark_late(second + 0.5)
-        active.mark_late(second + 0.9)  # the time of speech does not count
+        active.mark_late(True, second + 0.1)
+        active.mark_late(False, second + 0.5)
+        active.mark_late(False, second + 0.9)  # the time of speech does not count
     assert active.late_for_s(10.0) == pytest.approx(10 * 0.4)
     active.wait_again()
     assert active.late_for_s(20.0) == 0
@@ -253,7 +249,7 @@ def test_words_that_drip_do_not_keep_a_slot():
 def test_no_prompt_is_made_in_the_same_tick_after_one_of_a_turn_with_scant_text(scant, count):
     queue = [SimpleNamespace(scant=bool(one)) for one in scant]
     idle = object.__new__(engine.Engine)  # no thread
-    idle._speaking, idle._backend = [], SimpleNamespace(max_batch=8)
+    idle._schedule, idle._backend = Schedule(8, 8), SimpleNamespace(max_batch=8)
     idle._prefill_next = lambda: queue.pop(0) if queue else None
     assert idle._prefill_waiting() == bool(scant)
     assert len(scant) - len(queue) == count

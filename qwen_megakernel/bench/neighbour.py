@@ -86,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    if args.device.type == "cuda":
+    if args.device.index is not None:
         torch.cuda.set_device(args.device)
     step, steps, due_at = make_step(KINDS[args.kind], args.width, args.device), 0, 0.0
     while True:

@@ -130,7 +130,9 @@ class ActiveTurn:
         self.last_fed = False
         """Whether the last frame is launched: the turn only waits for its audio."""
         self.ready_at = math.inf
-        """When the turn may decode; `refresh` sets it."""
+        """When the turn may decode; `refresh` sets this and the next field."""
+        self.late = False
+        """Whether the turn holds a slot and cannot go on before more text comes."""
         self._pending: list[np.ndarray] = []
         self._num_chunks = 0
         self._num_samples = 0
@@ -154,6 +156,7 @@ class ActiveTurn:
         """Whether the part would soon wait for text: it is incomplete and has few tokens so far."""
         self.num_prompt_rows = prompt.num_rows - prompt.shared.count
         """Number of rows of the part's prompt that no other turn shares."""
+        self._positions_to_begin: int | None = None
 
     @property
     def params(self) -> GenerationParams:
@@ -228,23 +231,22 @@ class ActiveTurn:
     def refresh(self, now: float) -> None:
         """Compute `ready_at` again after the turn has changed."""
         if self.last_fed:
-            self.ready_at = math.inf
+            self.ready_at, self.late = math.inf, False
             return
-        self.mark_late(now)
-        wait_s = self.wait_s(now)
+        self.late = self.text_late
+        self.mark_late(self.late, now)
+        wait_s = self._wait_s(now)
         self.mark_idle(wait_s > 0 and not self.in_flight, now)
         if wait_s > 0:
             self.hand_out()  # the turn waits: do not hold its audio for a fuller chunk
         self.ready_at = now + wait_s if self.prefilled else math.inf
 
-    def deadline(self, now: float, first_frame_s: float) -> float:
-        """When the next frame is needed: at the end of playback. A part's first frame is needed
-        `first_frame_s` seconds from now."""
-        if self.num_fed <= self._part_start:
-            return now + first_frame_s
-        if self._first_audio_at is None:
-            return now + self.num_fed * FRAME_S
-        return self._first_audio_at + self.num_fed * FRAME_S - self.turn.skipped_s
+    def plays_until(self, now: float) -> float:
+        """When the playback of the launched audio ends; minus infinity before the first frame."""
+        if not self.begun:
+            return -math.inf
+        begins = now if self._first_audio_at is None else self._first_audio_at
+        return begins + self.num_fed * FRAME_S - self.turn.skipped_s
 
     @property
     def idle(self) -> bool:
@@ -256,13 +258,6 @@ class ActiveTurn:
         """Whether somebody listens while the turn is generated. Otherwise it runs as fast as
         possible."""
         return self.request.max_lead_s is not None
-
-    def lead_s(self, now: float) -> float:
-        """Seconds of launched audio not yet played; minus infinity before the first frame."""
-        if not self.begun:
-            return -math.inf
-        played_s = 0.0 if self._first_audio_at is None else now - self._first_audio_at
-        return self.num_fed * FRAME_S - self.turn.skipped_s - played_s
 
     @property
     def begun(self) -> bool:
@@ -279,19 +274,19 @@ class ActiveTurn:
         """Whether the turn cannot go on before more text comes."""
         if not self.prefilled:
             return not self.prompt.ready
-        return self.begun and self.prompt.next_text_row() is None
+        return self.begun and self.prompt.late
 
-    def wait_s(self, now: float) -> float:
+    def _wait_s(self, now: float) -> float:
         """Seconds until this turn may decode; infinity while its text is late or it is held.
 
         A turn that gives its slot back is neither held nor limited in its lead: others wait for the
         slot, and few words are left to say.
         """
-        if self.text_late or (self.turn.held and not self.gives_back):
+        if self.late or (self.turn.held and not self.gives_back):
             return math.inf
         if self.request.max_lead_s is None or self.gives_back:
             return 0.0
-        return max(0.0, self.lead_s(now) - self.request.max_lead_s)
+        return max(0.0, self.plays_until(now) - now - self.request.max_lead_s)
 
     def mark_idle(self, idle: bool, now: float) -> None:
         """Exclude from `generation_s` the time in which the turn cannot run."""
@@ -305,10 +300,10 @@ class ActiveTurn:
         """Seconds since the turn last could run."""
         return now - self._idle_since if self._idle_since is not None else 0.0
 
-    def mark_late(self, now: float) -> None:
+    def mark_late(self, late: bool, now: float) -> None:
         """Track the time in which the slot is held without text."""
         late_s = self.late_for_s(now)
-        if self.text_late and not self.in_flight:
+        if late and not self.in_flight:
             self._late_since = now if self._late_since is None else self._late_since
         else:
             self._late_s, self._late_since = late_s, None
@@ -335,6 +330,12 @@ class ActiveTurn:
         # The text may end when more frames are launched than its budget allows. One more follows then.
         frames = max(frames, self.num_fed - self._part_start + 1)
         return min(limit, prompt.num_rows + frames)
+
+    def positions_to_begin(self, limit: int) -> int:
+        """`most_positions` of a turn that waits. A long queue is asked often, so it is kept."""
+        if self._positions_to_begin is None:
+            self._positions_to_begin = self.most_positions(limit)
+        return self._positions_to_begin
 
     def feed(self) -> Tensor | None:
         """Count a frame as launched. Returns its text row [hidden]; None for a part's first frame."""

@@ -2,9 +2,8 @@
 
 Each tick takes new turns, text and cancels from callers, and prefills turns that wait for a slot.
 Then it launches one frame, delivers the audio of the previous frame, and waits for the new frame's
-codes. A frame takes the turns whose playback runs out first, as many as the backend's `max_batch`.
-It leaves out a turn whose next text row has not come, and one that is further ahead of its playback
-than its lead. Nothing else decides order.
+codes. `schedule` decides which turns a frame takes: those whose playback runs out first, as many as
+the backend's `max_batch`.
 
 `slot_order` decides who gets a slot. A turn whose text is late keeps its slot while no other turn
 needs it. If *n* turns wait for a slot, it keeps it for `LATE_TEXT_S` / *n*. Then it speaks the words
@@ -96,8 +95,8 @@ class Engine:
         """Turns with new text, a cancel or a hold that the engine has not taken yet."""
         self._active: dict[Turn, ActiveTurn] = {}
         """The turns that wait and the turns that speak."""
-        self._sweep_at = 0.0
-        self._schedule, self._reservations = Schedule(backend.max_batch), Reservations(None)
+        self._sweep_at, self._reservations = 0.0, Reservations(None)
+        self._schedule = Schedule(backend.num_slots, backend.max_batch)
         self._use(backend, codec)
         self._num_prefilled = 0
         """Prompt rows that were prefilled in this tick."""
@@ -217,9 +216,10 @@ class Engine:
         if not self.standby.loaded:  # so no turn has a prompt
             return False
         more_text = self._take_news()
+        self._schedule.update()
         self._end_late_utterances()
         prefilled = self._prefill_waiting()
-        batch = self._schedule.choose(self._speaking, self._backend.max_batch)
+        batch = self._schedule.choose(self._backend.max_batch)
         launched = self._launch(batch) if batch else None
         delivered = self._hand_out()
         if launched is not None:
@@ -296,7 +296,7 @@ class Engine:
 
         It is 0 while the voices that speak leave no time for one more, or while there are too few pages.
         """
-        free = self._free_slots and self._schedule.holds_one_more(list(self._speaking))
+        free = self._free_slots and self._schedule.holds_one_more()
         return len(self._free_slots) if free and self._reservations.fit(list(self._waiting)) else 0
 
     def _late_limit_s(self) -> float:
@@ -307,7 +307,7 @@ class Engine:
 
     def _end_late_utterances(self) -> None:
         """Take slots back from turns whose text is late, as many as other turns need."""
-        late = [a for a in self._speaking if a.text_late and not a.turn.has_text]
+        late = [a for a in self._schedule.late if not a.turn.has_text]
         limit_s = self._late_limit_s() if late else math.inf
         if limit_s == math.inf:
             return
@@ -334,7 +334,7 @@ class Engine:
         last = self._prefill_next()
         if last is None:
             return False
-        room = self._backend.max_batch - sum(not a.begun for a in self._speaking)
+        room = self._backend.max_batch - self._schedule.num_unbegun
         while room > 0 and last is not None and not last.scant:
             last = self._prefill_next()
             room -= 1
@@ -342,11 +342,11 @@ class Engine:
 
     def _prefill_next(self) -> ActiveTurn | None:
         """Prefill a part of a turn that speaks, else a turn that gets a slot. Returns it, if any."""
-        active = next((a for a in self._speaking if not a.prefilled and a.ready), None)
+        active = next((a for a in self._schedule.unprefilled if not a.prefilled and a.ready), None)
         # A long queue costs a tick nothing while no slot is free.
         if active is None and self._waiting and (num_free := self._num_free()):
             ready = [a for a in self._waiting if a.ready]
-            if self._schedule.may_begin(ready, self._speaking, self._num_prefilled):
+            if self._schedule.may_begin(ready, self._num_prefilled):
                 active = self._slot_order.choose(ready, num_free)
         if active is None:
             return None
@@ -453,17 +453,17 @@ class Engine:
 
     def _leave_slot(self, active: ActiveTurn, slot: int) -> None:
         self._speaking.remove(active)
+        self._schedule.leave(active, slot)
         self._reservations.free(slot)
         self._free_slots.append(slot)
         self._slot_clock.add(time.monotonic() - active.slot_since)
 
     def _idle_timeout(self) -> float | None:
         """Seconds until a turn may run without a call from outside. Without turns, see `_pass_time`."""
-        if not self._speaking and not self.num_waiting:
+        if not (self._speaking or self.num_waiting):
             return self._pass_time()
-        now = time.monotonic()
-        waits = [a.wait_s(now) for a in self._speaking]
-        return min([*waits, self._late_limit_s(), self._max_text_wait_s, 1.0])
+        ready_s = self._schedule.wait_s(time.monotonic())
+        return min(ready_s, self._late_limit_s(), self._max_text_wait_s, 1.0)
 
     def _pass_time(self) -> float | None:
         """Do the standby work that is due. Returns the seconds until more is due, or None."""

@@ -9,12 +9,15 @@ from qwen_megakernel.config import FRAME_S
 
 _WEIGHT = 0.1
 """Weight of the newest measurement in a mean."""
+_FULL_WEIGHT = 0.02
+"""The same for full frames, once fifty are known. A mean of few frames is now and then too low, and the
+turns that it lets in then would make all voices run dry."""
 _MOST = 4.0
 """A tick counts as at most this many times the mean, because a pause of the machine says nothing about
 speed."""
 _FIRST_TICK_S = 0.002
 _FIRST_ROW_S = 0.0001
-_SHARE = 0.95
+_SHARE = 0.93
 """The share of the measured rate that new turns may rely on."""
 
 
@@ -28,6 +31,7 @@ class Pace:
         """Seconds of a tick that launches a frame and prefills nothing."""
         self._row_s = _FIRST_ROW_S
         self._full_s: float | None = None
+        self._num_full = 0
 
     def add_tick(self, seconds: float, num_streams: int, num_rows: int) -> None:
         """Add a tick that launched a frame of `num_streams` and prefilled `num_rows`."""
@@ -39,7 +43,9 @@ class Pace:
         # before it. So ticks with few streams, too, bring a mean that a pause has spoilt back to normal.
         at_most_s = seconds * self._max_batch / num_streams
         if num_streams == self._max_batch or (self._full_s is not None and at_most_s < self._full_s):
-            self._full_s = _mean(self._full_s or at_most_s, at_most_s)
+            self._num_full += 1
+            weight = max(_FULL_WEIGHT, 1 / self._num_full)
+            self._full_s = _mean(self._full_s or self.tick_s, at_most_s, weight)
 
     def prompt_s(self, num_rows: int) -> float:
         """Seconds that a prompt of `num_rows` takes."""
@@ -59,5 +65,5 @@ def thread_cpu_s(thread: Thread) -> float:
     return time.clock_gettime(time.pthread_getcpuclockid(ident))
 
 
-def _mean(mean: float, value: float) -> float:
-    return mean + _WEIGHT * (min(value, _MOST * mean) - mean)
+def _mean(mean: float, value: float, weight: float = _WEIGHT) -> float:
+    return mean + weight * (min(value, _MOST * mean) - mean)

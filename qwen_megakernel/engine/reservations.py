@@ -29,7 +29,7 @@ class Reservations:
         backend = self._backend
         if backend is None or backend.kv_cache.can_reserve(backend.max_positions):
             return True
-        needs = (a.most_positions(backend.max_positions) for a in waiting if a.prompt.ready)
+        needs = (a.positions_to_begin(backend.max_positions) for a in waiting if a.ready)
         return backend.kv_cache.can_reserve(max(needs, default=0))
 
     def reserve(self, active: ActiveTurn) -> None:

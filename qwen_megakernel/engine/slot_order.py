@@ -124,13 +124,13 @@ def num_before(owner: Owner, queue: Iterable[Owner]) -> int:
         queue: owners of the turns that wait and have enough text.
     """
     same, others = 0, [Counter[Owner]() for _ in owner]
-    for other in queue:
+    for other, num_turns in Counter(queue).items():
         for level in range(len(owner)):
             if other[level : level + 1] != owner[level : level + 1]:  # it may be nobody's: ()
-                others[level][other[level : level + 1]] += 1
+                others[level][other[level : level + 1]] += num_turns
                 break
         else:
-            same += 1
+            same += num_turns
     before = same
     for counts in reversed(others):  # accounts of one level take turns
         before += sum(min(num, before + 1) for num in counts.values())

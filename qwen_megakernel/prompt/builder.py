@@ -137,6 +137,11 @@ class Prompt:
         text = text + [builder.pad_row] * (len(codec) - len(text))
         return torch.cat([prefix.rows, torch.stack(text) + codec])
 
+    @property
+    def late(self) -> bool:
+        """Whether the next frame's text row cannot be made yet."""
+        return not self._ended and self._next >= self._num_text_rows
+
     def next_text_row(self) -> Tensor | None:
         """The text row [hidden] of the next frame, or None if the text is late.
 
