@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import SOON, LiveServer
 
-from qwen_megakernel.serving import audio_encoding
+from qwen_megakernel.serving import audio_encoding, http_speech
 from qwen_megakernel.serving.openai_messages import (
     RESPONSE_FORMATS,
     VOICE_NAMES,
@@ -25,6 +25,8 @@ from qwen_megakernel.serving.openai_messages import (
     parse_speech,
 )
 from qwen_megakernel.serving.openai_speech import FORMATS
+from qwen_megakernel.serving.server_state import ServerState
+from qwen_megakernel.serving.session_rules import SessionRules
 from qwen_megakernel.serving.wire import SpeechError
 from server import main
 
@@ -45,6 +47,13 @@ def parse(**fields):
 def test_what_openai_leaves_out_has_openais_defaults():
     assert parse() == SpeechRequest("Hi.", "alloy", None, None, None, "mp3", False)
     assert parse_speech(b'{"input": "Hi."}').voice is None
+
+
+def test_a_file_is_made_as_fast_as_it_can_be():
+    """The server's limit of the lead is for sockets, whose clients play what comes."""
+    server = ServerState(None, None, max_lead_s=1.0)
+    assert server.lead_limit_s(SessionRules()) == 1.0
+    assert server.lead_limit_s(http_speech.RULES) == 3600.0
 
 
 def test_every_field_is_read():

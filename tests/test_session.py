@@ -456,10 +456,13 @@ async def test_audio_counts_although_its_context_fails_while_it_is_taken():
 LEAD_S = 1.0
 
 
-@pytest.fixture(scope="module")
-def two_contexts():
+@pytest.fixture(scope="module", params=[{}, {"max_lead_s": LEAD_S}], ids=["dialect", "server"])
+def two_contexts(request):
+    """The lead is the dialect's, or the server's."""
+
     async def speak():
-        stage = Stage(SessionRules(max_lead_s=LEAD_S), InstantDecoder())
+        rules = SessionRules(max_lead_s=10.0 if request.param else LEAD_S)
+        stage = Stage(rules, InstantDecoder(), **request.param)
         for name in ("a", "b"):
             for _ in range(3):
                 stage.session.append(name, "Word.", SpeechOptions(seed=2**64 - 1))

@@ -12,6 +12,7 @@ their clients are refused with HTTP 503, a WebSocket's at the handshake.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -120,6 +121,8 @@ class ServerSettings:
     markup: bool = False
     lexicons: Mapping[str | None, Mapping[str, str]] = field(default_factory=dict)
     """Words and respellings by voice. Those under the key None are for all voices."""
+    max_lead_s: float = math.inf
+    """Seconds of audio that a socket's reply may be ahead of its playback; the dialect may allow less."""
 
     @property
     def admission(self) -> AdmissionLimits:
@@ -218,6 +221,7 @@ class App:
             self.settings.trim_leading_silence,
             self.settings.markup,
             self.settings.lexicons,
+            self.settings.max_lead_s,
         )
         self.report("ready")
 

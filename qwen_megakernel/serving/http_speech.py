@@ -36,7 +36,7 @@ from qwen_megakernel.serving.spoken_text import Span
 from qwen_megakernel.serving.wire import SpeechError, error_line
 from qwen_megakernel.turn import ErrorCode, RequestError
 
-RULES = SessionRules(max_contexts=1, when_full="a request is one text", max_lead_s=3600.0)
+RULES = SessionRules(max_contexts=1, when_full="a request is one text", max_lead_s=3600.0, file=True)
 """Generation may be an hour ahead of playback: a client gets its file as fast as it reads. Unread
 audio of a slow client makes the engine wait."""
 _CONTEXT = "speech"

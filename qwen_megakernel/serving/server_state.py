@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from qwen_megakernel.serving.spoken_text import TextReader
 from qwen_megakernel.turn import RequestError
 
 if TYPE_CHECKING:
+    from qwen_megakernel.serving.session_rules import SessionRules
     from qwen_megakernel.tts_model import TTSDecoder
 
 ENGINE_STOPPED = "the engine has stopped; the server must be restarted"
@@ -47,10 +49,16 @@ class ServerState:
     """Whether tags in a text are followed, unless the client chooses."""
     lexicons: Mapping[str | None, Mapping[str, str]] = field(default_factory=dict)
     """Words and respellings by voice. Those under the key None are for all voices."""
+    max_lead_s: float = math.inf
+    """Seconds of audio that any context may be ahead of its playback, beside the limit of its rules."""
     draining: bool = False
     """Whether the server shuts down: running turns go on, and no turn may begin."""
     mailbox: Mailbox = field(default_factory=Mailbox)
     """Brings the engine's events to the event loop."""
+
+    def lead_limit_s(self, rules: SessionRules) -> float:
+        """Seconds of audio that a context under these rules may be ahead of its playback."""
+        return rules.max_lead_s if rules.file else min(rules.max_lead_s, self.max_lead_s)
 
     def check_accepting(self) -> None:
         """Raise `RequestError` while no turn may begin."""

@@ -377,7 +377,7 @@ class Session:
         """Whether the client must catch up before another turn. `_advance` runs again when it has."""
         if self._outbox.unsent_bytes >= MAX_UNSENT_BYTES:
             return True  # `_release` calls again
-        ahead_s = context.lead_s() - self.rules.max_lead_s
+        ahead_s = context.lead_s() - self.server.lead_limit_s(self.rules)
         if ahead_s <= 0:
             return False
         loop = asyncio.get_running_loop()
@@ -409,7 +409,7 @@ class Session:
                 params=context.params_of(phrase),
                 chunk_frames=options.chunk_frames,
                 streaming=options.streaming,
-                max_lead_s=self.rules.max_lead_s - context.lead_s(),
+                max_lead_s=self.server.lead_limit_s(self.rules) - context.lead_s(),
                 owner=self.owner,
             )
         except RequestError as failure:

@@ -15,6 +15,9 @@ class SessionRules:
     """The error message for a client that opens one more."""
     max_lead_s: float = 10.0
     """Seconds of audio that a context may be ahead of its playback."""
+    file: bool = False
+    """The client may want a whole file, as soon as it can be had. So `ServerState.max_lead_s` does not
+    count."""
     side_by_side: bool = False
     """Contexts are spoken at the same time. Otherwise one follows the other."""
     one_turn: bool = False

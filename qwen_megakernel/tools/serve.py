@@ -81,10 +81,13 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _timeout(text: str) -> float:
-    if _seconds(text) < 0.1:
-        raise ValueError("expected seconds, 0.1 to 3600")
-    return float(text)
+def _at_least(least: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        if _seconds(text) < least:
+            raise ValueError(f"expected seconds, {least:g} to 3600")
+        return float(text)
+
+    return parse
 
 
 def _flag(text: str) -> bool:
@@ -249,7 +252,7 @@ MODEL_OPTIONS = (
     Option(
         "--unload-after",
         None,
-        _timeout,
+        _at_least(0.1),
         "seconds without a turn after which the model leaves the GPU; the next turn loads it again; "
         "default: never",
         "SECONDS",
@@ -285,7 +288,7 @@ SERVER_OPTIONS = (
         "N",
     ),
     Option("--spare-sockets", 256, _count, "sockets beyond that, for HTTP and open handshakes", "N"),
-    Option("--request-timeout-s", 10.0, _timeout, "seconds until a request is complete", "SECONDS"),
+    Option("--request-timeout-s", 10.0, _at_least(0.1), "seconds until a request is there", "SECONDS"),
     Option("--max-connections-per-address", 32, _count, "of them from one address", "N"),
     Option("--max-turns-per-address", 32, _count, "turns of one address that wait or speak", "N"),
     Option("--max-connections-per-token", 0, _limit, "of them with one token; 0 is no limit", "N"),
@@ -299,6 +302,7 @@ SERVER_OPTIONS = (
         repeatable=True,
     ),
     Option("--max-queue-s", 10.0, _seconds, "seconds that a turn may wait for a slot", "SECONDS"),
+    Option("--max-lead-s", 30.0, _at_least(0.5), "audio that may be ahead of playback", "SECONDS"),
     Option("--max-messages-per-s", 500, _count, "messages of a connection; twice as many at once", "N"),
     Option("--idle-s", 600.0, _seconds, "silence that closes a connection; 0 is no limit", "SECONDS"),
     Option("--max-text-chars", 4096, _count, "characters of one turn's text", "N"),
@@ -460,6 +464,7 @@ def server_settings(options: argparse.Namespace, port: int) -> ServerSettings:
         max_connections_per_token=options.max_connections_per_token,
         max_turns_per_token=options.max_turns_per_token,
         max_queue_s=options.max_queue_s,
+        max_lead_s=options.max_lead_s,
         max_messages_per_s=options.max_messages_per_s,
         idle_s=options.idle_s,
         max_text_chars=options.max_text_chars,
