@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -21,7 +22,7 @@ def capture(
         pool: memory from `torch.cuda.graph_pool_handle`, which graphs share for their intermediate
             values. Such graphs must run one after the other, and leave their results in other memory.
     """
-    stream = torch.cuda.Stream(device)
+    stream = _first_run_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         run()  # libraries create handles and choose kernels, which is not allowed in a capture
@@ -32,3 +33,9 @@ def capture(
     with torch.cuda.device(device), capturing:
         run()
     return graph
+
+
+@cache
+def _first_run_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace of 32 MB for each stream that it has run on."""
+    return torch.cuda.Stream(device)

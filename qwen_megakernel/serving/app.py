@@ -122,7 +122,7 @@ class ServerSettings:
     lexicons: Mapping[str | None, Mapping[str, str]] = field(default_factory=dict)
     """Words and respellings by voice. Those under the key None are for all voices."""
     max_lead_s: float = math.inf
-    """Seconds of audio that a socket's reply may be ahead of its playback; the dialect may allow less."""
+    """Seconds of audio that a socket's reply may be ahead of its playback; a dialect may allow less."""
 
     @property
     def admission(self) -> AdmissionLimits:
