@@ -9,7 +9,9 @@ import random
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections import deque
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,9 +21,10 @@ from qwen_megakernel import bench_tts
 from qwen_megakernel.__main__ import main
 from qwen_megakernel.bench.bad_network import BadNetwork, Network
 from qwen_megakernel.bench.load import find_largest, holds, shared_out, spread, summary
-from qwen_megakernel.bench.load_client import Findings, Job, LoadTurn, read_job
+from qwen_megakernel.bench.load_client import Findings, Job, LoadTurn, Run, Voice, read_job
 from qwen_megakernel.bench.load_report import plot
 from qwen_megakernel.bench.player import Player, make_text
+from qwen_megakernel.serving.native_messages import Done, Error, encode
 
 # ---------------------------------------------------------------------------- arithmetic
 
@@ -152,6 +155,35 @@ def test_lost_packets_stall_the_line():
     heard, stalls, _ = through_the_network(Network(0.0, 0.0, 0.05), 2, 20_000)
     assert heard == SENT[:20_000]
     assert stalls >= 1
+
+
+# ---------------------------------------------------------------------------- a voice
+
+
+def test_a_refusal_is_of_its_own_turn():
+    """The end of a refused context is refused too. The client may read that in its next turn."""
+    done = partial(Done, samples=0, duration_s=0.0, generation_s=0.0, ttfc_ms=None, rtf=None)
+    replies = deque(
+        [
+            Error("turn-1", "overloaded", "a turn would wait", 2.0),
+            done("turn-1", "error"),
+            Error("turn-1", "unknown_context", "context turn-1 is not open"),
+            done("turn-2", "stop"),
+        ]
+    )
+
+    class Socket:
+        async def send(self, message):
+            pass
+
+        async def recv(self):
+            return encode(replies.popleft())
+
+    async def speak_twice():
+        voice = Voice(Socket(), Run(Job("", seconds=1.0, ramp_s=0.0)))
+        return [(await voice.speak("Hello.", seed)) for seed in range(2)]
+
+    assert [turn.outcome for turn, _ in asyncio.run(speak_twice())] == ["overloaded", "stop"]
 
 
 # ---------------------------------------------------------------------------- the whole

@@ -139,7 +139,7 @@ class Voice:
             if isinstance(message, AudioChunk):
                 player.add(np.frombuffer(message.samples, "<i2"), now)
                 run.count_audio(len(message.samples) // 2, now)
-            elif isinstance(message, Error):
+            elif isinstance(message, Error) and message.context_id == context:
                 error = error or (message.code, 1000 * (now - start))
             elif isinstance(message, Done):
                 break
