@@ -45,9 +45,9 @@ test: $(TEST) $(PARITY) $(EARS)  ## Check style and types, and run the tests (AR
 	@$(MAKE) --no-print-directory --jobs=2 lint test-quick
 
 test-quick: $(TEST) $(PARITY) $(EARS)
-	$(PY) -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -m "not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: $(TEST) $(PARITY) $(EARS)  ## The true 0.6B shape, and the long runs of cancels and random clients
+test-slow: $(TEST) $(PARITY) $(EARS)  ## The true 0.6B shape, long runs, and further cases of the tests
 	$(PY) -m pytest -m slow -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-floor: $(PY)  ## The Pipecat tests on the oldest Pipecat that is supported

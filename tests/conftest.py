@@ -17,6 +17,7 @@ from filelock import FileLock
 from live_server import DEMO_TOKEN, LiveServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from side_by_side import FileScheduling
 
 from qwen_megakernel.build_tts import FORMS
 from qwen_megakernel.config import ModelConfig
@@ -41,13 +42,23 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["FRAME_KERNEL_FORM"] = config.getoption("--form")
 
 
-LONGEST = ("test_soak.py", "test_machine_code.py", "test_tune.py")
-"""Files whose slow tests take minutes. Several files at a time are done sooner if these begin first."""
+LONGEST = (
+    "test_soak.py", "test_machine_code.py", "test_tune.py",
+    "test_reference.py", "test_server.py", "test_bad_network.py", "test_web_page.py",
+)  # fmt: skip
+"""Files that take longest. Several files at a time are done sooner if these begin first."""
+PLACES = {name: place for place, name in enumerate(LONGEST)}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Callable) -> FileScheduling:
+    """For a run of several files at a time."""
+    return FileScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first. Skip GPU tests on a machine without a GPU."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: PLACES.get(item.path.name, len(PLACES)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

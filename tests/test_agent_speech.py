@@ -34,6 +34,7 @@ def plain(client):
     return take(client, "plain", TEXT)[0]
 
 
+@pytest.mark.slow
 def test_what_is_sent_is_the_end_of_what_was_generated(client, plain):
     trimmed, heard = take(client, "trimmed", TEXT, trim_leading_silence=True)
     (done,) = heard.of(Done)
@@ -57,6 +58,7 @@ def test_a_pause_is_exact_silence_between_two_utterances(client):
     assert [word.text for word in segment.estimated_words] == ["Good", "evening.", "How", "are", "you?"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="needs PyAV")
 def test_a_rate_changes_the_length(client, plain):
     faster, _ = take(client, "faster", TEXT, speed=1.25)

@@ -74,6 +74,7 @@ def test_a_tree_equals_itself(tmp_path, capsys):
     assert "instance 2 of 2" in told.err
 
 
+@pytest.mark.slow
 def test_other_numerics_are_found_in_the_codes(copied_tree, capsys):
     plant(copied_tree, "scores = scores / batch.divisor", "scores = scores / batch.divisor * 1.01")
     assert bench("--against", str(copied_tree), "--only", "codes", "--streams", "1") == 1

@@ -30,6 +30,7 @@ def test_a_rate_is_that_of_the_steps_told_in_the_time():
         step_rate(ticks, 2.2, 2.7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["decode", "prompt"])
 def test_the_other_program_steps_until_it_is_ended(kind, device):

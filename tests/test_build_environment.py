@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from live_server import ROOT
+from slow_cases import slow_after
 from stand_in_compiler import put_compiler, run_instead
 from warm_process import WarmProcess
 
@@ -195,12 +196,18 @@ def test_without_a_home_a_tilde_is_refused_in_one_line(homeless):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [
-        (["doctor"], "kernel-disk {folder}/qwen_megakernel: "),
-        (["doctor", "--model", "~/model"], "no home folder is known"),
-        (["build", "--arch", "sm_90a"], "go to {folder}/qwen_megakernel"),
-        (["build", "--arch", "sm_90a", "--model", "acme/voice"], "not complete in {folder}/huggingface"),
-    ],
+    slow_after(
+        1,
+        [
+            (["doctor"], "kernel-disk {folder}/qwen_megakernel: "),
+            (["doctor", "--model", "~/model"], "no home folder is known"),
+            (["build", "--arch", "sm_90a"], "go to {folder}/qwen_megakernel"),
+            (
+                ["build", "--arch", "sm_90a", "--model", "acme/voice"],
+                "not complete in {folder}/huggingface",
+            ),
+        ],
+    ),
 )
 def test_commands_work_without_a_home(arguments, said, tmp_path):
     program = (

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import DEMO_TOKEN, LONG, SOON
 from session_stage import Stage, run_at_once
+from slow_cases import slow_after
 from websockets.exceptions import InvalidStatus
 
 from qwen_megakernel.serving.cartesia import RULES, CartesiaDialect
@@ -429,7 +430,7 @@ def test_a_text_is_the_same_as_a_whole_in_pieces_and_as_a_file(demo_server, clie
 
 @pytest.mark.parametrize(
     ("encoding", "rate", "sample_bytes"),
-    [("pcm_mulaw", 8000, 1), ("pcm_alaw", 16_000, 1), ("pcm_f32le", 44_100, 4)],
+    slow_after(1, [("pcm_mulaw", 8000, 1), ("pcm_alaw", 16_000, 1), ("pcm_f32le", 44_100, 4)]),
 )
 def test_formats_are_honoured(client, encoding, rate, sample_bytes):
     speak(client, "plain")

@@ -22,6 +22,8 @@ MIMI = {
 def official_encoder(config: dict, *, full_attention: bool = True, seed: int = 0) -> torch.nn.Module:
     """The official encoder with random weights that make codes vary and attention matter."""
     import official
+
+    official.prepare()
     from qwen_tts._transformers_compat import restore_mimi_full_attention
     from transformers import MimiConfig
 

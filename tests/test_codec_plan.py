@@ -8,6 +8,7 @@ import pytest
 import torch
 from codec_interpreter import Interpreter, unpack_fragments
 from codec_weights import ODD, TINY, TRUE, WIDE, lively_decoder, random_codes
+from slow_cases import slow_after
 from torch import Tensor
 
 from qwen_megakernel.codec.cuda_ops import GemmOp
@@ -137,7 +138,8 @@ def test_a_unit_s_tile_stays_within_a_stream_and_fits(channels, rows, streams, s
 
 @pytest.mark.parametrize(
     ("config", "frames"),
-    [(TINY, 24), (ODD, 24), (WIDE, 6)],  # every ring of the wide units comes round in 6 frames
+    # Every ring of the wide units comes round in 6 frames.
+    slow_after(1, [(TINY, 24), (ODD, 24), (WIDE, 6)]),
     ids=["tiny", "odd", "wide"],
 )
 def test_the_plan_is_the_decoder(config, frames):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import DEMO_TOKEN, LONG, SOON
 from session_stage import Stage, run_at_once
+from slow_cases import slow_after
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from qwen_megakernel.serving.deepgram import RULES, DeepgramDialect
@@ -336,7 +337,7 @@ def test_text_in_pieces_is_the_same_speech(demo_server, speech):
         assert audio == speech
         send(client, "Close")
         with pytest.raises(ConnectionClosed) as closed:
-            client.recv(timeout=20)
+            client.recv(timeout=60)
         assert closed.value.rcvd.code == 1000
 
 
@@ -348,7 +349,9 @@ def test_a_page_sends_its_token_as_a_protocol(demo_server, speech):
         assert hear(client)[0] == speech
 
 
-@pytest.mark.parametrize(("encoding", "rate"), [("mulaw", 8000), ("alaw", 16_000), ("linear16", 48_000)])
+@pytest.mark.parametrize(
+    ("encoding", "rate"), slow_after(1, [("mulaw", 8000), ("alaw", 16_000), ("linear16", 48_000)])
+)
 def test_formats_of_the_socket(demo_server, speech, encoding, rate):
     with connect(demo_server, f"model=slt&seed=3&encoding={encoding}&sample_rate={rate}") as client:
         send(client, "Speak", text="Good morning.")
@@ -357,7 +360,7 @@ def test_formats_of_the_socket(demo_server, speech, encoding, rate):
     assert len(audio) == len(speech) // 2 * rate // 24_000 * (2 if encoding == "linear16" else 1)
 
 
-@pytest.mark.parametrize("name", ENCODINGS)
+@pytest.mark.parametrize("name", slow_after(2, list(ENCODINGS)))
 def test_files_have_the_length_of_the_speech(demo_server, speech, name):
     status, headers, data = post(demo_server, f"model=slt&seed=3&encoding={name}")
     assert status == 200

@@ -53,11 +53,12 @@ def test_speaks_so_that_it_is_understood(tmp_path, listener):
 
 def test_failing_step_fails():
     with pytest.raises(DemoError, match="exit status 3: python -c 'raise SystemExit"):
-        run_step("-c", "raise SystemExit(3)", limit_s=30)
+        run_step("-c", "raise SystemExit(3)", limit_s=120)
     with pytest.raises(DemoError, match="not done after 0 s"):
         run_step("-c", "import time; time.sleep(60)", limit_s=0.1)
 
 
+@pytest.mark.slow
 def test_server_that_cannot_load_fails(tmp_path, capsys):
     with (
         pytest.raises(DemoError, match="the server ended with exit status 1"),
@@ -67,6 +68,7 @@ def test_server_that_cannot_load_fails(tmp_path, capsys):
     assert "nothing: no such folder" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_failure_inside_stops_the_server(tiny_base, capfd):
     with pytest.raises(ZeroDivisionError), running_server("--model", tiny_base):
         raise ZeroDivisionError

@@ -54,7 +54,8 @@ def test_kernels_take_its_dimensions():
     assert CodecPlan(CodecDecoder(config.codec), 1, 1).ops
 
 
-@pytest.mark.parametrize("streaming", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [True, False])
 def test_is_understood_and_ends(tts, listener, streaming):
     errors = words = 0
     for seed, text in enumerate(heldout()[-24::4]):
@@ -65,12 +66,14 @@ def test_is_understood_and_ends(tts, listener, streaming):
     assert errors / words < MAX_WER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("voice", VOICES)
 def test_every_voice_is_understood(listener, spoken, voice):
     errors, words = word_errors(GREETING, listener.write_down(spoken[voice]))
     assert errors <= words // 2
 
 
+@pytest.mark.slow
 def test_clones_sound_like_whom_they_were_cloned_from(tts, spoken):
     encoder = tts._voice_cloner().speaker_encoder
     saved = {v: Voice.load(CHECKPOINT / "voices" / f"{v}.safetensors").speaker_embedding for v in VOICES}
@@ -83,6 +86,7 @@ def test_clones_sound_like_whom_they_were_cloned_from(tts, spoken):
         assert max(cosines, key=cosines.get) == voice, cosines
 
 
+@pytest.mark.slow
 def test_live_text_sounds_as_whole_text(tts, spoken):
     first, *rest = GREETING.split(" ")
     live, end = speak(tts, [first, *(f" {word}" for word in rest)], VOICE, seed=1)
@@ -90,6 +94,7 @@ def test_live_text_sounds_as_whole_text(tts, spoken):
     assert np.array_equal(live, spoken[VOICE])
 
 
+@pytest.mark.slow
 def test_speech_is_the_same_in_chunks_of_any_size(tts, spoken):
     single = tts.synthesize(GREETING, VOICE, params=GenerationParams(seed=1), chunk_frames=1)
     np.testing.assert_allclose(single, spoken[VOICE], atol=1e-4)
@@ -102,6 +107,7 @@ def border_ranks(audio, reach=60):
     return [np.mean(steps[at - reach : at + reach + 1] < steps[at]) for at in borders]
 
 
+@pytest.mark.slow
 def test_frame_borders_cannot_be_heard(spoken):
     """Without seams, a border's rank among its neighbours is uniform for any speech: 0.5 on average.
     Five standard errors above that are chance once in three million. Seams of 0.01 lie far beyond."""
@@ -112,6 +118,7 @@ def test_frame_borders_cannot_be_heard(spoken):
     assert np.mean([rank for audio in seams for rank in border_ranks(audio)]) > limit
 
 
+@pytest.mark.slow
 def test_cancel_in_mid_speech_leaves_its_beginning(tts, spoken):
     stream = tts.stream(GREETING, VOICE, params=GenerationParams(seed=1), chunk_frames=1)
     heard = np.concatenate([next(stream) for _ in range(8)])

@@ -202,6 +202,7 @@ def test_torch_that_misses_the_gpu(gpus, monkeypatch):
     assert check_torch(found, blind).fix == "unset CUDA_VISIBLE_DEVICES"
 
 
+@pytest.mark.slow
 def test_torch_is_asked_for_real():
     torch = ask_torch()
     assert torch.error == ""
@@ -432,6 +433,7 @@ def run_with_torch(*arguments):
     return run_warm(ROOT, "doctor", *arguments, program=COMMAND)
 
 
+@pytest.mark.slow
 def test_whole_command(tools, tiny_base):
     tools("unused", "")
     healthy = run_with_torch("--json", "--model", str(tiny_base))
@@ -456,6 +458,7 @@ def test_whole_command(tools, tiny_base):
     assert "Traceback" not in sick.stdout + sick.stderr
 
 
+@pytest.mark.slow
 def test_whole_command_before_anything_is_installed(tools):
     """-S leaves site-packages out, so that Python finds only the standard library."""
     tools("unused", "")

@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 from live_server import DEMO_TOKEN, LONG, SOON
+from slow_cases import slow_after
 from test_elevenlabs_sockets import words_of
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -151,7 +152,9 @@ def test_formats_are_honoured(demo_server, name, num_bytes):
         assert len(pcm(hear(client, "a"), "a")) == len(plain) // 2 * num_bytes // 24_000
 
 
-@pytest.mark.parametrize(("name", "magic"), [("mp3_44100_128", b"\xff"), ("opus_48000_32", b"OggS")])
+@pytest.mark.parametrize(
+    ("name", "magic"), slow_after(1, [("mp3_44100_128", b"\xff"), ("opus_48000_32", b"OggS")])
+)
 def test_files_are_compressed(demo_server, name, magic):
     path = f"{VOICE}/multi-stream-input?output_format={name}"
     with demo_server.connect(path, additional_headers={"xi-api-key": DEMO_TOKEN}) as client:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from listener import LONG, PARAMS, TEXT, Listener, always_says, speak, wait_idle
+from slow_cases import slow_after
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
 from qwen_megakernel.config import HOP, Guards
-from qwen_megakernel.engine.active_turn import CHUNK_RAMP, RunawayGuard
+from qwen_megakernel.engine.active_turn import CHUNK_RAMP
 from qwen_megakernel.prompt.voice import Voice
 from qwen_megakernel.tts_model import SynthesisError
 from qwen_megakernel.turn import MAX_BLOCK, Audio, Finished, RequestError, Started
@@ -84,13 +85,16 @@ def test_sound_does_not_depend_on_chunks_or_company(tts, spoken):
     assert np.abs(listeners[1].samples - alone).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_stream_joined_is_synthesize(tts):
     chunks = list(tts.stream(TEXT, params=PARAMS))
     assert len(chunks) > 3
     assert np.array_equal(np.concatenate(chunks), tts.synthesize(TEXT, params=PARAMS))
 
 
-@pytest.mark.parametrize("pieces", [list(TEXT), TEXT.split(" ")], ids=["characters", "words"])
+@pytest.mark.parametrize(
+    "pieces", slow_after(1, [TEXT.split(" "), list(TEXT)]), ids=["words", "characters"]
+)
 def test_live_text_speaks_as_the_whole_text(tts, spoken, pieces):
     if len(pieces) < 20:
         pieces = [piece + " " for piece in pieces]
@@ -189,6 +193,7 @@ def test_cancel_stops_within_a_frame_and_nothing_is_heard_after(tts):
     wait_idle(tts)
 
 
+@pytest.mark.slow
 def test_a_turn_after_a_cancel_is_in_the_next_frame(tts, monkeypatch):
     backend, launched = tts._engine._backend, []
     original = backend.launch
@@ -231,6 +236,7 @@ def test_a_second_turn_is_heard_while_the_first_speaks(tts):
     first.wait()
 
 
+@pytest.mark.slow
 def test_the_turn_that_runs_out_first_goes_first(tts):
     """With more turns than a frame takes, a turn without audio is not kept waiting by the others."""
     with TTSDecoder.load(tts._checkpoint.folder, num_slots=12) as many:
@@ -252,6 +258,7 @@ def test_the_turn_that_runs_out_first_goes_first(tts):
         assert max(leads) - min(leads) <= 3 * max(CHUNK_RAMP) * 0.08, leads
 
 
+@pytest.mark.slow
 def test_a_lead_is_kept(tts):
     listener = Listener()
     started = time.monotonic()
@@ -264,6 +271,7 @@ def test_a_lead_is_kept(tts):
     assert len(listener.samples) / 24_000 <= elapsed + 0.4 + 0.08 * max(CHUNK_RAMP)
 
 
+@pytest.mark.slow
 def test_a_turn_on_hold_waits_and_then_is_the_same(tts, spoken):
     whole = spoken.samples
     listener = Listener()
@@ -424,6 +432,7 @@ def test_a_turn_that_fails_raises_from_the_stream(tiny_base):
         tts.synthesize(TEXT, streaming=False)
 
 
+@pytest.mark.slow
 def test_close_lets_turns_end_and_then_cancels(tiny_base):
     tts = TTSDecoder.load(tiny_base, num_slots=2)
     short, endless = Listener(), Listener()
@@ -453,18 +462,6 @@ def test_length_budget_follows_the_text(tts):
     assert finished.num_frames == 5 + num_tokens
 
 
-def test_silence_ends_only_after_the_text():
-    guard = RunawayGuard(Guards(silence_s=0.4))
-    quiet, loud = np.full(HOP, 1e-4, np.float32), np.full(HOP, 0.1, np.float32)
-    for _ in range(20):
-        assert not guard.silent_after(quiet, text_exhausted=False)
-    for _ in range(4):
-        assert not guard.silent_after(quiet, text_exhausted=True)
-    assert not guard.silent_after(loud, text_exhausted=True)
-    verdicts = [guard.silent_after(quiet, text_exhausted=True) for _ in range(5)]
-    assert verdicts == [False, False, False, False, True]
-
-
 def test_eos_ends_as_stop(tts):
     with always_says(tts, tts.config.talker.codec_eos_id):
         finished = speak(tts, params=GenerationParams(seed=1)).events[-1]
@@ -472,6 +469,7 @@ def test_eos_ends_as_stop(tts):
     assert 2 <= finished.num_frames < 200
 
 
+@pytest.mark.slow
 def test_text_is_tokenised_by_its_caller_and_embedded_as_it_is_needed(tts, monkeypatch):
     """However much text comes at once, a frame costs the engine the same."""
     threads, made = set(), []

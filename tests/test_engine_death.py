@@ -125,6 +125,7 @@ def test_an_engine_that_dies_while_the_server_drains_is_an_error_too(mortal, fau
         assert mortal.wait(240) == 1
 
 
+@pytest.mark.slow
 def test_a_supervisor_that_restarts_on_failure_has_a_server_again(brief_base, recording, fault):
     server = start(brief_base, SUPERVISOR, fault, "--speaker-ref", str(recording))
     try:

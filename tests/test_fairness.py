@@ -26,6 +26,7 @@ def speak_once(client: NativeClient, context_id: str) -> float:
     return first_s
 
 
+@pytest.mark.slow
 def test_a_flood_of_cancelled_turns_gets_nobody_refused(live_server):
     """Cancelled turns must not count as waiting: one connection could get everybody refused."""
     flood, stop = RawClient(live_server), threading.Event()
@@ -58,6 +59,7 @@ def test_a_flood_of_cancelled_turns_gets_nobody_refused(live_server):
     live_server.wait_until_idle()
 
 
+@pytest.mark.slow
 def test_silent_turns_do_not_keep_the_slots(live_server):
     """Texts of two words without an end, two for every slot, must not hold the slots."""
     with ExitStack() as stack:

@@ -67,6 +67,7 @@ print(sorted(path.name for path in build_tts.cache_folder().iterdir() if path.is
 KERNEL = 'extern "C" __global__ void many(float* x) { x[threadIdx.x] *= 2.f; }\n'
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_compiler() is None, reason="no CUDA compiler")
 @pytest.mark.parametrize("room", [0, 4096, 12_288])
 def test_a_kernel_that_has_no_room_fails_in_a_line(tmp_path, room):
@@ -109,6 +110,7 @@ def test_a_tuning_that_has_no_room_leaves_the_one_before(tmp_path, room):
     assert files == "['filler', 'tuning-GPU-large-1024.json']"
 
 
+@pytest.mark.slow
 def test_a_server_whose_log_has_no_room_goes_on(brief_base, recording):
     """Log and banner go to a full disk: turns are spoken, and SIGTERM ends the server properly."""
     with socket.socket() as probe:
@@ -139,7 +141,7 @@ def wait_until_ready(server: LiveServer, limit_s: float = 120) -> None:
     while time.monotonic() < deadline:
         assert server.process.poll() is None, "the server has ended"
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/ready", timeout=10):
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/ready", timeout=60):
                 return
         except OSError:
             time.sleep(0.1)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cached_rows import fill_with_nan
 from listener import TEXT, Listener
+from slow_cases import slow_after
 from torch import Tensor
 
 from qwen_megakernel import TTSDecoder
@@ -86,7 +87,7 @@ class Pair:
                 backend.release(slot)
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-1.7b"])
+@pytest.fixture(scope="module", params=slow_after(1, ["tiny", "tiny-1.7b"]))
 def pair(request) -> Pair:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph_backend, "REACHES", (16, 64))
@@ -94,7 +95,7 @@ def pair(request) -> Pair:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "streams"), [("greedy", 3), ("usual", 1), ("usual", 8), ("every", 8)]
+    ("sampling", "streams"), slow_after(2, [("greedy", 3), ("every", 8), ("usual", 1), ("usual", 8)])
 )
 def test_codes_are_those_of_the_eager_backend(pair, sampling, streams):
     params = SAMPLINGS[sampling]
@@ -221,6 +222,7 @@ def test_nothing_in_a_frame_depends_on_a_value():
             run()
 
 
+@pytest.mark.slow
 def test_whole_turns_sound_as_with_the_eager_backend(brief_base, monkeypatch):
     """Three at once, in an engine of two slots."""
     spoken = []

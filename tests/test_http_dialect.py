@@ -243,7 +243,7 @@ def test_a_socket_on_which_nothing_is_said_is_closed(tts, caplog):
         def listen():
             with connect(f"ws://127.0.0.1:{stage.port}") as client:
                 with pytest.raises(ConnectionClosed) as closed:
-                    client.recv(timeout=20)
+                    client.recv(timeout=60)
                 return closed.value.rcvd.code
 
         assert await asyncio.to_thread(listen) == 1001

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from live_server import ROOT
+from slow_cases import slow_after
 from warm_process import WarmProcess
 
 from qwen_megakernel import build_tts
@@ -177,11 +178,12 @@ def test_other_sources_and_other_gpus_are_other_builds(library, cache):
     assert all(product.is_file() for product in products)
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_is_made_anew(library, cache):
     child = start_build()
     assert child.stdout.readline().startswith("compiling")
     os.kill(child.pid, signal.SIGKILL)  # its compiler goes on, as after an out-of-memory kill
-    child.wait(10)
+    child.wait(60)
     assert not list(cache.glob("twice-*/twice.cubin"))
     lines = []
     assert build(library, "90a", lines.append).is_file()
@@ -292,7 +294,7 @@ def damage(product: Path, how: str) -> None:
 DAMAGES = ("half of it", "empty", "a bit", "a folder", "no checksum", "another checksum")
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("how", slow_after(1, DAMAGES))
 def test_a_damaged_build_is_made_anew(library, full_cache, how):
     product, lines = build(library, "90a"), []
     content = product.read_bytes()

@@ -8,6 +8,7 @@ from cached_rows import fill_with_nan, load_rows
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from slow_cases import slow_after
 
 from qwen_megakernel.config import GenerationParams
 from qwen_megakernel.decoding import kv_cache, pages
@@ -185,7 +186,7 @@ def scatter(backend: TorchBackend, slot: int, positions: int) -> None:
         cache.free(other)
 
 
-@pytest.mark.parametrize("kind", [TorchBackend, GraphBackend])
+@pytest.mark.parametrize("kind", slow_after(1, [TorchBackend, GraphBackend]))
 def test_scattered_pages_give_the_same_codes(kind):
     config = shape_config("tiny")
     talker, rows = random_talker(config, "cpu"), torch.randn(11, config.talker.hidden_size)

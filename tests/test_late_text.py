@@ -95,6 +95,7 @@ def test_a_slot_without_text_is_kept_while_nobody_needs_it(tts, texts):
     assert len(texts) == 1
 
 
+@pytest.mark.slow
 def test_a_late_turn_gives_its_slot_back_though_its_client_takes_no_audio(tts, texts):
     """A turn that was cut must not wait for its client while it holds the slot."""
     turn, late = stalled(tts, "Hello there, how")
@@ -129,6 +130,7 @@ def test_a_late_turn_can_be_cancelled_after_it_gave_its_slot_back(tts):
     wait_idle(tts)
 
 
+@pytest.mark.slow
 def test_turns_with_late_text_take_turns(tts):
     """Many writers on one slot: each gets its words spoken, even if others are slow."""
     listeners, turns = [Listener() for _ in range(6)], []
@@ -156,6 +158,7 @@ def between_parts(tts, monkeypatch, text, **options):
     return turn, listener
 
 
+@pytest.mark.slow
 def test_a_turn_between_two_parts_gives_its_slot_back_and_goes_on(tts, texts, monkeypatch):
     """All its words are held back, because they may belong to this part or to the next."""
     word = "ab"

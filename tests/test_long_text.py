@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from listener import Listener, speak
 from live_server import collect, send
 from native_client import NativeClient
+from slow_cases import slow_after
 from test_client_cli import run
 from test_reference import Both
 
@@ -177,6 +178,7 @@ def test_the_cuts_do_not_depend_on_how_the_text_arrives(tokenizer, words, cuts):
 # --- turns ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_long_text_sounds_as_its_parts_one_after_the_other(brief, small_parts):
     params = GenerationParams(seed=7)
     listener = speak(brief, SHORT_STORY, params=params, chunk_frames=1)
@@ -192,7 +194,9 @@ def test_a_long_text_sounds_as_its_parts_one_after_the_other(brief, small_parts)
     assert finished.num_samples == len(listener.samples)
 
 
-@pytest.mark.parametrize("options", [{}, {"streaming": False}], ids=["streaming", "whole"])
+@pytest.mark.parametrize(
+    "options", slow_after(1, [{}, {"streaming": False}]), ids=["streaming", "whole"]
+)
 def test_live_text_and_company_do_not_change_a_long_text(brief, options, small_parts):
     whole = speak(brief, SHORT_STORY, params=GenerationParams(seed=3), **options).samples
     live, beside = Listener(), Listener()
@@ -206,6 +210,7 @@ def test_live_text_and_company_do_not_change_a_long_text(brief, options, small_p
     assert beside.wait(200).reason == "stop"
 
 
+@pytest.mark.slow
 def test_a_part_waits_for_its_text_and_a_cancel_ends_it(brief, small_parts):
     """The first part is complete and spoken. The second has too little text."""
     texts = part_texts(brief._prompts.tokenizer, SHORT_STORY, 40)
@@ -235,6 +240,7 @@ def test_what_the_model_cuts_off_is_an_error_to_the_caller(brief, small_parts):
         brief.synthesize("Hello.", params=cut)
 
 
+@pytest.mark.slow
 def test_a_part_that_is_cut_off_is_told_and_the_others_are_spoken(brief, small_parts):
     guards = Guards(repeat_frames=0, silence_s=0, base_frames=3, frames_per_token=1)
     params = GenerationParams(seed=0, talker=GREEDY, min_frames=10_000, guards=guards)
@@ -298,6 +304,7 @@ def seconds(brief, recording):
     return len(brief.synthesize(STORY, voice, params=params)) / 24_000
 
 
+@pytest.mark.slow
 def test_the_simple_protocol_speaks_4000_characters_whole(live_server, seconds):
     with live_server.connect() as client:
         send(client, text=STORY, seed=7)
@@ -313,6 +320,7 @@ def test_a_native_context_speaks_4000_characters_whole(live_server, seconds):
     assert (done.finish_reason, done.duration_s) == ("stop", pytest.approx(seconds, abs=1e-3))
 
 
+@pytest.mark.slow
 def test_the_command_line_speaks_4000_characters_whole(live_server, seconds):
     result = run("--url", live_server.url, "--text", STORY, "--seed", "7", "--json")
     assert result.returncode == 0, result.stderr

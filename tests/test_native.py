@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live_server import collect, send
 from native_client import LONG_TEXT, SENTENCES, WILD, NativeClient, assert_healthy, take
+from slow_cases import slow_after
 from websockets.exceptions import ConnectionClosed
 
 from qwen_megakernel.serving.native_messages import (
@@ -28,7 +29,7 @@ from qwen_megakernel.serving.native_messages import (
 from qwen_megakernel.serving.pcm import PcmEncoder
 
 
-def error_of(client, limit_s=10):
+def error_of(client, limit_s=60):
     """The next message, which must be an error."""
     message = client.receive(limit_s)
     assert isinstance(message, Error), message
@@ -83,7 +84,7 @@ def test_what_cannot_be_spoken_is_said_and_closed(live_server, hello):
         send(client, type="hello", **hello)
         assert json.loads(client.recv())["code"] == "unsupported_protocol"
         with pytest.raises(ConnectionClosed) as closed:
-            client.recv(timeout=10)
+            client.recv(timeout=60)
         assert closed.value.rcvd.code == 1002
 
 
@@ -202,7 +203,7 @@ def test_progress_is_told_once_a_second_and_late_text_goes_on(live_server):
         start = time.monotonic()
         client.speak("a", "Hello ", seed=2)
         client.speak("b", "Queued.")
-        told = [client.wait_for(Progress, each, 30) for each in ("a", "b", "a")]
+        told = [client.wait_for(Progress, each, 120) for each in ("a", "b", "a")]
         assert time.monotonic() - start > 1.8
         assert [(p.state, p.queued) for p in told] == [
             ("waiting_for_text", 0),
@@ -213,7 +214,7 @@ def test_progress_is_told_once_a_second_and_late_text_goes_on(live_server):
         client.speak("a", "there, I am still thinking.")
         client.send(End("a"))
         np.testing.assert_allclose(client.array(client.hear("a")), whole, atol=1e-4)
-        assert client.wait_for(Progress, "b", 30).state == "waiting_for_text"
+        assert client.wait_for(Progress, "b", 120).state == "waiting_for_text"
 
 
 # --- formats ----------------------------------------------------------------------------------------
@@ -226,8 +227,8 @@ def whole(live_server):
     return [take(live_server, text, seed=11 + i, temperature=0.9) for i, text in texts]
 
 
-@pytest.mark.parametrize("rate", SAMPLE_RATES)
-@pytest.mark.parametrize("encoding", ["pcm_s16le", "pcm_f32le"])
+@pytest.mark.parametrize("rate", slow_after(2, SAMPLE_RATES))
+@pytest.mark.parametrize("encoding", slow_after(1, ["pcm_s16le", "pcm_f32le"]))
 def test_formats_are_the_resampled_whole(live_server, whole, encoding, rate):
     """Each sample is that of the resampled whole segment: no click between messages, and no drift."""
     expected = np.concatenate([soxr.resample(one, 24_000, rate, quality="HQ") for one in whole])

@@ -179,6 +179,7 @@ def test_small_messages_are_not_held_back():
     assert asyncio.run(has_nodelay())
 
 
+@pytest.mark.slow
 def test_100_cancels_at_random_times(live_server):
     late = cancel_at_random_times(live_server, 100)
     assert np.median(late) <= LATE

@@ -19,6 +19,7 @@ from native_client import (
     take,
     wait_for_figure,
 )
+from slow_cases import slow_after
 from websockets.exceptions import ConnectionClosed
 
 from qwen_megakernel.serving.native_messages import (
@@ -54,7 +55,7 @@ def still_figure(server, name, limit_s=240):
     return held
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "simple"])
+@pytest.mark.parametrize("native", slow_after(1, [True, False]), ids=["native", "simple"])
 def test_stalled_reader_is_paused_then_cut_and_slows_nobody(live_server, native, report):
     before = [len(take(live_server, SENTENCES[0], seed=seed)) for seed in range(3)]
     stalled = RawClient(live_server, receive_buffer=4096)
@@ -84,6 +85,7 @@ def test_stalled_reader_is_paused_then_cut_and_slows_nobody(live_server, native,
     stalled.hang_up()
 
 
+@pytest.mark.slow
 def test_a_paused_reader_hears_everything(live_server):
     b = take(live_server, SENTENCES[0], seed=5)
     slow = DirectSocket(live_server, receive_buffer=4096)
@@ -168,6 +170,7 @@ def narrow_server(tiny_base):
         server.kill()
 
 
+@pytest.mark.slow
 def test_overload_and_drain(narrow_server):
     clients = [NativeClient(narrow_server) for _ in range(20)]
     clients[0].speak("a", LONG_TEXT, **WILD)
@@ -204,6 +207,7 @@ def test_overload_and_drain(narrow_server):
     assert not [line for line in narrow_server.err if "Traceback" in line]
 
 
+@pytest.mark.slow
 def test_new_contexts_are_refused_while_draining(narrow_server):
     with NativeClient(narrow_server) as client:
         client.speak("a", LONG_TEXT, **WILD)

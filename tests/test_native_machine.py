@@ -187,7 +187,7 @@ class Talk(RuleBasedStateMachine):
         started = [name for name in self.client.order if name in self.opened]
         assert started == sorted(started, key=self.opened.index)
         self.client.send(Flush("last"))
-        self.client.wait_for(Error, "last", 10)
+        self.client.wait_for(Error, "last", 60)
         stranger = self.client.heard.get("never-opened")
         answered = len(self.client.errors) + (len(stranger.of(Error)) if stranger else 0)
         assert answered == self.num_garbage

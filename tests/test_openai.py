@@ -14,6 +14,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import SOON, LiveServer
+from slow_cases import slow_after
 
 from qwen_megakernel.serving import audio_encoding, http_speech
 from qwen_megakernel.serving.openai_messages import (
@@ -202,7 +203,7 @@ def test_wav_is_pcm_behind_a_header(client, samples):
         assert len(file.readframes(file.getnframes())) == len(pcm)
 
 
-@pytest.mark.parametrize("name", ["mp3", "opus", "aac", "flac"])
+@pytest.mark.parametrize("name", slow_after(1, ["mp3", "opus", "aac", "flac"]))
 def test_compressed_speech_has_its_length(client, samples, name):
     response = speak(client, name)
     assert response.response.headers["Content-Type"] == FORMATS[name].media_type
@@ -216,7 +217,7 @@ def test_mp3_is_the_default(client, samples):
     assert num_decoded(response.content) >= samples
 
 
-@pytest.mark.parametrize("name", ["pcm", "mp3"])
+@pytest.mark.parametrize("name", slow_after(1, ["mp3", "pcm"]))
 def test_events_carry_the_same_file(client, name):
     with client.audio.speech.with_streaming_response.create(
         input=TEXT,
@@ -303,7 +304,7 @@ def server_state(server):
     return json.loads(ask(server, "GET", "/ready")[2])
 
 
-def until(server, limit_s=20.0, **figures):
+def until(server, limit_s=60.0, **figures):
     """Wait until `/ready` has these figures."""
     deadline = time.monotonic() + limit_s
     while not figures.items() <= (state := server_state(server)).items():
@@ -407,6 +408,7 @@ def test_speech_is_heard_before_its_end_and_a_hang_up_stops_it(endless, name, st
     until_idle(endless)
 
 
+@pytest.mark.slow
 def test_hang_ups_leave_nothing_behind(endless):
     with Listening(endless, "203.0.113.1", response_format="mp3"):
         pass

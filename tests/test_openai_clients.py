@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 from live_server import DEMO_TOKEN
+from slow_cases import slow_after
 
 from qwen_megakernel.config import SAMPLE_RATE
 from qwen_megakernel.serving.openai_messages import RESPONSE_FORMATS
@@ -57,7 +58,7 @@ def sdk(demo_server):
 
 @pytest.mark.parametrize(
     ("response_format", "stream_format"),
-    [*((name, "audio") for name in RESPONSE_FORMATS), ("mp3", "sse")],
+    slow_after(1, [*((name, "audio") for name in RESPONSE_FORMATS), ("mp3", "sse")]),
 )
 def test_every_format_of_openais_sdk_is_understood(sdk, listener, response_format, stream_format):
     request = {"input": SENTENCE, "model": "gpt-4o-mini-tts", "voice": "rms", "extra_body": {"seed": 1}}

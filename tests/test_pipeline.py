@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from listener import LONG, PARAMS, TEXT, Listener, always_says, speak, wait_idle
+from slow_cases import slow_after
 from torch import Tensor
 
 from qwen_megakernel import GenerationParams, SamplingParams, TTSDecoder
@@ -98,7 +99,9 @@ def assert_same(late: Listener, serial: Listener) -> None:
     assert np.array_equal(late.samples, serial.samples)
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_frames": 7}, {"streaming": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", slow_after(1, [{}, {"chunk_frames": 7}, {"streaming": False}]), ids=str
+)
 def test_a_turn_is_the_same(late, serial, options):
     one = speak(late, **options)
     assert_same(one, speak(serial, **options))
@@ -136,6 +139,7 @@ def test_eos_and_repeats_end_as_they_do(late, serial):
         assert spoken[0].events[-1].reason in ("stop", "repeat")
 
 
+@pytest.mark.slow
 def test_silence_ends_on_the_same_frame_and_drops_the_one_in_flight(late, serial):
     guards = Guards(silence_s=0.16, silence_rms=10.0)  # everything is silence
     params = GenerationParams(seed=5, max_frames=200, guards=guards)
@@ -148,6 +152,7 @@ def test_silence_ends_on_the_same_frame_and_drops_the_one_in_flight(late, serial
     assert_same(speak(late), speak(serial))  # in the slot that was left in flight
 
 
+@pytest.mark.slow
 def test_turns_that_join_and_leave_sound_as_alone(late, serial):
     plans = [
         {"params": GenerationParams(seed=20 + i, max_frames=6 + 5 * i), "chunk_frames": 1 + i % 3}
@@ -164,6 +169,7 @@ def test_turns_that_join_and_leave_sound_as_alone(late, serial):
         np.testing.assert_allclose(listener.samples, alone.samples, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_frame_is_wider_than_the_backend(tiny_base, serial):
     with TTSDecoder.load(tiny_base, num_slots=4) as tts:
         make_late(tts)
@@ -195,6 +201,7 @@ def test_live_text_waits_and_goes_on_the_same(late, serial):
     assert np.array_equal(listener.samples, whole.samples)
 
 
+@pytest.mark.slow
 def test_a_cancel_in_flight_is_heard_by_nobody_and_its_slot_is_clean(late, serial):
     backend = late._engine._backend
     expected = speak(serial)

@@ -89,6 +89,7 @@ def test_a_loop_without_signal_handlers_ends_at_once_on_the_second_signal(start:
         assert server.stop() == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_session_that_hangs_up_drains_the_server(start: Start):
     server = start(IN_A_SESSION, "--drain-s", "60").wait_until_ready()
     with server.connect() as client:
@@ -140,6 +141,7 @@ sys.exit(main(["build", "--arch", "sm_90a"]))
 """
 
 
+@pytest.mark.slow
 def test_without_unix_all_is_imported_and_a_build_says_what_is_supported():
     wanted = [name for name in IMPORTED if find_spec("pipecat") or not name.endswith("megakernel_tts")]
     done = subprocess.run(

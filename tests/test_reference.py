@@ -256,10 +256,12 @@ def test_greedy_codes_and_hidden_rows(base):
     assert_same_speech(base, [TEXT], NUM_FRAMES)
 
 
+@pytest.mark.slow
 def test_greedy_codes_of_a_batch(base):
     assert_same_speech(base, [TEXT, OTHER, "Hi there, you."], NUM_FRAMES)
 
 
+@pytest.mark.slow
 def test_greedy_codes_with_a_projection_to_the_predictor(wide):
     assert_same_speech(wide, [TEXT], NUM_FRAMES)
 
@@ -309,6 +311,7 @@ def official_forced_logits(both: Both, codes: Tensor) -> tuple[Tensor, Tensor]:
         return talker.codec_head(hidden).float(), predictor.float()
 
 
+@pytest.mark.slow
 def test_bf16_is_no_further_from_fp32_than_the_official_bf16(base, tiny_base):
     codes = torch.randint(0, 2048, (24, 16), generator=torch.Generator().manual_seed(2))
     half = Both.load(tiny_base, torch.bfloat16)
@@ -367,6 +370,7 @@ def sampled(both: Both, backend: TorchBackend, slots: list[int], seeds: list[int
     return torch.stack(codes, dim=1)
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_codes_in_any_company(base):
     backend = base.backend(num_slots=12, max_positions=128)
     alone = sampled(base, backend, [0], [5], 24)[0]

@@ -9,6 +9,7 @@ import numpy as np
 import official
 import pytest
 import torch
+from slow_cases import slow_after
 from test_reference_audio import file_bytes
 from test_speaker_encoder import speech_like
 
@@ -56,8 +57,9 @@ def test_a_recording_gives_the_official_codes(theirs, ours, rate: int, seconds: 
     )
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("seconds", [1.0, 29.9])
+@pytest.mark.parametrize(
+    ("seconds", "streaming"), slow_after(1, [(1.0, True), (1.0, False), (29.9, True), (29.9, False)])
+)
 def test_a_clone_in_context_sounds_as_the_official_one(theirs, ours, seconds, streaming, tmp_path):
     """The official codec decodes the reference before the speech, and drops the reference's samples."""
     path, text = tmp_path / "reference.wav", "Hello there, how are you doing today?"
@@ -82,6 +84,7 @@ def test_a_clone_in_context_sounds_as_the_official_one(theirs, ours, seconds, st
         assert np.abs(samples - expected[-len(samples) :]).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_reference_is_decoded_once_a_voice(ours, recording, monkeypatch):
     decoded = []
     decode = ours._engine._codec.state_after

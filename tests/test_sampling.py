@@ -7,13 +7,6 @@ import functools
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare, kstest
-from transformers.generation.logits_process import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from qwen_megakernel.config import SamplingParams
 from qwen_megakernel.model.sampling import (
@@ -57,10 +50,16 @@ def many_draws() -> torch.Tensor:
     return noise_for(1234, torch.arange(NUM_DRAWS), 200)
 
 
-def test_noise_is_gumbel_and_a_function_of_its_counters_alone():
+@pytest.fixture(scope="module")
+def stats():
+    """`scipy.stats`, whose import takes a second: not in each process that reads this file."""
+    return pytest.importorskip("scipy.stats")
+
+
+def test_noise_is_gumbel_and_a_function_of_its_counters_alone(stats):
     noise = noise_for(7, torch.arange(200), 500)
     assert torch.isfinite(noise).all()
-    assert kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-3
+    assert stats.kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-3
     assert torch.equal(noise_for(7, torch.tensor([11]), 500)[0], noise[11])
     assert torch.equal(noise_for(7, torch.tensor([11]), 333)[0], noise[11, :333])
     for other in (noise_for(8, torch.tensor([11]), 500), noise_for(7, torch.tensor([11]), 500, 1)):
@@ -74,14 +73,16 @@ def test_high_word_of_the_seed_matters():
 
 def hf_scores(logits: torch.Tensor, params: SamplingParams, seen: list[int]) -> torch.Tensor:
     """The scores from which Hugging Face would sample; logits [vocabulary]."""
+    from transformers.generation import logits_process as hf
+
     ids, scores = torch.tensor([seen], dtype=torch.int64), logits[None].clone()
     if seen and params.repetition_penalty != 1.0:
-        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
-    scores = TemperatureLogitsWarper(params.temperature)(ids, scores)
+        scores = hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
+    scores = hf.TemperatureLogitsWarper(params.temperature)(ids, scores)
     if params.top_k:
-        scores = TopKLogitsWarper(params.top_k)(ids, scores)
+        scores = hf.TopKLogitsWarper(params.top_k)(ids, scores)
     if params.top_p < 1.0:
-        scores = TopPLogitsWarper(params.top_p)(ids, scores)
+        scores = hf.TopPLogitsWarper(params.top_p)(ids, scores)
     return scores[0]
 
 
@@ -125,7 +126,7 @@ def test_truncation_is_hugging_face_s(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_draws_follow_hugging_face_s_distribution(case):
+def test_draws_follow_hugging_face_s_distribution(stats, case):
     logits, params, seen = CASES[case]
     probabilities = hf_scores(logits, params, seen).double().softmax(-1)
     scores = our_scores(logits, params, seen).expand(NUM_DRAWS, -1)
@@ -141,10 +142,10 @@ def test_draws_follow_hugging_face_s_distribution(case):
         assert observed[-1] < 25
         observed, expected = observed[:-1], expected[:-1] * observed[:-1].sum() / expected[:-1].sum()
     if len(observed) > 1:
-        assert chisquare(observed, expected).pvalue > 1e-4
+        assert stats.chisquare(observed, expected).pvalue > 1e-4
 
 
-def test_chi_square_notices_a_wrong_temperature():
+def test_chi_square_notices_a_wrong_temperature(stats):
     logits = lively_logits(50, 3)
     scores = our_scores(logits, SamplingParams(1.05, 0, 1.0), []).expand(NUM_DRAWS, -1)
     drawn = draw(scores, torch.ones(NUM_DRAWS, 1), many_draws()[:, :50])
@@ -152,7 +153,7 @@ def test_chi_square_notices_a_wrong_temperature():
     keep = expected >= 5
     counts = torch.bincount(drawn, minlength=50).double()[keep]
     expected = expected[keep] * counts.sum() / expected[keep].sum()
-    assert chisquare(counts.numpy(), expected.numpy()).pvalue < 1e-6
+    assert stats.chisquare(counts.numpy(), expected.numpy()).pvalue < 1e-6
 
 
 def test_zero_temperature_takes_the_most_likely():

@@ -30,10 +30,9 @@ def speech_like(samples: int, seed: int = 0) -> torch.Tensor:
 
 
 def official_mel(audio: torch.Tensor) -> torch.Tensor:
-    import official  # noqa: F401
-    from qwen_tts.core.models.modeling_qwen3_tts import mel_spectrogram
+    import official
 
-    mels = mel_spectrogram(
+    mels = official.model.mel_spectrogram(
         audio[None], n_fft=1024, num_mels=128, sampling_rate=24000, hop_size=256, win_size=1024, fmin=0,
         fmax=12000,
     )  # fmt: skip
@@ -42,12 +41,12 @@ def official_mel(audio: torch.Tensor) -> torch.Tensor:
 
 def pair(config: SpeakerEncoderConfig, seed: int = 0) -> tuple[SpeakerEncoder, torch.nn.Module]:
     """This project's encoder, loaded strictly with the official one's weights, and the official one."""
-    import official  # noqa: F401
-    from qwen_tts.core.models.configuration_qwen3_tts import Qwen3TTSSpeakerEncoderConfig
-    from qwen_tts.core.models.modeling_qwen3_tts import Qwen3TTSSpeakerEncoder
+    import official
 
     torch.manual_seed(seed)
-    theirs = Qwen3TTSSpeakerEncoder(Qwen3TTSSpeakerEncoderConfig(**asdict(config))).eval()
+    theirs = official.model.Qwen3TTSSpeakerEncoder(
+        official.model.Qwen3TTSSpeakerEncoderConfig(**asdict(config))
+    ).eval()
     with torch.device("meta"):
         ours = SpeakerEncoder(config)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)

@@ -39,10 +39,8 @@ def files_of(folder: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def official_model(tiny_base):
     """The official wrapper with the tiny checkpoint loaded, in float32."""
-    pytest.importorskip("official")
-    from qwen_tts.inference.qwen3_tts_model import Qwen3TTSModel
-
-    return Qwen3TTSModel.from_pretrained(str(tiny_base), dtype=torch.float32)
+    official = pytest.importorskip("official")
+    return official.inference.Qwen3TTSModel.from_pretrained(str(tiny_base), dtype=torch.float32)
 
 
 # --- layout ---

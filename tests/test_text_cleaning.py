@@ -147,6 +147,7 @@ def test_text_that_says_nothing_ends_without_sound_or_slot(tts, text, streaming)
     assert len(tts.synthesize(text, streaming=streaming)) == 0
 
 
+@pytest.mark.slow
 def test_cleaned_text_sounds_as_the_text_that_is_left(tts):
     params = GenerationParams(seed=1)
     clean = tts.synthesize("Good evening, this is the front desk.", params=params)
@@ -199,6 +200,7 @@ def test_the_command_line_client_ends_well(live_server, tmp_path):
     assert (figures["samples"], figures["finish_reason"]) == (0, "stop")
 
 
+@pytest.mark.slow
 def test_a_server_speaks_everything_where_cleaning_is_off(tmp_path):
     demo_voice = ROOT / "demo_voice"
     options = ("--model", str(demo_voice), "--voices", str(demo_voice / "voices"))

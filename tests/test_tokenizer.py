@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_server import ROOT
-from transformers import Qwen2TokenizerFast
 
 from qwen_megakernel.checkpoint import TOKENIZER_FILES, CheckpointError
 from qwen_megakernel.prompt.tokenizer import load_tokenizer
@@ -32,6 +31,8 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(folder):
+    from transformers import Qwen2TokenizerFast
+
     return load_tokenizer(folder), Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
 
 

@@ -74,6 +74,7 @@ def test_a_text_that_may_grow_reserves_the_longest_utterance_until_it_ends(tts):
     listener.wait()
 
 
+@pytest.mark.slow
 def test_a_turn_that_finds_no_page_waits_before_it_begins(tts):
     """Two texts that may grow take all pages. Slots are free, and the next turn waits for pages."""
     growing = [Listener() for _ in range(2)]

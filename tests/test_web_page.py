@@ -10,6 +10,7 @@ import wave
 import pytest
 from browser import ELSEWHERE, open_browser, take_picture, watched_page
 from live_server import ROOT, LiveServer
+from slow_cases import slow_after
 from websockets.exceptions import InvalidStatus
 
 from qwen_megakernel.serving.web_page import FOLDER
@@ -120,6 +121,7 @@ def test_speaks_and_gives_the_file(page, tmp_path):
     assert page.is_hidden("#error")
 
 
+@pytest.mark.slow
 def test_a_wrong_token_is_told(browser, server):
     with watched_page(browser, f"http://127.0.0.1:{server.port}/") as page:
         page.fill("#token", "another-secret")
@@ -130,6 +132,7 @@ def test_a_wrong_token_is_told(browser, server):
         assert page.is_hidden("#token-form")
 
 
+@pytest.mark.slow
 def test_speech_follows_the_keyboard(page):
     page.fill("#text", "")
     page.check("#live")
@@ -143,6 +146,7 @@ def test_speech_follows_the_keyboard(page):
     assert heard(page) > before
 
 
+@pytest.mark.slow
 def test_what_was_sent_live_stays(page):
     page.fill("#text", "")
     page.check("#live")
@@ -168,6 +172,7 @@ def test_stops(page, server):
     until_text(page, "#finish", "stop")
 
 
+@pytest.mark.slow
 def test_says_why_a_text_is_not_spoken(page):
     page.fill("#text", "far too long " * 400)
     page.click("#speak")
@@ -175,7 +180,7 @@ def test_says_why_a_text_is_not_spoken(page):
     assert page.is_disabled("#stop")
 
 
-@pytest.mark.parametrize("tab", ["curl", "Python", "OpenAI SDK", "Pipecat"])
+@pytest.mark.parametrize("tab", slow_after(1, ["curl", "Python", "OpenAI SDK", "Pipecat"]))
 def test_blocks_run_as_they_are(page, tab, tmp_path):
     page.fill("#text", 'It\'s "quoted", naïve.')
     page.select_option("#voice", "rms")
@@ -197,8 +202,8 @@ def test_blocks_run_as_they_are(page, tab, tmp_path):
         assert (tmp_path / "hello.wav").stat().st_size > 24_000
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1100])
+@pytest.mark.parametrize("scheme", slow_after(1, ["light", "dark"]))
+@pytest.mark.parametrize("width", slow_after(1, [360, 1100]))
 def test_fits_the_screen(browser, server, scheme, width):
     options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
     with watched_page(browser, f"http://127.0.0.1:{server.port}/", **options) as page:
@@ -209,6 +214,7 @@ def test_fits_the_screen(browser, server, scheme, width):
         take_picture(page, f"page-{scheme}-{width}")
 
 
+@pytest.mark.slow
 def test_everything_can_be_reached_by_keyboard(page):
     wanted = {"text", "live", "voice", "language", "speak", "copy"}
     page.focus("#live")
@@ -219,6 +225,7 @@ def test_everything_can_be_reached_by_keyboard(page):
     assert wanted <= reached
 
 
+@pytest.mark.slow
 def test_clones_from_the_microphone(page, server):
     page.click("#clone summary")
     page.fill("#clone-name", "me-myself")
@@ -240,6 +247,7 @@ def test_clones_from_the_microphone(page, server):
     assert "me-myself" not in server.get("/ready", X_API_Key=TOKEN)[1]
 
 
+@pytest.mark.slow
 def test_a_bad_recording_is_told(page, tmp_path):
     page.click("#clone summary")
     page.fill("#clone-name", "nobody")
@@ -250,6 +258,7 @@ def test_a_bad_recording_is_told(page, tmp_path):
     until_text(page, "#clone-note", "allowed: WAV or FLAC files")
 
 
+@pytest.mark.slow
 def test_without_https_it_speaks_and_says_why_there_is_no_microphone(browser, server):
     """The page under a name that is not this machine's, as from another machine."""
     with watched_page(browser, f"http://{ELSEWHERE}:{server.port}/") as page:

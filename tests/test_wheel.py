@@ -18,6 +18,8 @@ from live_server import ROOT
 
 from qwen_megakernel import __version__
 
+pytestmark = pytest.mark.slow  # a build, and two environments
+
 BUILT_FROM = (
     "pyproject.toml", "README.md", "LICENSE", "requirements.txt",
     "qwen_megakernel", "pipecat_client", "csrc", "demo_voice", "deploy",

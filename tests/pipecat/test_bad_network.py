@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from slow_cases import slow_after
 
 pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client/requirements.txt")
 
@@ -30,7 +31,7 @@ def test_only_what_comes_too_late_is_a_gap():
     assert (gaps.count, gaps.seconds) == (1, 0.5)
 
 
-@pytest.mark.parametrize("mode", list(TextAggregationMode))
+@pytest.mark.parametrize("mode", slow_after(1, list(TextAggregationMode)))
 @pytest.mark.parametrize("cut_after", [None, 8], ids=["whole", "cut"])
 def test_reply_over_a_bad_network(live_server, undisturbed, mode, cut_after):
     async def scenario():
@@ -52,17 +53,27 @@ def test_reply_over_a_bad_network(live_server, undisturbed, mode, cut_after):
 
 
 @pytest.mark.parametrize(
-    "typed", [(), ("--stream-text", "--words-per-second", "50")], ids=["at-once", "typed"]
+    "words", slow_after(1, ["", "--stream-text --words-per-second 50"]), ids=["at-once", "typed"]
 )
-def test_client_over_a_bad_network(live_server, tmp_path, typed):
+def test_client_over_a_bad_network(live_server, tmp_path, words):
     async def run(url, name):
         out = tmp_path / name
-        arguments = ("--url", url, "--text", "".join(TURN), "--seed", "11", "--temperature", "2")
+        arguments = (
+            "--url",
+            url,
+            "--text",
+            "".join(TURN),
+            "--seed",
+            "11",
+            "--temperature",
+            "2",
+            *words.split(),
+        )
         process = await asyncio.create_subprocess_exec(
-            sys.executable, CLIENT, *arguments, *typed, "--chunk-tokens", "1", "--json", "--out", out,
+            sys.executable, CLIENT, *arguments, "--chunk-tokens", "1", "--json", "--out", out,
             stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
-        figures, _ = await asyncio.wait_for(process.communicate(), 60)
+        figures, _ = await asyncio.wait_for(process.communicate(), 240)
         assert process.returncode == 0
         return json.loads(figures), out.read_bytes()
 

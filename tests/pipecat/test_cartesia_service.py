@@ -27,6 +27,7 @@ def test_it_speaks_is_interrupted_and_speaks_again(demo_server):
     assert spoken(rest).split() == "".join(TURN).split()
 
 
+@pytest.mark.slow
 def test_words_come_between_the_audio_they_are_heard_in(demo_server):
     down, errors = asyncio.run(play(make_service(demo_server), turn(*TURN)))
     assert errors == []
@@ -35,6 +36,7 @@ def test_words_come_between_the_audio_they_are_heard_in(demo_server):
     assert names(only(down, TTSAudioRawFrame)) == ["TTSAudioRawFrame"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [8_000, 44_100])
 def test_other_rates(demo_server, rate):
     check_rate(demo_server, make_service(demo_server, sample_rate=rate), rate)

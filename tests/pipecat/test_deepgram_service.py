@@ -27,6 +27,7 @@ def test_it_speaks_is_interrupted_and_speaks_again(demo_server):
     speak_interrupt_speak(demo_server, lambda: make_service(demo_server))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [8_000, 48_000])
 def test_other_rates(demo_server, rate):
     check_rate(demo_server, make_service(demo_server, sample_rate=rate), rate)

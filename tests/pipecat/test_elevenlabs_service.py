@@ -53,6 +53,7 @@ def test_an_interruption_stops_a_reply_whose_text_still_comes(demo_server):
     assert demo_server.frames_of_cancelled_turn(after) < SOON
 
 
+@pytest.mark.slow
 def test_words_come_between_the_audio_they_are_heard_in(demo_server):
     down, errors = asyncio.run(play(make_service(demo_server), turn(*TURN)))
     assert errors == []
@@ -63,6 +64,7 @@ def test_words_come_between_the_audio_they_are_heard_in(demo_server):
     assert names(only(down, TTSAudioRawFrame)) == ["TTSAudioRawFrame"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [8_000, 44_100])
 def test_other_rates(demo_server, rate):
     check_rate(demo_server, make_service(demo_server, sample_rate=rate), rate)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import httpx
 import numpy as np
 import pytest
+from slow_cases import slow_after
 
 pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client/requirements.txt")
 
@@ -143,6 +144,7 @@ def cancelled_turns(server):
     return sum(": cancelled," in line for line in server.err)
 
 
+@pytest.mark.slow
 def test_barge_in_by_text(talker, talker_port):
     before = cancelled_turns(talker)
     cut, answer = asyncio.run(
@@ -180,19 +182,22 @@ def test_help_explains_itself():
 
 @pytest.mark.parametrize(
     ("arguments", "package", "line"),
-    [
-        (["--stt", "openai"], None, "--stt openai needs the variable OPENAI_API_KEY"),
-        (
-            ["--scripted", "--local"],
-            "pyaudio",
-            "pipecat_client/requirements-microphone.txt",
-        ),
-        (
-            ["--stt", "whisper"],
-            "faster_whisper",
-            "pipecat_client/requirements-whisper.txt",
-        ),
-    ],
+    slow_after(
+        1,
+        [
+            (["--stt", "openai"], None, "--stt openai needs the variable OPENAI_API_KEY"),
+            (
+                ["--scripted", "--local"],
+                "pyaudio",
+                "pipecat_client/requirements-microphone.txt",
+            ),
+            (
+                ["--stt", "whisper"],
+                "faster_whisper",
+                "pipecat_client/requirements-whisper.txt",
+            ),
+        ],
+    ),
 )
 def test_what_is_missing_is_one_line(arguments, package, line):
     if package is not None and find_spec(package) is not None:

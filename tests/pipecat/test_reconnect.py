@@ -70,14 +70,25 @@ def last(line, kind):
 @pytest.mark.parametrize(
     ("mode", "cut_when"),
     [
-        pytest.param(SENTENCE, lambda line: last(line, Started), id="before-audio"),
-        pytest.param(SENTENCE, lambda line: num_chunks(line) == 2, id="in-first"),
         pytest.param(
-            SENTENCE, lambda line: num_segments(line) == 1 and last(line, AudioChunk), id="in-second"
+            SENTENCE, lambda line: last(line, Started), id="before-audio", marks=pytest.mark.slow
         ),
-        pytest.param(SENTENCE, lambda line: num_segments(line) == 2, id="between"),
-        pytest.param(SENTENCE, lambda line: num_segments(line) == 3, id="before-done"),
-        pytest.param(TOKEN, lambda line: num_chunks(line) == 2, id="token"),
+        pytest.param(
+            SENTENCE, lambda line: num_chunks(line) == 2, id="in-first", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            SENTENCE,
+            lambda line: num_segments(line) == 1 and last(line, AudioChunk),
+            id="in-second",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            SENTENCE, lambda line: num_segments(line) == 2, id="between", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            SENTENCE, lambda line: num_segments(line) == 3, id="before-done", marks=pytest.mark.slow
+        ),
+        pytest.param(TOKEN, lambda line: num_chunks(line) == 2, id="token", marks=pytest.mark.slow),
         pytest.param(TOKEN, lambda line: last(line, Segment), id="token-before-done"),
     ],
 )
@@ -142,6 +153,7 @@ def test_server_killed_and_started_again_in_mid_turn(start, undisturbed):
     assert sum(" turn " in line for line in new[0].err) == 1
 
 
+@pytest.mark.slow
 def test_server_shut_down_in_good_order(start, undisturbed):
     """A server that shuts down ends its running speech and refuses new text. The next one speaks it."""
     port = free_port()
@@ -176,6 +188,7 @@ def test_server_shut_down_in_good_order(start, undisturbed):
     assert spoken(down) == "This keeps it busy. And this. " + "".join(TURN)
 
 
+@pytest.mark.slow
 def test_server_that_comes_after_the_bot(start, undisturbed):
     port = free_port()
 
@@ -192,6 +205,7 @@ def test_server_that_comes_after_the_bot(start, undisturbed):
     assert not any(error.category.is_permanent for error in errors)
 
 
+@pytest.mark.slow
 def test_full_server_is_tried_again(start, undisturbed):
     server = start("--max-connections", "1").wait_until_ready()
     other = server.connect().__enter__()
@@ -257,6 +271,7 @@ def test_server_that_stays_away(start):
     assert not service.is_usable
 
 
+@pytest.mark.slow
 def test_queue_longer_than_pipecats_patience(start):
     """The server's signs of life keep a context open until its audio comes."""
     server = start("--num-slots", "1").wait_until_ready()
@@ -313,7 +328,7 @@ def test_pipeline_can_be_cancelled_while_the_server_is_away():
 
         # Its tries to reconnect would take 90 s.
         service = make_service(f"ws://127.0.0.1:{free_port()}")
-        await asyncio.wait_for(play(service, script()), 30)
+        await asyncio.wait_for(play(service, script()), 60)
 
     asyncio.run(scenario())
 
@@ -330,6 +345,7 @@ def drop_lines(server, cut_when, num_cuts, **options):
     return asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_line_that_breaks_again_and_again_while_audio_flows(live_server, undisturbed):
     """Each connection is dropped after more audio than the one before."""
 
@@ -342,6 +358,7 @@ def test_line_that_breaks_again_and_again_while_audio_flows(live_server, undistu
     assert service.is_usable
 
 
+@pytest.mark.slow
 def test_line_that_breaks_again_and_again_before_audio_comes(live_server, undisturbed):
     def cut_when(tap):
         return lambda line: last(line, Started)

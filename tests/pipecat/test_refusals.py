@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from slow_cases import slow_after
 
 pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client/requirements.txt")
 
@@ -87,12 +88,13 @@ def test_wrong_change_of_settings_is_told_and_changes_nothing(live_server):
 @pytest.mark.parametrize("mode", list(TextAggregationMode))
 def test_refused_speak_ends_the_reply_at_once(live_server, mode):
     """For any reason of the server; here it is a setting that the client's checks miss."""
-    service = make_service(live_server.url, text_aggregation_mode=mode)
+    service, told = make_service(live_server.url, text_aggregation_mode=mode), []
+    service.add_event_handler("on_error", lambda _, error: told.append(error))
 
     def script():
         service._settings.top_k = -1
         yield from turn(*TURN)
-        yield from until(service.get_audio_contexts)
+        yield from until(lambda: told)
         yield from until(lambda: not service.get_audio_contexts(), 5)  # Pipecat itself waits 10 s
         service._settings.top_k = 5
         yield TTSSpeakFrame("This can be said.")
@@ -123,7 +125,7 @@ def test_rest_of_a_failed_reply_is_not_asked_for(live_server):
 
 
 @pytest.mark.parametrize("mode", list(TextAggregationMode))
-@pytest.mark.parametrize("words", ["estimated", "off"])
+@pytest.mark.parametrize("words", slow_after(1, ["estimated", "off"]))
 def test_only_what_was_heard_is_kept_when_the_server_is_gone_for_good(
     brief_base, recording, mode, words
 ):

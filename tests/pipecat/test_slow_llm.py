@@ -72,6 +72,7 @@ def test_pause_is_not_the_end_of_the_reply(live_server, mode, before, after):
     assert pcm(down) == tap.line.pcm() != b""
 
 
+@pytest.mark.slow
 def test_sentence_is_spoken_to_its_end_without_the_next(live_server):
     """Its words are in the conversation if the user interrupts then."""
 

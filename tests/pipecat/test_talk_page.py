@@ -15,6 +15,8 @@ from test_pipeline_demo import cancelled_turns, scripted_demo
 
 from pipecat_client.scripted import REPLIES
 
+pytestmark = pytest.mark.slow  # a browser beside the bot and the server
+
 QUIET_S, VOICE_S = 8, 1.2
 
 

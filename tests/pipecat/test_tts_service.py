@@ -318,6 +318,7 @@ def test_a_text_beyond_the_limit_is_an_error_and_no_stall(live_server):
     assert len(pcm(down)) == 2 * tap.line.received(Done)[0].samples > 0
 
 
+@pytest.mark.slow
 def test_a_turn_beyond_the_limit_goes_on_in_another_context(live_server):
     sentence = f"{'word ' * 300}end. "
     down, errors, tap = converse(live_server, turn(*[sentence] * 4), seed=1)
@@ -328,6 +329,7 @@ def test_a_turn_beyond_the_limit_goes_on_in_another_context(live_server):
     assert pcm(down) == tap.line.pcm()
 
 
+@pytest.mark.slow
 def test_more_utterances_than_the_server_opens_contexts(live_server):
     down, errors, tap = converse(live_server, [TTSSpeakFrame(f"This is {n}.") for n in range(12)])
     assert errors == []
