@@ -312,6 +312,7 @@ def test_the_simple_protocol_speaks_4000_characters_whole(live_server, seconds):
     assert (done["finish_reason"], done["duration_s"]) == ("stop", pytest.approx(seconds, abs=1e-3))
 
 
+@pytest.mark.slow
 def test_a_native_context_speaks_4000_characters_whole(live_server, seconds):
     with NativeClient(live_server) as client:
         client.speak("a", STORY, seed=7)

@@ -310,6 +310,7 @@ def test_the_demonstration_voice_is_as_recorded(subject, kept, num_utterances):
     assert all(gate["passed"] for gate in section["gates"]), section["tables"]
 
 
+@pytest.mark.slow
 def test_a_changed_weight_differs_from_the_record(subject, kept):
     made, cloner = subject
     part = {**kept, "utterances": kept["utterances"][:1]}

@@ -103,6 +103,7 @@ def num_elsewhere() -> int:
     return count_values()
 
 
+@pytest.mark.slow
 def test_the_model_leaves_its_memory_and_speaks_as_before(num_elsewhere, tts):
     before = speak(tts, params=PARAMS).samples
     backend, codec = (weakref.ref(part) for part in (tts._engine._backend, tts._engine._codec))

@@ -124,6 +124,7 @@ def test_line_that_breaks_twice_in_a_sentence(live_server, undisturbed):
     assert len(tap.lines) == 3
 
 
+@pytest.mark.slow
 def test_server_killed_and_started_again_in_mid_turn(start, undisturbed):
     old = start().wait_until_ready()
     new = []

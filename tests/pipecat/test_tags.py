@@ -10,6 +10,7 @@ pytest.importorskip("pipecat.services.tts_service", reason="needs pipecat_client
 from conversation import make_service, only, pcm, play, spoken, turn
 from pipecat.frames.frames import TTSTextFrame
 from pipecat.services.tts_service import TextAggregationMode
+from slow_cases import slow_after
 from wire_tap import WireTap
 
 from pipecat_client.megakernel_tts import MegakernelTTSService
@@ -31,7 +32,7 @@ def longest_silence(sound):
     return int(np.diff(quiet).max()) - 1
 
 
-@pytest.mark.parametrize("mode", list(TextAggregationMode))
+@pytest.mark.parametrize("mode", slow_after(1, list(TextAggregationMode)))
 def test_tags_are_whole_on_the_wire_and_are_no_words_of_the_bot(live_server, mode):
     async def scenario():
         async with WireTap(live_server.port) as tap:
