@@ -169,7 +169,8 @@ def test_who_is_let_in_does_not_run_dry(share, host_ms, tiny_voice_design, monke
     dry = [caller.gaps_s for caller in callers if caller.gaps_s]
     assert not dry, f"{len(dry)} of {len(callers)} turns ran dry"
     made = sum(caller.num_samples for caller in callers) / SAMPLE_RATE / SECONDS
-    gpu_s = FRAME_MS + CODEC_MS + PROMPT_MS * RATE * BATCH * FRAME_S / VOICES
-    held = BATCH * FRAME_S * 1000 / (gpu_s + max(0.0, host_ms - CODEC_MS))
+    num_prompts = RATE * BATCH * FRAME_S / VOICES  # for each frame
+    tick_ms = FRAME_MS + CODEC_MS + PROMPT_MS * num_prompts + max(0.0, host_ms - CODEC_MS)
+    held = BATCH * FRAME_S * 1000 / tick_ms
     assert made > 0.85 * held, "audio a second; the engine must not shut out more turns than it has to"
     assert {caller.reason for caller in callers} <= {None, "stop"}

@@ -150,6 +150,15 @@ def test_a_slot_that_was_given_back_needs_nothing():
     assert schedule.spare_s(CLOCK.now) > 0.9
 
 
+def test_who_has_left_its_slot_is_not_late(monkeypatch):
+    turn = make_turn(1.0)
+    monkeypatch.setattr(turn, "parts", SimpleNamespace(current=SimpleNamespace(late=True)))
+    schedule = schedule_of([turn])
+    assert schedule.late == [turn]
+    schedule.leave(turn, 0)
+    assert (schedule.late, schedule.unprefilled) == ([], [])
+
+
 # ---------------------------------------------------------------------------- pace
 
 

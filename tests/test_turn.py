@@ -63,6 +63,12 @@ def test_text_keeps_its_order(stage):
     assert stage.wakes == 4
 
 
+def test_audio_that_is_not_played_is_news(stage):
+    """The engine looks at a turn again only after news of it."""
+    stage.turn.skip(0.3)
+    assert (stage.turn.skipped_s, stage.wakes) == (0.3, 1)
+
+
 def test_empty_text_costs_nothing(stage):
     """A flood of empty text neither fills memory nor keeps the engine busy, and starts no clock."""
     for _ in range(10_000):

@@ -94,6 +94,22 @@ def test_a_turn_that_finds_no_page_waits_before_it_begins(tts):
     turns[1].cancel()
 
 
+def test_a_turn_that_waits_begins_when_its_whole_text_needs_fewer_pages(tts):
+    holders = [Listener(), Listener()]
+    for listener, most in zip(holders, (None, 800), strict=True):
+        holder = tts.open_turn(TEXT, sink=listener, params=GenerationParams(max_frames=most))
+        listener.wait_for_audio()
+        holder.hold(True)
+    assert reserved(tts) == [9, 4]
+    listener = Listener()
+    turn = tts.open_turn(TEXT, sink=listener, params=UNBOUNDED)
+    while tts.capacity().num_free:
+        time.sleep(0.001)
+    assert tts.num_active == 2, "its text may grow, so it needs nine pages of five"
+    turn.end()
+    listener.wait_for_audio()
+
+
 def test_small_turns_do_not_overtake_a_large_one_for_ever(tts):
     first = Listener()
     holder = tts.open_turn(TEXT, sink=first, params=UNBOUNDED)

@@ -2,8 +2,7 @@
 
 Each tick takes new turns, text and cancels from callers, and prefills turns that wait for a slot.
 Then it launches one frame, delivers the audio of the previous frame, and waits for the new frame's
-codes. `schedule` decides which turns a frame takes: those whose playback runs out first, as many as
-the backend's `max_batch`.
+codes. `schedule` decides which turns a frame takes: those whose playback runs out first.
 
 `slot_order` decides who gets a slot. A turn whose text is late keeps its slot while no other turn
 needs it. If *n* turns wait for a slot, it keeps it for `LATE_TEXT_S` / *n*. Then it speaks the words
@@ -95,8 +94,9 @@ class Engine:
         """Turns with new text, a cancel or a hold that the engine has not taken yet."""
         self._active: dict[Turn, ActiveTurn] = {}
         """The turns that wait and the turns that speak."""
-        self._sweep_at, self._reservations = 0.0, Reservations(None)
+        self._sweep_at = 0.0
         self._schedule = Schedule(backend.num_slots, backend.max_batch)
+        self._reservations = Reservations(None)
         self._use(backend, codec)
         self._num_prefilled = 0
         """Prompt rows that were prefilled in this tick."""
@@ -460,7 +460,7 @@ class Engine:
 
     def _idle_timeout(self) -> float | None:
         """Seconds until a turn may run without a call from outside. Without turns, see `_pass_time`."""
-        if not (self._speaking or self.num_waiting):
+        if not self._speaking and not self.num_waiting:
             return self._pass_time()
         ready_s = self._schedule.wait_s(time.monotonic())
         return min(ready_s, self._late_limit_s(), self._max_text_wait_s, 1.0)

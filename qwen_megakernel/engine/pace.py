@@ -32,6 +32,7 @@ class Pace:
         self._row_s = _FIRST_ROW_S
         self._full_s: float | None = None
         self._num_full = 0
+        """Measurements in that mean."""
 
     def add_tick(self, seconds: float, num_streams: int, num_rows: int) -> None:
         """Add a tick that launched a frame of `num_streams` and prefilled `num_rows`."""

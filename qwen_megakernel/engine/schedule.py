@@ -101,7 +101,7 @@ class Schedule:
 
     @property
     def unprefilled(self) -> list[ActiveTurn]:
-        """The turns whose next part is not in their slot yet."""
+        """The turns whose next part was not in their slot at the last `update`."""
         return list(self._unprefilled)
 
     @property
@@ -146,12 +146,14 @@ class Schedule:
         return not num_prefilled and any(now - a.started_at >= PATIENCE_S for a in waiting)
 
     def holds_one_more(self) -> bool:
-        """Whether all voices stay in real time if one more joins, by the measured times of frames.
+        """Whether one more voice may join, by the measured times of frames.
 
-        A turn's lead reduces the audio that it needs within `HORIZON_S`. Any thread may call it.
+        All voices must stay in real time for `HORIZON_S`, and then be `RESERVE_S` ahead of playback. A
+        turn's lead reduces the audio that it needs. Any thread may call it.
         """
         if (most := self.pace.num_voices) is None:
             return True
         ahead_s = self._plays_until[self._listened_to] - time.monotonic()
-        needed_s = float(np.clip(HORIZON_S + RESERVE_S - ahead_s, 0.0, HORIZON_S + RESERVE_S).sum())
+        most_s = HORIZON_S + RESERVE_S
+        needed_s = float(np.clip(most_s - ahead_s, 0.0, most_s).sum())
         return not needed_s or needed_s <= (most - 1) * HORIZON_S

@@ -37,5 +37,5 @@ def capture(
 
 @cache
 def _first_run_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace of 32 MB for each stream that it has run on."""
+    """One for all captures, because cuBLAS keeps a workspace for each stream that it has run on."""
     return torch.cuda.Stream(device)

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import argparse
 import gc
-import ipaddress
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_megakernel.config import SAMPLINGS
 from qwen_megakernel.installation.build_environment import ARCH_VARIABLE, PREBUILT_VARIABLE
 from qwen_megakernel.serving.access import is_loopback
 from qwen_megakernel.serving.app import Phase, ServerSettings
-from qwen_megakernel.serving.lexicon import read_lexicons
 from qwen_megakernel.serving.observe import configure_logging, log
-from qwen_megakernel.serving.openai_messages import VOICE_NAMES
 from qwen_megakernel.serving.process import Report, bind
 from qwen_megakernel.serving.process import run as serve
+from qwen_megakernel.tools import option_values as values
 from qwen_megakernel.tools.banner import banner, show, time_spent
 
 if TYPE_CHECKING:
@@ -32,9 +28,6 @@ _STARTED = time.monotonic()
 PREFIX = "QWEN_MEGAKERNEL_"
 OTHER_VARIABLES = {f"{PREFIX}CACHE", ARCH_VARIABLE, PREBUILT_VARIABLE}
 """Variables that other modules read."""
-MAX_REFERENCE_BYTES = 20 << 20
-TOKEN_NAME = "token"
-"""The name of the account of `--token`."""
 BACKENDS = ("auto", "torch", "megakernel")
 DTYPES = ("auto", "bf16", "fp32")
 
@@ -46,139 +39,6 @@ variables.
 example:
   {PREFIX}TOKEN=$(openssl rand -hex 16) %(prog)s --speaker-ref me.wav --port 9000
 """
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65_535:
-        raise ValueError("expected a port, 0 to 65535 (0 takes a free one)")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
-        raise ValueError("expected a whole number, 1 to 1000000")
-    return int(text)
-
-
-def _memory(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", text)
-    if match is None or not float(match[1]):
-        raise ValueError("expected a size, such as 5.6GB or 800MB")
-    return int(float(match[1]) * {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}[match[2]])
-
-
-def _limit(text: str) -> int:
-    return 0 if text == "0" else _count(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 3600.0:  # NaN fails too
-        raise ValueError("expected seconds, 0 to 3600")
-    return value
-
-
-def _at_least(least: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if _seconds(text) < least:
-            raise ValueError(f"expected seconds, {least:g} to 3600")
-        return float(text)
-
-    return parse
-
-
-def _flag(text: str) -> bool:
-    known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
-    if text.lower() not in known:
-        raise ValueError("expected 1 or 0")
-    return known[text.lower()]
-
-
-def _token(text: str) -> str:
-    if not re.fullmatch(r"[!-~]{8,256}", text):
-        raise ValueError("expected 8 to 256 visible ASCII characters")
-    return text
-
-
-def _tokens_file(text: str) -> dict[str, str]:
-    tokens: dict[str, str] = {}
-    for number, line in enumerate(_file(text).read_text("utf-8", "replace").splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        name, _, secret = line.strip().partition(" ")
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or name in (*tokens, TOKEN_NAME):
-            raise ValueError(f"{text} line {number}: expected NAME SECRET with a name of its own")
-        try:
-            tokens[name] = _token(secret.strip())
-        except ValueError as error:
-            raise ValueError(f"{text} line {number}: {error}") from None
-    if not tokens:
-        raise ValueError(f"{text}: has no token")
-    return tokens
-
-
-def _lexicons(text: str) -> dict[str | None, dict[str, str]]:
-    return read_lexicons(_file(text).read_bytes(), text)
-
-
-def _origin(text: str) -> str:
-    if not re.fullmatch(r"https?://[^/\s?#@*]+", text):
-        raise ValueError("expected one origin, such as https://app.example.org or http://localhost:3000")
-    return text.lower()
-
-
-def _openai_voice(text: str) -> tuple[str, str]:
-    name, _, voice = text.partition("=")
-    if name not in VOICE_NAMES or not voice:
-        raise ValueError(f"expected NAME=VOICE with a NAME of {', '.join(VOICE_NAMES)}")
-    return name, voice
-
-
-def _network(text: str) -> str:
-    try:
-        return str(ipaddress.ip_network(text))
-    except ValueError:
-        raise ValueError("expected an address or a network, such as 10.0.0.7 or 10.0.0.0/8") from None
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    if not path.is_file() or not os.access(path, os.R_OK):
-        raise ValueError(f"{text}: not a file that can be read")
-    if path.stat().st_size > MAX_REFERENCE_BYTES:
-        raise ValueError(f"{text}: larger than {MAX_REFERENCE_BYTES >> 20} MiB")
-    return path
-
-
-def _folder(text: str) -> Path:
-    path = Path(text)
-    if not path.is_dir():
-        raise ValueError(f"{text}: not a folder")
-    return path
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise ValueError("expected auto, cpu, cuda or cuda:N")
-    return text
-
-
-def _text(text: str) -> str:
-    if not text.strip():
-        raise ValueError("expected some text")
-    return text
-
-
-def _choice(*names: str) -> Callable[[str], str]:
-    def convert(text: str) -> str:
-        if text not in names:
-            raise ValueError(f"expected {' or '.join(names)}")
-        return text
-
-    return convert
 
 
 @dataclass(frozen=True)
@@ -205,67 +65,81 @@ class Option:
 
 MODEL_OPTIONS = (
     Option(
-        "--model", "Qwen/Qwen3-TTS-12Hz-0.6B-Base", _text, "checkpoint on disk or Hugging Face", "NAME"
+        "--model",
+        "Qwen/Qwen3-TTS-12Hz-0.6B-Base",
+        values.some_text,
+        "checkpoint on disk or Hugging Face",
+        "NAME",
     ),
-    Option("--revision", None, _text, "commit, tag or branch of the repository", "NAME"),
-    Option("--offline", False, _flag, "never download", ""),
-    Option("--backend", "auto", _choice(*BACKENDS), " or ".join(BACKENDS), "NAME"),
-    Option("--device", "auto", _device, "auto, cpu, cuda or cuda:N", "NAME"),
-    Option("--dtype", "auto", _choice(*DTYPES), " or ".join(DTYPES), "NAME"),
+    Option("--revision", None, values.some_text, "commit, tag or branch of the repository", "NAME"),
+    Option("--offline", False, values.flag, "never download", ""),
+    Option("--backend", "auto", values.choice(*BACKENDS), " or ".join(BACKENDS), "NAME"),
+    Option("--device", "auto", values.device, "auto, cpu, cuda or cuda:N", "NAME"),
+    Option("--dtype", "auto", values.choice(*DTYPES), " or ".join(DTYPES), "NAME"),
     Option(
         "--sampling",
         "original",
-        _choice(*SAMPLINGS),
+        values.choice(*SAMPLINGS),
         "how codes are drawn where a client chooses nothing: original (temperature 0.3, top-k 15) or "
         "checkpoint (its generation_config.json; the released ones say 0.9 and 50)",
         "NAME",
     ),
-    Option("--text-cleaning", "on", _choice("on", "off"), "leave out what cannot be spoken", "NAME"),
+    Option(
+        "--text-cleaning", "on", values.choice("on", "off"), "leave out what cannot be spoken", "NAME"
+    ),
     Option(
         "--num-slots",
         None,
-        _count,
+        values.count,
         "turns that may speak at a time; default: as many as fit into --memory, on a CPU 16",
         "N",
     ),
     Option(
         "--memory",
         None,
-        _memory,
+        values.size,
         "for keys, values and the codec's state of all turns; default: 5.8GB",
         "SIZE",
     ),
     Option(
         "--sms",
         None,
-        _count,
+        values.count,
         "streaming multiprocessors that a frame takes, where others share the GPU; default: all",
         "N",
     ),
     Option(
         "--keep-warm",
         False,
-        _flag,
+        values.flag,
         "decode a frame twice a second while nobody speaks, so that the GPU keeps its clocks up",
         "",
     ),
     Option(
         "--unload-after",
         None,
-        _at_least(0.1),
+        values.seconds_from(0.1),
         "seconds without a turn after which the model leaves the GPU; the next turn loads it again; "
         "default: never",
         "SECONDS",
     ),
 )
 VOICE_OPTIONS = (
-    Option("--speaker-ref", None, _file, "recording to clone as the voice 'default'", "PATH"),
-    Option("--speaker-ref-text", None, _text, "what is said in it (closer clone, in-context)", "TEXT"),
-    Option("--voices", None, _folder, "folder of saved voices; clients may add some", "DIR"),
+    Option(
+        "--speaker-ref", None, values.readable_file, "recording to clone as the voice 'default'", "PATH"
+    ),
+    Option(
+        "--speaker-ref-text",
+        None,
+        values.some_text,
+        "what is said in it (closer clone, in-context)",
+        "TEXT",
+    ),
+    Option("--voices", None, values.folder, "folder of saved voices; clients may add some", "DIR"),
     Option(
         "--openai-voice",
         (),
-        _openai_voice,
+        values.openai_voice,
         "voice that speaks for a voice of OpenAI, such as alloy=anna; the default voice speaks for "
         "the others",
         "NAME=VOICE",
@@ -273,52 +147,87 @@ VOICE_OPTIONS = (
     ),
 )
 SERVER_OPTIONS = (
-    Option("--host", "127.0.0.1", _text, "address to listen on; a public one needs --token", "ADDRESS"),
-    Option("--port", 8765, _port, "port to listen on; 0 takes a free one", "N"),
-    Option("--token", None, _token, "secret that clients must send; better in its variable", "SECRET"),
-    Option("--tokens-file", {}, _tokens_file, "more of them, one a line: NAME SECRET", "PATH"),
     Option(
-        "--allow-origin", (), _origin, "origin of web pages that may connect", "URL", repeatable=True
+        "--host",
+        "127.0.0.1",
+        values.some_text,
+        "address to listen on; a public one needs --token",
+        "ADDRESS",
+    ),
+    Option("--port", 8765, values.port, "port to listen on; 0 takes a free one", "N"),
+    Option(
+        "--token", None, values.token, "secret that clients must send; better in its variable", "SECRET"
+    ),
+    Option("--tokens-file", {}, values.tokens_file, "more of them, one a line: NAME SECRET", "PATH"),
+    Option(
+        "--allow-origin",
+        (),
+        values.origin,
+        "origin of web pages that may connect",
+        "URL",
+        repeatable=True,
     ),
     Option(
         "--max-connections",
         None,
-        _count,
+        values.count,
         "connections at the same time; default: twice the slots, at least 64",
         "N",
     ),
-    Option("--spare-sockets", 256, _count, "sockets beyond that, for HTTP and open handshakes", "N"),
-    Option("--request-timeout-s", 10.0, _at_least(0.1), "seconds until a request is there", "SECONDS"),
-    Option("--max-connections-per-address", 32, _count, "of them from one address", "N"),
-    Option("--max-turns-per-address", 32, _count, "turns of one address that wait or speak", "N"),
-    Option("--max-connections-per-token", 0, _limit, "of them with one token; 0 is no limit", "N"),
-    Option("--max-turns-per-token", 0, _limit, "turns of one token; 0 is no limit", "N"),
+    Option(
+        "--spare-sockets", 256, values.count, "sockets beyond that, for HTTP and open handshakes", "N"
+    ),
+    Option(
+        "--request-timeout-s",
+        10.0,
+        values.seconds_from(0.1),
+        "seconds until a request is complete",
+        "SECONDS",
+    ),
+    Option("--max-connections-per-address", 32, values.count, "of them from one address", "N"),
+    Option("--max-turns-per-address", 32, values.count, "turns of one address that wait or speak", "N"),
+    Option("--max-connections-per-token", 0, values.limit, "of them with one token; 0 is no limit", "N"),
+    Option("--max-turns-per-token", 0, values.limit, "turns of one token; 0 is no limit", "N"),
     Option(
         "--trusted-proxy",
         (),
-        _network,
+        values.network,
         "proxy whose X-Forwarded-For names the client",
         "ADDRESS",
         repeatable=True,
     ),
-    Option("--max-queue-s", 10.0, _seconds, "seconds that a turn may wait for a slot", "SECONDS"),
-    Option("--max-lead-s", 30.0, _at_least(0.5), "audio that may be ahead of playback", "SECONDS"),
-    Option("--max-messages-per-s", 500, _count, "messages of a connection; twice as many at once", "N"),
-    Option("--idle-s", 600.0, _seconds, "silence that closes a connection; 0 is no limit", "SECONDS"),
-    Option("--max-text-chars", 4096, _count, "characters of one turn's text", "N"),
+    Option("--max-queue-s", 10.0, values.seconds, "seconds that a turn may wait for a slot", "SECONDS"),
+    Option(
+        "--max-lead-s",
+        30.0,
+        values.seconds_from(0.5),
+        "seconds by which audio on a socket may be ahead of its playback; most dialects allow up to 10",
+        "SECONDS",
+    ),
+    Option(
+        "--max-messages-per-s", 500, values.count, "messages of a connection; twice as many at once", "N"
+    ),
+    Option(
+        "--idle-s", 600.0, values.seconds, "silence that closes a connection; 0 is no limit", "SECONDS"
+    ),
+    Option("--max-text-chars", 4096, values.count, "characters of one turn's text", "N"),
     Option(
         "--trim-leading-silence",
         False,
-        _flag,
+        values.flag,
         "leave out silence before the first sound of a reply, up to 1 s, where a client does not say",
         "",
     ),
     Option(
-        "--markup", False, _flag, "follow <spell> and <break> in texts, where a client does not say", ""
+        "--markup",
+        False,
+        values.flag,
+        "follow <spell> and <break> in texts, where a client does not say",
+        "",
     ),
-    Option("--lexicon", {}, _lexicons, "words and their respellings: see docs/agent.md", "PATH"),
-    Option("--drain-s", 10.0, _seconds, "seconds that running turns get on SIGTERM", "SECONDS"),
-    Option("--log-format", "text", _choice("text", "json"), "text or json", "NAME"),
+    Option("--lexicon", {}, values.lexicons, "words and their respellings: see docs/agent.md", "PATH"),
+    Option("--drain-s", 10.0, values.seconds, "seconds that running turns get on SIGTERM", "SECONDS"),
+    Option("--log-format", "text", values.choice("text", "json"), "text or json", "NAME"),
 )
 OPTIONS = (*MODEL_OPTIONS, *VOICE_OPTIONS, *SERVER_OPTIONS)
 
@@ -337,7 +246,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             says_itself = option.default is False or "default:" in option.help
             shown = "" if says_itself else f" (default: {default})"
             text = f"{option.help}{shown} [{option.variable}]"
-            if option.convert is _flag:
+            if option.convert is values.flag:
                 group.add_argument(option.flag, help=text, action="store_const", const="1")
             else:
                 action = "append" if option.repeatable else "store"
@@ -382,7 +291,7 @@ def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace
 
 def _all_tokens(options: argparse.Namespace) -> dict[str, str]:
     """Secrets by the names of their accounts."""
-    own = {} if options.token is None else {TOKEN_NAME: options.token}
+    own = {} if options.token is None else {values.TOKEN_NAME: options.token}
     return own | options.tokens_file
 
 
